@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Set up an environment and run something in it. Needs Python 3.11 or newer, and PyPI.
+
+python3 make.py demo [arguments of examples/retrain.py]   prune, retrain and merge a real model, about ten minutes
+python3 make.py test [arguments of pytest]                everything CI runs: format, lint, types, all tests
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent
+ENVIRONMENT = ROOT / ".venv"
+BIN = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
+
+
+def main() -> int:
+    if sys.version_info < (3, 11):
+        sys.exit(f"peft_sparse needs Python 3.11 or newer, this is {sys.version.split()[0]}.")
+    commands = {"demo": demo, "test": test}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.exit(__doc__)
+    set_up()
+    return commands[sys.argv[1]](sys.argv[2:])
+
+
+def demo(arguments: list[str]) -> int:
+    return run("accelerate", "launch", "examples/retrain.py", *arguments)
+
+
+def test(arguments: list[str]) -> int:
+    # All of them run, so that one report holds all that is wrong.
+    codes = [
+        run("ruff", "format", "--check", "."),
+        run("ruff", "check", "."),
+        run("mypy"),
+        run("pytest", *(arguments or ["-m", "slow or not slow"])),
+    ]
+    return max(codes)
+
+
+def set_up() -> None:
+    """Create `.venv` with the tested versions; again whenever what it is made from changes."""
+    sources = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    wanted, stamp = hashlib.sha256(sources).hexdigest(), ENVIRONMENT / "made-from"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    print(f"setting up {ENVIRONMENT}", flush=True)
+    venv.create(ENVIRONMENT, with_pip=True, clear=True)
+    # torch first and alone: with it in place no other requirement can pull in another build.
+    pip = [BIN / "python", "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
+    for what in (["torch"], ["-e", ".[dev]"]):
+        subprocess.run([*map(str, pip), *what], cwd=ROOT, check=True)
+    stamp.write_text(wanted)
+
+
+def run(program: str, *arguments: str) -> int:
+    print(f"\n$ {program} {' '.join(arguments)}", flush=True)
+    return subprocess.run([str(BIN / program), *arguments], cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
