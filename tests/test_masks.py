@@ -1,0 +1,124 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_sparse.masks import (
+    SemiStructured,
+    Unstructured,
+    fingerprint,
+    mask_of,
+    numeric_mask,
+    pack,
+    parse_pattern,
+    select,
+    select_across,
+    sparsity_of_fingerprint,
+    unpack,
+)
+
+
+SCORES = [[3.0, 1.0, 2.0, 4.0], [8.0, 7.0, 6.0, 5.0]]
+TIES = [[1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "pattern", "group", "kept"),
+    [
+        (SCORES, 0.5, "row", [[1, 0, 0, 1], [1, 1, 0, 0]]),
+        (SCORES, 0.5, "matrix", [[0, 0, 0, 0], [1, 1, 1, 1]]),
+        (SCORES, 0.0, "matrix", [[1, 1, 1, 1], [1, 1, 1, 1]]),
+        (SCORES, 0.3, "row", [[1, 0, 1, 1], [1, 1, 1, 0]]),
+        (SCORES, "1:2", "row", [[1, 0, 0, 1], [1, 0, 1, 0]]),
+        (SCORES, "1:4", "row", [[0, 0, 0, 1], [1, 0, 0, 0]]),
+        (SCORES, "4:4", "row", [[1, 1, 1, 1], [1, 1, 1, 1]]),
+        (TIES, 0.5, "row", [[0, 0, 1, 1], [0, 1, 1, 0]]),
+        (TIES, 0.5, "matrix", [[0, 0, 1, 1], [0, 1, 1, 0]]),
+        (TIES, "2:4", "row", [[0, 0, 1, 1], [0, 1, 1, 0]]),
+        (SCORES, SemiStructured(1, 3, allow_ragged=True), "row", [[1, 0, 0, 1], [1, 0, 0, 1]]),
+        (SCORES, SemiStructured(2, 3, allow_ragged=True), "row", [[1, 0, 1, 1], [1, 1, 0, 1]]),
+    ],
+)
+def test_selection_keeps_the_highest_and_breaks_ties_by_position(scores, pattern, group, kept):
+    assert select(torch.tensor(scores), parse_pattern(pattern), group).int().tolist() == kept
+
+
+# Few distinct values: a threshold alone would miscount nearly every time.
+tied_scores = st.integers(1, 9).flatmap(
+    lambda columns: st.lists(
+        st.lists(st.sampled_from([0.0, 0.5, 1.0, float("-inf")]), min_size=columns, max_size=columns),
+        min_size=1,
+        max_size=6,
+    )
+)
+
+
+@given(tied_scores, st.floats(0, 0.999), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_counts_are_exact_under_ties(scores, sparsity, dtype):
+    scores = torch.tensor(scores, dtype=dtype)
+    by_row = select(scores, Unstructured(sparsity), "row")
+    by_matrix = select(scores, Unstructured(sparsity), "matrix")
+    (across,) = select_across([lambda: scores], sparsity)
+    assert (~by_row).sum(1).unique().tolist() == [int(round(sparsity * scores.shape[1], 6))]
+    assert (~by_matrix).sum() == int(round(sparsity * scores.numel(), 6))
+    assert torch.equal(across, by_matrix)
+    if by_matrix.any() and (~by_matrix).any():
+        assert scores[~by_matrix].max() <= scores[by_matrix].min()
+
+
+@given(tied_scores, st.integers(1, 4), st.integers(1, 4))
+def test_semi_structured_keeps_n_of_every_m(scores, n, extra):
+    scores, pattern = torch.tensor(scores), SemiStructured(n, n + extra, allow_ragged=True)
+    mask = select(scores, pattern, "row")
+    for group in mask.split(pattern.m, dim=1):
+        assert group.sum(1).unique().tolist() == [min(n, group.shape[1])]
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=40),
+    st.floats(0, 0.99),
+    st.integers(1, 39),
+)
+def test_selection_across_matrices_equals_selection_in_one(values, sparsity, cut):
+    values = torch.tensor(values)
+    parts = [part.view(1, -1) for part in (values[:cut], values[cut:]) if part.numel()]
+    masks = select_across([lambda part=part: part for part in parts], sparsity)
+    expected = select(values.view(1, -1), Unstructured(sparsity), "matrix")
+    assert torch.equal(torch.cat(masks, dim=1), expected)
+
+
+@pytest.mark.parametrize(("sparsity", "size", "pruned"), [(0.29, 100, 29), (0.7, 10, 7), (0.999, 100, 99), (0, 5, 0)])
+def test_counts_do_not_suffer_from_binary_fractions(sparsity, size, pruned):
+    assert (~select(torch.randn(1, size), Unstructured(sparsity), "row")).sum() == pruned
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=70))
+def test_packing_loses_nothing(bits):
+    mask = torch.tensor(bits).view(1, -1)
+    assert pack(mask).numel() == -(-len(bits) // 8)
+    assert torch.equal(unpack(pack(mask), mask.shape), mask)
+
+
+def test_fingerprint_tells_masks_apart_and_holds_the_sparsity():
+    mask = torch.rand(8, 16) > 0.25
+    moved = mask.clone()
+    moved[0] = mask[0].roll(1)
+    assert fingerprint(mask) == fingerprint(mask.T.contiguous().T)
+    assert fingerprint(mask) != fingerprint(moved)
+    assert fingerprint(mask) != fingerprint(mask.view(16, 8))
+    assert sparsity_of_fingerprint(fingerprint(mask)) == pytest.approx(1 - mask.float().mean().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_numeric_mask_is_the_mask(dtype):
+    tiny = torch.finfo(dtype).tiny
+    weight = torch.tensor([0.0, -0.0, 1.5, -2.0, tiny, -tiny], dtype=dtype)
+    assert torch.equal(numeric_mask(weight).bool(), mask_of(weight))
+    assert numeric_mask(weight).dtype == dtype
+
+
+def test_patterns_are_parsed_and_printed():
+    assert parse_pattern("2:4") == SemiStructured(2, 4)
+    assert parse_pattern("0.5") == parse_pattern(0.5) == Unstructured(0.5)
+    assert parse_pattern(SemiStructured(1, 2)).sparsity == 0.5
+    assert [str(parse_pattern(text)) for text in ("2:4", 0.5)] == ["2:4", "0.5"]
