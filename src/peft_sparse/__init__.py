@@ -1,3 +1,9 @@
 """Prune, retrain without filling a zero, merge, share: sparse models in transformers and PEFT."""
 
+from .masks import SemiStructured, Unstructured
+from .prune import prune, sparsity
+
+
+__all__ = ["SemiStructured", "Unstructured", "prune", "sparsity"]
+
 __version__ = "0.1.0.dev0"

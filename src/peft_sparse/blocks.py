@@ -1,0 +1,181 @@
+"""The only module that knows model architectures: where the blocks are, which layers are prunable, which are norms.
+
+Everything is read off the module tree, never off a model's name. Adapters are looked through: a name is the one the
+layer had before PEFT wrapped it.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .weights import PRUNABLE_LAYERS, stored_weight
+
+
+Targets = str | list[str] | set[str] | tuple[str, ...] | None
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the model inside PEFT, DDP and `torch.compile` wrappers."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    while isinstance(model, (PeftModel, BaseTuner)):
+        model = model.get_base_model() if isinstance(model, PeftModel) else model.model
+    return model
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """Return the layer that holds the weight: the base layer of a PEFT tuner layer, else `module` itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks of `model` by name, in the order they are registered, which is the order they run.
+
+    A block is an entry of an outermost `nn.ModuleList` whose every entry holds a prunable layer and is not one itself.
+    """
+    return dict(_blocks_below("", base_model(model)))
+
+
+def prunable_layers(
+    model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None
+) -> dict[str, nn.Module]:
+    """Return the modules whose weights are pruned, by name; a module wrapped by a PEFT tuner comes as the wrapper.
+
+    By default every linear layer inside a block: never embeddings, output head, norms or MoE routers.
+
+    Args:
+        target_modules: as in PEFT: None or "all-linear" for the default, a list of names or name endings, or a regular
+            expression for the whole name. Names may lie outside the blocks.
+        exclude_modules: as in PEFT, a list of names or name endings, or a regular expression.
+
+    Raises:
+        ValueError: nothing matches, or a listed name matches nothing.
+    """
+    everywhere = target_modules is not None and target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND
+    if everywhere:
+        candidates = {name: module for name, module in _walk("", base_model(model)) if _is_prunable(module)}
+    else:
+        candidates = dict(_layers_in_blocks(model))
+    selector = SimpleNamespace(
+        target_modules=target_modules if everywhere else ".*",
+        exclude_modules=exclude_modules,
+        target_parameters=None,
+    )
+    matches = {name: check_target_module_exists(selector, name) for name in candidates}
+    layers = {name: candidates[name] for name, hit in matches.items() if hit and not isinstance(hit, _ExcludedModule)}
+    _check_matches(target_modules, exclude_modules, candidates, layers)
+    return layers
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Return the names of the expert parameters that one tensor (experts, ., .) holds for all experts of a block."""
+    blocks = find_blocks(model).items()
+    return [
+        f"{name}.{parameter}"
+        for block_name, block in blocks
+        for name, module in _walk(block_name, block)
+        for parameter, value in module.named_parameters(recurse=False)
+        if value.dim() == 3 and not isinstance(module, PRUNABLE_LAYERS)
+    ]
+
+
+def tied_to_embedding(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+    """Return the names among `layers` whose weight is also the weight of an `nn.Embedding`."""
+    embeddings = {id(module.weight) for _, module in _walk("", base_model(model)) if isinstance(module, nn.Embedding)}
+    return [name for name, module in layers.items() if id(stored_weight(base_layer(module))) in embeddings]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Tell whether `module` is a normalisation layer: torch's own, or a leaf called ...Norm... with 1-D parameters."""
+    if next(module.children(), None) is not None:
+        return False
+    parameters = dict(module.named_parameters(recurse=False))
+    named_so = "norm" in type(module).__name__.lower() or isinstance(module, nn.modules.batchnorm._NormBase)
+    return named_so and "weight" in parameters and all(p.dim() <= 1 for p in parameters.values())
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """Return the names of all normalisation layers of `model`, inside and outside the blocks."""
+    return [name for name, module in _walk("", base_model(model)) if is_norm(module)]
+
+
+def _walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield `module` and all below it with the names they had before PEFT; what adapters add is left out."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    yield name, module
+    for child_name, child in base_layer(module).named_children():
+        yield from _walk(f"{name}.{child_name}" if name else child_name, child)
+
+
+def _is_prunable(module: nn.Module) -> bool:
+    return isinstance(base_layer(module), PRUNABLE_LAYERS)
+
+
+def _holds_prunable(module: nn.Module) -> bool:
+    return any(_is_prunable(below) for _, below in _walk("", module))
+
+
+def _is_block(entry: nn.Module) -> bool:
+    return _holds_prunable(entry) and not _is_prunable(entry)
+
+
+def _blocks_below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    entries = {f"{name}.{key}": child for key, child in module.named_children()}
+    if isinstance(module, nn.ModuleList) and entries and all(map(_is_block, entries.values())):
+        yield from entries.items()
+        return
+    for key, child in entries.items():
+        yield from _blocks_below(key.removeprefix("."), child)
+
+
+def _layers_in_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for block_name, block in find_blocks(model).items():
+        routers: set[int] = set()
+        for name, module in _walk(block_name, block):
+            routers.update(map(id, _routers_of(module)))
+            if _is_prunable(module) and id(module) not in routers:
+                yield name, module
+
+
+def _routers_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the linear layers beside a set of experts that have one output, or one output per expert."""
+    counts = {count for child in module.children() if (count := _expert_count(child))}
+    for child in module.children():
+        if counts and isinstance(base_layer(child), nn.Linear) and base_layer(child).out_features in counts | {1}:
+            yield child
+
+
+def _expert_count(module: nn.Module) -> int:
+    if isinstance(module, nn.ModuleList):
+        same = len({type(child) for child in module}) == 1
+        return len(module) if same and len(module) > 1 and all(map(_holds_prunable, module)) else 0
+    fused = [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3]
+    return fused[0] if fused else 0
+
+
+def _check_matches(targets: Targets, excluded: Targets, candidates: dict, layers: dict) -> None:
+    if not candidates and targets in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        raise ValueError(
+            "Expected a model with blocks (an nn.ModuleList whose entries hold linear layers), found none. Name the "
+            "layers to prune with `target_modules`."
+        )
+    for kind, names in (("target_modules", targets), ("exclude_modules", excluded)):
+        for wanted in names if isinstance(names, (list, set, tuple)) else ():
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in candidates):
+                raise ValueError(f"{wanted!r} in `{kind}` matches no prunable layer. {_examples(candidates)}")
+    if not layers:
+        raise ValueError(
+            f"`target_modules={targets!r}` with `exclude_modules={excluded!r}` leaves no layer to prune. "
+            f"{_examples(candidates)}"
+        )
+
+
+def _examples(candidates: dict) -> str:
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in candidates))[:8]
+    return f"Prunable layers here end in {', '.join(endings)}." if endings else "This model has no prunable layer."
