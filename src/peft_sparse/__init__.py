@@ -2,8 +2,9 @@
 
 from .masks import SemiStructured, Unstructured
 from .prune import prune, sparsity
+from .tuners import MaskLoRAConfig
 
 
-__all__ = ["SemiStructured", "Unstructured", "prune", "sparsity"]
+__all__ = ["MaskLoRAConfig", "SemiStructured", "Unstructured", "prune", "sparsity"]
 
 __version__ = "0.1.0.dev0"

@@ -1,0 +1,270 @@
+import copy
+import importlib
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from transformers import AutoModelForCausalLM
+
+from peft_sparse import MaskLoRAConfig, prune, sparsity
+from peft_sparse.tuners import MaskLoraLinear
+
+from checks import assert_same_zeros, assert_zeros_kept, train_some, zeros_of
+from conftest import tiny
+
+
+def config(**kwargs):
+    return MaskLoRAConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | kwargs
+    )
+
+
+@pytest.fixture
+def pruned(model):
+    prune(model, 0.5)
+    return model
+
+
+@pytest.fixture
+def sparse_llama(llama):
+    prune(llama, 0.5)
+    return llama
+
+
+def test_registration_makes_a_real_member():
+    member = PeftType.MASK_LORA
+    assert member is PeftType["MASK_LORA"] is PeftType("MASK_LORA") is pickle.loads(pickle.dumps(member))
+    assert member in list(PeftType)
+    assert (member.name, member.value, str(member)) == ("MASK_LORA", "MASK_LORA", "PeftType.MASK_LORA")
+    assert json.dumps(member) == '"MASK_LORA"'
+
+
+def test_importing_again_is_safe():
+    import peft_sparse.tuners as tuners
+
+    importlib.reload(tuners)
+    assert list(PeftType).count("MASK_LORA") == 1
+    assert type(PeftConfig.from_peft_type(peft_type="MASK_LORA")) is MaskLoRAConfig
+
+
+def test_a_fresh_adapter_is_the_identity(pruned, tokens):
+    expected = pruned(tokens).logits
+    wrapped = get_peft_model(pruned, config())
+    torch.testing.assert_close(wrapped(tokens).logits, expected)
+    assert any(isinstance(module, MaskLoraLinear) for module in wrapped.modules())
+
+
+def test_only_the_adapter_is_trained(sparse_llama, tokens):
+    wrapped = get_peft_model(sparse_llama, config())
+    before = {name: p.clone() for name, p in wrapped.named_parameters()}
+    train_some(wrapped, tokens)
+    for name, parameter in wrapped.named_parameters():
+        assert torch.equal(parameter, before[name]) != ("mask_lora_" in name), name
+
+
+def test_every_zero_survives_training_merging_and_unmerging(pruned, tokens):
+    zeros, base = zeros_of(pruned), copy.deepcopy(pruned.state_dict())
+    wrapped = get_peft_model(pruned, config(train_norms=True))
+    train_some(wrapped, tokens)
+    trained = wrapped(tokens).logits
+    assert_same_zeros(wrapped, zeros)
+    wrapped.merge_adapter()
+    assert_zeros_kept(wrapped, zeros)
+    torch.testing.assert_close(wrapped(tokens).logits, trained)
+    wrapped.unmerge_adapter()
+    assert_same_zeros(wrapped, zeros)
+    torch.testing.assert_close(wrapped(tokens).logits, trained)
+    merged = wrapped.merge_and_unload(safe_merge=True)
+    assert_zeros_kept(merged, zeros)
+    assert type(merged) is type(pruned)
+    torch.testing.assert_close(merged(tokens).logits, trained)
+    changed = [name for name, value in merged.state_dict().items() if not torch.equal(value, base[name])]
+    assert changed
+
+
+def test_unmerging_restores_the_weight_bit_for_bit(sparse_llama, tokens):
+    wrapped = get_peft_model(sparse_llama, config(init_weights=False))
+    layer = wrapped.base_model.model.model.layers[0].mlp.up_proj
+    before = layer.get_base_layer().weight.clone()
+    wrapped.merge_adapter()
+    assert not torch.equal(layer.get_base_layer().weight, before)
+    wrapped.unmerge_adapter()
+    assert torch.equal(layer.get_base_layer().weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merging_into_half_precision_gives_the_trained_function(dtype, tokens):
+    llama = tiny("llama").to(dtype)
+    prune(llama, 0.5)
+    wrapped = get_peft_model(llama, config(init_weights=False))
+    assert wrapped.base_model.model.model.layers[0].mlp.up_proj.mask_lora_A.default.weight.dtype == torch.float32
+    trained = wrapped(tokens).logits
+    assert torch.equal(wrapped.merge_and_unload()(tokens).logits, trained)
+
+
+def test_an_adapter_survives_saving_and_loading(pruned, tokens, tmp_path):
+    pruned.save_pretrained(tmp_path / "base")
+    wrapped = get_peft_model(pruned, config(train_norms=True, bias="all", use_rslora=True))
+    train_some(wrapped, tokens)
+    trained, zeros = wrapped(tokens).logits, zeros_of(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert type(PeftConfig.from_pretrained(tmp_path / "adapter")) is MaskLoRAConfig
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    torch.testing.assert_close(loaded(tokens).logits, trained)
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(reloaded(tokens).logits, trained)
+    assert_zeros_kept(reloaded, zeros)
+
+
+def test_the_base_model_is_found_by_name(sparse_llama, tokens, tmp_path):
+    sparse_llama.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    wrapped = get_peft_model(base, config(init_weights=False))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(loaded(tokens).logits, wrapped(tokens).logits)
+
+
+def test_loading_in_a_fresh_process(sparse_llama, tmp_path):
+    sparse_llama.save_pretrained(tmp_path / "base")
+    get_peft_model(sparse_llama, config(init_weights=False)).save_pretrained(tmp_path / "adapter")
+    code = (
+        "import peft_sparse, sys; from peft import PeftModel; from transformers import AutoModelForCausalLM as Auto;"
+        "base = Auto.from_pretrained(sys.argv[1] + '/base');"
+        "model = PeftModel.from_pretrained(base, sys.argv[1] + '/adapter').merge_and_unload();"
+        "print(peft_sparse.sparsity(model))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert run.stdout.split()[-1] == str(sparsity(sparse_llama))
+
+
+def test_two_adapters_share_the_mask(sparse_llama, tokens):
+    zeros = zeros_of(sparse_llama)
+    wrapped = get_peft_model(sparse_llama, config(init_weights=False))
+    first = wrapped(tokens).logits
+    wrapped.add_adapter("other", config(r=2, lora_alpha=6, init_weights=False))
+    wrapped.set_adapter("other")
+    second = wrapped(tokens).logits
+    assert not torch.allclose(first, second)
+    wrapped.base_model.set_adapter(["default", "other"])
+    both = wrapped(tokens).logits
+    layer = wrapped.base_model.model.model.layers[0].mlp.up_proj
+    update = layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    base = layer.get_base_layer().weight.clone()
+    wrapped.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="additionally merging other"):
+        wrapped.merge_adapter(["other"])
+    torch.testing.assert_close(layer.get_base_layer().weight, base + update)
+    torch.testing.assert_close(wrapped(tokens).logits, both)
+    assert_zeros_kept(wrapped, zeros)
+    wrapped.unmerge_adapter()
+    wrapped.delete_adapter("other")
+    wrapped.set_adapter("default")
+    torch.testing.assert_close(wrapped(tokens).logits, first)
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(wrapped(tokens).logits, sparse_llama(tokens).logits)
+
+
+def test_a_dense_layer_gets_plain_lora(llama, tokens):
+    other = copy.deepcopy(llama)
+    ours = get_peft_model(llama, config(init_weights=False))
+    theirs = get_peft_model(other, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    weights = get_peft_model_state_dict(ours)
+    theirs.load_state_dict(
+        {k.replace("mask_lora", "lora").replace(".weight", ".default.weight"): v for k, v in weights.items()},
+        strict=False,
+    )
+    torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_and_scalings_follow_the_patterns(sparse_llama):
+    wrapped = get_peft_model(
+        sparse_llama, config(rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 32}, use_rslora=True)
+    )
+    attention = wrapped.base_model.model.model.layers[1].self_attn
+    assert (attention.q_proj.r["default"], attention.q_proj.scaling["default"]) == (2, 8 / 2**0.5)
+    assert (attention.k_proj.r["default"], attention.k_proj.scaling["default"]) == (4, 16.0)
+
+
+def test_norms_are_trained_saved_and_merged(model, tokens):
+    wrapped = get_peft_model(model, config(train_norms=True))
+    norms = {name for name, p in wrapped.named_parameters() if p.requires_grad and "mask_lora_" not in name}
+    expected = [name for name, p in tiny_norms(model)]
+    assert len(norms) == len(expected)
+    assert {name.rpartition(".modules_to_save")[0] for name in norms} == {
+        f"base_model.model.{name.rpartition('.')[0]}" for name in expected
+    }
+
+
+def tiny_norms(model):
+    fresh = AutoModelForCausalLM.from_config(model.config)
+    return [(name, p) for name, p in fresh.named_parameters() if "norm" in name or "ln_" in name]
+
+
+def test_the_fingerprints_speak_of_the_unmerged_weight(sparse_llama, tmp_path):
+    wrapped = get_peft_model(sparse_llama, config(init_weights=False))
+    wrapped.save_pretrained(tmp_path / "unmerged")
+    wrapped.merge_adapter()
+    wrapped.save_pretrained(tmp_path / "merged")
+    proofs = [PeftConfig.from_pretrained(tmp_path / kind).mask_fingerprints for kind in ("unmerged", "merged")]
+    assert proofs[0] == proofs[1]
+    assert len(proofs[0]) == 21
+    assert PeftConfig.from_pretrained(tmp_path / "merged").sparsity == pytest.approx(0.5)
+
+
+def test_another_mask_is_noticed_or_accepted_as_asked(sparse_llama, tmp_path):
+    get_peft_model(sparse_llama, config()).save_pretrained(tmp_path)
+    dense = tiny("llama")
+    with pytest.raises(ValueError, match="trained on other zeros .* 21 of 21 layers .* adapter 0.5000, model 0.0000"):
+        PeftModel.from_pretrained(dense, tmp_path)
+    assert not any(isinstance(module, MaskLoraLinear) for module in dense.modules())
+    lenient = PeftConfig.from_pretrained(tmp_path)
+    lenient.on_mask_mismatch = "warn"
+    with pytest.warns(UserWarning, match="trained on other zeros"):
+        PeftModel.from_pretrained(dense, tmp_path, config=lenient)
+    lenient.on_mask_mismatch = "ignore"
+    PeftModel.from_pretrained(tiny("llama"), tmp_path, config=lenient)
+
+
+def test_a_model_keeps_working_after_a_deep_copy_and_a_pickle(sparse_llama, tokens):
+    wrapped = get_peft_model(sparse_llama, config(init_weights=False))
+    expected = wrapped(tokens).logits
+    assert torch.equal(copy.deepcopy(wrapped)(tokens).logits, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(wrapped))(tokens).logits, expected)
+
+
+def test_gradient_checkpointing_changes_no_gradient(sparse_llama, tokens):
+    wrapped = get_peft_model(sparse_llama, config(init_weights=False)).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            wrapped.enable_input_require_grads()
+            wrapped.gradient_checkpointing_enable()
+        wrapped.zero_grad()
+        wrapped(input_ids=tokens, labels=tokens).loss.backward()
+        gradients.append([p.grad.clone() for p in wrapped.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_transformers_own_adapter_methods(sparse_llama, tokens, tmp_path):
+    sparse_llama.add_adapter(config(init_weights=False), "one")
+    expected = sparse_llama(tokens).logits
+    sparse_llama.save_pretrained(tmp_path)
+    fresh = tiny("llama")
+    prune(fresh, 0.5)
+    fresh.load_adapter(str(tmp_path), "one")
+    torch.testing.assert_close(fresh(tokens).logits, expected)
