@@ -1,0 +1,157 @@
+"""When to prune during training, and the guard that no zero is lost. How to prune stays in `prune`."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from .blocks import Targets, base_layer, prunable_layers
+from .calibration import Calibration
+from .masks import Group, Pattern, fingerprint, mask_of, pack
+from .prune import PruningReport, prune, zero_counts
+from .weights import stored_weight, weight_matrix
+
+
+class PruningCallback(TrainerCallback):
+    """Prunes the model once, when training begins. Works with any `transformers.Trainer`.
+
+    Adapters are switched off meanwhile, so that a resumed run, whose adapter is trained already, prunes its dense base
+    as the first run did; on a base that is pruned already nothing changes. Biases that PEFT trains in place are beyond
+    that: `SparseTrainer` prunes before it loads a checkpoint, elsewhere add a `ZeroGuardCallback`, which notices.
+
+    Args:
+        pattern, criterion, group, target_modules, exclude_modules, calibration: as in `prune`.
+    """
+
+    def __init__(
+        self,
+        pattern: float | str | Pattern,
+        *,
+        criterion: str = "magnitude",
+        group: Group | None = None,
+        target_modules: Targets = None,
+        exclude_modules: Targets = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        self.options: dict[str, Any] = {
+            "pattern": pattern,
+            "criterion": criterion,
+            "group": group,
+            "target_modules": target_modules,
+            "exclude_modules": exclude_modules,
+            "calibration": calibration,
+        }
+        self.report: PruningReport | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.report is None:
+            self.prune(kwargs["model"], args.seed)
+
+    def prune(self, model: nn.Module, seed: int) -> None:
+        """Prune now instead of when training begins."""
+        # The seed is set aside and put back: every process draws the same random scores, and the order of the data
+        # does not depend on whether the model was pruned here.
+        with torch.random.fork_rng(), _adapters_off(model):
+            torch.manual_seed(seed)
+            self.report = prune(model, **self.options)
+
+
+class ZeroGuardCallback(TrainerCallback, ExportableState):
+    """Remembers the zeros of the model when training begins, at 1/8 byte per weight, and raises if one is lost.
+
+    A fingerprint of each mask travels in `trainer_state.json`, so that a run resumed on other zeros is refused.
+    """
+
+    def __init__(self, target_modules: Targets = None, exclude_modules: Targets = None) -> None:
+        self.target_modules = target_modules
+        self.exclude_modules = exclude_modules
+        self.layers: dict[str, nn.Module] = {}
+        self.kept: dict[str, Tensor] = {}
+        self.fingerprints: dict[str, str] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the guard: the fingerprints of the masks when training began."""
+        targets = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
+        return {"args": targets, "attributes": {"fingerprints": self.fingerprints}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.layers = prunable_layers(kwargs["model"], self.target_modules, self.exclude_modules)
+        for name, (zeros, _) in self._counts().items():
+            if zeros and stored_weight(base_layer(self.layers[name])).requires_grad:
+                raise ValueError(
+                    f"The weight of {name!r} holds {zeros} zeros and is trained itself: the first step "
+                    "would fill them. Attach an adapter that keeps zeros, get_peft_model(model, "
+                    "MaskLoRAConfig(...)), or freeze the weight."
+                )
+        self.fingerprints = {
+            name: fingerprint(mask_of(weight_matrix(base_layer(layer)))) for name, layer in self.layers.items()
+        }
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and isinstance(saved, dict):
+            _compare(saved["attributes"]["fingerprints"], self.fingerprints)
+        self.kept = {
+            name: pack(mask_of(stored_weight(base_layer(layer)).detach())) for name, layer in self.layers.items()
+        }
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Compare the weights with the remembered zeros.
+
+        Raises:
+            RuntimeError: an entry that was zero is not any more; names the first weight.
+        """
+        lost = [
+            (pack(mask_of(stored_weight(base_layer(self.layers[name])).detach())) & ~kept).any()
+            for name, kept in self.kept.items()
+        ]
+        if not lost or not any(flags := torch.stack([flag.to(lost[0].device) for flag in lost]).tolist()):
+            return
+        name = list(self.kept)[flags.index(True)]
+        raise RuntimeError(
+            f"The weight of {name!r} lost zeros that it had when training began ({sum(flags)} such weights). Nothing "
+            "was saved. Something wrote to a pruned weight: an optimiser that trains it, a dense adapter merged into "
+            "it, or code of your own. Train with MaskLoRAConfig, which cannot fill a zero."
+        )
+
+    def sparsity(self) -> float:
+        """Return the fraction of zeros over the guarded weights."""
+        counts = self._counts().values()
+        return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts)
+
+    def _counts(self) -> dict[str, tuple[int, int]]:
+        return zero_counts(self.layers) if self.layers else {}
+
+
+@contextlib.contextmanager
+def _adapters_off(model: nn.Module) -> Iterator[None]:
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    with warnings.catch_warnings():
+        # Trained biases stay, as the class documents.
+        warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+        with model.disable_adapter():
+            yield
+
+
+def _compare(saved: dict[str, str], found: dict[str, str]) -> None:
+    differing = [name for name in saved | found if saved.get(name) != found.get(name)]
+    if differing:
+        raise ValueError(
+            f"The checkpoint was written with other zeros than the model has, in {len(differing)} layers, first "
+            f"{differing[0]!r}. Resume on the same base model, with the same pruning arguments and calibration data."
+        )

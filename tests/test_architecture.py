@@ -1,0 +1,94 @@
+"""The structure of the package, held by tests: import order, public names, what an import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peft_sparse
+
+
+PACKAGE = Path(peft_sparse.__file__).parent
+
+# Each may import from those above it and from its own folder; a set holds siblings that must not know each other.
+ORDER = [
+    {"weights"},
+    {"masks"},
+    {"criteria", "functional"},
+    {"blocks"},
+    {"calibration"},
+    {"prune", "tuners", "evaluation", "report"},
+    {"callbacks"},
+    {"trainer"},
+    {"__init__"},
+]
+
+
+def imports_of(path: Path) -> set[str]:
+    """The first component below the package of every relative import in a file."""
+    inside = path.relative_to(PACKAGE).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            absolute = [*inside[: len(inside) - node.level + 1], *(node.module or "").split(".")]
+            found.add(next(part for part in absolute if part) if any(absolute) else "__init__")
+    return found
+
+
+def violations(order, package) -> list[str]:
+    rank = {name: index for index, names in enumerate(order) for name in names}
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        for used in imports_of(path):
+            if used != own and rank[used] >= rank[own]:
+                found.append(f"{path.relative_to(package)} imports {used}")
+    return found
+
+
+def test_imports_follow_the_chain():
+    assert violations(ORDER, PACKAGE) == []
+
+
+def test_the_import_test_can_fail():
+    assert violations(ORDER[::-1], PACKAGE)
+
+
+def test_every_module_has_its_place():
+    modules = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert modules == set.union(*ORDER)
+
+
+def test_public_names_are_these():
+    assert peft_sparse.__all__ == [
+        "MaskLoRAConfig",
+        "PruningCallback",
+        "SemiStructured",
+        "SparseTrainer",
+        "SparseTrainingArguments",
+        "Unstructured",
+        "ZeroGuardCallback",
+        "perplexity",
+        "prune",
+        "sparsity",
+    ]
+
+
+@pytest.mark.parametrize(("module", "loaded"), [("gguf", False), ("deepspeed", False), ("peft", True)])
+def test_importing_stays_light(module, loaded):
+    code = f"import peft_sparse, sys; print({module!r} in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(loaded)
+
+
+def test_functions_are_short_enough_to_read_whole():
+    long = [
+        f"{path.name}:{node.lineno} {node.name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 60
+    ]
+    # prune's body is short; its docstring is the reference of the whole toolbox.
+    assert [name for name in long if not name.endswith(" prune")] == []

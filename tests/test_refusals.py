@@ -1,0 +1,240 @@
+"""Every refusal in the package, with its words; the last test finds a `raise` that no case reaches."""
+
+import ast
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig, T5Config, T5ForConditionalGeneration, TrainingArguments
+
+import peft_sparse
+from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, perplexity, prune
+from peft_sparse.callbacks import ZeroGuardCallback, _compare
+from peft_sparse.masks import SemiStructured, Unstructured, parse_pattern
+from peft_sparse.tuners import MaskLoraModel
+from peft_sparse.tuners.registration import register
+from peft_sparse.weights import as_matrix
+
+from conftest import tiny
+
+
+TOKENS = torch.randint(0, 61, (4, 8))
+
+
+def llama(edit=None):
+    model = tiny("llama")
+    if edit is not None:
+        with torch.no_grad():
+            edit(model)
+    return model
+
+
+def nan_weight(model):
+    model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
+
+
+def nan_norm(model):
+    model.model.layers[1].input_layernorm.weight.fill_(torch.nan)
+
+
+def merged():
+    model = get_peft_model(llama(), MaskLoRAConfig(target_modules="all-linear"))
+    model.merge_adapter()
+    return model
+
+
+def mixtral():
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    return AutoModelForCausalLM.from_config(MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+
+
+def t5():
+    return T5ForConditionalGeneration(T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4))
+
+
+def unused_layer(model):
+    model.model.layers[0].idle = nn.Linear(4, 4)
+
+
+def nan_adapter():
+    model = get_peft_model(llama(), MaskLoRAConfig(target_modules="all-linear"))
+    nn.init.constant_(model.base_model.model.model.layers[0].mlp.up_proj.mask_lora_B.default.weight, torch.nan)
+    return model
+
+
+def guarded_vandalism():
+    model, guard = llama(), ZeroGuardCallback()
+    prune(model, 0.5)
+    model.requires_grad_(False)
+    guard.on_train_begin(None, _State(), None, model=model)
+    model.model.layers[2].mlp.up_proj.weight.add_(1)
+    guard.check()
+
+
+def trainable_weight_with_zeros():
+    model = llama()
+    prune(model, 0.5)
+    ZeroGuardCallback().on_train_begin(None, _State(), None, model=model)
+
+
+class _State:
+    stateful_callbacks: dict = {}
+    global_step = 0
+
+
+class ForeignConfig:
+    """Stands for another package's method of the same name."""
+
+
+def arguments(**kwargs):
+    return SparseTrainingArguments("unused", use_cpu=True, report_to="none", **kwargs)
+
+
+def mismatch():
+    from peft_sparse.tuners.model import _check_masks
+
+    config = MaskLoRAConfig(mask_fingerprints={"lm_head": "61x16:500:0000000000000000"})
+    _check_masks(llama(), config)
+
+
+class TokenSamples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"input_ids": TOKENS[index]}
+
+
+REFUSALS = [
+    (lambda: Unstructured(1.0), ValueError, r"`sparsity` must be in \[0, 1\), got 1.0. Use 0.5"),
+    (lambda: parse_pattern(-0.1), ValueError, r"must be in \[0, 1\), got -0.1"),
+    (lambda: parse_pattern(float("nan")), ValueError, r"must be in \[0, 1\), got nan"),
+    (lambda: SemiStructured(5, 4), ValueError, "needs 1 <= n <= m, got 5:4. Use 2:4"),
+    (lambda: parse_pattern("0:4"), ValueError, "needs 1 <= n <= m, got 0:4"),
+    (lambda: parse_pattern("half"), ValueError, "A pattern is a sparsity such as 0.5 .* got 'half'"),
+    (lambda: as_matrix(nn.Embedding(3, 3), torch.zeros(3, 3)), TypeError, "one of `Linear`.* got Embedding"),
+    (lambda: prune(llama(), 0.5, criterion="wand"), ValueError, "Unknown criterion 'wand'. Choose one of 'magnitude'"),
+    (lambda: prune(llama(), 0.5, group="column"), ValueError, "`group` must be one of 'row', .* got 'column'"),
+    (lambda: prune(llama(), "2:4", group="row"), ValueError, "2:4 compares within each 4 inputs. Drop `group='row'`"),
+    (
+        lambda: prune(llama(), 0.5, criterion="wanda", group="model", calibration=TOKENS),
+        ValueError,
+        "prunes block by block and cannot compare across",
+    ),
+    (lambda: prune(llama(), 0.5, target_modules=["q_prj"]), ValueError, "'q_prj' in `target_modules` matches no"),
+    (lambda: prune(llama(), 0.5, exclude_modules=["x"]), ValueError, "'x' in `exclude_modules` .* end in q_proj, k_"),
+    (lambda: prune(llama(), 0.5, target_modules="nothing.*"), ValueError, "`target_modules='nothing.*'` .* leaves no"),
+    (lambda: prune(nn.Sequential(nn.Linear(2, 2)), 0.5), ValueError, "Expected a model with blocks"),
+    (lambda: prune(llama(), "2:5"), ValueError, "2:5 needs inputs divisible by 5, but .*q_proj' has 16 .21 such"),
+    (lambda: prune(llama(), 0.5, criterion="wanda"), ValueError, "'wanda' measures the inputs .* pass `calibration`"),
+    (
+        lambda: prune(llama(), 0.5, criterion="wanda", target_modules=["lm_head"], calibration=TOKENS),
+        ValueError,
+        "'lm_head' lies outside the blocks",
+    ),
+    (
+        lambda: prune(llama(), 0.5, criterion="wanda", calibration=TOKENS.float()),
+        ValueError,
+        "Expected `calibration` as token ids, .* got torch.float32",
+    ),
+    (lambda: prune(llama(), 0.5, criterion="wanda", calibration=TOKENS[0]), ValueError, r"of shape \(8,\)"),
+    (lambda: prune(llama(), 0.5, criterion="wanda", calibration=[]), ValueError, "`calibration` holds no batch"),
+    (lambda: prune(t5(), 0.5, criterion="wanda", calibration=TOKENS), ValueError, "one stack of blocks, .* has 2"),
+    (lambda: prune(llama(nan_weight), 0.5), ValueError, "layers.1.mlp.up_proj' holds NaN or infinity. Nothing was"),
+    (
+        lambda: prune(llama(nan_norm), 0.5, criterion="wanda", calibration=TOKENS),
+        ValueError,
+        "Expected finite inputs, but those of layer 'model.layers.1.self_attn.q_proj' hold NaN",
+    ),
+    (
+        lambda: prune(llama(unused_layer), 0.5, criterion="wanda", calibration=TOKENS),
+        ValueError,
+        "'model.layers.0.idle' saw no calibration token",
+    ),
+    (lambda: prune(merged(), 0.5), ValueError, "has merged adapters, and unmerging would bring"),
+    (lambda: prune(mixtral(), 0.5), ValueError, "experts of this model are fused .*gate_up_proj.* `target_modules="),
+    (lambda: prune(tiny("gpt2"), 0.5, target_modules=["lm_head"]), ValueError, "'lm_head' is also the embedding"),
+    (lambda: prune(llama().to("meta"), 0.5), ValueError, "is torch.float32 on meta; pruning needs loaded"),
+    (lambda: perplexity(llama(nan_norm), TOKENS), ValueError, "Expected a finite loss, got nan"),
+    (lambda: MaskLoRAConfig(r=0), ValueError, "`r` must be a positive integer, got 0"),
+    (lambda: MaskLoRAConfig(rank_pattern={"q": -1}), ValueError, r"`rank_pattern\['q'\]` must be a positive integer"),
+    (lambda: MaskLoRAConfig(lora_dropout=0.1), ValueError, "`lora_dropout` must be 0 for MaskLoRA, got 0.1"),
+    (lambda: MaskLoRAConfig(bias="some"), ValueError, "`bias` must be one of .* got 'some'"),
+    (lambda: MaskLoRAConfig(on_mask_mismatch="no"), ValueError, "`on_mask_mismatch` must be one of"),
+    (
+        lambda: MaskLoRAConfig(target_modules="all-linear", layers_to_transform=[1]),
+        ValueError,
+        "`layers_to_transform` cannot be used when `target_modules` is a str",
+    ),
+    (
+        lambda: get_peft_model(llama(), MaskLoRAConfig(target_modules=["embed_tokens"])),
+        TypeError,
+        "Target module Embedding.* is not supported. MaskLoRA adapts",
+    ),
+    (mismatch, ValueError, "trained on other zeros .* in 1 of 1 layers .*lm_head: adapter 0.5123, model 0.0000"),
+    (lambda: nan_adapter().merge_adapter(safe_merge=True), ValueError, "NaNs detected in the merged weights"),
+    (lambda: register("mask_lora", ForeignConfig, MaskLoraModel), RuntimeError, "'mask_lora' is registered already"),
+    (lambda: arguments(sparsity=1.5), ValueError, r"must be in \[0, 1\), got 1.5"),
+    (lambda: arguments(pattern="2:4", sparsity=0.7), ValueError, '`sparsity=0.7` contradicts `pattern="2:4"`'),
+    (lambda: arguments(group="all"), ValueError, "`group` must be one of .* got 'all'"),
+    (lambda: arguments(recovery="rest"), ValueError, "`recovery` must be one of 'retrain', got 'rest'"),
+    (lambda: arguments(calibration_samples=0), ValueError, "`calibration_samples` must be at least 1, got 0"),
+    (
+        lambda: SparseTrainer(llama(), TrainingArguments("unused", use_cpu=True)),
+        TypeError,
+        "Expected `args` as SparseTrainingArguments, got TrainingArguments",
+    ),
+    (
+        lambda: SparseTrainer(llama(), arguments(sparsity=0.5, criterion="wanda")),
+        ValueError,
+        "calibrated on `train_dataset`, which is missing",
+    ),
+    (
+        lambda: SparseTrainer(llama(), arguments(sparsity=0.5, criterion="wanda"), train_dataset=TokenSamples()),
+        ValueError,
+        "`calibration_samples=128`, but the training set has only 4 samples",
+    ),
+    (trainable_weight_with_zeros, ValueError, "holds 128 zeros and is trained itself: the first step would fill"),
+    (guarded_vandalism, RuntimeError, "'model.layers.2.mlp.up_proj' lost zeros"),
+    (
+        lambda: _compare({"a": 3}, {"a": 4}),
+        ValueError,
+        "checkpoint was written with other zeros .* in 1 layers, first 'a'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("refused", "error", "words"), REFUSALS, ids=[words[:40] for _, _, words in REFUSALS])
+def test_the_refusal_says_what_to_do(refused, error, words):
+    with pytest.raises(error, match=words):
+        refused()
+
+
+def raise_statements(package):
+    """(file, first line, last line) of every `raise` that makes an error; a bare re-raise makes none."""
+    return {
+        (path.name, node.lineno, node.end_lineno)
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+    }
+
+
+def test_no_refusal_goes_untested():
+    package = Path(peft_sparse.__file__).parent
+    reached = set()
+    for refused, error, _ in REFUSALS:
+        with pytest.raises(error) as caught:
+            refused()
+        frames = traceback.extract_tb(caught.value.__traceback__)
+        last = [frame for frame in frames if Path(frame.filename).is_relative_to(package)][-1]
+        reached.add((Path(last.filename).name, last.lineno))
+    missed = [
+        f"{name}:{first}"
+        for name, first, end in raise_statements(package)
+        if not any(name == file and first <= line <= end for file, line in reached)
+    ]
+    assert missed == []

@@ -1,0 +1,197 @@
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from peft_sparse import (
+    MaskLoRAConfig,
+    PruningCallback,
+    SparseTrainer,
+    SparseTrainingArguments,
+    ZeroGuardCallback,
+    prune,
+    sparsity,
+)
+
+from checks import assert_same_zeros, zeros_of
+from conftest import tiny
+
+
+class Samples(torch.utils.data.Dataset):
+    def __init__(self, count=24):
+        self.tokens = torch.randint(0, 61, (count, 10), generator=torch.Generator().manual_seed(1))
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+def adapted(**kwargs):
+    return adapt(tiny("llama"), **kwargs)
+
+
+def adapt(model, **kwargs):
+    return get_peft_model(model, MaskLoRAConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **kwargs))
+
+
+def arguments(path, **kwargs):
+    defaults = {"max_steps": 6, "logging_steps": 2, "save_strategy": "no", "report_to": "none", "learning_rate": 1e-2}
+    return SparseTrainingArguments(
+        str(path), use_cpu=True, dataloader_pin_memory=False, per_device_train_batch_size=4, **(defaults | kwargs)
+    )
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "wanda"])
+def test_it_prunes_trains_and_logs_the_sparsity(tmp_path, criterion):
+    model = adapted(train_norms=True)
+    trainer = SparseTrainer(
+        model,
+        arguments(tmp_path, sparsity=0.5, criterion=criterion, calibration_samples=8, max_steps=30),
+        train_dataset=Samples(),
+    )
+    result = trainer.train()
+    assert sparsity(model) == 0.5
+    assert trainer.pruning_report.criterion == criterion
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert all(entry["sparsity"] == 0.5 for entry in trainer.state.log_history)
+    assert result.metrics["train_loss"] > 0
+
+
+def test_it_trains_what_was_pruned_before(tmp_path):
+    model = adapted()
+    prune(model, "2:4")
+    zeros = zeros_of(model)
+    trainer = SparseTrainer(model, arguments(tmp_path), train_dataset=Samples())
+    trainer.train()
+    assert_same_zeros(model, zeros)
+    assert trainer.pruning_report is None
+
+
+def test_wanda_measures_the_first_training_samples(tmp_path):
+    samples = Samples()
+    model = adapted()
+    args = arguments(tmp_path, sparsity=0.5, criterion="wanda", calibration_samples=5, max_steps=1)
+    SparseTrainer(model, args, train_dataset=samples).train()
+    expected = tiny("llama")
+    prune(expected, 0.5, criterion="wanda", calibration=samples.tokens[:5])
+    assert_same_zeros(model, zeros_of(expected))
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("base", ["dense", "pruned"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, base, family):
+    def adapted():
+        return adapt(tiny(family), train_norms=True, bias="all")
+
+    options = {"sparsity": 0.5, "criterion": "wanda", "calibration_samples": 4, "save_steps": 2}
+    args = arguments(tmp_path / "whole", save_strategy="steps", **options)
+    whole = SparseTrainer(adapted(), args, train_dataset=Samples())
+    whole.train()
+
+    args = arguments(tmp_path / "halves", save_strategy="steps", **options)
+    SparseTrainer(adapted(), args, train_dataset=Samples(), callbacks=[StopAt(4)]).train()
+    model = adapted()
+    if base == "pruned":
+        prune(model, 0.5, criterion="wanda", calibration=Samples().tokens[:4])
+    resumed = SparseTrainer(model, args, train_dataset=Samples())
+    resumed.train(resume_from_checkpoint=True)
+
+    for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert resumed.state.log_history[-2]["loss"] == whole.state.log_history[-2]["loss"]
+
+
+def test_resuming_on_other_zeros_is_refused(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, sparsity=0.5)
+    SparseTrainer(adapted(), args, train_dataset=Samples()).train()
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, sparsity=0.75, max_steps=8)
+    with pytest.raises(ValueError, match="checkpoint was written with other zeros .* in 21 layers, first 'model"):
+        SparseTrainer(adapted(), args, train_dataset=Samples()).train(resume_from_checkpoint=True)
+
+
+def test_the_saved_model_is_the_trained_one(tmp_path):
+    model = adapted(train_norms=True)
+    trainer = SparseTrainer(model, arguments(tmp_path, sparsity=0.5), train_dataset=Samples())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    base = tiny("llama")
+    prune(base, 0.5)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    tokens = Samples().tokens
+    torch.testing.assert_close(loaded(tokens).logits, model.eval()(tokens).logits)
+
+
+class Vandal(TrainerCallback):
+    """Writes to a pruned weight, as an optimiser or a dense merge would."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            model.get_base_model().model.layers[1].mlp.down_proj.get_base_layer().weight.add_(1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"logging_steps": 1}, {"logging_steps": 100, "save_strategy": "steps", "save_steps": 1}, {"logging_steps": 100}],
+    ids=["at a log", "at a save", "at the end"],
+)
+def test_a_lost_zero_is_never_silent(tmp_path, options):
+    args = arguments(tmp_path, sparsity=0.5, **options)
+    trainer = SparseTrainer(adapted(), args, train_dataset=Samples(), callbacks=[Vandal()])
+    with pytest.raises(RuntimeError, match="'model.layers.1.mlp.down_proj' lost zeros .* Train with MaskLoRAConfig"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*/adapter_model.safetensors"))
+
+
+def test_a_weight_becoming_zero_is_no_loss(tmp_path):
+    class Zeroes(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                model.get_base_model().model.layers[1].mlp.down_proj.get_base_layer().weight[0] = 0
+
+    args = arguments(tmp_path, sparsity=0.5)
+    SparseTrainer(adapted(), args, train_dataset=Samples(), callbacks=[Zeroes()]).train()
+
+
+def test_the_callback_serves_a_plain_trainer(tmp_path):
+    model = adapted()
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to="none", use_cpu=True, dataloader_pin_memory=False, save_strategy="no"
+    )
+    callback = PruningCallback("2:4", criterion="wanda", calibration=Samples().tokens)
+    Trainer(model, args, train_dataset=Samples(), callbacks=[callback, ZeroGuardCallback()]).train()
+    assert sparsity(model) == callback.report.sparsity == 0.5
+
+
+def test_the_callback_prunes_a_trained_adapters_base_as_it_would_a_fresh_ones():
+    model, expected = adapted(train_norms=True, init_weights=False), tiny("llama")
+    callback = PruningCallback(0.5, criterion="wanda", calibration=Samples().tokens)
+    callback.prune(model, seed=0)
+    prune(expected, 0.5, criterion="wanda", calibration=Samples().tokens)
+    assert_same_zeros(model, zeros_of(expected))
+
+
+def test_pruning_does_not_change_the_order_of_the_data(tmp_path):
+    def losses(prune_first):
+        model = adapted()
+        if prune_first:
+            torch.manual_seed(42)
+            prune(model, 0.5, criterion="random")
+        options = {} if prune_first else {"sparsity": 0.5, "criterion": "random"}
+        trainer = SparseTrainer(copy.deepcopy(model), arguments(tmp_path, **options), train_dataset=Samples())
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert losses(True) == losses(False)
