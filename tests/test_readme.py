@@ -1,0 +1,51 @@
+"""Every python block of the documents runs; those of one document share their names, as a reader's session would."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_sparse.blocks import find_blocks
+
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODEL = "HuggingFaceTB/SmolLM2-135M"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_blocks_run(document, tmp_path, monkeypatch, llama, tokens):
+    monkeypatch.chdir(tmp_path)
+    llama.save_pretrained("tiny-llama")
+    # What the text says the reader brings: token sequences, and the same as a training set.
+    session = {"sequences": tokens, "dataset": [{"input_ids": row, "labels": row} for row in tokens]}
+    for block in re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL):
+        exec(compile(block.replace(MODEL, "tiny-llama"), document.name, "exec"), session)
+    if document.name == "README.md":
+        assert len(find_blocks(session["model"])) == 3, "the quickstart was not run"
+
+
+def test_links_lead_somewhere():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    text = (ROOT / "README.md").read_text()
+    listed = set(re.findall(r"^    (?:  )?(\w+\.py|\w+/)  ", text, flags=re.MULTILINE))
+    package = ROOT / "src" / "peft_sparse"
+    actual = {
+        path.name + ("/" if path.is_dir() else "") for path in package.iterdir() if not path.name.startswith("_")
+    }
+    assert listed == actual - {"py.typed"}
+
+
+def test_the_commands_in_the_readme_exist():
+    text = (ROOT / "README.md").read_text()
+    assert "python3 make.py demo" in text
+    assert "python3 make.py test" in text
+    assert "python3 make.py test" in (ROOT / ".ci" / "run").read_text()
+    assert torch.__version__.split("+")[0] in (ROOT / "constraints.txt").read_text()
