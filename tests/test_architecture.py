@@ -65,6 +65,7 @@ def test_public_names_are_these():
     assert peft_sparse.__all__ == [
         "MaskLoRAConfig",
         "PruningCallback",
+        "ScaledLoRAConfig",
         "SemiStructured",
         "SparseTrainer",
         "SparseTrainingArguments",

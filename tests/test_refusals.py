@@ -15,6 +15,7 @@ from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, 
 from peft_sparse.callbacks import ZeroGuardCallback, _compare
 from peft_sparse.masks import SemiStructured, Unstructured, parse_pattern
 from peft_sparse.tuners import MaskLoraModel
+from peft_sparse.tuners.proof import check_masks
 from peft_sparse.tuners.registration import register
 from peft_sparse.weights import as_matrix
 
@@ -94,10 +95,8 @@ def arguments(**kwargs):
 
 
 def mismatch():
-    from peft_sparse.tuners.model import _check_masks
-
     config = MaskLoRAConfig(mask_fingerprints={"lm_head": "61x16:500:0000000000000000"})
-    _check_masks(llama(), config)
+    check_masks(llama(), config)
 
 
 class TokenSamples(torch.utils.data.Dataset):
@@ -161,7 +160,7 @@ REFUSALS = [
     (lambda: perplexity(llama(nan_norm), TOKENS), ValueError, "Expected a finite loss, got nan"),
     (lambda: MaskLoRAConfig(r=0), ValueError, "`r` must be a positive integer, got 0"),
     (lambda: MaskLoRAConfig(rank_pattern={"q": -1}), ValueError, r"`rank_pattern\['q'\]` must be a positive integer"),
-    (lambda: MaskLoRAConfig(lora_dropout=0.1), ValueError, "`lora_dropout` must be 0 for MaskLoRA, got 0.1"),
+    (lambda: MaskLoRAConfig(lora_dropout=1.0), ValueError, r"`lora_dropout` must be in \[0, 1\), got 1.0"),
     (lambda: MaskLoRAConfig(bias="some"), ValueError, "`bias` must be one of .* got 'some'"),
     (lambda: MaskLoRAConfig(on_mask_mismatch="no"), ValueError, "`on_mask_mismatch` must be one of"),
     (
@@ -172,7 +171,7 @@ REFUSALS = [
     (
         lambda: get_peft_model(llama(), MaskLoRAConfig(target_modules=["embed_tokens"])),
         TypeError,
-        "Target module Embedding.* is not supported. MaskLoRA adapts",
+        "Target module Embedding.* is not supported. MaskLoraModel adapts",
     ),
     (mismatch, ValueError, "trained on other zeros .* in 1 of 1 layers .*lm_head: adapter 0.5123, model 0.0000"),
     (lambda: nan_adapter().merge_adapter(safe_merge=True), ValueError, "NaNs detected in the merged weights"),

@@ -13,12 +13,13 @@ from .evaluation import perplexity
 from .masks import SemiStructured, Unstructured
 from .prune import prune, sparsity
 from .trainer import SparseTrainer, SparseTrainingArguments
-from .tuners import MaskLoRAConfig
+from .tuners import MaskLoRAConfig, ScaledLoRAConfig
 
 
 __all__ = [
     "MaskLoRAConfig",
     "PruningCallback",
+    "ScaledLoRAConfig",
     "SemiStructured",
     "SparseTrainer",
     "SparseTrainingArguments",

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule,
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from .weights import PRUNABLE_LAYERS, stored_weight
 
@@ -88,6 +89,13 @@ def tied_to_embedding(model: nn.Module, layers: dict[str, nn.Module]) -> list[st
     """Return the names among `layers` whose weight is also the weight of an `nn.Embedding`."""
     embeddings = {id(module.weight) for _, module in _walk("", base_model(model)) if isinstance(module, nn.Embedding)}
     return [name for name, module in layers.items() if id(stored_weight(base_layer(module))) in embeddings]
+
+
+def output_head(model: nn.Module) -> str | None:
+    """Return the name of the output head, as transformers' `get_output_embeddings` tells, None if there is none."""
+    model = base_model(model)
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -1,11 +1,27 @@
 """PEFT tuners that cannot fill a zero. Importing this package registers them with PEFT."""
 
-from .config import MaskLoRAConfig
-from .layer import MaskLoraLayer, MaskLoraLinear
-from .model import MaskLoraModel
+from .config import MaskLoRAConfig, ScaledLoRAConfig
+from .groups import trainable_shares
+from .lora_extras import enable_lora_extras
+from .mask_lora import MaskLoraConv2d, MaskLoraLayer, MaskLoraLinear, MaskLoraModel
 from .registration import register
+from .scaled_lora import ScaledLoraConv2d, ScaledLoraLayer, ScaledLoraLinear, ScaledLoraModel
 
 
-__all__ = ["MaskLoRAConfig", "MaskLoraLayer", "MaskLoraLinear", "MaskLoraModel"]
+__all__ = [
+    "MaskLoRAConfig",
+    "MaskLoraConv2d",
+    "MaskLoraLayer",
+    "MaskLoraLinear",
+    "MaskLoraModel",
+    "ScaledLoRAConfig",
+    "ScaledLoraConv2d",
+    "ScaledLoraLayer",
+    "ScaledLoraLinear",
+    "ScaledLoraModel",
+    "trainable_shares",
+]
 
 register("mask_lora", MaskLoRAConfig, MaskLoraModel)
+register("scaled_lora", ScaledLoRAConfig, ScaledLoraModel)
+enable_lora_extras({MaskLoRAConfig: MaskLoraModel, ScaledLoRAConfig: ScaledLoraModel})

@@ -1,42 +1,75 @@
-"""MaskLoraModel: puts MaskLoRA layers into a model, and holds an adapter to the mask it was trained on."""
+"""SparseLoraModel: puts adapters into a model. What a tuner adds to it is three class attributes."""
 
-import logging
-import warnings
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, ClassVar
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
-from peft.utils.other import get_pattern_key
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..blocks import base_layer, base_model, norm_names
-from ..masks import fingerprint, mask_of, sparsity_of_fingerprint
-from ..weights import weight_matrix
-from .config import MaskLoRAConfig
-from .layer import MaskLoraLayer, MaskLoraLinear
+from .config import SparseLoraConfig
+from .groups import select_groups
+from .layer import SparseLoraLayer
+from .proof import check_masks, fingerprints
 
 
-logger = logging.getLogger(__name__)
+# Their kernels read the weight of these projections themselves, past any wrapper.
+MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+MAMBA_BYPASSED = ("out_proj", "conv1d")
 
 
-class MaskLoraModel(BaseTuner):
-    """A model with MaskLoRA adapters; made by `peft.get_peft_model(model, MaskLoRAConfig(...))`."""
+class SparseLoraModel(BaseTuner):
+    """A model with MaskLoRA or ScaledLoRA adapters."""
 
-    prefix: str = "mask_lora_"
-    tuner_layer_cls = MaskLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
+    layer_classes: ClassVar[dict[str, type[SparseLoraLayer]]]
 
-    def _prepare_model(self, peft_config: MaskLoRAConfig, model: nn.Module) -> None:
+    def _prepare_adapter_config(self, peft_config: SparseLoraConfig, model_config: dict[str, Any]) -> SparseLoraConfig:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: SparseLoraConfig, model: nn.Module) -> None:
         # PEFT calls this before it touches a module, so a refused adapter leaves the model as it was.
-        _check_masks(model, peft_config)
-        if peft_config.train_norms:
-            peft_config.modules_to_save = sorted(set(peft_config.modules_to_save or ()) | _norm_targets(model))
+        check_masks(model, peft_config)
+        select_groups(model, peft_config)
+
+    def _check_new_adapter_config(self, config: SparseLoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        # Wrappers of several parameters of one module are nested, and the nesting is part of the saved names.
+        for name, other in self.peft_config.items():
+            ours, theirs = set(config.target_parameters or ()), set(getattr(other, "target_parameters", None) or ())
+            if ours and theirs and ours != theirs:
+                raise ValueError(
+                    f"All adapters must have the same `target_parameters`; adapter {name!r} has {sorted(theirs)}, "
+                    f"the new one {sorted(ours)}."
+                )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: SparseLoraConfig, key: str) -> Any:
+        return key == getattr(peft_config, "_head", None) or BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _check_target_module_compatiblity(
+        self, peft_config: SparseLoraConfig, model: nn.Module, target_name: str
+    ) -> None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type in MAMBA_TYPES and target_name in MAMBA_BYPASSED:
+            raise ValueError(
+                f"{target_name!r} of a {model_type} model cannot be adapted: its kernels read the weight past any "
+                f"adapter. Leave {' and '.join(MAMBA_BYPASSED)} out of `target_modules`."
+            )
 
     def _create_and_replace(
         self,
-        peft_config: MaskLoRAConfig,
+        peft_config: SparseLoraConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -44,91 +77,99 @@ class MaskLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        self.create_in(self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+
+    @classmethod
+    def create_in(
+        cls,
+        tuner: BaseTuner,
+        peft_config: SparseLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Adapt `target` within the model of `tuner`, which in a mixed model is not of this class."""
         ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
         r = ranks.get(get_pattern_key(ranks.keys(), current_key), peft_config.r)
         lora_alpha = alphas.get(get_pattern_key(alphas.keys(), current_key), peft_config.lora_alpha)
-        if isinstance(target, MaskLoraLayer):
+        wrapped = getattr(target, "parameter_name", None)
+        if isinstance(target, cls.tuner_layer_cls) and wrapped == parameter_name:
             target.update_layer(adapter_name, r, lora_alpha, peft_config)
             return
-        layer = self._create_new_module(peft_config, adapter_name, target, r=r, lora_alpha=lora_alpha)
-        if adapter_name not in self.active_adapters:
+        options = get_quantization_kwargs(tuner.model)
+        layer_cls = cls._layer_class_for(target, parameter_name, options)
+        if parameter_name is not None:
+            options["parameter_name"] = parameter_name
+        assert lora_alpha is not None, "configurations resolve it"
+        layer = layer_cls(target, adapter_name, r, lora_alpha, peft_config, **options)
+        if adapter_name not in tuner.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        tuner._replace_module(parent, target_name, layer, target)
 
-    def _create_new_module(
-        self, peft_config: MaskLoRAConfig, adapter_name: str, target: nn.Module, **kwargs: Any
-    ) -> nn.Module:
+    @classmethod
+    def _layer_class_for(
+        cls, target: nn.Module, parameter_name: str | None, quantization: dict[str, Any]
+    ) -> type[SparseLoraLayer]:
+        if parameter_name is not None:
+            return cls.layer_classes["parameter"]
         layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(layer, (nn.Linear, Conv1D)):
-            raise TypeError(
-                f"Target module {target} is not supported. MaskLoRA adapts `torch.nn.Linear` and "
-                "`transformers.pytorch_utils.Conv1D`; leave the module out of `target_modules`."
-            )
-        return MaskLoraLinear(
-            target, adapter_name, config=peft_config, **kwargs, **get_quantization_kwargs(self.model)
+        if isinstance(layer, (nn.Linear, Conv1D)):
+            return cls.layer_classes["linear"]
+        if isinstance(layer, nn.Conv2d):
+            return cls.layer_classes["conv2d"]
+        backend = resolve_quantization_backend(layer, **quantization)
+        if backend is not None and backend.layer_type == "linear":
+            return cls.layer_classes["linear"]
+        raise TypeError(
+            f"Target module {target} is not supported. {cls.__name__} adapts `torch.nn.Linear`, `torch.nn.Conv2d` and "
+            "`transformers.pytorch_utils.Conv1D`; leave the module out of `target_modules`."
         )
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, one per sample, to every layer for one forward pass; PEFT calls this around it."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        layers = [m for m in self.modules() if isinstance(m, (SparseLoraLayer, AuxiliaryTrainingWrapper))]
+        self._check_adapter_names(adapter_names, layers)
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        # Beam search repeats the samples for the decoder, but not for an encoder.
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        in_encoder = {id(module) for module in encoder.modules()} if isinstance(encoder, nn.Module) else set()
+        with contextlib.ExitStack() as hooks:
+            for layer in layers:
+                names = adapter_names if id(layer) in in_encoder and encoder is not self.model else repeated
+                hook = partial(_with_adapter_names, names)
+                hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def _check_adapter_names(self, adapter_names: list[str], layers: list[nn.Module]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for layer in layers if isinstance(layer, SparseLoraLayer) for name in layer.A}
+        unknown = set(adapter_names) - known - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 
     @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: MaskLoRAConfig,
+        config: SparseLoraConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         # PEFT asks for the tensors right before it saves the configuration: the moment to write the proof into it.
-        config.mask_fingerprints = {
-            name: fingerprint(mask_of(module.pruned_weight()))
-            for name, module in base_model(model).named_modules()
-            if isinstance(module, MaskLoraLayer) and adapter_name in module.mask_lora_A and _is_loaded(module)
-        }
+        config.mask_fingerprints = fingerprints(model, adapter_name)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
 
-def _check_masks(model: nn.Module, config: MaskLoRAConfig) -> None:
-    """Hold the zeros of `model` against the fingerprints in `config`.
-
-    Raises:
-        ValueError: they differ, and `on_mask_mismatch` is "error".
-    """
-    if config.on_mask_mismatch == "ignore" or not config.mask_fingerprints:
-        return
-    modules = dict(model.named_modules())
-    differing = []
-    for name, expected in config.mask_fingerprints.items():
-        if name not in modules or not _is_loaded(modules[name]):
-            continue
-        module = modules[name]
-        weight = module.pruned_weight() if isinstance(module, MaskLoraLayer) else weight_matrix(base_layer(module))
-        found = fingerprint(mask_of(weight))
-        if found != expected:
-            differing.append((name, expected, found))
-    if not differing:
-        return
-    examples = "; ".join(
-        f"{name}: adapter {sparsity_of_fingerprint(expected):.4f}, model {sparsity_of_fingerprint(found):.4f}"
-        for name, expected, found in differing[:3]
-    )
-    message = (
-        f"The adapter was trained on other zeros than this base model has, in {len(differing)} of "
-        f"{len(config.mask_fingerprints)} layers (sparsities: {examples}). Load the pruned base model the adapter was "
-        'trained on, or pass a config with `on_mask_mismatch="warn"` to adapt to the zeros at hand.'
-    )
-    if config.on_mask_mismatch == "error":
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=2)
-
-
-def _is_loaded(module: nn.Module) -> bool:
-    # ZeRO-3 leaves parameters empty, and a meta weight has no zeros to compare.
-    weight = getattr(base_layer(module), "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.numel() > 0 and not weight.is_meta
-
-
-def _norm_targets(model: nn.Module) -> set[str]:
-    """Return what names the norms of `model`, and nothing else, in `modules_to_save`: PEFT matches by `endswith`."""
-    norms = norm_names(model)
-    endings = {name.rpartition(".")[2] for name in norms}
-    others = {name for name, _ in base_model(model).named_modules()} - set(norms)
-    return set(norms) if any(name.endswith(tuple(endings)) for name in others) else endings
+def _with_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return args, kwargs | {"adapter_names": names}

@@ -2,8 +2,21 @@
 
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 from peft.utils import PeftType, register_peft_method
+
+
+TABLES: tuple[dict[Any, Any], ...] = (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -41,6 +54,6 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
                 f"PEFT method {name!r} is registered already, by {known.__module__}.{known.__qualname__}. Two "
                 "packages cannot provide it; uninstall one, or import only one of them."
             )
-        for table in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+        for table in TABLES:
             table.pop(peft_type, None)
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)

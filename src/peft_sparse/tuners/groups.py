@@ -1,0 +1,66 @@
+"""PERP's parameter groups beside the adapters: norms, biases, output head. Zimmer et al. 2023, arXiv:2312.15230."""
+
+from torch import nn
+
+from ..blocks import base_model, norm_names, output_head, tied_to_embedding
+from .config import SparseLoraConfig
+
+
+def select_groups(model: nn.Module, config: SparseLoraConfig) -> None:
+    """Translate `train_norms` and `train_head` of `config` into what PEFT trains, saves and merges by itself.
+
+    Raises:
+        ValueError: the output head is asked for and missing, or is also the embedding.
+    """
+    if config.train_norms:
+        config.modules_to_save = sorted(set(config.modules_to_save or ()) | _norm_targets(model))
+    config._head = None
+    if config.train_head == "none":
+        return
+    name = output_head(model)
+    if name is None:
+        raise ValueError('`train_head` needs a model with an output head, this one has none. Use `train_head="none"`.')
+    if tied_to_embedding(model, {name: base_model(model).get_submodule(name)}):
+        raise ValueError(
+            f"The output head {name!r} shares its weight with the embedding: training it would change both. Load the "
+            "model "
+            'with `tie_word_embeddings=False` and copy the weight, or use `train_head="none"`.'
+        )
+    if config.train_head == "full":
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), name})
+    else:
+        config._head = name
+
+
+def trainable_shares(model: nn.Module) -> dict[str, float]:
+    """Return trainable parameters by group, "adapters", "norms", "biases" and "other", and in "all", as PERP's tables.
+
+    Each is a fraction of the parameters of the base model, which copies that PEFT makes do not count towards.
+    """
+    counts = dict.fromkeys(("adapters", "norms", "biases", "other"), 0)
+    norms = tuple(f"{name}." for name in norm_names(model))
+    base = base_model(model)
+    total = 0
+    for name, parameter in base.named_parameters():
+        adapter = "_lora_" in name
+        copied = ".modules_to_save." in name
+        total += 0 if adapter or copied else parameter.numel()
+        if not parameter.requires_grad:
+            continue
+        if adapter:
+            group = "adapters"
+        elif name.replace(".modules_to_save", "").startswith(norms):
+            group = "norms"
+        else:
+            group = "biases" if name.endswith("bias") else "other"
+        counts[group] += parameter.numel()
+    shares = {group: count / total for group, count in counts.items()}
+    return shares | {"all": sum(shares.values())}
+
+
+def _norm_targets(model: nn.Module) -> set[str]:
+    """Return what names the norms of `model`, and nothing else, in `modules_to_save`: PEFT matches by `endswith`."""
+    norms = norm_names(model)
+    endings = {name.rpartition(".")[2] for name in norms}
+    others = {name for name, _ in base_model(model).named_modules()} - set(norms)
+    return set(norms) if any(name.endswith(tuple(endings)) for name in others) else endings

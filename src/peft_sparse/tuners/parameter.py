@@ -1,0 +1,163 @@
+"""Adapters on a bare parameter: fused experts (experts, out, in), or any 2-D parameter (out, in)."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..functional import stacked_effective_weight
+from ..weights import stored_weight
+from .config import SparseLoraConfig
+from .layer import SparseLoraLayer
+
+
+class ParameterMixin(SparseLoraLayer):
+    """Wraps the module that owns the parameter and hands it the effective weight while it runs.
+
+    What the module computes with that weight is its own affair, so autograd keeps the effective weight until backward.
+    Experts have factors of their own, stored as PEFT's LoRA stores them: A (experts · r, in), B (out, experts · r).
+    """
+
+    parameter_name: str
+    stored_shape: tuple[int, ...]
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        r: int,
+        lora_alpha: float,
+        config: SparseLoraConfig,
+        parameter_name: str,
+        **kwargs: Any,
+    ) -> None:
+        # Set before nn.Module's own initialisation, which needs the shape; remembered, because reading the parameter
+        # while its parametrisation runs would run it again.
+        owner = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        parameter = getattr(owner, parameter_name)
+        self.__dict__["parameter_name"] = parameter_name
+        self.__dict__["stored_shape"] = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if config.lora_dropout:
+            raise ValueError(
+                f"`lora_dropout` must be 0 for `target_parameters`, got {config.lora_dropout}: the inputs of a bare "
+                "parameter are out of reach."
+            )
+        super().__init__(base_layer, adapter_name, r, lora_alpha, config, **kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the module, with the adapters of all its wrapped parameters merged if asked."""
+        layer: nn.Module = self
+        while isinstance(layer, ParameterMixin):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is not None:
+            raise ValueError("Mixed batches (`adapter_names`) are not supported with `target_parameters`.")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = self._present(self.active_adapters)
+        if self.disable_adapters or self.merged or not names:
+            return self.base_layer(*args, **kwargs)
+        with self._effective(names):
+            return self.base_layer(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _effective(self, names: list[str]) -> Iterator[None]:
+        self._settle_masks()
+        owner, parameter = self.get_base_layer(), self._parameter()
+        requires_grad = parameter.requires_grad
+        parametrize.register_parametrization(owner, self.parameter_name, _EffectiveParameter(self, names))
+        parameter.requires_grad_(requires_grad)
+        try:
+            with parametrize.cached():
+                yield
+        finally:
+            parametrize.remove_parametrizations(owner, self.parameter_name, leave_parametrized=False)
+
+    # -- storage -----------------------------------------------------------------------------------------------------
+
+    def _parameter(self) -> Tensor:
+        return getattr(self.get_base_layer(), self.parameter_name)
+
+    def _shape(self) -> tuple[int, int, int]:
+        """(experts, out, in), one expert for a 2-D parameter."""
+        shape = self.stored_shape
+        if len(shape) == 2:
+            return 1, shape[0], shape[1]
+        if len(shape) != 3:
+            raise ValueError(
+                f"`target_parameters` needs parameters of 2 or 3 dimensions, got {self.parameter_name!r} of shape "
+                f"{shape}."
+            )
+        experts, rows, columns = shape
+        return (experts, columns, rows) if self._transposed() else (experts, rows, columns)
+
+    def _transposed(self) -> bool:
+        # transformers' experts say so when they store (experts, in, out).
+        return bool(getattr(self.get_base_layer(), "is_transposed", False))
+
+    def _features(self) -> tuple[int, int]:
+        _, rows, columns = self._shape()
+        return columns, rows
+
+    def _factor_features(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        experts, rows, columns = self._shape()
+        return (columns, experts * r), (experts * r, rows)
+
+    def _factors(self, names: list[str]) -> tuple[Tensor, Tensor, float, float]:
+        A, B, c, s = super()._factors(names)
+        experts, rows, columns = self._shape()
+        if len(self.stored_shape) == 2:
+            return A, B, c, s
+        # Within an adapter A counts experts first and B last, as in PEFT's LoRA; adapters come one after the other.
+        ranks = [self.r[name] for name in names]
+        sizes = [experts * r for r in ranks]
+        per_expert_A = [a.view(experts, r, columns) for a, r in zip(A.split(sizes), ranks, strict=True)]
+        per_expert_B = [
+            b.reshape(rows, r, experts).permute(2, 0, 1) for b, r in zip(B.split(sizes, 1), ranks, strict=True)
+        ]
+        return torch.cat(per_expert_A, 1), torch.cat(per_expert_B, 2), c, s
+
+    def _stored(self) -> Tensor:
+        return self._parameter().data
+
+    def _store(self, weight: Tensor) -> None:
+        self._parameter().data = weight
+
+    def _matrix(self, stored: Tensor) -> Tensor:
+        return stored.mT if stored.dim() == 3 and self._transposed() else stored
+
+    def _as_stored(self, matrix: Tensor) -> Tensor:
+        return self._matrix(matrix)
+
+    def _readable(self) -> bool:
+        return True
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        parameter = self._parameter()
+        for factors in (self.A, self.B):
+            if not stored_weight(factors[adapter_name]).is_meta:
+                factors[adapter_name].to(device or parameter.device, dtype=parameter.dtype)
+
+
+class _EffectiveParameter(nn.Module):
+    """The parametrisation that stands in for the parameter."""
+
+    def __init__(self, layer: ParameterMixin, names: list[str]) -> None:
+        super().__init__()
+        # In a tuple, or the wrapper would be registered below the module it wraps.
+        self.layer = (layer, names)
+
+    def forward(self, stored: Tensor) -> Tensor:
+        layer, names = self.layer
+        A, B, c, s = layer._factors(names)
+        return layer._as_stored(stacked_effective_weight(layer._matrix(stored), A, B, layer.factor, c, s))

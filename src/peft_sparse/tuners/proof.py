@@ -1,0 +1,83 @@
+"""Proof of the mask: fingerprints written with an adapter, and held against the model it is loaded onto."""
+
+import warnings
+
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+
+from ..blocks import base_layer, base_model
+from ..masks import fingerprint, mask_of, sparsity_of_fingerprint
+from ..weights import PRUNABLE_LAYERS, as_matrix
+from .config import SparseLoraConfig
+from .layer import SparseLoraLayer
+
+
+def fingerprints(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Return the fingerprint of the mask below every layer that has the adapter, by name of the layer or parameter."""
+    found = {}
+    for name, module in base_model(model).named_modules():
+        if isinstance(module, SparseLoraLayer) and adapter_name in module.A and module._readable():
+            key = name.replace(".base_layer", "")
+            key = f"{key}.{module.parameter_name}" if hasattr(module, "parameter_name") else key
+            if _is_loaded(module._stored()):
+                found[key] = _fingerprint(module.pruned_weight())
+    return found
+
+
+def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
+    """Hold the zeros of `model` against the fingerprints in `config`.
+
+    An adapter that carries its mask brings the zeros along, and is held against the model when it is first used.
+
+    Raises:
+        ValueError: they differ, and `on_mask_mismatch` is "error".
+    """
+    if config.on_mask_mismatch == "ignore" or config.save_mask:
+        return
+    differing = []
+    for name, expected in config.mask_fingerprints.items():
+        weight = _weight_called(model, name)
+        if weight is not None and (found := _fingerprint(weight)) != expected:
+            differing.append((name, expected, found))
+    if not differing:
+        return
+    examples = "; ".join(
+        f"{name}: adapter {sparsity_of_fingerprint(expected):.4f}, model {sparsity_of_fingerprint(found):.4f}"
+        for name, expected, found in differing[:3]
+    )
+    message = (
+        f"The adapter was trained on other zeros than this base model has, in {len(differing)} of "
+        f"{len(config.mask_fingerprints)} layers (sparsities: {examples}). Load the pruned base model the adapter was "
+        'trained on, or pass a config with `on_mask_mismatch="warn"` to adapt to the zeros at hand.'
+    )
+    if config.on_mask_mismatch == "error":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=2)
+
+
+def _weight_called(model: nn.Module, name: str) -> Tensor | None:
+    """The weight, as a matrix, of the layer or parameter `name`; None if it is not there or cannot be read yet."""
+    modules = dict(model.named_modules())
+    module = modules.get(name)
+    if module is None:
+        owner, _, parameter = name.rpartition(".")
+        weight = getattr(base_layer(modules[owner]), parameter, None) if owner in modules else None
+        return weight.detach() if isinstance(weight, Tensor) and _is_loaded(weight) else None
+    if isinstance(module, SparseLoraLayer):
+        return module.pruned_weight() if module._readable() and _is_loaded(module._stored()) else None
+    layer = base_layer(module)
+    backend = resolve_quantization_backend(layer, **get_quantization_kwargs(model))
+    if backend is not None:
+        return backend.get_base_weight(layer) if backend.supports_merge else None
+    if not isinstance(layer, PRUNABLE_LAYERS) or not _is_loaded(layer.weight):
+        return None
+    return as_matrix(layer, layer.weight.detach())
+
+
+def _fingerprint(weight: Tensor) -> str:
+    return fingerprint(mask_of(weight.reshape(-1, weight.shape[-1])))
+
+
+def _is_loaded(weight: Tensor) -> bool:
+    # ZeRO-3 leaves parameters empty, and a meta weight has no zeros to compare.
+    return weight.numel() > 0 and not weight.is_meta
