@@ -1,10 +1,12 @@
 """Time and memory of one training step per tuner, as ratios to PEFT's LoRA in the same run.
 
     python benchmarks/tuners.py --output benchmarks/results/tuners-smollm2-cpu.json
+    python benchmarks/tuners.py --layers --output benchmarks/results/tuners-layers-cpu.json
 
-A step is forward and backward of SmolLM2-135M-Instruct, pruned to 50 % by magnitude, on one sequence; every linear
-layer of the blocks is adapted. Rounds visit the tuners in turn, and a ratio is taken within its round, so a machine
-that slows down slows all of them. Memory is what autograd keeps from forward to backward, parameters not counted.
+The first measures forward and backward of SmolLM2-135M-Instruct, pruned to 50 % by magnitude, on one sequence, every
+linear layer of the blocks adapted; the second one linear layer at several shapes and ranks. Rounds visit the tuners in
+turn, and a ratio is taken within its round, so a machine that slows down slows all of them. Memory is what autograd
+keeps from forward to backward, parameters not counted. float32 on CPU, bfloat16 on GPU.
 """
 
 import argparse
@@ -25,48 +27,66 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import peft_sparse.tuners.layer
-from peft_sparse import MaskLoRAConfig, prune
+from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune
+from peft_sparse.masks import Unstructured, select
 from peft_sparse.report import environment
+from peft_sparse.weights import write_zeros
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from demo import smollm2_dir  # noqa: E402
 
 
-def plain_formula(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048)]
+RANKS = [4, 16, 64]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+Context = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def plain_formula(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, *, c: float, s: float, **_: Any
+) -> Tensor:
     """MaskLoRA as autograd would do it by itself: the published formula."""
-    return F.linear(x, weight + scaling * (B @ A).masked_fill(weight == 0, 0), bias)
+    return F.linear(x, c * weight + s * (B @ A).masked_fill(weight == 0, 0), bias)
 
 
 @contextlib.contextmanager
 def by_plain_formula() -> Iterator[None]:
     layer: Any = peft_sparse.tuners.layer
-    fused, layer.mask_lora_linear = layer.mask_lora_linear, plain_formula
+    fused, layer.sparse_lora = layer.sparse_lora, plain_formula
     try:
         yield
     finally:
-        layer.mask_lora_linear = fused
+        layer.sparse_lora = fused
 
 
-def tuners(rank: int) -> dict[str, tuple[PeftConfig, Callable[[], contextlib.AbstractContextManager[None]]]]:
-    lora: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+def tuners(rank: int) -> dict[str, tuple[PeftConfig, Context]]:
+    targets: dict[str, Any] = {"target_modules": "all-linear"}
+    lora = targets | {"r": rank, "lora_alpha": 2 * rank}
+    plain = contextlib.nullcontext
     return {
-        "LoRA (PEFT)": (LoraConfig(**lora), contextlib.nullcontext),
-        "MaskLoRA": (MaskLoRAConfig(**lora), contextlib.nullcontext),
+        "LoRA (PEFT)": (LoraConfig(**lora), plain),
+        "MaskLoRA": (MaskLoRAConfig(**lora), plain),
+        "MaskLoRA, 30 % of the tokens": (MaskLoRAConfig(**lora, gradient_tokens=0.3), plain),
         "MaskLoRA, plain formula": (MaskLoRAConfig(**lora), by_plain_formula),
-        "HiRA (PEFT)": (HiraConfig(r=rank, target_modules="all-linear"), contextlib.nullcontext),
+        "LoRA-Prune": (MaskLoRAConfig(**lora, masking="merge"), plain),
+        "ScaledLoRA": (ScaledLoRAConfig(**targets, r=rank), plain),
+        "ScaledLoRA, rank 1": (ScaledLoRAConfig(**targets, r=1), plain),
+        "HiRA (PEFT)": (HiraConfig(**targets, r=rank), plain),
     }
 
 
-def step_seconds(model: nn.Module, tokens: Tensor) -> float:
+def seconds_of(step: Callable[[], Tensor]) -> float:
     synchronize()
     started = time.perf_counter()
-    model(input_ids=tokens, labels=tokens).loss.backward()
+    step().backward()
     synchronize()
     return time.perf_counter() - started
 
 
-def bytes_kept(model: nn.Module, tokens: Tensor) -> int:
+def bytes_kept(model: nn.Module, step: Callable[[], Tensor]) -> int:
     """Bytes of the storages that autograd holds from forward to backward, each counted once, parameters left out."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
@@ -76,7 +96,7 @@ def bytes_kept(model: nn.Module, tokens: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = step()
     total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
     del loss
     return total
@@ -87,16 +107,21 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure(base: nn.Module, tokens: Tensor, rank: int, rounds: int) -> list[dict[str, Any]]:
+def measure(base: nn.Module, loss: Callable[[nn.Module], Tensor], rank: int, rounds: int) -> list[dict[str, Any]]:
+    """Return one row per tuner: medians over the rounds, ratios to the first tuner within each round."""
     seconds: dict[str, list[float]] = {name: [] for name in tuners(rank)}
     kept: dict[str, int] = {}
-    for _ in tqdm(range(rounds), desc="rounds"):
+    for _ in tqdm(range(rounds), desc=f"rank {rank}", unit="round"):
         for name, (config, context) in tuners(rank).items():
             model = get_peft_model(base, config).train()
+
+            def step(model: nn.Module = model) -> Tensor:
+                return loss(model)
+
             with context():
-                step_seconds(model, tokens)  # the first step of a model warms up
-                seconds[name].append(min(step_seconds(model, tokens) for _ in range(2)))
-                kept[name] = kept.get(name) or bytes_kept(model, tokens)
+                seconds_of(step)  # the first step of a model warms up
+                seconds[name].append(min(seconds_of(step) for _ in range(2)))
+                kept[name] = kept.get(name) or bytes_kept(model, step)
             model.unload()
     reference = next(iter(seconds))
     return [
@@ -111,33 +136,63 @@ def measure(base: nn.Module, tokens: Tensor, rank: int, rounds: int) -> list[dic
     ]
 
 
+def measure_model(tokens: int, rank: int, rounds: int) -> list[dict[str, Any]]:
+    base = AutoModelForCausalLM.from_pretrained(smollm2_dir(), dtype=DTYPE).to(DEVICE)
+    prune(base, 0.5)
+    ids = torch.randint(0, base.config.vocab_size, (1, tokens), device=DEVICE)
+    return measure(base, lambda model: model(input_ids=ids, labels=ids).loss, rank, rounds)
+
+
+class OneLayer(nn.Module):
+    """A pruned linear layer."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(columns, rows, bias=False)
+        write_zeros(self.linear, select(self.linear.weight.detach().abs(), Unstructured(0.5), "matrix"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def measure_layers(tokens: int, rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for shape in SHAPES:
+        base = OneLayer(*shape).to(DEVICE, DTYPE)
+        x = torch.randn(tokens, shape[1], device=DEVICE, dtype=DTYPE, requires_grad=True)
+        for rank in RANKS:
+            found = measure(base, lambda model, x=x: model(x).square().mean(), rank, rounds)  # type: ignore[misc]
+            rows += [{"shape": shape, "rank": rank} | row for row in found]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", action="store_true", help="single layers instead of the whole model")
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=16, help="of the whole model's adapters")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(smollm2_dir(), dtype=dtype).to(device)
-    prune(base, 0.5)
-    tokens = torch.randint(0, base.config.vocab_size, (1, arguments.tokens), device=device)
-    rows = measure(base, tokens, arguments.rank, arguments.rounds)
-    print("\n| tuner | step | time / LoRA | kept for backward | memory / LoRA |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    if arguments.layers:
+        rows = measure_layers(arguments.tokens, arguments.rounds)
+    else:
+        rows = measure_model(arguments.tokens, arguments.rank, arguments.rounds)
+    print("\n| shape, rank | tuner | step | time / LoRA | kept for backward | memory / LoRA |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
     for row in rows:
+        where = f"{row['shape'][0]} x {row['shape'][1]}, {row['rank']}" if arguments.layers else "SmolLM2-135M"
         print(
-            f"| {row['tuner']} | {row['seconds']:.2f} s | {row['time_ratio']:.2f} | "
-            f"{row['bytes_kept'] / 2**20:.0f} MiB | {row['memory_ratio']:.2f} |"
+            f"| {where} | {row['tuner']} | {row['seconds'] * 1e3:.1f} ms | {row['time_ratio']:.2f} | "
+            f"{row['bytes_kept'] / 2**20:.1f} MiB | {row['memory_ratio']:.2f} |"
         )
     if arguments.output:
         settings = {
             "tokens": arguments.tokens,
             "rank": arguments.rank,
             "rounds": arguments.rounds,
-            "dtype": str(dtype),
+            "dtype": str(DTYPE),
         }
         result = {"settings": settings, "seed": 0, "rows": rows, "environment": environment()}
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")

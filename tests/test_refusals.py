@@ -7,11 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, T5Config, T5ForConditionalGeneration, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    MambaConfig,
+    MixtralConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
 
 import peft_sparse
-from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, perplexity, prune
+from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, SparseTrainer, SparseTrainingArguments, perplexity, prune
 from peft_sparse.callbacks import ZeroGuardCallback, _compare
 from peft_sparse.masks import SemiStructured, Unstructured, parse_pattern
 from peft_sparse.tuners import MaskLoraModel
@@ -19,7 +28,7 @@ from peft_sparse.tuners.proof import check_masks
 from peft_sparse.tuners.registration import register
 from peft_sparse.weights import as_matrix
 
-from conftest import tiny
+from conftest import CONFIGS, tiny
 
 
 TOKENS = torch.randint(0, 61, (4, 8))
@@ -58,6 +67,46 @@ def t5():
 
 def unused_layer(model):
     model.model.layers[0].idle = nn.Linear(4, 4)
+
+
+def adapted(model=None, **options):
+    return get_peft_model(model or llama(), MaskLoRAConfig(target_modules="all-linear", **options)).eval()
+
+
+def headless():
+    return AutoModel.from_config(CONFIGS["llama"])
+
+
+def unreadable():
+    model = adapted()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.quantization_backend = ForwardOnlyQuantizationBackend("stub")
+    model(TOKENS)
+
+
+def foreign_mask():
+    one = nn.Sequential(nn.Linear(4, 4))
+    one[0].weight.data = 1.0 - torch.eye(4)
+    model = get_peft_model(one, MaskLoRAConfig(target_modules=["0"], save_mask=True, mask_fingerprints={"0": ""}))
+    model.base_model.model[0].saved_masks["default"].fill_(255)
+    model(torch.ones(1, 4))
+
+
+def experts(**options):
+    return get_peft_model(mixtral(), MaskLoRAConfig(target_modules=[], target_parameters=["gate_up_proj"], **options))
+
+
+def other_parameters():
+    experts().add_adapter("other", MaskLoRAConfig(target_modules=[], target_parameters=["down_proj"]))
+
+
+def mamba():
+    config = MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, state_size=4)
+    get_peft_model(AutoModelForCausalLM.from_config(config), MaskLoRAConfig(target_modules=["out_proj"]))
+
+
+def vector_parameter():
+    get_peft_model(llama(), MaskLoRAConfig(target_modules=[], target_parameters=["input_layernorm.weight"]))
 
 
 def nan_adapter():
@@ -173,6 +222,39 @@ REFUSALS = [
         TypeError,
         "Target module Embedding.* is not supported. MaskLoraModel adapts",
     ),
+    (lambda: MaskLoRAConfig(gradient_tokens=0), ValueError, r"`gradient_tokens` must be in \(0, 1\], got 0. Use 1"),
+    (lambda: MaskLoRAConfig(format_version=99), ValueError, "format version 99, this peft_sparse knows 1. Upgrade it"),
+    (lambda: MaskLoRAConfig(masking="later"), ValueError, "`masking` must be one of .* got 'later'"),
+    (lambda: ScaledLoRAConfig(init_weights="pissa"), ValueError, "`init_weights` must be one of .* got 'pissa'"),
+    (lambda: adapted(train_head="full", model=headless()), ValueError, "needs a model with an output head"),
+    (
+        lambda: adapted(train_head="adapter", model=tiny("gpt2")),
+        ValueError,
+        "'lm_head' shares its weight with the emb",
+    ),
+    (lambda: adapted()(TOKENS, adapter_names=["default"]), ValueError, "Length of `adapter_names` .* got 1 and 4"),
+    (
+        lambda: merged().eval()(TOKENS, adapter_names=["default"] * 4),
+        ValueError,
+        "Cannot pass `adapter_names` when there are",
+    ),
+    (
+        lambda: adapted().train()(TOKENS, adapter_names=["default"] * 4),
+        ValueError,
+        "when the model is in training mode",
+    ),
+    (lambda: adapted()(TOKENS, adapter_names=["other"] * 4), ValueError, "non-existing adapter.*: other"),
+    (unreadable, TypeError, "The weights of stub layers cannot be read, .* saved with `save_mask=True`"),
+    (foreign_mask, ValueError, "carries a mask that keeps 25.0% of the entries that are zero in this base"),
+    (other_parameters, ValueError, "must have the same `target_parameters`; adapter 'default' has .*gate_up_proj"),
+    (mamba, ValueError, "'out_proj' of a mamba model cannot be adapted: its kernels read the weight past"),
+    (lambda: experts(lora_dropout=0.1), ValueError, "`lora_dropout` must be 0 for `target_parameters`, got 0.1"),
+    (
+        lambda: experts().eval()(TOKENS, adapter_names=["default"] * 4),
+        ValueError,
+        "are not supported with `target_par",
+    ),
+    (vector_parameter, ValueError, "needs parameters of 2 or 3 dimensions, got 'weight' of shape"),
     (mismatch, ValueError, "trained on other zeros .* in 1 of 1 layers .*lm_head: adapter 0.5123, model 0.0000"),
     (lambda: nan_adapter().merge_adapter(safe_merge=True), ValueError, "NaNs detected in the merged weights"),
     (lambda: register("mask_lora", ForeignConfig, MaskLoraModel), RuntimeError, "'mask_lora' is registered already"),

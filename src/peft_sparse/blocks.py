@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -24,8 +24,8 @@ Targets = str | list[str] | set[str] | tuple[str, ...] | None
 def base_model(model: nn.Module) -> nn.Module:
     """Return the model inside PEFT, DDP and `torch.compile` wrappers."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
-    while isinstance(model, (PeftModel, BaseTuner)):
-        model = model.get_base_model() if isinstance(model, PeftModel) else model.model
+    while isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
+        model = model.model if isinstance(model, BaseTuner) else model.base_model
     return model
 
 

@@ -29,7 +29,8 @@ class InputNorm:
     def update(self, inputs: Tensor, keep: Tensor | None) -> None:
         """Add `inputs` (..., in); `keep` (...) is False at padding."""
         rows = inputs[keep] if keep is not None and keep.shape == inputs.shape[:-1] else inputs.flatten(0, -2)
-        self.sum_of_squares += torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        self.sum_of_squares += torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square()
         self.tokens += rows.shape[0]
 
     def value(self) -> Tensor:

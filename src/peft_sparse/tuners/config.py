@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from peft import PeftConfig
 
 from ..masks import sparsity_of_fingerprint
+from .card import complete_card
 from .registration import add_peft_type
 
 
@@ -33,6 +34,8 @@ class SparseLoraConfig(PeftConfig):
             needs a second matrix product.
         use_rslora: scale by 1 / sqrt(r), Kalajdzievski 2023, arXiv:2312.03732.
         bias: "none", "all", or "mask_lora_only" ("scaled_lora_only"): which biases are trained and saved.
+        gradient_tokens: fraction of the tokens, in (0, 1], that the adapter's gradient is estimated from, without
+            bias: cheaper and leaner steps with noisier gradients. Linear layers; 1 is exact.
         train_norms: train and save every normalisation layer, inside and outside the blocks, by `modules_to_save`.
         train_head: train the output head: "none"; "adapter" adapts it as any other layer (a head is not pruned, so
             with MaskLoRA that is plain LoRA, and merges); "full" trains and saves its weight.
@@ -65,6 +68,7 @@ class SparseLoraConfig(PeftConfig):
     lora_alpha: float | None = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    gradient_tokens: float = 1.0
     bias: str = "none"
     train_norms: bool = False
     train_head: Literal["none", "adapter", "full"] = "none"
@@ -83,6 +87,8 @@ class SparseLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._head: str | None = None
+        self._proof: dict[str, str] = {}
         # PEFT matches names in sets; lists are what JSON brings back.
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -97,6 +103,17 @@ class SparseLoraConfig(PeftConfig):
             "on_mask_mismatch": ("error", "warn", "ignore"),
             "init_weights": (True, False),
         }
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration with the proof of the masks; tell on the model card how to load the adapter."""
+        own = self.mask_fingerprints
+        self.mask_fingerprints = self._proof or own
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+            complete_card(save_directory, self.peft_type.value, self.sparsity)
+        finally:
+            # Only the file is bound to these masks; the object may serve another model next.
+            self.mask_fingerprints = own
 
     @property
     def sparsity(self) -> float | None:
@@ -116,6 +133,10 @@ class SparseLoraConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
+        if not 0 < self.gradient_tokens <= 1:
+            raise ValueError(
+                f"`gradient_tokens` must be in (0, 1], got {self.gradient_tokens}. Use 1 for exact gradients."
+            )
         for name, accepted in self.choices().items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"`{name}` must be one of {accepted}, got {getattr(self, name)!r}.")

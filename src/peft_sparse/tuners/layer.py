@@ -18,8 +18,12 @@ from ..weights import as_matrix, as_stored, stored_weight
 from .config import SparseLoraConfig
 
 
-# Entries that are zero in a base weight although its adapter's saved mask keeps them: a dense checkpoint has a few.
+# A dense checkpoint has a few zeros: below this share a weight is not called pruned, and zeros that an adapter's saved
+# mask keeps are no contradiction.
 STRAY_ZEROS = 0.01
+
+# What a layer remembers of each adapter beside its tensors; PEFT deletes it with the adapter.
+STATE_NAMES = ("r", "lora_alpha", "scaling", "trained_scaling", "masking", "gradient_tokens")
 
 
 class SparseLoraLayer(nn.Module, BaseTunerLayer):
@@ -57,6 +61,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.trained_scaling: dict[str, float] = {}
         self.masking: dict[str, Literal["always", "merge"]] = {}
+        self.gradient_tokens: dict[str, float] = {}
         for name in ("A", "B", "dropout"):
             setattr(self, self.prefix + name, nn.ModuleDict())
         setattr(self, f"{self.prefix}mask", BufferDict(persistent=True))
@@ -93,6 +98,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.trained_scaling[adapter_name] = self.scaling[adapter_name]
         self.masking[adapter_name] = getattr(config, "masking", "always")
+        self.gradient_tokens[adapter_name] = config.gradient_tokens
         columns, rows = self._factor_features(r)
         # Modules rather than bare parameters: PEFT's hotswap and FSDP's wrapping look for them.
         self.A[adapter_name] = nn.Linear(*columns, bias=False)
@@ -101,10 +107,11 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         getattr(self, f"{self.prefix}dropout")[adapter_name] = dropout
         self.reset_parameters(adapter_name, config.init_weights)
         if config.save_mask:
-            # Filled by whoever loads the adapter; until then it is the mask at hand.
+            # The mask at hand. A configuration with fingerprints comes from a file, whose mask replaces it.
             readable = self._readable()
             self.saved_masks[adapter_name] = pack(mask_of(self._stored())) if readable else self._empty_mask()
-            self._unsettled[adapter_name] = config.on_mask_mismatch
+            if config.mask_fingerprints:
+                self._unsettled[adapter_name] = config.on_mask_mismatch
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -173,7 +180,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         if self._unmerged_weight is None:
             self._unmerged_weight = self._stored().cpu().clone()
-        self._store(self._as_stored(merged).contiguous())
+        self._store(self._as_stored(merged))
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -189,6 +196,8 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out)."""
+        if self._unsettled:
+            self._settle_masks()
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
@@ -206,7 +215,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         elif (rank_one := self._forward_rank_one(x, fused)) is not None:
             y = rank_one
         else:
-            y = self._product(x, self._weight_source(), self._factors(fused), self.bias)
+            y = self._product(x, self._weight_source(), self._factors(fused), self.bias, self._tokens(fused))
         for name in separate:
             y = y + self._delta(x, name).to(y.dtype)
         return y
@@ -231,7 +240,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         A, B, c, s = self._factors([name])
         if self.masking[name] == "merge":
             return self._low_rank(x, A, B) * s
-        return self._product(x, self._weight_source(), (A, B, c - 1, s), None)
+        return self._product(x, self._weight_source(), (A, B, c - 1, s), None, self._tokens([name]))
 
     def _low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
@@ -239,10 +248,20 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         return F.linear(F.linear(x, A), B)
 
     def _product(
-        self, x: Tensor, weight: Weight, factors: tuple[Tensor, Tensor, float, float], bias: Tensor | None
+        self,
+        x: Tensor,
+        weight: Weight,
+        factors: tuple[Tensor, Tensor, float, float],
+        bias: Tensor | None,
+        tokens: float,
     ) -> Tensor:
         A, B, c, s = factors
-        return sparse_lora(x, weight, A, B, bias, factor=self.factor, c=c, s=s, operation=self._operation())
+        operation = self._operation()
+        return sparse_lora(x, weight, A, B, bias, factor=self.factor, c=c, s=s, operation=operation, tokens=tokens)
+
+    def _tokens(self, names: list[str]) -> float:
+        """Fraction of the tokens to estimate gradients from: of the adapter that asks for the most."""
+        return max(self.gradient_tokens[name] for name in names) if self.training else 1.0
 
     def _operation(self) -> Operation:
         return LINEAR
@@ -281,7 +300,11 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         return self.get_base_weight()
 
     def _store(self, weight: Tensor) -> None:
-        self.set_base_weight(weight)
+        if self.quantization_backend is not None:
+            self.set_base_weight(weight)
+        else:
+            # Into the memory there is: its format stays, and so does every tie to it.
+            stored_weight(self.get_base_layer()).data.copy_(weight)
 
     def _matrix(self, stored: Tensor) -> Tensor:
         return as_matrix(self.get_base_layer(), stored)
@@ -326,6 +349,13 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
     def _present(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.A]
 
+    def refresh_saved_mask(self, name: str) -> None:
+        """Bring the saved mask of adapter `name` up to date: the base may have been pruned since it was attached."""
+        if name in self.saved_masks and self._readable():
+            self._settle_masks()
+            stored = self._stored() if self._unmerged_weight is None else self._unmerged_weight
+            self.saved_masks[name].copy_(pack(mask_of(stored)))
+
     @torch.no_grad()
     def _settle_masks(self) -> None:
         """Prune the base by the masks that adapters brought along. Once per adapter, when it is first used."""
@@ -366,9 +396,14 @@ class Conv2dMixin(SparseLoraLayer):
         return (stored_weight(self.get_base_layer())[0].numel(), r), (r, self.out_features)
 
     def _product(
-        self, x: Tensor, weight: Weight, factors: tuple[Tensor, Tensor, float, float], bias: Tensor | None
+        self,
+        x: Tensor,
+        weight: Weight,
+        factors: tuple[Tensor, Tensor, float, float],
+        bias: Tensor | None,
+        tokens: float,
     ) -> Tensor:
-        return super()._product(self._pad(x), weight, factors, bias)
+        return super()._product(self._pad(x), weight, factors, bias, 1.0)
 
     def _low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return self._operation().apply(self._pad(x).to(A.dtype), B @ A, None)

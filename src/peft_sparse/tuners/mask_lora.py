@@ -1,7 +1,7 @@
 """MaskLoRA: W + s · M ⊙ (BA). Zimmer et al. 2023, arXiv:2312.15230v3."""
 
 from ..functional import Factor
-from .layer import Conv2dMixin, SparseLoraLayer
+from .layer import STATE_NAMES, Conv2dMixin, SparseLoraLayer
 from .model import SparseLoraModel
 from .parameter import ParameterMixin
 
@@ -12,9 +12,7 @@ class MaskLoraLayer(SparseLoraLayer):
     prefix = "mask_lora_"
     factor: Factor = "mask"
     adapter_layer_names = ("mask_lora_A", "mask_lora_B")
-    other_param_names = (
-        "r", "lora_alpha", "scaling", "trained_scaling", "masking", "mask_lora_dropout", "mask_lora_mask"
-    )  # fmt: skip
+    other_param_names = (*STATE_NAMES, "mask_lora_dropout", "mask_lora_mask")
 
 
 class MaskLoraLinear(MaskLoraLayer):

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import SparseLoraConfig
 from .groups import select_groups
 from .layer import SparseLoraLayer
-from .proof import check_masks, fingerprints
+from .proof import check_masks, fingerprints, report_oddities
 
 
 # Their kernels read the weight of these projections themselves, past any wrapper.
@@ -42,6 +42,9 @@ class SparseLoraModel(BaseTuner):
         check_masks(model, peft_config)
         select_groups(model, peft_config)
 
+    def _post_injection_hook(self, model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
+        report_oddities(model, config, adapter_name)
+
     def _check_new_adapter_config(self, config: SparseLoraConfig) -> None:
         super()._check_new_adapter_config(config)
         # Wrappers of several parameters of one module are nested, and the nesting is part of the saved names.
@@ -55,7 +58,7 @@ class SparseLoraModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: SparseLoraConfig, key: str) -> Any:
-        return key == getattr(peft_config, "_head", None) or BaseTuner._check_target_module_exists(peft_config, key)
+        return key == peft_config._head or BaseTuner._check_target_module_exists(peft_config, key)
 
     def _check_target_module_compatiblity(
         self, peft_config: SparseLoraConfig, model: nn.Module, target_name: str
@@ -128,6 +131,11 @@ class SparseLoraModel(BaseTuner):
             "`transformers.pytorch_utils.Conv1D`; leave the module out of `target_modules`."
         )
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # The layers move their adapters to the base's device themselves; PEFT's version also looks for a `weight`,
+        # which the owner of fused experts does not have.
+        setattr(parent, child_name, new_module)
+
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names`, one per sample, to every layer for one forward pass; PEFT calls this around it."""
@@ -167,7 +175,7 @@ class SparseLoraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         # PEFT asks for the tensors right before it saves the configuration: the moment to write the proof into it.
-        config.mask_fingerprints = fingerprints(model, adapter_name)
+        config._proof = fingerprints(model, adapter_name)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
 

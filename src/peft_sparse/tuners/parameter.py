@@ -62,6 +62,8 @@ class ParameterMixin(SparseLoraLayer):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is not None:
             raise ValueError("Mixed batches (`adapter_names`) are not supported with `target_parameters`.")
+        if self._unsettled:
+            self._settle_masks()
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = self._present(self.active_adapters)
@@ -72,7 +74,6 @@ class ParameterMixin(SparseLoraLayer):
 
     @contextlib.contextmanager
     def _effective(self, names: list[str]) -> Iterator[None]:
-        self._settle_masks()
         owner, parameter = self.get_base_layer(), self._parameter()
         requires_grad = parameter.requires_grad
         parametrize.register_parametrization(owner, self.parameter_name, _EffectiveParameter(self, names))
@@ -131,7 +132,7 @@ class ParameterMixin(SparseLoraLayer):
         return self._parameter().data
 
     def _store(self, weight: Tensor) -> None:
-        self._parameter().data = weight
+        self._parameter().data.copy_(weight)
 
     def _matrix(self, stored: Tensor) -> Tensor:
         return stored.mT if stored.dim() == 3 and self._transposed() else stored
@@ -159,5 +160,13 @@ class _EffectiveParameter(nn.Module):
 
     def forward(self, stored: Tensor) -> Tensor:
         layer, names = self.layer
-        A, B, c, s = layer._factors(names)
-        return layer._as_stored(stacked_effective_weight(layer._matrix(stored), A, B, layer.factor, c, s))
+        weight = layer._matrix(stored)
+        masked = [name for name in names if layer.masking[name] == "always"]
+        if masked:
+            A, B, c, s = layer._factors(masked)
+            weight = stacked_effective_weight(weight, A, B, layer.factor, c, s)
+        for name in names:
+            if layer.masking[name] == "merge":
+                A, B, _, s = layer._factors([name])
+                weight = weight + (B @ A * s).to(weight.dtype)
+        return layer._as_stored(weight)

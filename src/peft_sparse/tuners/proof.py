@@ -1,5 +1,6 @@
 """Proof of the mask: fingerprints written with an adapter, and held against the model it is loaded onto."""
 
+import logging
 import warnings
 
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
@@ -9,19 +10,56 @@ from ..blocks import base_layer, base_model
 from ..masks import fingerprint, mask_of, sparsity_of_fingerprint
 from ..weights import PRUNABLE_LAYERS, as_matrix
 from .config import SparseLoraConfig
-from .layer import SparseLoraLayer
+from .layer import STRAY_ZEROS, SparseLoraLayer
+
+
+logger = logging.getLogger(__name__)
 
 
 def fingerprints(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Return the fingerprint of the mask below every layer that has the adapter, by name of the layer or parameter."""
+    """Return the fingerprint of the mask below every layer that has the adapter, by name of the layer or parameter.
+
+    Saved masks are brought up to date on the way.
+    """
     found = {}
     for name, module in base_model(model).named_modules():
         if isinstance(module, SparseLoraLayer) and adapter_name in module.A and module._readable():
             key = name.replace(".base_layer", "")
             key = f"{key}.{module.parameter_name}" if hasattr(module, "parameter_name") else key
             if _is_loaded(module._stored()):
+                module.refresh_saved_mask(adapter_name)
                 found[key] = _fingerprint(module.pruned_weight())
     return found
+
+
+def report_oddities(model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
+    """Log, once for all layers, what is allowed but seldom meant: weights not pruned, ranks beyond the full rank."""
+    dense, excessive, count = [], [], 0
+    for name, module in base_model(model).named_modules():
+        if not isinstance(module, SparseLoraLayer) or adapter_name not in module.A or not module._readable():
+            continue
+        weight = module._stored()
+        if not _is_loaded(weight):
+            continue
+        count += 1
+        if weight.count_nonzero() > (1 - STRAY_ZEROS) * weight.numel():
+            dense.append(name)
+        if module.r[adapter_name] > min(module._matrix(weight).shape[-2:]):
+            excessive.append(name)
+    if dense and config.name == "mask_lora":
+        logger.warning(
+            "%d of %d adapted weights are not pruned (first %r): until they are, MaskLoRA is plain LoRA there.",
+            len(dense),
+            count,
+            dense[0],
+        )
+    if excessive:
+        logger.warning(
+            "`r` exceeds the full rank of %d adapted weights (first %r): the ranks beyond it train for nothing. Lower "
+            "`r`, or set `rank_pattern` for these layers.",
+            len(excessive),
+            excessive[0],
+        )
 
 
 def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:

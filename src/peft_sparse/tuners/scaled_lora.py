@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import Factor, scale_rows_and_columns
 from ..weights import stored_weight
-from .layer import Conv2dMixin, SparseLoraLayer
+from .layer import STATE_NAMES, Conv2dMixin, SparseLoraLayer
 from .model import SparseLoraModel
 from .parameter import ParameterMixin
 
@@ -19,9 +19,7 @@ class ScaledLoraLayer(SparseLoraLayer):
     prefix = "scaled_lora_"
     factor: Factor = "weight"
     adapter_layer_names = ("scaled_lora_A", "scaled_lora_B")
-    other_param_names = (
-        "r", "lora_alpha", "scaling", "trained_scaling", "masking", "scaled_lora_dropout", "scaled_lora_mask"
-    )  # fmt: skip
+    other_param_names = (*STATE_NAMES, "scaled_lora_dropout", "scaled_lora_mask")
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, init_weights: bool | Literal["paper"]) -> None:
