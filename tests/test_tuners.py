@@ -1,12 +1,14 @@
 import copy
 import importlib
 import json
+import logging
 import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -268,3 +270,66 @@ def test_transformers_own_adapter_methods(sparse_llama, tokens, tmp_path):
     prune(fresh, 0.5)
     fresh.load_adapter(str(tmp_path), "one")
     torch.testing.assert_close(fresh(tokens).logits, expected)
+
+
+def test_the_model_card_tells_a_stranger_how_to_load(sparse_llama, tmp_path):
+    wrapped = get_peft_model(sparse_llama, config())
+    wrapped.save_pretrained(tmp_path)
+    wrapped.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.text.count("import peft_sparse") == 1
+    assert "50.0% of its adapted weights being zero" in card.text
+    assert {"peft_sparse", "sparse"} <= set(card.data.tags)
+    assert card.data.library_name == "peft"
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["requires"] == "peft_sparse"
+
+
+def test_a_configuration_serves_another_model_after_saving(sparse_llama, tmp_path):
+    shared = config()
+    get_peft_model(sparse_llama, shared).save_pretrained(tmp_path)
+    get_peft_model(tiny("llama"), shared)
+    assert PeftConfig.from_pretrained(tmp_path).mask_fingerprints
+
+
+def test_a_saved_mask_is_that_of_the_base_when_it_is_saved(llama, tokens, tmp_path):
+    wrapped = get_peft_model(llama, config(save_mask=True, init_weights=False))
+    prune(wrapped, 0.5)
+    wrapped.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    torch.testing.assert_close(loaded(tokens).logits, wrapped.eval()(tokens).logits)
+    assert_same_zeros(loaded, zeros_of(wrapped))
+
+
+def test_unpruned_targets_are_mentioned_once(llama, caplog):
+    with caplog.at_level(logging.WARNING):
+        get_peft_model(llama, config())
+    assert [r.getMessage() for r in caplog.records] == [
+        "21 of 21 adapted weights are not pruned (first 'model.layers.0.self_attn.q_proj'): until they are, "
+        "MaskLoRA is plain LoRA there."
+    ]
+
+
+def test_a_rank_beyond_full_rank_is_mentioned_once(sparse_llama, caplog):
+    with caplog.at_level(logging.WARNING):
+        get_peft_model(sparse_llama, config(r=12))
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == [
+        "`r` exceeds the full rank of 6 adapted weights (first 'model.layers.0.self_attn.k_proj')"
+    ]
+
+
+def test_the_gradient_from_a_part_of_the_tokens_is_unbiased_and_only_for_training(sparse_llama, tokens):
+    exact = get_peft_model(copy.deepcopy(sparse_llama), config(init_weights=False))
+    sampled = get_peft_model(sparse_llama, config(init_weights=False, gradient_tokens=0.5))
+    sampled.load_state_dict(exact.state_dict())
+
+    def gradient(model):
+        model.zero_grad()
+        model.train()(input_ids=tokens, labels=tokens).loss.backward()
+        return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "mask_lora_B" in n])
+
+    draws = torch.stack([gradient(sampled) for _ in range(60)])
+    expected = gradient(exact)
+    error = (draws - expected).norm(dim=1).mean() / expected.norm()
+    assert error > 0.05
+    assert (draws.mean(0) - expected).norm() / expected.norm() < 3 * error / 60**0.5
+    assert torch.equal(sampled.eval()(tokens).logits, exact.eval()(tokens).logits)
