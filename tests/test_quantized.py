@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from transformers import AutoModelForCausalLM
 
-import peft_sparse.tuners.layer
+import peft_sparse.tuners.base_weight
 import peft_sparse.tuners.model
 import peft_sparse.tuners.proof
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune
@@ -408,11 +408,11 @@ def unreadable(monkeypatch, path):
     def resolve(layer, **kwargs) -> QuantizationBackend | None:
         return ForwardOnlyQuantizationBackend("gptq") if isinstance(layer, Kernel) else None
 
-    for module in (peft_sparse.tuners.layer, peft_sparse.tuners.model, peft_sparse.tuners.proof):
+    for module in (peft_sparse.tuners.base_weight, peft_sparse.tuners.model, peft_sparse.tuners.proof):
         monkeypatch.setattr(module, "resolve_quantization_backend", resolve)
     # PEFT's own count of features knows GPTQ layers by their class.
     monkeypatch.setattr(
-        peft_sparse.tuners.layer,
+        peft_sparse.tuners.base_weight,
         "_get_in_out_features",
         lambda layer: (layer.in_features, layer.out_features),
     )

@@ -127,7 +127,8 @@ def sparse_lora(
 
     PERP, Zimmer et al. 2023, arXiv:2312.15230v3. Keeps only references to x, W, A, B until backward and builds the
     effective weight anew there, so no second copy of W outlives a call. Works in any dtype without autocast: A and B
-    may be float32 beside a half-precision W. Under autocast x and the effective weight take autocast's dtype.
+    may be float32 beside a half-precision W. Under autocast x and the effective weight take autocast's dtype; a weight
+    that a function returns is rounded to x's.
 
     Args:
         x: (..., in); for a convolution (batch, channels, height, width).
@@ -144,10 +145,14 @@ def sparse_lora(
         (..., out).
     """
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    elif not isinstance(weight, Tensor):
+        # Each scheme dequantises to a dtype of its own choice, whatever the activations are.
+        dtype = x.dtype
+    else:
         sample = sample_tokens(x, tokens) if tokens < 1 else None
         return _SparseLora.apply(x, weight, A, B, bias, factor, c, s, operation, None, sample)
-    dtype = torch.get_autocast_dtype(device)
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
         sample = sample_tokens(x, tokens) if tokens < 1 else None

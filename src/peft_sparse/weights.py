@@ -9,7 +9,7 @@ First link of the chain: no other module asks how a layer stores its weight.
 | `nn.Conv2d`           | (out, in/groups, k, k) | (out, in/groups·k·k) |
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,27 @@ def write_zeros(layer: nn.Module, mask: Tensor) -> None:
     """Set the weight of `layer` to zero wherever `mask` (out, in) is False. In place."""
     with torch.no_grad():
         stored_weight(layer).masked_fill_(as_stored(layer, ~mask), 0)
+
+
+def undo_cpu_packing(layer: nn.Module) -> None:
+    """Keep a bitsandbytes 4-bit layer in the layout that can be dequantised.
+
+    On CPUs with AVX512-BF16 it repacks its weight when it first runs without gradients, and what it repacked
+    dequantises to noise.
+    """
+    if not getattr(layer, "support_avx512bf16_for_cpu", False):
+        return
+    packed: Any = layer
+    packed.support_avx512bf16_for_cpu = False
+    weight = packed.weight
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+        if not state.nested:
+            # The inverse leaves single scales transposed.
+            state.absmax = state.absmax.T.reshape(-1).float()
+        weight.quant_state = state
 
 
 def _names() -> str:

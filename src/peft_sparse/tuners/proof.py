@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ..blocks import base_layer, base_model
 from ..masks import fingerprint, mask_of, sparsity_of_fingerprint
-from ..weights import PRUNABLE_LAYERS, as_matrix
+from ..weights import PRUNABLE_LAYERS, as_matrix, undo_cpu_packing
+from .base_weight import STRAY_ZEROS
 from .config import SparseLoraConfig
-from .layer import STRAY_ZEROS, SparseLoraLayer
+from .layer import SparseLoraLayer
 
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ def _weight_called(model: nn.Module, name: str) -> Tensor | None:
     layer = base_layer(module)
     backend = resolve_quantization_backend(layer, **get_quantization_kwargs(model))
     if backend is not None:
+        undo_cpu_packing(layer)
         return backend.get_base_weight(layer) if backend.supports_merge else None
     if not isinstance(layer, PRUNABLE_LAYERS) or not _is_loaded(layer.weight):
         return None

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..functional import Factor, scale_rows_and_columns
 from ..weights import stored_weight
-from .layer import STATE_NAMES, Conv2dMixin, SparseLoraLayer
+from .conv import Conv2dMixin
+from .layer import STATE_NAMES, SparseLoraLayer
 from .model import SparseLoraModel
 from .parameter import ParameterMixin
 

@@ -1,0 +1,47 @@
+"""The layers around an `nn.Conv2d`."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..functional import Convolution, Operation, Weight
+from ..weights import stored_weight
+from .layer import SparseLoraLayer
+
+
+class Conv2dMixin(SparseLoraLayer):
+    """Adapters around an `nn.Conv2d`, whose kernel is the matrix (out, in / groups · k · k). PERP, appendix A.2."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(batch, in, height, width) or (in, height, width) -> the same with out channels."""
+        return super().forward(x[None], *args, **kwargs)[0] if x.dim() == 3 else super().forward(x, *args, **kwargs)
+
+    def _factor_features(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (stored_weight(self.get_base_layer())[0].numel(), r), (r, self.out_features)
+
+    def _product(
+        self,
+        x: Tensor,
+        weight: Weight,
+        factors: tuple[Tensor, Tensor, float, float],
+        bias: Tensor | None,
+        tokens: float,
+    ) -> Tensor:
+        return super()._product(self._pad(x), weight, factors, bias, 1.0)
+
+    def _low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return self._operation().apply(self._pad(x).to(A.dtype), B @ A, None)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        conv: Any = self.get_base_layer()
+        if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            return F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+        return x
+
+    def _operation(self) -> Operation:
+        conv: Any = self.get_base_layer()
+        padded = isinstance(conv.padding, str) or conv.padding_mode != "zeros"
+        padding = (0, 0) if padded else conv.padding
+        return Convolution(tuple(conv.weight.shape), conv.stride, padding, conv.dilation, conv.groups)
