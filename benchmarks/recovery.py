@@ -44,8 +44,6 @@ def variants() -> dict[str, tuple[PeftConfig, float]]:
     mask: dict[str, Any] = common | {"lora_alpha": 32}
     return {
         "MaskLoRA": (MaskLoRAConfig(**mask), ADDITIVE),
-        "MaskLoRA, 50 % of the tokens": (MaskLoRAConfig(**mask, gradient_tokens=0.5), ADDITIVE),
-        "MaskLoRA, 30 % of the tokens": (MaskLoRAConfig(**mask, gradient_tokens=0.3), ADDITIVE),
         "LoRA-Prune": (MaskLoRAConfig(**mask, masking="merge"), ADDITIVE),
         "ScaledLoRA": (ScaledLoRAConfig(**common), MULTIPLICATIVE),
         'ScaledLoRA, init "paper"': (ScaledLoRAConfig(**common, init_weights="paper"), MULTIPLICATIVE),

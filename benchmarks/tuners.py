@@ -69,7 +69,6 @@ def tuners(rank: int) -> dict[str, tuple[PeftConfig, Context]]:
     return {
         "LoRA (PEFT)": (LoraConfig(**lora), plain),
         "MaskLoRA": (MaskLoRAConfig(**lora), plain),
-        "MaskLoRA, 30 % of the tokens": (MaskLoRAConfig(**lora, gradient_tokens=0.3), plain),
         "MaskLoRA, plain formula": (MaskLoRAConfig(**lora), by_plain_formula),
         "LoRA-Prune": (MaskLoRAConfig(**lora, masking="merge"), plain),
         "ScaledLoRA": (ScaledLoRAConfig(**targets, r=rank), plain),

@@ -222,7 +222,6 @@ REFUSALS = [
         TypeError,
         "Target module Embedding.* is not supported. MaskLoraModel adapts",
     ),
-    (lambda: MaskLoRAConfig(gradient_tokens=0), ValueError, r"`gradient_tokens` must be in \(0, 1\], got 0. Use 1"),
     (lambda: MaskLoRAConfig(format_version=99), ValueError, "format version 99, this peft_sparse knows 1. Upgrade it"),
     (lambda: MaskLoRAConfig(masking="later"), ValueError, "`masking` must be one of .* got 'later'"),
     (lambda: ScaledLoRAConfig(init_weights="pissa"), ValueError, "`init_weights` must be one of .* got 'pissa'"),

@@ -315,21 +315,3 @@ def test_a_rank_beyond_full_rank_is_mentioned_once(sparse_llama, caplog):
     assert [r.getMessage().split(":")[0] for r in caplog.records] == [
         "`r` exceeds the full rank of 6 adapted weights (first 'model.layers.0.self_attn.k_proj')"
     ]
-
-
-def test_the_gradient_from_a_part_of_the_tokens_is_unbiased_and_only_for_training(sparse_llama, tokens):
-    exact = get_peft_model(copy.deepcopy(sparse_llama), config(init_weights=False))
-    sampled = get_peft_model(sparse_llama, config(init_weights=False, gradient_tokens=0.5))
-    sampled.load_state_dict(exact.state_dict())
-
-    def gradient(model):
-        model.zero_grad()
-        model.train()(input_ids=tokens, labels=tokens).loss.backward()
-        return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "mask_lora_B" in n])
-
-    draws = torch.stack([gradient(sampled) for _ in range(60)])
-    expected = gradient(exact)
-    error = (draws - expected).norm(dim=1).mean() / expected.norm()
-    assert error > 0.05
-    assert (draws.mean(0) - expected).norm() / expected.norm() < 3 * error / 60**0.5
-    assert torch.equal(sampled.eval()(tokens).logits, exact.eval()(tokens).logits)

@@ -121,7 +121,6 @@ def sparse_lora(
     c: float,
     s: float,
     operation: Operation = LINEAR,
-    tokens: float = 1.0,
 ) -> Tensor:
     """Return x applied to c · W + s · H ⊙ (BA), plus the bias: MaskLoRA and ScaledLoRA, linear or convolution.
 
@@ -138,8 +137,6 @@ def sparse_lora(
         bias: (out,) or None.
         factor, c, s: as in `effective_weight`.
         operation: what W is applied by.
-        tokens: fraction of the tokens that dA and dB are estimated from, without bias; below 1 only these tokens'
-            inputs are kept for backward. dx stays exact. Linear layers only.
 
     Returns:
         (..., out).
@@ -151,36 +148,10 @@ def sparse_lora(
         # Each scheme dequantises to a dtype of its own choice, whatever the activations are.
         dtype = x.dtype
     else:
-        sample = sample_tokens(x, tokens) if tokens < 1 else None
-        return _SparseLora.apply(x, weight, A, B, bias, factor, c, s, operation, None, sample)
+        return _SparseLora.apply(x, weight, A, B, bias, factor, c, s, operation, None)
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        sample = sample_tokens(x, tokens) if tokens < 1 else None
-        return _SparseLora.apply(x, weight, A, B, bias, factor, c, s, operation, dtype, sample)
-
-
-@torch.no_grad()
-def sample_tokens(x: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens to estimate G = D^T x from: their inputs (k, in), indices (k,), and importances (k,).
-
-    G = sum_t d_t x_t^T is estimated by the sum over the sample of importance · d_t x_t^T. Half of the sample are the
-    tokens of largest norm, each with importance 1; the other half is drawn from the rest, with probability in
-    proportion to the norm and importance 1 / (draws · probability), so the estimate has no bias. Column-row sampling
-    with the winners taken: Liu et al. 2023, arXiv:2305.15265.
-    """
-    rows = x.flatten(0, -2)
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
-    count = max(2, int(share * len(rows)))
-    winners = norms.topk(min(count // 2, len(rows))).indices
-    rest = norms.index_fill(0, winners, 0)
-    total = rest.sum()
-    # Where the rest is all zeros it adds nothing, and importance 0 says so; nothing here waits for the device.
-    nothing_left = total == 0
-    probabilities = torch.where(nothing_left, 1 / len(rows), rest / total)
-    drawn = torch.multinomial(probabilities, count - count // 2, replacement=True)
-    importance = torch.where(nothing_left, 0.0, 1 / (len(drawn) * probabilities[drawn]))
-    indices = torch.cat([winners, drawn])
-    return rows[indices], indices, torch.cat([torch.ones_like(norms[winners]), importance]).to(x.dtype)
+        return _SparseLora.apply(x, weight, A, B, bias, factor, c, s, operation, dtype)
 
 
 def scale_rows_and_columns(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -245,23 +216,20 @@ class _SparseLora(torch.autograd.Function):
         s: float,
         operation: Operation,
         dtype: torch.dtype | None,
-        sample: tuple[Tensor, Tensor, Tensor] | None,
     ) -> Tensor:
         W = weight if isinstance(weight, Tensor) else weight()
         return operation.apply(x, effective_weight(W, A, B, factor, c, s).to(dtype or W.dtype), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, A, B, _, ctx.factor, ctx.c, ctx.s, ctx.operation, _, sample = inputs
+        x, weight, A, B, _, ctx.factor, ctx.c, ctx.s, ctx.operation, _ = inputs
         ctx.weight = None if isinstance(weight, Tensor) else weight
-        ctx.sampled = sample is not None
-        kept = [weight] if isinstance(weight, Tensor) else []
-        ctx.save_for_backward(A, B, *(sample or (x, None, None)), *kept)
+        ctx.save_for_backward(x, A, B, *([weight] if isinstance(weight, Tensor) else []))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        A, B, x, indices, importance, *kept = ctx.saved_tensors
+        x, A, B, *kept = ctx.saved_tensors
         W = ctx.weight() if ctx.weight else kept[0]
         needs_x, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:5]
         operation = ctx.operation
@@ -271,8 +239,7 @@ class _SparseLora(torch.autograd.Function):
             grad_x = operation.grad_input(grad, x, effective)
             del effective
         if needs_A or needs_B:
-            D = grad.flatten(0, -2)[indices] * importance[:, None] if ctx.sampled else grad
-            G = operation.grad_weight(D, x, W)
+            G = operation.grad_weight(grad, x, W)
             grad_A, grad_B = _factor_gradients(G, W, A, B, ctx.factor, ctx.s)
         grad_bias = operation.grad_bias(grad) if needs_bias else None
-        return grad_x, None, grad_A, grad_B, grad_bias, None, None, None, None, None, None
+        return grad_x, None, grad_A, grad_B, grad_bias, None, None, None, None, None

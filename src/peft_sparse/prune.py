@@ -128,10 +128,10 @@ def sparsity(model: nn.Module, target_modules: Targets = None, exclude_modules: 
 def zero_counts(layers: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
     """Return (zeros, entries) of each layer's weight, with one wait for the device in all."""
     weights = [stored_weight(base_layer(layer)).detach() for layer in layers.values()]
-    nonzero = _to_host([weight.count_nonzero() for weight in weights])
+    kept = _to_host([mask_of(weight).sum() for weight in weights])
     return {
-        name: (weight.numel() - kept, weight.numel())
-        for name, weight, kept in zip(layers, weights, nonzero, strict=True)
+        name: (weight.numel() - nonzero, weight.numel())
+        for name, weight, nonzero in zip(layers, weights, kept, strict=True)
     }
 
 

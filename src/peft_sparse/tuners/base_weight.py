@@ -26,6 +26,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
 
     prefix: str
     factor: Factor
+    merged_adapters: list[str]
 
     # Types of what PEFT and subclasses define, which a type checker otherwise takes for any attribute of a module.
     base_layer: nn.Module
@@ -117,7 +118,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
     def add_saved_mask(self, adapter_name: str, config: SparseLoraConfig) -> None:
         """Make room for the mask that is saved with the adapter, and fill it with the mask at hand."""
         if self._readable():
-            self.saved_masks[adapter_name] = pack(mask_of(self._stored()))
+            self.saved_masks[adapter_name] = pack(mask_of(self._stored_unmerged()))
         else:
             size = -(-self.out_features * self.in_features // 8)
             self.saved_masks[adapter_name] = torch.zeros(size, dtype=torch.uint8)
@@ -135,8 +136,11 @@ class BaseWeight(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _settle_masks(self) -> None:
         """Prune the base by the masks that adapters brought along. Once per adapter, when it is first used."""
-        while self._unsettled and self._readable():
+        # Not while merged: the merged weight is not the one to prune.
+        while self._unsettled and self._readable() and not self.merged_adapters:
             name, on_mismatch = self._unsettled.popitem()
+            if name not in self.saved_masks:
+                continue  # the adapter was deleted before it was used
             weight = self._stored()
             if weight.is_meta or weight.numel() == 0 or self.saved_masks[name].is_meta:
                 self._unsettled[name] = on_mismatch
@@ -147,8 +151,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
                 self._unsettled[name] = on_mismatch
                 raise ValueError(
                     f"Adapter {name!r} carries a mask that keeps {stray:.1%} of the entries that are zero in this "
-                    "base "
-                    "weight. Load it onto the dense model or the one it was trained on, or set "
+                    "base weight. Load it onto the dense model or the one it was trained on, or set "
                     '`on_mask_mismatch="warn"`.'
                 )
             if bool(((weight != 0) & ~mask).any()):

@@ -34,8 +34,6 @@ class SparseLoraConfig(PeftConfig):
             needs a second matrix product.
         use_rslora: scale by 1 / sqrt(r), Kalajdzievski 2023, arXiv:2312.03732.
         bias: "none", "all", or "mask_lora_only" ("scaled_lora_only"): which biases are trained and saved.
-        gradient_tokens: fraction of the tokens, in (0, 1], that the adapter's gradient is estimated from, without
-            bias: cheaper and leaner steps with noisier gradients. Linear layers; 1 is exact.
         train_norms: train and save every normalisation layer, inside and outside the blocks, by `modules_to_save`.
         train_head: train the output head: "none"; "adapter" adapts it as any other layer (a head is not pruned, so
             with MaskLoRA that is plain LoRA, and merges); "full" trains and saves its weight.
@@ -68,7 +66,6 @@ class SparseLoraConfig(PeftConfig):
     lora_alpha: float | None = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    gradient_tokens: float = 1.0
     bias: str = "none"
     train_norms: bool = False
     train_head: Literal["none", "adapter", "full"] = "none"
@@ -133,10 +130,6 @@ class SparseLoraConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
-        if not 0 < self.gradient_tokens <= 1:
-            raise ValueError(
-                f"`gradient_tokens` must be in (0, 1], got {self.gradient_tokens}. Use 1 for exact gradients."
-            )
         for name, accepted in self.choices().items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"`{name}` must be one of {accepted}, got {getattr(self, name)!r}.")

@@ -26,9 +26,8 @@ class Conv2dMixin(SparseLoraLayer):
         weight: Weight,
         factors: tuple[Tensor, Tensor, float, float],
         bias: Tensor | None,
-        tokens: float,
     ) -> Tensor:
-        return super()._product(self._pad(x), weight, factors, bias, 1.0)
+        return super()._product(self._pad(x), weight, factors, bias)
 
     def _low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return self._operation().apply(self._pad(x).to(A.dtype), B @ A, None)

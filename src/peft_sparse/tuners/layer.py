@@ -18,7 +18,7 @@ from .config import SparseLoraConfig
 
 
 # What a layer remembers of each adapter beside its tensors; PEFT deletes it with the adapter.
-STATE_NAMES = ("r", "lora_alpha", "scaling", "trained_scaling", "masking", "gradient_tokens")
+STATE_NAMES = ("r", "lora_alpha", "scaling", "trained_scaling", "masking")
 
 
 class SparseLoraLayer(BaseWeight):
@@ -44,7 +44,6 @@ class SparseLoraLayer(BaseWeight):
         self.scaling: dict[str, float] = {}
         self.trained_scaling: dict[str, float] = {}
         self.masking: dict[str, Literal["always", "merge"]] = {}
-        self.gradient_tokens: dict[str, float] = {}
         for name in ("A", "B", "dropout"):
             setattr(self, self.prefix + name, nn.ModuleDict())
         self._disable_adapters = False
@@ -71,7 +70,6 @@ class SparseLoraLayer(BaseWeight):
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.trained_scaling[adapter_name] = self.scaling[adapter_name]
         self.masking[adapter_name] = getattr(config, "masking", "always")
-        self.gradient_tokens[adapter_name] = config.gradient_tokens
         columns, rows = self._factor_features(r)
         # Modules rather than bare parameters: PEFT's hotswap and FSDP's wrapping look for them.
         self.A[adapter_name] = nn.Linear(*columns, bias=False)
@@ -194,7 +192,7 @@ class SparseLoraLayer(BaseWeight):
         elif (rank_one := self._forward_rank_one(x, fused)) is not None:
             y = rank_one
         else:
-            y = self._product(x, self._weight_source(fused), self._factors(fused), self.bias, self._tokens(fused))
+            y = self._product(x, self._weight_source(fused), self._factors(fused), self.bias)
         for name in separate:
             y = y + self._delta(x, name).to(y.dtype)
         return y
@@ -219,7 +217,7 @@ class SparseLoraLayer(BaseWeight):
         A, B, c, s = self._factors([name])
         if self.masking[name] == "merge":
             return self._low_rank(x, A, B) * s
-        return self._product(x, self._weight_source([name]), (A, B, c - 1, s), None, self._tokens([name]))
+        return self._product(x, self._weight_source([name]), (A, B, c - 1, s), None)
 
     def _low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
@@ -232,18 +230,12 @@ class SparseLoraLayer(BaseWeight):
         weight: Weight,
         factors: tuple[Tensor, Tensor, float, float],
         bias: Tensor | None,
-        tokens: float,
     ) -> Tensor:
         A, B, c, s = factors
-        operation = self._operation()
-        return sparse_lora(x, weight, A, B, bias, factor=self.factor, c=c, s=s, operation=operation, tokens=tokens)
+        return sparse_lora(x, weight, A, B, bias, factor=self.factor, c=c, s=s, operation=self._operation())
 
     def _operation(self) -> Operation:
         return LINEAR
-
-    def _tokens(self, names: list[str]) -> float:
-        """Fraction of the tokens to estimate gradients from: of the adapter that asks for the most."""
-        return max(self.gradient_tokens[name] for name in names) if self.training else 1.0
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """One adapter per sample, "__base__" for none."""
