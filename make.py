@@ -24,7 +24,7 @@ def main() -> int:
     commands = {"demo": demo, "test": test}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
-    set_up()
+    set_up("dev" if sys.argv[1] == "test" else "examples")
     return commands[sys.argv[1]](sys.argv[2:])
 
 
@@ -43,19 +43,25 @@ def test(arguments: list[str]) -> int:
     return max(codes)
 
 
-def set_up() -> None:
-    """Create `.venv` with the tested versions; again whenever what it is made from changes."""
+def set_up(extra: str) -> None:
+    """Create `.venv` with the tested versions, or add to it what `extra` still needs.
+
+    It is made anew whenever what it is made from changes.
+    """
     sources = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
     wanted, stamp = hashlib.sha256(sources).hexdigest(), ENVIRONMENT / "made-from"
-    if stamp.exists() and stamp.read_text() == wanted:
+    made_from, _, extras = stamp.read_text().partition(" ") if stamp.exists() else ("", "", "")
+    if made_from == wanted and (extra in extras.split() or "dev" in extras.split()):
         return
     print(f"setting up {ENVIRONMENT}", flush=True)
-    venv.create(ENVIRONMENT, with_pip=True, clear=True)
+    if made_from != wanted:
+        venv.create(ENVIRONMENT, with_pip=True, clear=True)
+        extras = ""
     # torch first and alone: with it in place no other requirement can pull in another build.
     pip = [BIN / "python", "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
-    for what in (["torch"], ["-e", ".[dev]"]):
+    for what in (["torch"], ["-e", f".[{extra}]"]):
         subprocess.run([*map(str, pip), *what], cwd=ROOT, check=True)
-    stamp.write_text(wanted)
+    stamp.write_text(f"{wanted} {extras} {extra}")
 
 
 def run(program: str, *arguments: str) -> int:
