@@ -1,6 +1,7 @@
-"""What each tuner recovers after pruning, at equal data and steps: loss by step, perplexity before and after merging.
+r"""What each tuner recovers after pruning, at equal data and steps: loss by step, perplexity before and after merging.
 
-    python benchmarks/recovery.py --output benchmarks/results/recovery-smollm2-cpu.json
+    python benchmarks/recovery.py --steps 30 --sequence_length 256 \
+        --output benchmarks/results/recovery-smollm2-cpu.json
 
 SmolLM2-135M-Instruct, half of the weights pruned by magnitude, trained on the text of examples/demo.py by the adapters
 alone (rank 16 unless said). Learning rates: 2e-3 for additive, 1e-2 for multiplicative updates, which move a weight in
