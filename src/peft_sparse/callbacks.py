@@ -99,9 +99,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and isinstance(saved, dict):
             _compare(saved["attributes"]["fingerprints"], self.fingerprints)
-        self.kept = {
-            name: pack(mask_of(stored_weight(base_layer(layer)).detach())) for name, layer in self.layers.items()
-        }
+        self.kept = {name: _packed_mask(layer) for name, layer in self.layers.items()}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,10 +112,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         Raises:
             RuntimeError: an entry that was zero is not any more; names the first weight.
         """
-        lost = [
-            (pack(mask_of(stored_weight(base_layer(self.layers[name])).detach())) & ~kept).any()
-            for name, kept in self.kept.items()
-        ]
+        lost = [(_packed_mask(self.layers[name]) & ~kept).any() for name, kept in self.kept.items()]
         if not lost or not any(flags := torch.stack([flag.to(lost[0].device) for flag in lost]).tolist()):
             return
         name = list(self.kept)[flags.index(True)]
@@ -134,6 +129,10 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
 
     def _counts(self) -> dict[str, tuple[int, int]]:
         return zero_counts(self.layers) if self.layers else {}
+
+
+def _packed_mask(layer: nn.Module) -> Tensor:
+    return pack(mask_of(stored_weight(base_layer(layer)).detach()))
 
 
 @contextlib.contextmanager

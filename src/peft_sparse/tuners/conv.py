@@ -32,15 +32,19 @@ class Conv2dMixin(SparseLoraLayer):
     def _low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return self._operation().apply(self._pad(x).to(A.dtype), B @ A, None)
 
-    def _pad(self, x: Tensor) -> Tensor:
+    def _pads_apart(self) -> bool:
+        """Whether the padding is more than the convolution itself can do: "same", or other than zeros."""
         conv: Any = self.get_base_layer()
-        if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
-            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            return F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
-        return x
+        return isinstance(conv.padding, str) or conv.padding_mode != "zeros"
+
+    def _pad(self, x: Tensor) -> Tensor:
+        if not self._pads_apart():
+            return x
+        conv: Any = self.get_base_layer()
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        return F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
 
     def _operation(self) -> Operation:
         conv: Any = self.get_base_layer()
-        padded = isinstance(conv.padding, str) or conv.padding_mode != "zeros"
-        padding = (0, 0) if padded else conv.padding
+        padding = (0, 0) if self._pads_apart() else conv.padding
         return Convolution(tuple(conv.weight.shape), conv.stride, padding, conv.dilation, conv.groups)

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
 
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
@@ -23,27 +24,20 @@ def fingerprints(model: nn.Module, adapter_name: str) -> dict[str, str]:
     Saved masks are brought up to date on the way.
     """
     found = {}
-    for name, module in base_model(model).named_modules():
-        if isinstance(module, SparseLoraLayer) and adapter_name in module.A and module._readable():
-            key = name.replace(".base_layer", "")
-            key = f"{key}.{module.parameter_name}" if hasattr(module, "parameter_name") else key
-            if _is_loaded(module._stored()):
-                module.refresh_saved_mask(adapter_name)
-                found[key] = _fingerprint(module.pruned_weight())
+    for name, module, _ in _adapted(model, adapter_name):
+        key = name.replace(".base_layer", "")
+        key = f"{key}.{module.parameter_name}" if hasattr(module, "parameter_name") else key
+        module.refresh_saved_mask(adapter_name)
+        found[key] = _fingerprint(module.pruned_weight())
     return found
 
 
 def report_oddities(model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
     """Log, once for all layers, what is allowed but seldom meant: weights not pruned, ranks beyond the full rank."""
     dense, excessive, count = [], [], 0
-    for name, module in base_model(model).named_modules():
-        if not isinstance(module, SparseLoraLayer) or adapter_name not in module.A or not module._readable():
-            continue
-        weight = module._stored()
-        if not _is_loaded(weight):
-            continue
+    for name, module, weight in _adapted(model, adapter_name):
         count += 1
-        if weight.count_nonzero() > (1 - STRAY_ZEROS) * weight.numel():
+        if mask_of(weight).sum() > (1 - STRAY_ZEROS) * weight.numel():
             dense.append(name)
         if module.r[adapter_name] > min(module._matrix(weight).shape[-2:]):
             excessive.append(name)
@@ -92,6 +86,15 @@ def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
     if config.on_mask_mismatch == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=2)
+
+
+def _adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLoraLayer, Tensor]]:
+    """Yield name, layer and stored weight of every layer that has the adapter and whose weight can be read now."""
+    for name, module in base_model(model).named_modules():
+        if isinstance(module, SparseLoraLayer) and adapter_name in module.A and module._readable():
+            weight = module._stored()
+            if _is_loaded(weight):
+                yield name, module, weight
 
 
 def _weight_called(model: nn.Module, name: str) -> Tensor | None:
