@@ -1,14 +1,13 @@
-"""Assertions shared by the tests: each raises, none returns a bool."""
+"""Assertions shared by the tests: each raises, none returns a bool. And references made without the package's help."""
 
 import torch
 
-from peft_sparse.blocks import base_layer, prunable_layers
-from peft_sparse.weights import weight_matrix
+from peft_sparse.blocks import prunable_weights
 
 
 def zeros_of(model) -> dict[str, torch.Tensor]:
     """The zeros of every prunable weight, as (out, in) bools by name."""
-    return {name: weight_matrix(base_layer(layer)) == 0 for name, layer in prunable_layers(model).items()}
+    return {name: weight.matrix() == 0 for name, weight in prunable_weights(model).items()}
 
 
 def assert_same_zeros(model, zeros: dict[str, torch.Tensor]) -> None:
@@ -25,6 +24,13 @@ def assert_zeros_kept(model, zeros: dict[str, torch.Tensor]) -> None:
         assert found[name][expected].all(), name
 
 
+def assert_same_weights(model, other) -> None:
+    found, expected = model.state_dict(), other.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
 def train_some(model, tokens, steps: int = 3) -> None:
     """A few real optimiser steps on whatever is trainable."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -34,3 +40,44 @@ def train_some(model, tokens, steps: int = 3) -> None:
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
+
+
+@torch.no_grad()
+def inputs_by_hooks(model, batches) -> dict[str, torch.Tensor]:
+    """The inputs (tokens, in) of every prunable weight, recorded by hooks while the whole model runs.
+
+    Those of an expert are computed from the tokens that the router chose it for.
+    """
+    weights = prunable_weights(model)
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in weights}
+    experts = {id(w.layer): (name.rsplit(".", 2)[0], w.layer) for name, w in weights.items() if w.expert is not None}
+
+    def on_layer(name):
+        return lambda module, args: seen[name].append(args[0].flatten(0, -2))
+
+    def on_experts(name):
+        def hook(module, args):
+            for expert in range(module.down_proj.shape[0]):
+                rows = args[0][(args[1] == expert).any(1)]
+                seen[f"{name}.gate_up_proj.{expert}"].append(rows)
+                seen[f"{name}.down_proj.{expert}"].append(_between(module, expert, rows))
+
+        return hook
+
+    hooks = [w.layer.register_forward_pre_hook(on_layer(name)) for name, w in weights.items() if w.expert is None]
+    hooks += [layer.register_forward_pre_hook(on_experts(name)) for name, layer in experts.values()]
+    for batch in batches:
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(rows) for name, rows in seen.items()}
+
+
+def _between(experts, expert: int, rows: torch.Tensor) -> torch.Tensor:
+    """What the second matrix of an expert is given: silu(gate) · up, or as GPT-OSS has it."""
+    if not hasattr(experts, "gate_up_proj_bias"):
+        gate, up = (rows @ experts.gate_up_proj[expert].T).chunk(2, dim=1)
+        return gate * gate.sigmoid() * up
+    both = rows @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
+    gate, up = both[:, ::2].clamp(max=7), both[:, 1::2].clamp(-7, 7)
+    return (up + 1) * gate * (1.702 * gate).sigmoid()

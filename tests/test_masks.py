@@ -74,6 +74,49 @@ def test_semi_structured_keeps_n_of_every_m(scores, n, extra):
         assert group.sum(1).unique().tolist() == [min(n, group.shape[1])]
 
 
+def kept_by_definition(scores, pattern, group):
+    """The mask that sorting entries by (score, index) says, one group after the other."""
+    mask = torch.ones(scores.shape, dtype=torch.bool)
+    index = torch.arange(scores.numel()).view(scores.shape)
+    if isinstance(pattern, SemiStructured):
+        groups = [part for row in index for part in row.split(pattern.m)]
+        pruned = [max(0, len(part) - pattern.n) for part in groups]
+    else:
+        groups = list(index) if group == "row" else [index.flatten()]
+        pruned = [int(round(pattern.sparsity * len(part), 6)) for part in groups]
+    for part, count in zip(groups, pruned, strict=True):
+        order = sorted(part.tolist(), key=lambda i: (scores.flatten()[i].item(), i))
+        mask.view(-1)[order[:count]] = False
+    return mask
+
+
+patterns = st.one_of(
+    st.builds(Unstructured, st.floats(0, 0.999)),
+    st.builds(
+        lambda n, extra: SemiStructured(n, n + extra, allow_ragged=True), st.integers(1, 20), st.integers(0, 12)
+    ),
+)
+
+
+@given(
+    st.integers(1, 5),
+    st.integers(1, 40),
+    patterns,
+    st.sampled_from(["row", "matrix"]),
+    st.sampled_from([1, 3, 1000]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_selection_is_by_score_then_by_index(rows, columns, pattern, group, distinct, dtype, transposed, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(-distinct, distinct + 1, (rows, columns), generator=generator).to(dtype) / 2
+    scores[scores == scores.min()] = -torch.inf
+    if transposed:
+        scores = scores.T.contiguous().T
+    assert torch.equal(select(scores, pattern, group), kept_by_definition(scores, pattern, group))
+
+
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=40),
     st.floats(0, 0.99),

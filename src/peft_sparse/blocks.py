@@ -4,6 +4,7 @@ Everything is read off the module tree, never off a model's name. Adapters are l
 layer had before PEFT wrapped it.
 """
 
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .weights import PRUNABLE_LAYERS, stored_weight
+from .weights import PRUNABLE_LAYERS, WeightView, stored_weight
 
 
 Targets = str | list[str] | set[str] | tuple[str, ...] | None
@@ -32,6 +33,14 @@ def base_model(model: nn.Module) -> nn.Module:
 def base_layer(module: nn.Module) -> nn.Module:
     """Return the layer that holds the weight: the base layer of a PEFT tuner layer, else `module` itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def called_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Return what is called to run each layer, by the layer's id: the PEFT wrapper around it, or the layer itself."""
+    called: dict[int, nn.Module] = {}
+    for module in base_model(model).modules():
+        called.setdefault(id(base_layer(module)), module)
+    return called
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -57,38 +66,74 @@ def prunable_layers(
     Raises:
         ValueError: nothing matches, or a listed name matches nothing.
     """
-    everywhere = target_modules is not None and target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND
-    if everywhere:
+    if target_modules is not None and target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
         candidates = {name: module for name, module in _walk("", base_model(model)) if _is_prunable(module)}
     else:
         candidates = dict(_layers_in_blocks(model))
-    selector = SimpleNamespace(
-        target_modules=target_modules if everywhere else ".*",
-        exclude_modules=exclude_modules,
-        target_parameters=None,
-    )
-    matches = {name: check_target_module_exists(selector, name) for name in candidates}
-    layers = {name: candidates[name] for name, hit in matches.items() if hit and not isinstance(hit, _ExcludedModule)}
-    _check_matches(target_modules, exclude_modules, candidates, layers)
-    return layers
+    return {name: candidates[name] for name in _matching(list(candidates), target_modules, exclude_modules)}
 
 
-def fused_experts(model: nn.Module) -> list[str]:
-    """Return the names of the expert parameters that one tensor (experts, ., .) holds for all experts of a block."""
-    blocks = find_blocks(model).items()
-    return [
-        f"{name}.{parameter}"
-        for block_name, block in blocks
+def prunable_weights(
+    model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None
+) -> dict[str, WeightView]:
+    """Return the prunable weights as matrices, by name: those of `prunable_layers`, and every fused expert's.
+
+    The experts of a block that are stored in one parameter (experts, ., .) come as one weight each, named
+    `<parameter>.<expert>`. They are part of the default, and are matched by the parameter's name; "all-linear" leaves
+    them out, as in PEFT.
+
+    Args, Raises: as for `prunable_layers`.
+    """
+    experts = {} if target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND else fused_experts(model)
+    if not experts:
+        layers = prunable_layers(model, target_modules, exclude_modules)
+        return {name: WeightView(base_layer(layer)) for name, layer in layers.items()}
+    if target_modules is None:
+        layers = dict(_layers_in_blocks(model))
+    else:
+        layers = {name: module for name, module in _walk("", base_model(model)) if _is_prunable(module)}
+    names = _matching([*layers, *experts], target_modules, exclude_modules)
+    weights = {}
+    for name in names:
+        if name in layers:
+            weights[name] = WeightView(base_layer(layers[name]))
+        else:
+            module, parameter = experts[name]
+            count = getattr(module, parameter).shape[0]
+            weights |= {f"{name}.{expert}": WeightView(module, parameter, expert) for expert in range(count)}
+    return weights
+
+
+def fused_experts(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return the parameters (experts, ., .) that hold the weights of all experts of a block: (module, parameter)."""
+    return {
+        f"{name}.{parameter}": (base_layer(module), parameter)
+        for block_name, block in find_blocks(model).items()
         for name, module in _walk(block_name, block)
-        for parameter, value in module.named_parameters(recurse=False)
-        if value.dim() == 3 and not isinstance(module, PRUNABLE_LAYERS)
-    ]
+        for parameter, value in base_layer(module).named_parameters(recurse=False)
+        if _is_fused(base_layer(module), value)
+    }
 
 
-def tied_to_embedding(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
-    """Return the names among `layers` whose weight is also the weight of an `nn.Embedding`."""
+def find_stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
+    """Return the blocks of `model` by stack: one for a decoder, encoder and decoder apart, in the order they run."""
+    stacks: dict[str, dict[str, nn.Module]] = {}
+    for name, block in find_blocks(model).items():
+        stacks.setdefault(name.rpartition(".")[0], {})[name] = block
+    return list(stacks.values())
+
+
+def block_of(name: str, blocks: dict[str, nn.Module]) -> str | None:
+    """Return the name of the block that the layer or weight called `name` lies in, None outside all blocks."""
+    while name and name not in blocks:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def tied_to_embedding(model: nn.Module, weights: dict[str, WeightView]) -> list[str]:
+    """Return the names among `weights` that are also the weight of an `nn.Embedding`."""
     embeddings = {id(module.weight) for _, module in _walk("", base_model(model)) if isinstance(module, nn.Embedding)}
-    return [name for name, module in layers.items() if id(stored_weight(base_layer(module))) in embeddings]
+    return [name for name, weight in weights.items() if id(weight.storage) in embeddings]
 
 
 def output_head(model: nn.Module) -> str | None:
@@ -110,6 +155,45 @@ def is_norm(module: nn.Module) -> bool:
 def norm_names(model: nn.Module) -> list[str]:
     """Return the names of all normalisation layers of `model`, inside and outside the blocks."""
     return [name for name, module in _walk("", base_model(model)) if is_norm(module)]
+
+
+def attention_and_mlp(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return the children of `block` that hold weights: those of its attention, and the others, which make its MLP.
+
+    A child is attention if it is called so, or its class is; an MLP may be several children (OPT's two layers).
+    """
+    attention: list[nn.Module] = []
+    mlp: list[nn.Module] = []
+    for name, child in block.named_children():
+        if any(_is_prunable(m) or any(p.dim() == 3 for p in m.parameters(recurse=False)) for m in child.modules()):
+            called_so = re.search("attn|attention", f"{name} {type(child).__name__}", re.IGNORECASE)
+            (attention if called_so else mlp).append(child)
+    return attention, mlp
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Return the width of the hidden states between blocks: that of the widest norm of the first block.
+
+    Raises:
+        ValueError: the blocks have no norm.
+    """
+    sizes = [
+        stored_weight(module).numel()
+        for block in list(find_blocks(model).values())[:1]
+        for _, module in _walk("", block)
+        if is_norm(module)
+    ]
+    if not sizes:
+        raise ValueError("Expected blocks with a normalisation layer, which tells the hidden size, found none.")
+    return max(sizes)
+
+
+def active_experts(model: nn.Module) -> float:
+    """Return the share of fused experts that one token goes through, as the model's configuration tells; else 1."""
+    config = getattr(base_model(model), "config", None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    counts = {getattr(module, parameter).shape[0] for module, parameter in fused_experts(model).values()}
+    return chosen / counts.pop() if chosen and len(counts) == 1 else 1.0
 
 
 def _walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -153,21 +237,34 @@ def _layers_in_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _routers_of(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the linear layers beside a set of experts that have one output, or one output per expert."""
-    counts = {count for child in module.children() if (count := _expert_count(child))}
+    counts = {count for child in module.children() if (count := _expert_count(base_layer(child)))}
     for child in module.children():
         if counts and isinstance(base_layer(child), nn.Linear) and base_layer(child).out_features in counts | {1}:
             yield child
+
+
+def _is_fused(module: nn.Module, parameter: nn.Parameter) -> bool:
+    # The layers of torch itself, such as the short convolutions of state-space models, hold no experts.
+    return parameter.dim() == 3 and 1 not in parameter.shape[1:] and not type(module).__module__.startswith("torch.nn")
 
 
 def _expert_count(module: nn.Module) -> int:
     if isinstance(module, nn.ModuleList):
         same = len({type(child) for child in module}) == 1
         return len(module) if same and len(module) > 1 and all(map(_holds_prunable, module)) else 0
-    fused = [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3]
+    fused = [p.shape[0] for p in module.parameters(recurse=False) if _is_fused(module, p)]
     return fused[0] if fused else 0
 
 
-def _check_matches(targets: Targets, excluded: Targets, candidates: dict, layers: dict) -> None:
+def _matching(candidates: list[str], targets: Targets, excluded: Targets) -> list[str]:
+    """Return those of `candidates` that PEFT's rules choose, having checked that every name is of use."""
+    selector = SimpleNamespace(
+        target_modules=".*" if targets in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND) else targets,
+        exclude_modules=excluded,
+        target_parameters=None,
+    )
+    matches = {name: check_target_module_exists(selector, name) for name in candidates}
+    chosen = [name for name, hit in matches.items() if hit and not isinstance(hit, _ExcludedModule)]
     if not candidates and targets in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
         raise ValueError(
             "Expected a model with blocks (an nn.ModuleList whose entries hold linear layers), found none. Name the "
@@ -177,13 +274,14 @@ def _check_matches(targets: Targets, excluded: Targets, candidates: dict, layers
         for wanted in names if isinstance(names, (list, set, tuple)) else ():
             if not any(name == wanted or name.endswith(f".{wanted}") for name in candidates):
                 raise ValueError(f"{wanted!r} in `{kind}` matches no prunable layer. {_examples(candidates)}")
-    if not layers:
+    if not chosen:
         raise ValueError(
             f"`target_modules={targets!r}` with `exclude_modules={excluded!r}` leaves no layer to prune. "
             f"{_examples(candidates)}"
         )
+    return chosen
 
 
-def _examples(candidates: dict) -> str:
+def _examples(candidates: list[str]) -> str:
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in candidates))[:8]
     return f"Prunable layers here end in {', '.join(endings)}." if endings else "This model has no prunable layer."

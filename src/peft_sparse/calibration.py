@@ -1,46 +1,36 @@
-"""Runs a model block by block on calibration batches and measures the inputs of its layers.
+"""Runs a stack of blocks block by block on calibration batches.
 
-Decides nothing and changes no weight. Memory: one hidden state per batch, the arguments the model passes its blocks,
-and whatever one block needs.
+Decides nothing and changes no weight. Memory: one hidden state per batch, kept on the device, in CPU memory or on
+disk; the arguments the model passes its blocks, once where batches share them; and whatever one block needs.
 """
 
 import contextlib
 import inspect
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
+from accelerate.utils import send_to_device
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .blocks import base_model
+from .blocks import base_model, find_stacks
 
 
 Calibration = Tensor | Iterable[Mapping[str, Any]]
+Activations = Literal["device", "cpu", "disk"]
+Residence = Callable[[str, nn.Module], AbstractContextManager[Any]]
 
 
 @dataclass
-class InputNorm:
-    """Running ||X_j||_2 of the inputs of one layer over all tokens that are not padding."""
-
-    sum_of_squares: Tensor | float = 0.0
-    tokens: int = 0
-
-    def update(self, inputs: Tensor, keep: Tensor | None) -> None:
-        """Add `inputs` (..., in); `keep` (...) is False at padding."""
-        rows = inputs[keep] if keep is not None and keep.shape == inputs.shape[:-1] else inputs.flatten(0, -2)
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        self.sum_of_squares += torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square()
-        self.tokens += rows.shape[0]
-
-    def value(self) -> Tensor:
-        """Return ||X_j||_2, shape (in,), float32."""
-        assert isinstance(self.sum_of_squares, Tensor), "no inputs were seen"
-        return self.sum_of_squares.sqrt()
-
-
-@dataclass
-class _Call:
+class Call:
     """How the model calls one block on one batch, the hidden states left out."""
 
     args: tuple[Any, ...]
@@ -48,10 +38,44 @@ class _Call:
 
 
 @dataclass
-class _Batch:
-    hidden: Tensor
+class Batch:
+    """One calibration batch on its way through a stack.
+
+    Args:
+        hidden: the hidden states (sequences, tokens, features) the next block takes; on disk, the file they are in.
+        keep: False at padding, (sequences, tokens); None without padding.
+        keep_context: the same for the encoder's states that a decoder's blocks are handed.
+        sequences: how many sequences the batch holds.
+        calls: one per block.
+    """
+
+    hidden: Tensor | Path
     keep: Tensor | None
-    calls: list[_Call] = field(default_factory=list)
+    keep_context: Tensor | None
+    sequences: int
+    calls: list[Call] = field(default_factory=list)
+
+
+class ActivationStore:
+    """Where activations wait: as they are, in CPU memory, or in files of a folder that is removed with the store."""
+
+    def __init__(self, activations: Activations) -> None:
+        self.offload = activations != "device"
+        self._folder = Path(tempfile.mkdtemp(prefix="peft_sparse-")) if activations == "disk" else None
+        if self._folder is not None:
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def put(self, key: str, value: Tensor) -> Tensor | Path:
+        """Return what `get` takes; on disk a value of the same key is replaced."""
+        if self._folder is None:
+            return value.cpu() if self.offload else value
+        path = self._folder / f"{key}.safetensors"
+        save_file({"value": value.cpu().contiguous()}, path)
+        return path
+
+    def get(self, kept: Tensor | Path) -> Tensor:
+        """Return what was put, wherever it is."""
+        return kept if isinstance(kept, Tensor) else load_file(kept)["value"]
 
 
 class _CaptureComplete(Exception):
@@ -59,79 +83,151 @@ class _CaptureComplete(Exception):
 
 
 class BlockRunner:
-    """The blocks of a model, and the calibration batches on their way through them.
+    """The blocks of one stack, and the calibration batches on their way through them.
 
-    Take the blocks in order: `measure(i, ...)` as often as needed, then `advance(i)` once, after block i was pruned.
+    Take the blocks in order, each within `resident(i)`: `run(i)` as often as needed, then `advance(i)` once.
 
-    Raises:
-        ValueError: the calibration data are not token ids or model inputs, or the blocks form more than one stack.
+    Args:
+        model: the model, which is run up to the last block of the stack.
+        blocks: the stack, an entry of `find_stacks(model)`.
+        inputs: model inputs, as from `as_inputs`.
+        activations: where hidden states wait between blocks: "device" leaves them where the model computes them.
+        residence: (name, block) -> a context within which the block's weights are where they can be computed with.
     """
 
-    def __init__(self, model: nn.Module, blocks: dict[str, nn.Module], calibration: Calibration) -> None:
-        stacks = {name.rpartition(".")[0] for name in blocks}
-        if len(stacks) > 1:
-            raise ValueError(
-                f"Calibration runs one stack of blocks, this model has {len(stacks)}: {', '.join(sorted(stacks))}. "
-                "Use "
-                'a criterion without calibration, such as "magnitude".'
-            )
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: dict[str, nn.Module],
+        inputs: list[dict[str, Any]],
+        *,
+        activations: Activations = "device",
+        residence: Residence | None = None,
+    ) -> None:
+        self.names = list(blocks)
         self.blocks = list(blocks.values())
-        self.batches = _capture(model, self.blocks, _as_inputs(calibration))
+        self.residence = residence or (lambda name, block: contextlib.nullcontext())
+        self.store = ActivationStore(activations)
+        self.batches = self._capture(model, inputs)
+
+    def resident(self, index: int) -> AbstractContextManager[Any]:
+        """Return a context within which block `index` can be run."""
+        return self.residence(self.names[index], self.blocks[index])
 
     @torch.no_grad()
-    def measure(self, index: int, before_batch: Callable[[_Batch], None]) -> None:
+    def run(self, index: int, before_batch: Callable[[Batch, Call], None]) -> None:
         """Run block `index` on every batch for its hooks' sake; the batches stay before the block."""
         for batch in self.batches:
-            before_batch(batch)
-            self._run(index, batch)
+            self._run(index, batch, before_batch)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Replace the hidden states of every batch by what block `index` makes of them."""
-        for batch in self.batches:
-            batch.hidden = self._run(index, batch)
+        for number, batch in enumerate(self.batches):
+            batch.hidden = self.store.put(str(number), self._run(index, batch))
 
-    def _run(self, index: int, batch: _Batch) -> Tensor:
+    def _run(self, index: int, batch: Batch, before_batch: Callable[[Batch, Call], None] | None = None) -> Tensor:
+        block = self.blocks[index]
+        device = next(block.parameters()).device
         call = batch.calls[index]
-        output = self.blocks[index](batch.hidden, *call.args, **call.kwargs)
+        call = Call(send_to_device(call.args, device), send_to_device(call.kwargs, device))
+        if before_batch is not None:
+            before_batch(batch, call)
+        output = block(self.store.get(batch.hidden).to(device), *call.args, **call.kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
+    @torch.no_grad()
+    def _capture(self, model: nn.Module, inputs: list[dict[str, Any]]) -> list[Batch]:
+        """Run everything before and between the blocks; return what the first is fed, and how each one is called.
 
-def input_norms(runner: BlockRunner, index: int, layers: dict[str, nn.Module]) -> dict[str, InputNorm]:
-    """Run block `index` of `runner` and return the input norms of `layers`, which lie inside it, by name.
+        One block of each class runs for real, which shows what it returns; from then on identities stand in wherever
+        only hidden states come out. Blocks that hand on more (T5's hand on their position bias) always run.
+        """
+        device = next(p.device for p in model.parameters() if not p.is_meta)
+        accepts = inspect.signature(base_model(model).forward).parameters
+        extra = {"use_cache": False} if "use_cache" in accepts else {}
+        identities: dict[type, bool] = {}
+        captured: list[Batch] = []
 
-    Raises:
-        ValueError: a layer received no input, or inputs that are not finite.
-    """
-    if not layers:
-        return {}
-    norms = {name: InputNorm() for name in layers}
-    keep: Tensor | None = None
+        def stand_in(index: int, block: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+                if index == 0:
+                    keep, keep_context = masks
+                    captured.append(
+                        Batch(self.store.put(str(len(captured)), hidden), keep, keep_context, hidden.shape[0])
+                    )
+                captured[-1].calls.append(Call(args, kwargs))
+                if index == len(self.blocks) - 1:
+                    raise _CaptureComplete
+                if identities.get(type(block)):
+                    return hidden
+                with self.resident(index):
+                    output = run(hidden, *args, **kwargs)
+                identities[type(block)] = isinstance(output, Tensor)
+                return output
 
-    def next_batch(batch: _Batch) -> None:
-        nonlocal keep
-        keep = batch.keep
+            return forward
 
-    def hook(norm: InputNorm) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: norm.update(args[0], keep)
+        with contextlib.ExitStack() as replaced:
+            for index, block in enumerate(self.blocks):
+                run = block.forward
+                replaced.callback(_restore_forward, block, block.__dict__.get("forward"))
+                block.forward = stand_in(index, block, run)
+            for batch in inputs:
+                masks = _masks(model, self.names[0], batch)
+                with contextlib.suppress(_CaptureComplete):
+                    model(**send_to_device(dict(batch), device), **extra)
+                self._share_arguments(captured[0], captured[-1])
+        return captured
 
-    with contextlib.ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(hook(norms[name])).remove)
-        runner.measure(index, next_batch)
-    for name, norm in norms.items():
-        if norm.tokens == 0:
-            raise ValueError(
-                f"Layer {name!r} saw no calibration token, so its inputs cannot be measured. Use more calibration "
-                "sequences, or add it to `exclude_modules`."
-            )
-    finite = torch.stack([norm.value().isfinite().all().cpu() for norm in norms.values()]).tolist()
-    if not all(finite):
-        raise ValueError(
-            f"Expected finite inputs, but those of layer {list(norms)[finite.index(False)]!r} hold NaN or infinity. "
-            "Check the calibration data, or run the model in float32 or bfloat16."
-        )
-    return norms
+    def _share_arguments(self, first: Batch, batch: Batch) -> None:
+        """Keep one copy of the tensors that batches have in common, such as rotary embeddings; offload the others."""
+        memo: dict[int, Tensor] = {}
+        for call, first_call in zip(batch.calls, first.calls, strict=True):
+            known = tree_leaves((first_call.args, first_call.kwargs)) if batch is not first else []
+            leaves = iter(known)
+
+            def keep(value: Any, leaves: Iterator[Any] = leaves) -> Any:
+                old = next(leaves, None)
+                if not isinstance(value, Tensor):
+                    return value
+                if id(value) not in memo:
+                    placed = value.cpu() if self.store.offload else value
+                    memo[id(value)] = old if isinstance(old, Tensor) and _same(old, placed) else placed
+                return memo[id(value)]
+
+            call.args, call.kwargs = tree_map(keep, (call.args, call.kwargs))
+
+
+def stack_runners(
+    model: nn.Module,
+    inputs: list[dict[str, Any]],
+    *,
+    activations: Activations = "device",
+    residence: Residence | None = None,
+) -> Iterator[BlockRunner]:
+    """Yield a runner for each stack of `model` in turn; each is captured when the one before was worked through."""
+    for stack in find_stacks(model):
+        yield BlockRunner(model, stack, inputs, activations=activations, residence=residence)
+
+
+def on_device(device: torch.device | str | None) -> Residence:
+    """Return the residence that moves a block to `device` for its turn and back after; None leaves it where it is."""
+
+    @contextlib.contextmanager
+    def resident(name: str, block: nn.Module) -> Iterator[None]:
+        home = next(block.parameters()).device
+        if device is None or torch.device(device) == home:
+            yield
+            return
+        block.to(device)
+        try:
+            yield
+        finally:
+            block.to(home)
+
+    return resident
 
 
 @contextlib.contextmanager
@@ -146,61 +242,57 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _as_inputs(calibration: Calibration) -> list[dict[str, Any]]:
+def as_inputs(model: nn.Module, calibration: Calibration, batch_size: int = 1) -> list[dict[str, Any]]:
+    """Return calibration data as a list of model inputs.
+
+    Args:
+        calibration: token ids (sequences, tokens), which an encoder-decoder gets on both sides, or an iterable of
+            model inputs.
+        batch_size: sequences of a tensor that run together.
+
+    Raises:
+        ValueError: neither token ids nor model inputs, or nothing at all.
+    """
     if isinstance(calibration, Tensor):
         if calibration.dim() != 2 or calibration.dtype not in (torch.int32, torch.int64) or 0 in calibration.shape:
             raise ValueError(
                 "Expected `calibration` as token ids, a LongTensor (sequences, tokens), got "
                 f"{calibration.dtype} of shape {tuple(calibration.shape)}."
             )
-        return [{"input_ids": row} for row in calibration.split(1)]
+        names = ("input_ids", "decoder_input_ids") if _is_encoder_decoder(model) else ("input_ids",)
+        return [dict.fromkeys(names, rows) for rows in calibration.split(batch_size)]
     batches = [dict(batch) for batch in calibration]
     if not batches:
         raise ValueError("`calibration` holds no batch. Give at least one sequence.")
-    for batch in batches:
-        batch.pop("labels", None)
     return batches
 
 
-@torch.no_grad()
-def _capture(model: nn.Module, blocks: list[nn.Module], inputs: list[dict[str, Any]]) -> list[_Batch]:
-    """Run everything before and between the blocks; return what the first is fed, and how each one is called.
+def check_activations(activations: str) -> None:
+    """Raise ValueError unless `activations` is one of its choices."""
+    if activations not in get_args(Activations):
+        choices = ", ".join(map(repr, get_args(Activations)))
+        raise ValueError(f"`activations` must be one of {choices}, got {activations!r}.")
 
-    The blocks of the first batch run for real, which shows what they return; from then on identities stand in for them
-    wherever only the hidden states come out. A block that hands on more (T5 hands on its position bias) always runs.
-    """
-    device = next(model.parameters()).device
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(base_model(model).forward).parameters else {}
-    identities: dict[int, bool] = {}
-    captured: list[_Batch] = []
 
-    def stand_in(index: int, run: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            if index == 0:
-                captured.append(_Batch(hidden, keep))
-            captured[-1].calls.append(_Call(args, kwargs))
-            if index == len(blocks) - 1:
-                raise _CaptureComplete
-            if identities.get(index):
-                return hidden
-            output = run(hidden, *args, **kwargs)
-            identities[index] = isinstance(output, Tensor)
-            return output
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
 
-        return forward
 
-    with contextlib.ExitStack() as replaced:
-        for index, block in enumerate(blocks):
-            run = block.forward
-            replaced.callback(_restore_forward, block, block.__dict__.get("forward"))
-            block.forward = stand_in(index, run)
-        for batch in inputs:
-            batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-            keep = _kept_tokens(batch)
-            with contextlib.suppress(_CaptureComplete):
-                model(**batch, **extra)
-    return captured
+def _masks(model: nn.Module, first_block: str, batch: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """Return which tokens of the stack, and which of the encoder before it, are not padding."""
+    own = _kept(batch.get("attention_mask"))
+    if not _is_encoder_decoder(model) or first_block in find_stacks(model)[0]:
+        return own, None
+    return _kept(batch.get("decoder_attention_mask")), own
+
+
+def _kept(mask: Any) -> Tensor | None:
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _same(old: Tensor, new: Tensor) -> bool:
+    alike = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+    return alike and torch.equal(old, new)
 
 
 def _restore_forward(block: nn.Module, own: Any) -> None:
@@ -208,8 +300,3 @@ def _restore_forward(block: nn.Module, own: Any) -> None:
         del block.forward
     else:
         block.forward = own
-
-
-def _kept_tokens(batch: dict[str, Any]) -> Tensor | None:
-    padding_mask = batch.get("attention_mask")
-    return padding_mask.bool() if isinstance(padding_mask, Tensor) and padding_mask.dim() == 2 else None

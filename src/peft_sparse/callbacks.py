@@ -1,8 +1,9 @@
 """When to prune during training, and the guard that no zero is lost. How to prune stays in `prune`."""
 
 import contextlib
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .blocks import Targets, base_layer, prunable_layers
-from .calibration import Calibration
-from .masks import Group, Pattern, fingerprint, mask_of, pack
-from .prune import PruningReport, prune, zero_counts
-from .weights import stored_weight, weight_matrix
+from .blocks import Targets, prunable_weights
+from .masks import Pattern, fingerprint, mask_of, pack
+from .prune import prune, zero_counts
+from .report import PruningReport
+from .weights import WeightView
 
 
 class PruningCallback(TrainerCallback):
@@ -26,27 +27,15 @@ class PruningCallback(TrainerCallback):
     that: `SparseTrainer` prunes before it loads a checkpoint, elsewhere add a `ZeroGuardCallback`, which notices.
 
     Args:
-        pattern, criterion, group, target_modules, exclude_modules, calibration: as in `prune`.
+        pattern, and every other argument: as in `prune`.
+
+    Raises:
+        TypeError: `prune` has no such argument.
     """
 
-    def __init__(
-        self,
-        pattern: float | str | Pattern,
-        *,
-        criterion: str = "magnitude",
-        group: Group | None = None,
-        target_modules: Targets = None,
-        exclude_modules: Targets = None,
-        calibration: Calibration | None = None,
-    ) -> None:
-        self.options: dict[str, Any] = {
-            "pattern": pattern,
-            "criterion": criterion,
-            "group": group,
-            "target_modules": target_modules,
-            "exclude_modules": exclude_modules,
-            "calibration": calibration,
-        }
+    def __init__(self, pattern: float | str | Pattern | Mapping[str, float | str | Pattern], **options: Any) -> None:
+        inspect.signature(prune).bind(None, pattern, **options)
+        self.options: dict[str, Any] = {"pattern": pattern, **options}
         self.report: PruningReport | None = None
 
     def on_train_begin(
@@ -73,7 +62,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
     def __init__(self, target_modules: Targets = None, exclude_modules: Targets = None) -> None:
         self.target_modules = target_modules
         self.exclude_modules = exclude_modules
-        self.layers: dict[str, nn.Module] = {}
+        self.weights: dict[str, WeightView] = {}
         self.kept: dict[str, Tensor] = {}
         self.fingerprints: dict[str, str] = {}
 
@@ -85,21 +74,19 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.layers = prunable_layers(kwargs["model"], self.target_modules, self.exclude_modules)
+        self.weights = prunable_weights(kwargs["model"], self.target_modules, self.exclude_modules)
         for name, (zeros, _) in self._counts().items():
-            if zeros and stored_weight(base_layer(self.layers[name])).requires_grad:
+            if zeros and self.weights[name].storage.requires_grad:
                 raise ValueError(
                     f"The weight of {name!r} holds {zeros} zeros and is trained itself: the first step "
                     "would fill them. Attach an adapter that keeps zeros, get_peft_model(model, "
                     "MaskLoRAConfig(...)), or freeze the weight."
                 )
-        self.fingerprints = {
-            name: fingerprint(mask_of(weight_matrix(base_layer(layer)))) for name, layer in self.layers.items()
-        }
+        self.fingerprints = {name: fingerprint(mask_of(weight.matrix())) for name, weight in self.weights.items()}
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and isinstance(saved, dict):
             _compare(saved["attributes"]["fingerprints"], self.fingerprints)
-        self.kept = {name: _packed_mask(layer) for name, layer in self.layers.items()}
+        self.kept = {name: _packed_mask(weight) for name, weight in self.weights.items()}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,7 +99,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         Raises:
             RuntimeError: an entry that was zero is not any more; names the first weight.
         """
-        lost = [(_packed_mask(self.layers[name]) & ~kept).any() for name, kept in self.kept.items()]
+        lost = [(_packed_mask(self.weights[name]) & ~kept).any() for name, kept in self.kept.items()]
         if not lost or not any(flags := torch.stack([flag.to(lost[0].device) for flag in lost]).tolist()):
             return
         name = list(self.kept)[flags.index(True)]
@@ -128,11 +115,11 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts)
 
     def _counts(self) -> dict[str, tuple[int, int]]:
-        return zero_counts(self.layers) if self.layers else {}
+        return zero_counts(self.weights) if self.weights else {}
 
 
-def _packed_mask(layer: nn.Module) -> Tensor:
-    return pack(mask_of(stored_weight(base_layer(layer)).detach()))
+def _packed_mask(weight: WeightView) -> Tensor:
+    return pack(mask_of(weight.matrix()))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,9 +117,9 @@ def select(scores: Tensor, pattern: Pattern, group: Group) -> Tensor:
     if isinstance(pattern, SemiStructured):
         return _select_semi_structured(scores, pattern)
     if group == "row":
-        return ~_lowest(scores, _count(pattern.sparsity, scores.shape[1]))
+        return ~lowest(scores, number_to_prune(pattern.sparsity, scores.shape[1]))
     flat = scores.reshape(1, -1)
-    return ~_lowest(flat, _count(pattern.sparsity, flat.shape[1])).view(scores.shape)
+    return ~lowest(flat, number_to_prune(pattern.sparsity, flat.shape[1])).view(scores.shape)
 
 
 def select_across(scores: Sequence[Callable[[], Tensor]], sparsity: float) -> list[Tensor]:
@@ -133,7 +134,7 @@ def select_across(scores: Sequence[Callable[[], Tensor]], sparsity: float) -> li
         sparsity: fraction of all entries to prune, in [0, 1).
     """
     high, total = _histogram(scores, lambda key: (key >> 16) + 0x8000)
-    count = _count(sparsity, total)
+    count = number_to_prune(sparsity, total)
     if count == 0:
         return [torch.ones_like(score(), dtype=torch.bool) for score in scores]
     below_bucket, bucket = _locate(high, count)
@@ -183,36 +184,72 @@ def sparsity_of_fingerprint(proof: str) -> float:
     return int(pruned) / (int(rows) * int(columns))
 
 
-def _count(sparsity: float, size: int) -> int:
+def number_to_prune(sparsity: float, size: int) -> int:
+    """Return how many of `size` entries a sparsity prunes."""
     # Rounded first, or 0.29 of 100 entries would be 28: 0.29 * 100 is 28.999999999999996.
     return math.floor(round(sparsity * size, 6))
 
 
-def _lowest(scores: Tensor, count: int) -> Tensor:
-    """True at the `count` lowest entries of each row, ties by index; a threshold alone would miscount ties."""
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Return True at the `count` lowest entries of each row, ties by index."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
-    below = scores < threshold
-    ties = scores == threshold
-    ties_to_prune = count - below.sum(1, keepdim=True)
-    return below | (ties & (ties.cumsum(1) <= ties_to_prune))
+    threshold = _kth_lowest(scores, count)
+    chosen = scores <= threshold
+    surplus = _count_by_row(chosen) - count
+    rows = surplus.nonzero().squeeze(1)
+    if len(rows):
+        ties = scores[rows] == threshold[rows]
+        wanted = _count_by_row(ties) - surplus[rows]
+        chosen[rows] &= ~ties | (ties.cumsum(1, dtype=torch.int32) <= wanted[:, None])
+    return chosen
+
+
+# On CPUs, one thread of numpy selects and counts faster than several of torch, which moves indices and sums integers.
+
+
+def _kth_lowest(scores: Tensor, k: int) -> Tensor:
+    if scores.device.type != "cpu":
+        return scores.kthvalue(k, dim=1, keepdim=True).values
+    numbers = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).numpy()
+    return torch.from_numpy(np.partition(numbers, k - 1, axis=1)[:, k - 1 : k]).to(scores.dtype)
+
+
+def _count_by_row(mask: Tensor) -> Tensor:
+    if mask.device.type != "cpu":
+        return mask.count_nonzero(1)
+    return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
 
 
 def _select_semi_structured(scores: Tensor, pattern: SemiStructured) -> Tensor:
     rows, columns = scores.shape
     whole = columns - columns % pattern.m
     groups = scores[:, :whole].reshape(-1, pattern.m)
-    mask = _keep_highest(groups, pattern.n).view(rows, whole)
+    # In parts that caches hold.
+    mask = torch.cat([keep_highest(part, pattern.n) for part in groups.split(1 << 18)]).view(rows, whole)
     if whole == columns:
         return mask
-    return torch.cat([mask, _keep_highest(scores[:, whole:], min(pattern.n, columns - whole))], dim=1)
+    return torch.cat([mask, keep_highest(scores[:, whole:], min(pattern.n, columns - whole))], dim=1)
 
 
-def _keep_highest(groups: Tensor, n: int) -> Tensor:
-    # Sorting short groups beats topk's partial sort, and a stable sort is what makes ties go by index.
-    kept = groups.argsort(dim=1, stable=True)[:, groups.shape[1] - n :]
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, kept, True)
+def keep_highest(groups: Tensor, n: int) -> Tensor:
+    """Return True at the `n` highest entries of each row of `groups` (groups, m), ties by index."""
+    m = groups.shape[1]
+    if m > 16:
+        kept = groups.argsort(dim=1, stable=True)[:, m - n :]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, kept, True)
+    # Comparing every pair, over all groups at once, beats sorting short groups.
+    entries = groups.unbind(1)
+    lower = [torch.full_like(entry, m - 1 - i, dtype=torch.int8) for i, entry in enumerate(entries)]
+    for j in range(1, m):
+        for i in range(j):
+            i_first = (entries[i] <= entries[j]).view(torch.int8)
+            lower[j] += i_first
+            lower[i] -= i_first
+    mask = torch.empty_like(groups, dtype=torch.bool)
+    for before, kept in zip(lower, mask.unbind(1), strict=True):
+        torch.ge(before, m - n, out=kept)
+    return mask
 
 
 def _sortable_bits(scores: Tensor) -> Tensor:

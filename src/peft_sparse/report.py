@@ -1,15 +1,98 @@
-"""What makes a number believable: versions, hardware, command, peak memory."""
+"""What makes a number believable: what was done to each weight, versions, hardware, command, peak memory."""
 
 import importlib.metadata
+import math
 import platform
+import re
 import resource
 import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 
 PACKAGES = ("peft_sparse", "torch", "transformers", "peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """One pruned weight.
+
+    Args:
+        name: name of its layer.
+        shape: (out, in).
+        sparsity: fraction of its entries that are zero now.
+        error: ||(W - W')X|| / ||WX|| on the inputs X the layer had when it was pruned, some 1,024 calibration tokens;
+            None without calibration and where all weights were compared at once.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What `prune` did.
+
+    Args:
+        criterion, pattern, group: as chosen; `group` is None where the pattern or the criterion has its own.
+        sparsity: fraction of zeros over all pruned weights.
+        seconds: wall-clock time.
+        peak_memory: bytes, as `peak_memory()` tells.
+        weights: one entry per weight.
+    """
+
+    criterion: str
+    pattern: str
+    group: str | None
+    sparsity: float
+    seconds: float
+    peak_memory: int
+    weights: tuple[WeightReport, ...]
+
+    @property
+    def error(self) -> float | None:
+        """Mean of the weights' relative output errors, None without calibration."""
+        errors = [weight.error for weight in self.weights if weight.error is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, ready for JSON."""
+        return {**asdict(self), "error": self.error}
+
+    def plot(self, path: str | Path) -> None:
+        """Draw sparsity and relative output error of the weights by depth, one line per kind of layer, to `path`.
+
+        Experts of one block are drawn as their mean.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("A picture needs matplotlib. Install it with: pip install matplotlib") from error
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        panels = {"sparsity": "sparsity", "relative output error": "error"}
+        for axes, (title, attribute) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            for kind, points in _by_depth(self.weights, attribute).items():
+                axes.plot(list(points), list(points.values()), marker=".", label=kind)
+            axes.set(title=title, xlabel="depth (block)", ylim=(0, None))
+        axes.legend(fontsize="small")
+        figure.suptitle(str(self))
+        figure.savefig(path)
+
+    def __str__(self) -> str:
+        group = f" per {self.group}" if self.group else ""
+        error = "" if self.error is None else f", mean relative output error {self.error:.4f}"
+        return (
+            f"pruned {len(self.weights)} weights to sparsity {self.sparsity:.4f} "
+            f"({self.criterion}, {self.pattern}{group}) in {self.seconds:.1f} s{error}"
+        )
 
 
 def environment() -> dict[str, Any]:
@@ -29,6 +112,19 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _by_depth(weights: tuple[WeightReport, ...], attribute: str) -> dict[str, dict[int, float]]:
+    """Return {kind of layer: {block: mean of `attribute`}}; NaN where there is none."""
+    places = [re.fullmatch(r"(.*?)\.(\d+)\.(.*?)(\.\d+)?", weight.name) for weight in weights]
+    stacks = {place[1] for place in places if place}
+    values: dict[str, dict[int, list[float]]] = {}
+    for weight, place in zip(weights, places, strict=True):
+        stack, depth, kind = (place[1], int(place[2]), place[3]) if place else ("", 0, weight.name)
+        value = getattr(weight, attribute)
+        curve = values.setdefault(f"{stack} {kind}".strip() if len(stacks) > 1 else kind, {})
+        curve.setdefault(depth, []).append(math.nan if value is None else value)
+    return {kind: {depth: sum(v) / len(v) for depth, v in curve.items()} for kind, curve in values.items()}
 
 
 def _hardware() -> str:

@@ -7,8 +7,10 @@ First link of the chain: no other module asks how a layer stores its weight.
 | `nn.Linear`           | (out, in)            | (out, in)           |
 | transformers `Conv1D` | (in, out)            | (out, in)           |
 | `nn.Conv2d`           | (out, in/groups, k, k) | (out, in/groups·k·k) |
+| fused experts         | (experts, out, in), or (experts, in, out) if `is_transposed` | (out, in) for each expert |
 """
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -58,10 +60,73 @@ def weight_matrix(layer: nn.Module) -> Tensor:
     return as_matrix(layer, stored_weight(layer).detach())
 
 
-def write_zeros(layer: nn.Module, mask: Tensor) -> None:
-    """Set the weight of `layer` to zero wherever `mask` (out, in) is False. In place."""
-    with torch.no_grad():
-        stored_weight(layer).masked_fill_(as_stored(layer, ~mask), 0)
+@dataclass(frozen=True)
+class WeightView:
+    """One prunable weight seen as a matrix (out, in): that of `layer`, or that of one of its fused experts.
+
+    Args:
+        layer: a layer of `PRUNABLE_LAYERS`, or the module that holds the experts.
+        parameter: name of the parameter in `layer`.
+        expert: index of the expert, for a parameter that holds those of all experts.
+    """
+
+    layer: nn.Module
+    parameter: str = "weight"
+    expert: int | None = None
+
+    @property
+    def storage(self) -> Tensor:
+        """The parameter the weight is stored in, which holds other experts' weights too."""
+        return cast(Tensor, getattr(self.layer, self.parameter))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.matrix().shape
+        return rows, columns
+
+    def matrix(self) -> Tensor:
+        """Return the weight as a detached matrix (out, in), a view where the memory allows one; not for writing."""
+        return self.matrix_of(self.storage.detach())
+
+    def matrix_of(self, stored: Tensor) -> Tensor:
+        """Return the part of `stored`, a tensor laid out as the parameter, that is this weight's, as (out, in)."""
+        if self.expert is None:
+            return as_matrix(self.layer, stored)
+        return stored[self.expert].T if getattr(self.layer, "is_transposed", False) else stored[self.expert]
+
+    @torch.no_grad()
+    def write(self, matrix: Tensor) -> None:
+        """Replace the weight by `matrix` (out, in), cast to the weight's dtype. In place."""
+        if self.expert is None:
+            self.storage.copy_(as_stored(self.layer, matrix))
+        else:
+            self.matrix().copy_(matrix)
+
+    @torch.no_grad()
+    def write_zeros(self, mask: Tensor) -> None:
+        """Set the weight to zero wherever `mask` (out, in) is False. In place."""
+        if self.expert is None:
+            self.storage.masked_fill_(as_stored(self.layer, ~mask), 0)
+        else:
+            self.matrix().masked_fill_(~mask, 0)
+
+
+def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Return what the weight matrix of `layer` is multiplied by, (tokens, in): a convolution's are its patches.
+
+    Raises:
+        TypeError: a convolution with groups or with padding that is no number of zeros.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return inputs.flatten(0, -2)
+    if layer.groups > 1 or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        raise TypeError(
+            "Expected a Conv2d without groups and with padding by a number of zeros, got "
+            f"groups={layer.groups}, padding={layer.padding!r}, padding_mode={layer.padding_mode!r}, whose inputs "
+            'cannot be measured. Leave it out, or prune it with `criterion="magnitude"`.'
+        )
+    patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    return patches.mT.flatten(0, 1)
 
 
 def undo_cpu_packing(layer: nn.Module) -> None:

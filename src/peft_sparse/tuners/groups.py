@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..blocks import base_model, norm_names, output_head, tied_to_embedding
+from ..weights import WeightView
 from .config import SparseLoraConfig
 
 
@@ -20,7 +21,7 @@ def select_groups(model: nn.Module, config: SparseLoraConfig) -> None:
     name = output_head(model)
     if name is None:
         raise ValueError('`train_head` needs a model with an output head, this one has none. Use `train_head="none"`.')
-    if tied_to_embedding(model, {name: base_model(model).get_submodule(name)}):
+    if tied_to_embedding(model, {name: WeightView(base_model(model).get_submodule(name))}):
         raise ValueError(
             f"The output head {name!r} shares its weight with the embedding: training it would change both. Load the "
             "model "
