@@ -30,7 +30,7 @@ import peft_sparse.tuners.layer
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune
 from peft_sparse.masks import Unstructured, select
 from peft_sparse.report import environment
-from peft_sparse.weights import write_zeros
+from peft_sparse.weights import WeightView
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -148,7 +148,7 @@ class OneLayer(nn.Module):
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.linear = nn.Linear(columns, rows, bias=False)
-        write_zeros(self.linear, select(self.linear.weight.detach().abs(), Unstructured(0.5), "matrix"))
+        WeightView(self.linear).write_zeros(select(self.linear.weight.detach().abs(), Unstructured(0.5), "matrix"))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)

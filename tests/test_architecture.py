@@ -16,10 +16,15 @@ PACKAGE = Path(peft_sparse.__file__).parent
 ORDER = [
     {"weights"},
     {"masks"},
-    {"criteria", "functional"},
+    {"criteria", "sparsegpt", "functional"},
     {"blocks"},
     {"calibration"},
-    {"prune", "tuners", "evaluation", "report"},
+    {"statistics", "report", "text"},
+    {"prune", "tuners", "evaluation"},
+    {"streaming"},
+    {"plan", "regions", "least_squares", "progress"},
+    {"fitting"},
+    {"reconstruction"},
     {"callbacks"},
     {"trainer"},
     {"__init__"},
@@ -63,16 +68,24 @@ def test_every_module_has_its_place():
 
 def test_public_names_are_these():
     assert peft_sparse.__all__ == [
+        "Criterion",
         "MaskLoRAConfig",
         "PruningCallback",
         "ScaledLoRAConfig",
         "SemiStructured",
         "SparseTrainer",
         "SparseTrainingArguments",
+        "Statistics",
         "Unstructured",
         "ZeroGuardCallback",
+        "pack_sequences",
         "perplexity",
+        "plan",
         "prune",
+        "prune_checkpoint",
+        "reconstruct",
+        "reconstruct_checkpoint",
+        "sample_sequences",
         "sparsity",
     ]
 
@@ -89,7 +102,11 @@ def test_functions_are_short_enough_to_read_whole():
         f"{path.name}:{node.lineno} {node.name}"
         for path in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 60
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - _first_statement(node).lineno > 60
     ]
-    # prune's body is short; its docstring is the reference of the whole toolbox.
-    assert [name for name in long if not name.endswith(" prune")] == []
+    assert long == []
+
+
+def _first_statement(function: ast.FunctionDef) -> ast.stmt:
+    """The first statement after signature and docstring, which are references, not code."""
+    return function.body[1 if ast.get_docstring(function) and len(function.body) > 1 else 0]

@@ -20,10 +20,10 @@ from conftest import tiny
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def launch(*arguments, **environment):
+def launch(*arguments, example="retrain.py", **environment):
     """Run an example as a user does, and return what it printed."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
-    command = [*accelerate, str(EXAMPLES / "retrain.py"), *map(str, arguments)]
+    command = [*accelerate, str(EXAMPLES / example), *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
@@ -73,10 +73,27 @@ def test_retrain_with_a_model_and_a_text_of_ones_own(tiny_model_dir, tmp_path):
     assert "| reloaded  |" in printed
 
 
+def test_reconstruct_with_a_model_and_a_text_of_ones_own(tiny_model_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"THE {i} OF {i * i} IS NOT {i + 7}, AND THAT IS THAT." * 3 for i in range(80)))
+    output = tmp_path / "output"
+    options = ["--model_name_or_path", tiny_model_dir, "--text_file", text, "--output_dir", output]
+    options += ["--sequence_length", 16, "--pattern", "2:4", "--calibration_samples", 8, "--evaluation_sequences", 2]
+    printed = launch(*options, example="reconstruct.py")
+    report = json.loads((output / "report.json").read_text())
+    reloaded = AutoModelForCausalLM.from_pretrained(output / "sparse")
+    assert sparsity(reloaded) == report["stages"][-1]["sparsity"] == 0.5
+    assert len(report["reconstruction"]["regions"]) == 6
+    assert [stage["stage"] for stage in report["stages"]] == ["dense", "reconstructed", "reloaded"]
+    assert "| reloaded" in printed
+
+
 def test_too_short_a_text_is_refused(tiny_model_dir, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("SHORT\n\nTEXT")
-    with pytest.raises(AssertionError, match="The training text has .* tokens, less than one sequence of 512. Bring"):
+    with pytest.raises(
+        AssertionError, match="Expected a text of at least one sequence of 512 tokens, got .* tokens. Bring"
+    ):
         launch("--model_name_or_path", tiny_model_dir, "--text_file", text, "--output_dir", tmp_path / "out")
 
 

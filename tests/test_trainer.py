@@ -14,6 +14,7 @@ from peft_sparse import (
     prune,
     sparsity,
 )
+from peft_sparse.criteria import CRITERIA
 
 from checks import assert_same_zeros, zeros_of
 from conftest import tiny
@@ -45,7 +46,7 @@ def arguments(path, **kwargs):
     )
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random", "wanda"])
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_it_prunes_trains_and_logs_the_sparsity(tmp_path, criterion):
     model = adapted(train_norms=True)
     trainer = SparseTrainer(
@@ -72,13 +73,14 @@ def test_it_trains_what_was_pruned_before(tmp_path):
     assert trainer.pruning_report is None
 
 
-def test_wanda_measures_the_first_training_samples(tmp_path):
+@pytest.mark.parametrize("criterion", ["wanda", "ria", "sparsegpt", "gblm"])
+def test_the_first_training_samples_are_measured(tmp_path, criterion):
     samples = Samples()
     model = adapted()
-    args = arguments(tmp_path, sparsity=0.5, criterion="wanda", calibration_samples=5, max_steps=1)
+    args = arguments(tmp_path, sparsity=0.5, criterion=criterion, calibration_samples=5, max_steps=1)
     SparseTrainer(model, args, train_dataset=samples).train()
     expected = tiny("llama")
-    prune(expected, 0.5, criterion="wanda", calibration=samples.tokens[:5])
+    prune(expected, 0.5, criterion=criterion, calibration=samples.tokens[:5])
     assert_same_zeros(model, zeros_of(expected))
 
 
@@ -173,6 +175,34 @@ def test_the_callback_serves_a_plain_trainer(tmp_path):
     callback = PruningCallback("2:4", criterion="wanda", calibration=Samples().tokens)
     Trainer(model, args, train_dataset=Samples(), callbacks=[callback, ZeroGuardCallback()]).train()
     assert sparsity(model) == callback.report.sparsity == 0.5
+
+
+def test_the_callback_takes_what_prune_takes_and_nothing_else():
+    for unknown in ({"criteria": "wanda"}, {"pattern": 0.5}, {"model": None}):
+        with pytest.raises(TypeError, match=next(iter(unknown))):
+            PruningCallback(0.5, **unknown)
+    model, expected = adapted(), tiny("llama")
+    pattern = {"q_proj": 0.25, "mlp.up_proj": "2:4"}
+    options = {"criterion": lambda weight, statistics: -weight, "exclude_modules": ["o_proj"]}
+    callback = PruningCallback(pattern, **options)
+    callback.prune(model, seed=0)
+    prune(expected, pattern, **options)
+    assert_same_zeros(model, zeros_of(expected))
+    assert len(callback.report.weights) == 6
+
+
+def test_experts_are_pruned_below_their_adapters_and_guarded(tmp_path):
+    config = {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
+    model = get_peft_model(tiny("mixtral"), MaskLoRAConfig(r=2, task_type="CAUSAL_LM", **config))
+    args = arguments(tmp_path, sparsity=0.5, criterion="wanda", calibration_samples=24, max_steps=2)
+    trainer = SparseTrainer(model, args, train_dataset=Samples())
+    trainer.train()
+    assert sparsity(model) == 0.5
+    assert any("experts.down_proj.3" in weight.name for weight in trainer.pruning_report.weights)
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].mlp.experts.get_base_layer().down_proj[2].add_(1e-3)
+    with pytest.raises(RuntimeError, match=r"experts.down_proj.2' lost zeros .* \(1 such weights\)"):
+        trainer.save_model(str(tmp_path / "adapter"))
 
 
 def test_the_callback_prunes_a_trained_adapters_base_as_it_would_a_fresh_ones():

@@ -9,24 +9,37 @@ Importing the package registers its tuners with PEFT.
 """
 
 from .callbacks import PruningCallback, ZeroGuardCallback
+from .criteria import Criterion, Statistics
 from .evaluation import perplexity
 from .masks import SemiStructured, Unstructured
+from .plan import plan
 from .prune import prune, sparsity
+from .reconstruction import reconstruct, reconstruct_checkpoint
+from .streaming import prune_checkpoint
+from .text import pack_sequences, sample_sequences
 from .trainer import SparseTrainer, SparseTrainingArguments
 from .tuners import MaskLoRAConfig, ScaledLoRAConfig
 
 
 __all__ = [
+    "Criterion",
     "MaskLoRAConfig",
     "PruningCallback",
     "ScaledLoRAConfig",
     "SemiStructured",
     "SparseTrainer",
     "SparseTrainingArguments",
+    "Statistics",
     "Unstructured",
     "ZeroGuardCallback",
+    "pack_sequences",
     "perplexity",
+    "plan",
     "prune",
+    "prune_checkpoint",
+    "reconstruct",
+    "reconstruct_checkpoint",
+    "sample_sequences",
     "sparsity",
 ]
 

@@ -1,18 +1,29 @@
 """SparseTrainer: the Trainer of transformers, pruning when asked, logging sparsity, losing no zero silently."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_utils import TrainOutput
 
+from .blocks import find_blocks
+from .calibration import check_activations
 from .callbacks import PruningCallback, ZeroGuardCallback
-from .criteria import find_criterion
+from .criteria import CRITERIA, find_criterion
+from .fitting import Step
 from .masks import GROUPS, Pattern, SemiStructured, parse_pattern
-from .prune import PruningReport
+from .reconstruction import ReconstructionReport, RegionReport, check_choices, reconstruct
+from .regions import RegionSize
+from .report import PruningReport
 
 
-RECOVERIES = ("retrain",)
+RECOVERIES = ("retrain", "reconstruct")
 
 
 @dataclass
@@ -29,9 +40,7 @@ class SparseTrainingArguments(TrainingArguments):
     pattern: str | None = field(
         default=None, metadata={"help": 'Prune to "n:m" (n kept of every m inputs), e.g. "2:4", before training.'}
     )
-    criterion: str = field(
-        default="magnitude", metadata={"help": 'Pruning criterion: "magnitude", "random", "wanda".'}
-    )
+    criterion: str = field(default="magnitude", metadata={"help": f"Pruning criterion: {', '.join(CRITERIA)}."})
     group: str | None = field(
         default=None, metadata={"help": 'What is compared: "row", "matrix", "model"; default: as in the paper.'}
     )
@@ -44,7 +53,24 @@ class SparseTrainingArguments(TrainingArguments):
     calibration_samples: int = field(
         default=128, metadata={"help": "Training samples, from the first on, that a criterion such as wanda measures."}
     )
-    recovery: str = field(default="retrain", metadata={"help": '"retrain": train with the task loss.'})
+    recovery: str = field(
+        default="retrain",
+        metadata={"help": '"retrain": train with the task loss. "reconstruct": fit regions to their dense outputs.'},
+    )
+    reconstruction_region: str = field(
+        default="submodule", metadata={"help": '"matrix", "submodule", "block", or a number of blocks.'}
+    )
+    reconstruction_mode: str = field(
+        default="SS",
+        metadata={"help": 'Inputs and targets of the dense (D) or sparse (S) model: "DD", "SS", "SD".'},
+    )
+    reconstruction_loss: str = field(default="mse", metadata={"help": '"mse", "relative_mse" or "cosine".'})
+    reconstruction_holdout: float = field(
+        default=0.1, metadata={"help": "Fraction of the calibration batches that only measure errors."}
+    )
+    activations: str = field(
+        default="device", metadata={"help": 'Where hidden states wait while reconstructing: "device", "cpu", "disk".'}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +81,20 @@ class SparseTrainingArguments(TrainingArguments):
             raise ValueError(f"`recovery` must be one of {', '.join(map(repr, RECOVERIES))}, got {self.recovery!r}.")
         if self.calibration_samples < 1:
             raise ValueError(f"`calibration_samples` must be at least 1, got {self.calibration_samples}.")
+        if self.recovery == "reconstruct":
+            check_choices(
+                self.region_size(), self.reconstruction_mode, self.reconstruction_loss, "full",
+                no_pattern=self.pruning_pattern() is None, no_dense=True,
+            )  # fmt: skip
+            check_activations(self.activations)
+            if self.fp16:
+                raise ValueError("Reconstruction does not scale losses, which `fp16` needs. Use `bf16=True`.")
         self.pruning_pattern()
+
+    def region_size(self) -> RegionSize:
+        """Return `reconstruction_region` as `reconstruct` takes it."""
+        region: Any = self.reconstruction_region
+        return int(region) if str(region).isdigit() else region
 
     def pruning_pattern(self) -> Pattern | None:
         """Return the pattern that `sparsity` and `pattern` ask for together, None if neither is set.
@@ -80,51 +119,139 @@ class SparseTrainer(Trainer):
     With `sparsity` or `pattern` in the arguments the model is pruned when training begins (`PruningCallback`). The
     zeros it has from then on are checked at every log, before every save and at the end; every log holds `sparsity`.
 
+    With `recovery="reconstruct"` training is `reconstruct`, on the first `calibration_samples` of the training set:
+    optimiser, schedule, epochs or `max_steps` (of each region), batch, accumulation, clipping, bf16, seed, logging and
+    callbacks are those of the arguments. The model stays where it is, only the blocks in turn go to the device.
+    Finished regions are kept in `output_dir/reconstruction`, for `train(resume_from_checkpoint=True)`, unless
+    `save_strategy="no"`.
+
     Args:
         args: a `SparseTrainingArguments`.
+        peft_config: the tuner that reconstruction trains with; by default the region's full weights.
         everything else: as in `Trainer`.
 
     Raises:
         TypeError: `args` is another kind of arguments.
-        ValueError: calibration is needed and the training set is shorter than `calibration_samples`.
+        ValueError: calibration is needed and the training set is shorter than `calibration_samples`; `peft_config`
+            without reconstruction, or reconstruction of a model with adapters.
         RuntimeError: while training, a pruned weight lost a zero.
     """
 
     args: SparseTrainingArguments
 
-    def __init__(self, model: Any = None, args: SparseTrainingArguments | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any = None,
+        args: SparseTrainingArguments | None = None,
+        *,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
         args = SparseTrainingArguments() if args is None else args
         if not isinstance(args, SparseTrainingArguments):
             raise TypeError(f"Expected `args` as SparseTrainingArguments, got {type(args).__name__}.")
-        super().__init__(model, args, **kwargs)
-        pattern = args.pruning_pattern()
-        targets: dict[str, Any] = {"target_modules": args.target_modules, "exclude_modules": args.exclude_modules}
-        self._pruning: PruningCallback | None = None
-        if pattern is not None:
-            # A pattern of the arguments' "n:m" has its own group.
-            group: Any = None if isinstance(pattern, SemiStructured) else args.group
-            calibration = self._calibration() if find_criterion(args.criterion).needs_inputs else None
-            self._pruning = PruningCallback(
-                pattern, criterion=args.criterion, group=group, calibration=calibration, **targets
+        reconstructs = args.recovery == "reconstruct"
+        if peft_config is not None and not reconstructs:
+            raise ValueError(
+                '`peft_config` says what `recovery="reconstruct"` trains. To retrain, attach the adapter yourself: '
+                "get_peft_model(model, peft_config)."
             )
+        if reconstructs and isinstance(model, PeftModel):
+            raise ValueError(
+                "Reconstruction attaches and merges its adapters region by region. Pass the plain model, and the "
+                "configuration as `peft_config`."
+            )
+        super().__init__(model, args, **kwargs)
+        self.peft_config = peft_config
+        self.reconstruction_report: ReconstructionReport | None = None
+        self._pruning: PruningCallback | None = None
+        if args.pruning_pattern() is not None and not reconstructs:
+            calibration = self._calibration(1) if find_criterion(args.criterion)[1].needs else None
+            self._pruning = PruningCallback(calibration=calibration, **self._pruning_options())
             self.add_callback(self._pruning)
-        self.add_callback(ZeroGuardCallback(**targets))
+        self.add_callback(ZeroGuardCallback(args.target_modules, args.exclude_modules))
 
     @property
     def pruning_report(self) -> PruningReport | None:
         """The report of what was pruned when training began, None before or without pruning."""
+        if self.reconstruction_report is not None:
+            return self.reconstruction_report.pruning
         return self._pruning.report if self._pruning else None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Prune if asked and not done yet, then train as `Trainer.train` does."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Prune if asked and not done yet, then train as `Trainer.train` does; or reconstruct."""
+        if self.args.recovery == "reconstruct":
+            return self._reconstruct(resume_from_checkpoint)
         if self._pruning and self._pruning.report is None:
             # Before a checkpoint is loaded: on the weights that the first run pruned, trained biases included.
             self._pruning.prune(self.model, self.args.seed)
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _reconstruct(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
+        args: Any = self.args
+        logged = _Logged(self)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+        report = reconstruct(
+            self.model,
+            list(self._calibration(args.per_device_train_batch_size)),
+            **self._pruning_options(),
+            region=args.region_size(),
+            mode=args.reconstruction_mode,
+            loss=args.reconstruction_loss,
+            tuner=self.peft_config or "full",
+            learning_rate=args.learning_rate,
+            epochs=args.num_train_epochs,
+            max_steps=args.max_steps if args.max_steps > 0 else None,
+            batch_size=args.per_device_train_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            max_grad_norm=args.max_grad_norm,
+            optimizer=lambda params: optimizer_class(
+                [{"params": params, "weight_decay": args.weight_decay}], **options
+            ),
+            scheduler=lambda optimizer, steps: get_scheduler(
+                args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
+            ),
+            autocast=torch.bfloat16 if args.bf16 else None,
+            holdout=args.reconstruction_holdout,
+            seed=args.seed,
+            activations=args.activations,
+            device=args.device,
+            state_dir=self._state_dir(resume_from_checkpoint),
+            on_start=logged.start,
+            on_step=logged.step,
+            on_region=logged.region,
+        )
+        self.reconstruction_report = report
+        return logged.finish(report)
+
+    def _state_dir(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+        if isinstance(resume_from_checkpoint, str):
+            return Path(resume_from_checkpoint)
+        if self.args.save_strategy == "no" and not resume_from_checkpoint:
+            return None
+        folder = Path(self.args.output_dir) / "reconstruction"
+        if not resume_from_checkpoint and self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+        return folder
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if self.args.recovery != "reconstruct":
+            super()._move_model_to_device(model, device)
+
+    def _pruning_options(self) -> dict[str, Any]:
+        args, pattern = self.args, self.args.pruning_pattern()
+        return {
+            "pattern": pattern,
+            "criterion": args.criterion,
+            # A pattern of the arguments' "n:m" has its own group.
+            "group": None if isinstance(pattern, SemiStructured) else args.group,
+            "target_modules": args.target_modules,
+            "exclude_modules": args.exclude_modules,
+        }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         guard = self._guard()
-        if guard.layers:
+        if guard.weights:
             guard.check()
             logs["sparsity"] = round(guard.sparsity(), 6)
         super().log(logs, start_time)
@@ -137,24 +264,73 @@ class SparseTrainer(Trainer):
         # Looked up, not kept: resuming may replace the callback by one restored from the checkpoint.
         return next(c for c in self.callback_handler.callbacks if isinstance(c, ZeroGuardCallback))
 
-    def _calibration(self) -> "_FirstSamples":
+    def _calibration(self, batch_size: int) -> "_FirstSamples":
         if self.train_dataset is None:
-            raise ValueError(f"Criterion {self.args.criterion!r} is calibrated on `train_dataset`, which is missing.")
+            purpose = "Reconstruction" if self.args.recovery == "reconstruct" else f"Criterion {self.args.criterion!r}"
+            raise ValueError(f"{purpose} is calibrated on `train_dataset`, which is missing.")
         if len(self.train_dataset) < self.args.calibration_samples:
             raise ValueError(
                 f"`calibration_samples={self.args.calibration_samples}`, but the training set has only "
                 f"{len(self.train_dataset)} samples. Ask for fewer, or bring more text."
             )
         collator = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
-        return _FirstSamples(self.train_dataset, collator, self.args.calibration_samples)
+        return _FirstSamples(self.train_dataset, collator, self.args.calibration_samples, batch_size)
 
 
 class _FirstSamples:
-    """The first samples of a dataset, collated one by one; every process sees the same, in the same order."""
+    """The first samples of a dataset, collated in batches; every process sees the same, in the same order."""
 
-    def __init__(self, dataset: Any, collator: Any, count: int) -> None:
-        self.dataset, self.collator, self.count = dataset, collator, count
+    def __init__(self, dataset: Any, collator: Any, count: int, batch_size: int) -> None:
+        self.dataset, self.collator, self.count, self.batch_size = dataset, collator, count, batch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for index in range(self.count):
-            yield self.collator([self.dataset[index]])
+        for start in range(0, self.count, self.batch_size):
+            yield self.collator([self.dataset[i] for i in range(start, min(start + self.batch_size, self.count))])
+
+
+class _Logged:
+    """Makes of a reconstruction what callbacks and loggers take for one training run."""
+
+    def __init__(self, trainer: SparseTrainer) -> None:
+        self.trainer = trainer
+        self.losses: list[Tensor] = []
+        self.total: list[Tensor] = []
+        self.regions = 0
+
+    def start(self, steps: int) -> None:
+        """Begin the run, of so many optimiser steps for each region."""
+        trainer, blocks = self.trainer, len(find_blocks(self.trainer.model))
+        size = trainer.args.region_size()
+        regions = -(-blocks // size) if isinstance(size, int) else blocks * (2 if size == "submodule" else 1)
+        trainer.state.is_world_process_zero = trainer.is_world_process_zero()
+        trainer.state.is_local_process_zero = trainer.is_local_process_zero()
+        trainer.state.global_step, trainer.state.max_steps = 0, regions * steps
+        trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+    def step(self, step: Step) -> None:
+        """Count an optimiser step, and log when the arguments say so."""
+        trainer = self.trainer
+        trainer.state.global_step += 1
+        self.losses.append(step.loss)
+        control = trainer.callback_handler.on_step_end(trainer.args, trainer.state, trainer.control)
+        if control.should_log:
+            loss = torch.stack(self.losses).mean()
+            self.total.append(loss)
+            self.losses.clear()
+            trainer.log({"loss": float(loss), "learning_rate": step.learning_rate, "region": self.regions})
+
+    def region(self, report: RegionReport) -> None:
+        """Log the errors of a finished region."""
+        errors = {"error_pruned": report.error_pruned, "error": report.error, "reverted": float(report.reverted)}
+        self.trainer.log({"region": self.regions, **errors})
+        self.regions += 1
+
+    def finish(self, report: ReconstructionReport) -> TrainOutput:
+        """End the run."""
+        trainer = self.trainer
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        loss = float(torch.stack(self.total).mean()) if self.total else 0.0
+        metrics = {"train_runtime": report.seconds, "train_loss": loss}
+        trainer.log(dict(metrics))
+        return TrainOutput(trainer.state.global_step, loss, metrics)
