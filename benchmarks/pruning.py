@@ -1,0 +1,232 @@
+"""Time and layer error of pruning one matrix, against the loops that published code runs.
+
+    python benchmarks/pruning.py --output benchmarks/results/pruning-matrices-cpu.json
+
+Three steps at the shapes of SmolLM2-135M and of a 7B model's MLP: the selection of n of every m scores, Wanda's scores
+and its selection per row, and SparseGPT. The published side is written from the papers and keeps the structure of the
+published loops: `topk` per group of columns, a full sort of every row, and for SparseGPT three dense n³ steps before
+one rank-1 update per column. Rounds visit both sides in turn, and a ratio is taken within its round, so a machine that
+slows down slows both.
+
+The inputs are correlated and of decaying spectrum, X = (C; σI) with rows of C falling like i^-1/2 and columns of
+log-normal scale; the layer error is ||(W - W') X^T||² / ||W X^T||². float32.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from peft_sparse.masks import Pattern, SemiStructured, Unstructured, select
+from peft_sparse.report import environment
+from peft_sparse.sparsegpt import sparsegpt
+
+
+SHAPES = [(576, 576), (1536, 576), (576, 1536), (4096, 11008)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+HALF, TWO_OF_FOUR, FOUR_OF_EIGHT = Unstructured(0.5), SemiStructured(2, 4), SemiStructured(4, 8)
+
+
+@dataclass
+class Layer:
+    """A weight W (out, in) and the inputs it sees, by way of X = (C; noise · I)."""
+
+    weight: Tensor
+    C: Tensor
+    noise: float
+
+    @property
+    def hessian(self) -> Tensor:
+        hessian = self.C.T @ self.C
+        hessian.diagonal().add_(self.noise**2)
+        return hessian
+
+    def power(self, weight: Tensor) -> float:
+        """||weight X^T||²."""
+        squares = (weight @ self.C.T).square().sum() + self.noise**2 * weight.square().sum()
+        return squares.item()
+
+    def error(self, pruned: Tensor) -> float:
+        return self.power(self.weight - pruned) / self.power(self.weight)
+
+
+def random_layer(rows: int, columns: int) -> Layer:
+    components = min(columns, 2048)
+    decay = torch.arange(1, components + 1, device=DEVICE)[:, None] ** -0.5
+    scale = torch.randn(columns, device=DEVICE).mul(0.5).exp()
+    C = torch.randn(components, columns, device=DEVICE) * decay * scale
+    return Layer(torch.randn(rows, columns, device=DEVICE), C, noise=0.1)
+
+
+def published_groups(scores: Tensor, pattern: SemiStructured) -> Tensor:
+    """The mask that keeps n of every m scores: one `topk` per group of columns."""
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    for start in range(0, scores.shape[1], pattern.m):
+        group = scores[:, start : start + pattern.m]
+        lowest = torch.topk(group, pattern.m - pattern.n, dim=1, largest=False).indices
+        mask.scatter_(1, start + lowest, False)
+    return mask
+
+
+def published_rows(scores: Tensor, pattern: Unstructured) -> Tensor:
+    """The mask that keeps the highest scores of every row: a stable sort, and a scatter."""
+    order = torch.sort(scores, dim=1, stable=True).indices
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    return mask.scatter_(1, order[:, : int(scores.shape[1] * pattern.sparsity)], False)
+
+
+def published_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
+    """The upper U in H^-1 = U^T U: a factorisation, an inverse, and another factorisation."""
+    damped = hessian.clone()
+    damped.diagonal().add_(damping * damped.diagonal().mean())
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+
+def published_sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern, block_size: int = 128) -> Tensor:
+    """SparseGPT's weight: blocks of 128 columns, and a rank-1 update of the rest of the block for each."""
+    W, U = weight.clone(), published_factor(hessian)
+    for start in range(0, W.shape[1], block_size):
+        stop = min(start + block_size, W.shape[1])
+        block, U_block = W[:, start:stop].clone(), U[start:stop, start:stop]
+        errors, updated = torch.zeros_like(block), torch.zeros_like(block)
+        prune = torch.zeros_like(block, dtype=torch.bool)
+        if isinstance(pattern, Unstructured):
+            scores = block**2 / U_block.diagonal()[None] ** 2
+            prune = scores <= scores.flatten().sort().values[int(scores.numel() * pattern.sparsity)]
+        for j in range(stop - start):
+            if isinstance(pattern, SemiStructured) and j % pattern.m == 0:
+                group = slice(j, j + pattern.m)
+                scores = block[:, group] ** 2 / U_block.diagonal()[None, group] ** 2
+                lowest = torch.topk(scores, pattern.m - pattern.n, dim=1, largest=False).indices
+                prune.scatter_(1, j + lowest, True)
+            w = block[:, j]
+            q = w.clone()
+            q[prune[:, j]] = 0
+            updated[:, j] = q
+            error = (w - q) / U_block[j, j]
+            block[:, j:] -= error[:, None] @ U_block[j, j:][None]
+            errors[:, j] = error
+        W[:, start:stop] = updated
+        W[:, stop:] -= errors @ U[start:stop, stop:]
+    return W
+
+
+Step = Callable[[], Tensor]
+
+
+def steps(layer: Layer) -> dict[str, tuple[Step, Step]]:
+    """Our way and the published one to prune the weight of `layer`, by name."""
+    W, hessian = layer.weight, layer.hessian
+    magnitude, input_norm = W.abs(), hessian.diagonal().sqrt()
+    return {
+        "2:4 selection": (
+            lambda: select(magnitude, TWO_OF_FOUR, "row"),
+            lambda: published_groups(magnitude, TWO_OF_FOUR),
+        ),
+        "4:8 selection": (
+            lambda: select(magnitude, FOUR_OF_EIGHT, "row"),
+            lambda: published_groups(magnitude, FOUR_OF_EIGHT),
+        ),
+        "Wanda, 50 %": (
+            lambda: select(W.abs() * input_norm, HALF, "row"),
+            lambda: published_rows(W.abs() * input_norm, HALF),
+        ),
+        "Wanda, 2:4": (
+            lambda: select(W.abs() * input_norm, TWO_OF_FOUR, "row"),
+            lambda: published_groups(W.abs() * input_norm, TWO_OF_FOUR),
+        ),
+        "SparseGPT, 50 %": (
+            lambda: sparsegpt(W, hessian, HALF)[0],
+            lambda: published_sparsegpt(W, hessian, HALF),
+        ),
+        "SparseGPT, 2:4": (
+            lambda: sparsegpt(W, hessian, TWO_OF_FOUR)[0],
+            lambda: published_sparsegpt(W, hessian, TWO_OF_FOUR),
+        ),
+    }
+
+
+def seconds_of(step: Step) -> tuple[float, Tensor]:
+    synchronize()
+    started = time.perf_counter()
+    result = step()
+    synchronize()
+    return time.perf_counter() - started, result
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(name: str, layer: Layer, both: tuple[Step, Step], rounds: int) -> dict[str, Any]:
+    """Return medians over the rounds of both sides and of their ratio within a round, and the layer errors of both."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    errors = []
+    for round_ in range(rounds):
+        for side, step in enumerate(both):
+            if rounds > 1 and round_ == 0:
+                step()
+            spent, result = seconds_of(step)
+            seconds[side].append(spent)
+            if round_ == 0:
+                errors.append(layer.error(layer.weight * result if result.dtype == torch.bool else result))
+    ours, published = seconds
+    return {
+        "shape": tuple(layer.weight.shape),
+        "step": name,
+        "rounds": rounds,
+        "seconds": statistics.median(ours),
+        "published_seconds": statistics.median(published),
+        "times_faster": statistics.median(p / o for o, p in zip(ours, published, strict=True)),
+        "error": errors[0],
+        "published_error": errors[1],
+    }
+
+
+def measure_matrices(rounds: int, large_rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for shape in SHAPES:
+        layer = random_layer(*shape)
+        for name, both in tqdm(steps(layer).items(), desc=f"{shape[0]} x {shape[1]}", unit="step"):
+            rows.append(measure(name, layer, both, large_rounds if max(shape) > 8192 else rounds))
+    return rows
+
+
+def print_matrices(rows: list[dict[str, Any]]) -> None:
+    print("\n| matrix | step | time | published loop | times faster | layer error | published |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        print(
+            f"| {row['shape'][0]} x {row['shape'][1]} | {row['step']} | {row['seconds'] * 1e3:.1f} ms | "
+            f"{row['published_seconds'] * 1e3:.1f} ms | {row['times_faster']:.2f} | "
+            f"{row['error']:.5f} | {row['published_error']:.5f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--large-rounds", type=int, default=1, help="of 4096 x 11008, where SparseGPT takes a minute")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rows = measure_matrices(arguments.rounds, arguments.large_rounds)
+    print_matrices(rows)
+    if arguments.output:
+        settings = {"rounds": arguments.rounds, "large_rounds": arguments.large_rounds, "dtype": "torch.float32"}
+        result = {"settings": settings, "seed": 0, "rows": rows, "environment": environment()}
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
