@@ -7,8 +7,8 @@ from peft_sparse.masks import (
     SemiStructured,
     Unstructured,
     fingerprint,
+    mask_,
     mask_of,
-    numeric_mask,
     pack,
     parse_pattern,
     select,
@@ -153,11 +153,17 @@ def test_fingerprint_tells_masks_apart_and_holds_the_sparsity():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_numeric_mask_is_the_mask(dtype):
+@pytest.mark.parametrize("values_dtype", [torch.float32, torch.bfloat16])
+def test_masking_by_zeros_is_the_mask(dtype, values_dtype):
     tiny = torch.finfo(dtype).tiny
-    weight = torch.tensor([0.0, -0.0, 1.5, -2.0, tiny, -tiny], dtype=dtype)
-    assert torch.equal(numeric_mask(weight).bool(), mask_of(weight))
-    assert numeric_mask(weight).dtype == dtype
+    # Long enough for the vectorised part of a loop and its rest.
+    weight = torch.tensor([0.0, -0.0, 1.5, -2.0, tiny, -tiny, tiny / 4], dtype=dtype).repeat(11)
+    values = torch.randn(77, dtype=values_dtype)
+    values[::7] = torch.inf
+    expected = values.masked_fill(~mask_of(weight), 0)
+    masked = mask_(values, weight)
+    assert masked.data_ptr() == values.data_ptr()
+    assert torch.equal(masked, expected)
 
 
 def test_patterns_are_parsed_and_printed():
