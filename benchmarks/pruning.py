@@ -1,6 +1,7 @@
 """Time and layer error of pruning one matrix, against the loops that published code runs.
 
     python benchmarks/pruning.py --output benchmarks/results/pruning-matrices-cpu.json
+    python benchmarks/pruning.py --model --output benchmarks/results/pruning-smollm2-cpu.json
 
 Three steps at the shapes of SmolLM2-135M and of a 7B model's MLP: the selection of n of every m scores, Wanda's scores
 and its selection per row, and SparseGPT. The published side is written from the papers and keeps the structure of the
@@ -8,13 +9,18 @@ published loops: `topk` per group of columns, a full sort of every row, and for 
 one rank-1 update per column. Rounds visit both sides in turn, and a ratio is taken within its round, so a machine that
 slows down slows both.
 
+With `--model`, whole runs on the first blocks of SmolLM2-135M-Instruct instead: `prune` against the published loop,
+which runs every block twice, one sequence at a time, with a hook on every layer.
+
 The inputs are correlated and of decaying spectrum, X = (C; σI) with rows of C falling like i^-1/2 and columns of
 log-normal scale; the layer error is ||(W - W') X^T||² / ||W X^T||². float32.
 """
 
 import argparse
+import copy
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +30,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_sparse import prune, sample_sequences
 from peft_sparse.masks import Pattern, SemiStructured, Unstructured, select
 from peft_sparse.report import environment
 from peft_sparse.sparsegpt import sparsegpt
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from demo import python_documents, smollm2_dir
 
 
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (4096, 11008)]
@@ -213,17 +225,96 @@ def print_matrices(rows: list[dict[str, Any]]) -> None:
         )
 
 
+@torch.no_grad()
+def published_run(model: Any, tokens: Tensor, criterion: str) -> None:
+    """Prune half of every weight of the blocks, one after the other."""
+    hidden = [model.model.embed_tokens(row[None]) for row in tokens]
+    rotary = model.model.rotary_emb(hidden[0], torch.arange(tokens.shape[1])[None])
+    call = {"position_embeddings": rotary, "attention_mask": None}
+    for block in model.model.layers:
+        layers = {name: m for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+        sums = {
+            name: torch.zeros(m.in_features, m.in_features) if criterion == "sparsegpt" else torch.zeros(m.in_features)
+            for name, m in layers.items()
+        }
+        hooks = [m.register_forward_hook(_published_hook(sums[name], len(tokens))) for name, m in layers.items()]
+        for x in hidden:
+            block(x, **call)
+        for hook in hooks:
+            hook.remove()
+        for name, m in layers.items():
+            if criterion == "sparsegpt":
+                m.weight.copy_(published_sparsegpt(m.weight, sums[name], HALF))
+            else:
+                m.weight[~published_rows(m.weight.abs() * sums[name].sqrt(), HALF)] = 0
+        hidden = [block(x, **call) for x in hidden]
+
+
+def _published_hook(total: Tensor, count: int) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].flatten(0, -2).T
+        total.add_(x @ x.T if total.dim() == 2 else torch.norm(x, p=2, dim=1) ** 2, alpha=1 / count)
+
+    return hook
+
+
+def measure_model(rounds: int, blocks: int, sequences: int, length: int) -> list[dict[str, Any]]:
+    """Time of both sides on the first blocks, and the relative error of what comes out of the last of them."""
+    dense = AutoModelForCausalLM.from_pretrained(smollm2_dir())
+    dense.model.layers = dense.model.layers[:blocks]
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
+    tokens = sample_sequences(python_documents()[0], tokenizer, sequences, length)
+    with torch.no_grad():
+        target = dense.model(tokens).last_hidden_state
+    rows = []
+    for criterion in ("wanda", "sparsegpt"):
+        seconds: tuple[list[float], list[float]] = ([], [])
+        errors: list[float] = []
+        for _ in range(rounds):
+            for side in (0, 1):
+                model = copy.deepcopy(dense)
+                started = time.perf_counter()
+                if side == 0:
+                    prune(model, 0.5, criterion=criterion, calibration=tokens, batch_size=8)
+                else:
+                    published_run(model, tokens, criterion)
+                seconds[side].append(time.perf_counter() - started)
+                if len(errors) < 2:
+                    with torch.no_grad():
+                        difference = model.model(tokens).last_hidden_state - target
+                    errors.append((difference.norm() / target.norm()).item())
+        ours, published = seconds
+        rows.append(
+            {
+                "criterion": criterion,
+                "seconds": statistics.median(ours),
+                "published_seconds": statistics.median(published),
+                "times_faster": statistics.median(p / o for o, p in zip(ours, published, strict=True)),
+                "error": errors[0],
+                "published_error": errors[1],
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="store_true", help="whole runs instead of single matrices")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--large-rounds", type=int, default=1, help="of 4096 x 11008, where SparseGPT takes a minute")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    rows = measure_matrices(arguments.rounds, arguments.large_rounds)
-    print_matrices(rows)
+    settings: dict[str, Any] = {"rounds": arguments.rounds, "dtype": "torch.float32"}
+    if arguments.model:
+        settings |= {"blocks": 4, "sequences": 16, "tokens_per_sequence": 256}
+        rows = measure_model(arguments.rounds, 4, 16, 256)
+    else:
+        settings["large_rounds"] = arguments.large_rounds
+        rows = measure_matrices(arguments.rounds, arguments.large_rounds)
+        print_matrices(rows)
     if arguments.output:
-        settings = {"rounds": arguments.rounds, "large_rounds": arguments.large_rounds, "dtype": "torch.float32"}
         result = {"settings": settings, "seed": 0, "rows": rows, "environment": environment()}
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 

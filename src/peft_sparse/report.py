@@ -76,13 +76,13 @@ class PruningReport:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("A picture needs matplotlib. Install it with: pip install matplotlib") from error
-        figure = Figure(figsize=(10, 4), layout="constrained")
+        figure = Figure(figsize=(11, 4), layout="constrained")
         panels = {"sparsity": "sparsity", "relative output error": "error"}
         for axes, (title, attribute) in zip(figure.subplots(1, 2), panels.items(), strict=True):
             for kind, points in _by_depth(self.weights, attribute).items():
                 axes.plot(list(points), list(points.values()), marker=".", label=kind)
             axes.set(title=title, xlabel="depth (block)", ylim=(0, None))
-        axes.legend(fontsize="small")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
         figure.suptitle(str(self))
         figure.savefig(path)
 
