@@ -477,6 +477,19 @@ def test_padding_has_no_say(family, region, changed, tokens):
     assert_close_weights(*models, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_of_an_encoder_has_no_say_in_what_its_decoder_is_pruned_by(dtype, tokens):
+    """Also in the second block of a window, and where both sides are as long."""
+    zeros = []
+    for fill in (0, 7):
+        encoder = padded(tokens, (12, 5, 9, 2, 11, 3), fill)
+        model = lively("bart").to(dtype)
+        batch = encoder | {"decoder_input_ids": tokens}
+        rebuild(model, [batch], region=2, criterion="wanda", max_steps=0)
+        zeros.append(zeros_of(model))
+    assert all(torch.equal(zeros[0][name], zeros[1][name]) for name in zeros[0])
+
+
 def test_a_batch_of_nothing_but_padding_changes_nothing(tokens):
     batches = [padded(tokens[:2], (12, 5)), padded(tokens[2:4], (0, 0)), padded(tokens[4:], (7, 7))]
     one, other = lively("llama"), lively("llama")
@@ -610,6 +623,42 @@ def test_a_tuner_trains_what_it_says(tuner, trained):
             found.add("fc1" if "fc1" in trained and "fc1.weight" in name else kind)
             assert ".layers." in name
     assert found == trained
+
+
+@pytest.mark.parametrize("tuner", ["full", "MaskLoRA", "PERP"])
+def test_the_optimiser_is_given_what_belongs_to_the_region_in_turn(tuner):
+    model, given = lively("opt"), []
+
+    def spy(parameters):
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        given.append({names[id(parameter)] for parameter in parameters})
+        return torch.optim.SGD(parameters, 0.1)
+
+    rebuild(model, batches_of("opt"), tuner=TUNERS[tuner], optimizer=spy, max_steps=1)
+    for number, names in enumerate(given):
+        parts = ("fc", "final") if number % 2 else ("self_attn",)
+        assert all(
+            name.startswith(tuple(f"model.decoder.layers.{number // 2}.{part}" for part in parts)) for name in names
+        )
+        kinds = {name.rpartition(".")[2] for name in names if "_lora_" not in name}
+        assert kinds == (set() if tuner == "MaskLoRA" else {"weight", "bias"})
+        assert any("_lora_" in name for name in names) == (tuner != "full")
+    assert len(given) == 6
+
+
+def test_an_optimiser_that_moves_every_entry_fills_no_zero():
+    class Noisy(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, *args, **kwargs):
+            super().step(*args, **kwargs)
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(1e-4)
+
+    model, pruned = lively("llama"), lively("llama")
+    report = rebuild(model, batches_of("llama"), optimizer=lambda parameters: Noisy(parameters, 0.5))
+    prune(pruned, 0.5)
+    assert not all(region.reverted for region in report.regions)
+    assert_same_zeros(model, zeros_of(pruned))
 
 
 def test_layers_to_transform_are_those_of_the_model():
@@ -1254,3 +1303,19 @@ def test_a_checkpoint_is_reconstructed_as_the_loaded_model_would_be(tmp_path, op
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse"), model)
     assert [region.error for region in report.regions] == [region.error for region in expected.regions]
     assert report.pruning.sparsity == 0.5
+
+
+def test_a_checkpoint_that_was_interrupted_is_resumed_into_a_new_folder(tmp_path):
+    def interrupt(report):
+        if report.name == "model.layers.1 (attention)":
+            raise OwnError
+
+    lively("llama").save_pretrained(tmp_path / "dense")
+    model, told, calibration = lively("llama"), [], batches_of("llama")
+    options = {"pattern": 0.5, "max_steps": 3, "state_dir": tmp_path / "state"}
+    reconstruct(model, calibration, **options | {"state_dir": None})
+    with pytest.raises(OwnError):
+        reconstruct_checkpoint(tmp_path / "dense", tmp_path / "one", calibration, on_region=interrupt, **options)
+    reconstruct_checkpoint(tmp_path / "dense", tmp_path / "other", calibration, on_step=told.append, **options)
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "other"), model)
+    assert told[0].region == "model.layers.1 (mlp)"

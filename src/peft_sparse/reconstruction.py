@@ -153,8 +153,8 @@ def reconstruct(
 
     Args:
         calibration: as in `prune`; a batch of it is a batch of training.
-        pattern, criterion, group, target_modules, exclude_modules: as in `prune`. `pattern=None` takes the model as
-            pruned already, and needs `dense`.
+        pattern, criterion, group, target_modules, exclude_modules: as in `prune`, but no `group="model"`.
+            `pattern=None` takes the model as pruned already, and needs `dense`.
         dense: the model before it was pruned, for targets.
         region: "matrix", "submodule" (attention and MLP apart, each with its residual), "block", or so many blocks in
             a row. A matrix is solved exactly, by `masked_least_squares`, on XᵀX.
@@ -173,14 +173,16 @@ def reconstruct(
         activations: where the hidden states between regions, and the targets, wait: "device", "cpu" or "disk".
         device: where each block is moved for its turn.
         state_dir: a folder for finished regions; a run that was killed goes on where it was, with the same result.
+            Other arguments are refused; `optimizer` and `scheduler` are compared by name, and a `functools.partial`
+            by what it holds.
         on_start, on_step, on_region: called with the number of optimiser steps of a region once all arguments are
-            checked, after each optimiser step, and after each region.
+            checked, after each optimiser step, and after each region, also one that an earlier run finished.
         streamed: what `reconstruct_checkpoint` reads the blocks of `model` from, and writes them to.
 
     Raises:
         TypeError: a tuner that is none.
-        ValueError: as `prune`; choices that do not go together; a `state_dir` of another run; a tuner that filled
-            zeros.
+        ValueError: as `prune`; choices that do not go together; a model with adapters; a `dense` that is another
+            model; a `state_dir` of another run; a tuner that filled zeros, or that finds nothing to train.
     """
     started = time.perf_counter()
     recipe = Recipe(
@@ -211,6 +213,7 @@ def reconstruct(
     else:
         streamed.start(task)
     inputs = as_inputs(model, calibration, batch_size)
+    task.sequences = count_sequences(inputs)
     choices = (task.patterns, task.criterion, task.group, region, mode, holdout, loss, learning_rate, epochs,
                max_steps, max_grad_norm, gradient_accumulation_steps, autocast, seed, *map(_spell, (tuner, optimizer,
                scheduler)))  # fmt: skip
@@ -228,7 +231,6 @@ def reconstruct(
             on_start(recipe.steps(len(inputs) - _held_out(holdout, len(inputs))))
         if "gradients" in task.rule.needs:
             task.gradients = gradient_sums(model, task.weights, inputs, offload=activations != "device")
-            task.sequences = count_sequences(inputs)
         if streamed is None:
             work.run(inputs, on_device(device))
         else:
