@@ -769,7 +769,7 @@ def test_held_out_sequences_are_not_trained_on():
 
 
 @pytest.mark.parametrize(
-    ("share", "batches", "held"), [(0, 5, 0), (0.1, 5, 1), (0.1, 1, 0), (0.9, 3, 2), (0.7, 10, 7)]
+    ("share", "batches", "held"), [(0, 5, 0), (0.1, 5, 1), (0.1, 1, 0), (0.9, 3, 2), (0.14, 50, 7)]
 )
 def test_so_many_batches_are_held_out(share, batches, held):
     assert _held_out(share, batches) == held

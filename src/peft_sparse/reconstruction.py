@@ -664,7 +664,7 @@ class _Reconstruction:
 
 
 def _held_out(holdout: float, batches: int) -> int:
-    # Rounded first: 0.7 * 10 is 7.000000000000001.
+    # Rounded first: 0.14 * 50 is 7.000000000000001.
     return min(math.ceil(round(holdout * batches, 6)), batches - 1)
 
 
