@@ -18,7 +18,8 @@ def masked_least_squares(
 
     Every row is its own least-squares problem on its own kept columns. All are solved together by conjugate gradients
     on M ⊙ ((W' - W)(XᵀX + λI)), preconditioned by the diagonal: one matrix product each step, no factorisation per
-    row, and the error falls with every step. With λ = 0 and enough steps this is the exact minimiser.
+    row, and but for rounding the error falls with every step. With λ = 0 and enough steps this is the exact minimiser;
+    in float32 on ill-conditioned inputs keep λ > 0.
 
     Args:
         weight: dense W, (out, in).
