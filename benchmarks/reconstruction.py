@@ -48,6 +48,7 @@ from peft_sparse import (
     reconstruct_checkpoint,
     sample_sequences,
 )
+from peft_sparse.regions import RegionSize
 from peft_sparse.report import environment
 
 
@@ -135,31 +136,40 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
             seed=args.seed, **options,
         )  # fmt: skip
 
+    def retrain(criterion: str, pattern: str, tokens: Tensor) -> Any:
+        return lambda m: retrained(m, pruned(criterion, pattern), tokens, args)
+
+    def recover(cell: tuple[str, str], ways: list[tuple[RegionSize, str]], times: tuple[int, ...]) -> None:
+        for region, mode in ways:
+            work = rebuilt(*cell, region=region, mode=mode)
+            row(*cell, "reconstructed", work, region=region, mode=mode)
+        for factor in times:
+            tokens = calibration if factor == 1 else more
+            row(*cell, "MaskLoRA, retrained", retrain(*cell, tokens), tokens=tokens.numel(), times=factor)
+
+    cells = [(criterion, pattern) for pattern in ("0.5", "2:4", "0.6") for criterion in ("wanda", "magnitude")]
+    others: list[tuple[RegionSize, str]] = [
+        ("submodule", "DD"), ("submodule", "SD"), ("matrix", "SS"), ("block", "SS"), (5, "SS")
+    ]  # fmt: skip
     row("none", "0", "dense")
-    row("wanda", "0.5", "pruned", pruned("wanda", "0.5"))
-    for region, mode in (("submodule", "SS"), ("block", "SS")):
-        work = rebuilt("wanda", "0.5", region=region, mode=mode)
-        row("wanda", "0.5", "reconstructed", work, region=region, mode=mode)
-    for times, tokens in ((1, calibration), (10, more)):
-        work = lambda m, tokens=tokens: retrained(m, tokens, calibration, args)  # noqa: E731
-        row("wanda", "0.5", "MaskLoRA, retrained", work, tokens=tokens.numel(), times=times)
-    for size, mode in (("submodule", "DD"), ("submodule", "SD"), ("matrix", "SS"), (5, "SS")):
-        work = rebuilt("wanda", "0.5", region=size, mode=mode)
-        row("wanda", "0.5", "reconstructed", work, region=size, mode=mode)
-    for criterion, pattern in (
-        ("magnitude", "0.5"), ("wanda", "2:4"), ("magnitude", "2:4"), ("wanda", "0.6"), ("magnitude", "0.6")
-    ):  # fmt: skip
-        row(criterion, pattern, "pruned", pruned(criterion, pattern))
-        row(criterion, pattern, "reconstructed", rebuilt(criterion, pattern), region="submodule", mode="SS")
-    tuner = MaskLoRAConfig(r=16, lora_alpha=32, target_modules="all-linear", train_norms=True)
-    work = rebuilt("wanda", "0.5", tuner=tuner)
-    row("wanda", "0.5", "reconstructed", work, region="submodule", mode="SS", tuner="MaskLoRA")
+    # What matters most first: a run that is cut off leaves a table.
+    for cell in cells:
+        row(*cell, "pruned", pruned(*cell))
+        recover(cell, [("submodule", "SS")], (1,))
+        if cell == cells[0]:
+            recover(cell, others, (10,))
+            tuner = MaskLoRAConfig(r=16, lora_alpha=32, target_modules="all-linear", train_norms=True)
+            row(*cell, "reconstructed", rebuilt(*cell, tuner=tuner), region="submodule", mode="SS", tuner="MaskLoRA")
+    for cell in cells[1:]:
+        recover(cell, others, ())
+    for cell in cells[1:]:
+        recover(cell, [], (10,))
     return result(rows)
 
 
-def retrained(model: nn.Module, tokens: Tensor, calibration: Tensor, args: argparse.Namespace) -> nn.Module:
+def retrained(model: nn.Module, prune_it: Any, tokens: Tensor, args: argparse.Namespace) -> nn.Module:
     """Prune, and retrain with MaskLoRA for one pass over `tokens`; return the merged model."""
-    prune(model, 0.5, criterion="wanda", calibration=calibration, batch_size=args.batch_size)
+    prune_it(model)
     config = MaskLoRAConfig(r=16, lora_alpha=32, target_modules="all-linear", train_norms=True, task_type="CAUSAL_LM")
     peft_model = get_peft_model(model, config)
     with tempfile.TemporaryDirectory() as folder:
