@@ -182,6 +182,18 @@ def test_sums_are_kept_in_float32_or_wider(dtype, wide):
         torch.testing.assert_close(statistics.input_norm, rows.to(wide).norm(dim=0), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("hessian", [False, True])
+def test_moments_are_exact_where_the_mean_is_far_from_zero(hessian):
+    rows = torch.randn(600, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 5.0, -50.0])
+    statistics = InputStatistics(hessian_wanted=hessian, moments_wanted=True)
+    for part in rows.split(100):
+        statistics.update(part)
+    statistics.finish()
+    torch.testing.assert_close(statistics.mean, rows.mean(0))
+    torch.testing.assert_close(statistics.variance, rows.var(0, correction=0), rtol=1e-2, atol=0)
+    assert InputStatistics().mean is None
+
+
 @pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 5000])
 @pytest.mark.parametrize("batches", [1, 3])
 def test_some_rows_are_kept_to_estimate_errors_on(rows, batches):

@@ -14,7 +14,7 @@ from torch import Tensor
 from .masks import GROUPS, Group
 
 
-Need = Literal["inputs", "hessian", "gradients"]
+Need = Literal["inputs", "moments", "hessian", "gradients"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Statistics:
         input_norm: ||X_j||_2 over all calibration tokens that are not padding, (in,), float32.
         hessian: XᵀX over the same tokens, (in, in), float32.
         gradient: Σ_n |∂L_n/∂W| over the calibration sequences n, (out, in), float32.
+        input_mean, input_variance: mean and variance of X_j over the same tokens, (in,), float32.
         tokens: tokens that were measured.
         sequences: calibration sequences.
     """
@@ -34,6 +35,8 @@ class Statistics:
     gradient: Tensor | None = None
     tokens: int = 0
     sequences: int = 0
+    input_mean: Tensor | None = None
+    input_variance: Tensor | None = None
 
 
 Score = Callable[[Tensor, Statistics], Tensor]
@@ -89,7 +92,8 @@ class Criterion:
         score: (weight (out, in), `Statistics`) -> scores (out, in), higher = kept, finite. None for SparseGPT, whose
             solver chooses and updates at once.
         group: the group that is compared unless the caller chooses: "row", "matrix" or "model".
-        needs: which statistics calibration has to measure: "inputs" (their norms), "hessian", "gradients".
+        needs: which statistics calibration has to measure: "inputs" (their norms), "moments" (mean and variance),
+            "hessian", "gradients".
 
     Raises:
         ValueError: another group, or another need.

@@ -39,7 +39,9 @@ class InputStatistics:
 
     hessian_wanted: bool = False
     rows_per_batch: int = SAMPLED_TOKENS
+    moments_wanted: bool = False
     norm_squared: Tensor | None = None
+    total: Tensor | None = None
     hessian: Tensor | None = None
     sampled: list[Tensor] = field(default_factory=list)
     tokens: int = 0
@@ -51,6 +53,10 @@ class InputStatistics:
         kept = min(count, self.rows_per_batch)
         self.sampled.append(rows[torch.arange(kept, device=rows.device) * count // max(kept, 1)])
         self.tokens += count
+        if self.moments_wanted:
+            # Wide, because the variance is a difference of large numbers where the mean is far from zero.
+            total = rows.sum(0, dtype=torch.float64)
+            self.total = total if self.total is None else self.total.add_(total)
         if self.hessian_wanted:
             rows = rows.to(dtype)
             if self.hessian is None:
@@ -72,6 +78,19 @@ class InputStatistics:
         assert self.norm_squared is not None, "no inputs were seen"
         return self.norm_squared.sqrt()
 
+    @property
+    def mean(self) -> Tensor | None:
+        """Mean of X_j, (in,); None if it was not wanted."""
+        return None if self.total is None else (self.total / self.tokens).to(self.input_norm.dtype)
+
+    @property
+    def variance(self) -> Tensor | None:
+        """Variance of X_j around its mean, (in,); None if it was not wanted."""
+        if self.total is None or self.norm_squared is None:
+            return None
+        squares = self.norm_squared.double() / self.tokens
+        return (squares - (self.total / self.tokens).square()).clamp_min_(0).to(self.norm_squared.dtype)
+
 
 @dataclass
 class BlockStatistics:
@@ -82,7 +101,15 @@ class BlockStatistics:
     def of(self, name: str, gradient: Tensor | None = None, sequences: int = 0) -> Statistics:
         """Return what a criterion may know of the weight called `name`."""
         measured = self.inputs[name]
-        return Statistics(measured.input_norm, measured.hessian, gradient, measured.tokens, sequences)
+        return Statistics(
+            measured.input_norm,
+            measured.hessian,
+            gradient,
+            measured.tokens,
+            sequences,
+            measured.mean,
+            measured.variance,
+        )
 
     def sample(self, name: str) -> Tensor:
         """Return some rows of X of the weight called `name`, (rows, in)."""
@@ -125,7 +152,7 @@ def measure_inputs(
             )
         if name == leader:
             if name not in measured:
-                measured[name] = InputStatistics("hessian" in needs, quota)
+                measured[name] = InputStatistics("hessian" in needs, quota, "moments" in needs)
             measured[name].update(rows())
 
     with observed(model, weights, record) as before_batch:
