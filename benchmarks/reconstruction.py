@@ -48,7 +48,7 @@ from peft_sparse import (
     reconstruct_checkpoint,
     sample_sequences,
 )
-from peft_sparse.regions import RegionSize
+from peft_sparse.reconstruction.regions import RegionSize
 from peft_sparse.report import environment
 
 

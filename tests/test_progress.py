@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_sparse import progress
-from peft_sparse.progress import Progress, fingerprint_of_inputs, fingerprint_of_model
+from peft_sparse.reconstruction import progress
+from peft_sparse.reconstruction.progress import Progress, fingerprint_of_inputs, fingerprint_of_model
 
 
 OWN = {"model": "a", "data": "b", "arguments": "c"}

@@ -27,9 +27,10 @@ from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune, reconstruct, sp
 from peft_sparse.blocks import find_blocks, find_stacks, prunable_weights
 from peft_sparse.calibration import BlockRunner
 from peft_sparse.criteria import CRITERIA
-from peft_sparse.fitting import Recipe, fit, region_loss
-from peft_sparse.reconstruction import _held_out, reconstruct_checkpoint
-from peft_sparse.regions import Region, regions_of_blocks, regions_of_submodules
+from peft_sparse.reconstruction import reconstruct_checkpoint
+from peft_sparse.reconstruction.fitting import Recipe, Step, fit, held_out_batches, region_loss
+from peft_sparse.reconstruction.regions import Region, regions_of_blocks, regions_of_submodules
+from peft_sparse.reconstruction.work import showing_loss
 
 from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, inputs_by_hooks, zeros_of
 from conftest import SIZES, inputs_of, tiny
@@ -771,8 +772,8 @@ def test_held_out_sequences_are_not_trained_on():
 @pytest.mark.parametrize(
     ("share", "batches", "held"), [(0, 5, 0), (0.1, 5, 1), (0.1, 1, 0), (0.9, 3, 2), (0.14, 50, 7)]
 )
-def test_so_many_batches_are_held_out(share, batches, held):
-    assert _held_out(share, batches) == held
+def test_so_many_batches_areheld_out_batches(share, batches, held):
+    assert held_out_batches(share, batches) == held
 
 
 # -- the dense model -------------------------------------------------------------------------------------------------
@@ -1319,3 +1320,31 @@ def test_a_checkpoint_that_was_interrupted_is_resumed_into_a_new_folder(tmp_path
     reconstruct_checkpoint(tmp_path / "dense", tmp_path / "other", calibration, on_step=told.append, **options)
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "other"), model)
     assert told[0].region == "model.layers.1 (mlp)"
+
+
+class Bar:
+    """A progress bar that is shown."""
+
+    disable = False
+
+    def __init__(self):
+        self.shown = []
+
+    def set_postfix(self, **values):
+        self.shown.append(values)
+
+
+def test_the_progress_bar_tells_region_and_loss_and_seldom_asks_the_device():
+    bar, told = Bar(), []
+    on_step = showing_loss(bar, told.append)
+    steps = [Step("layers.0", number, 3, torch.tensor(0.12345), 1e-3) for number in (1, 2, 3)]
+    for step in steps:
+        on_step(step)
+    assert bar.shown == [{"region": "layers.0", "loss": "0.123"}]
+    assert told == steps
+
+
+def test_no_progress_bar_no_reading_of_losses():
+    bar = Bar()
+    bar.disable = True
+    assert showing_loss(bar, None) is None

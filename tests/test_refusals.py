@@ -33,7 +33,7 @@ from peft_sparse.callbacks import ZeroGuardCallback, _compare
 from peft_sparse.criteria import magnitude
 from peft_sparse.least_squares import masked_least_squares
 from peft_sparse.masks import SemiStructured, Unstructured, parse_pattern
-from peft_sparse.progress import Progress
+from peft_sparse.reconstruction.progress import Progress
 from peft_sparse.report import PruningReport
 from peft_sparse.sparsegpt import sparsegpt
 from peft_sparse.tuners import MaskLoraModel

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalL
 
 from peft_sparse.blocks import find_stacks, is_norm
 from peft_sparse.calibration import BlockRunner, Call
-from peft_sparse.regions import regions_of_blocks, regions_of_submodules, widened, widened_call
+from peft_sparse.reconstruction.regions import regions_of_blocks, regions_of_submodules, widened, widened_call
 
 from conftest import FAMILIES, SIZES, inputs_of, tiny
 

@@ -172,7 +172,7 @@ class BlockRunner:
         with contextlib.ExitStack() as replaced:
             for index, block in enumerate(self.blocks):
                 run = block.forward
-                replaced.callback(_restore_forward, block, block.__dict__.get("forward"))
+                replaced.callback(restore_forward, block, block.__dict__.get("forward"))
                 block.forward = stand_in(index, block, run)
             for batch in inputs:
                 masks = _masks(model, self.names[0], batch)
@@ -295,7 +295,8 @@ def _same(old: Tensor, new: Tensor) -> bool:
     return alike and torch.equal(old, new)
 
 
-def _restore_forward(block: nn.Module, own: Any) -> None:
+def restore_forward(block: nn.Module, own: Any) -> None:
+    """Give `block` its forward back: `own` if it had one beside that of its class, else None."""
     if own is None:
         del block.forward
     else:

@@ -1,6 +1,5 @@
 """SparseTrainer: the Trainer of transformers, pruning when asked, logging sparsity, losing no zero silently."""
 
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,19 +9,18 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from .blocks import attention_and_mlp, find_stacks
 from .calibration import check_activations
 from .callbacks import PruningCallback, ZeroGuardCallback
 from .criteria import CRITERIA, find_criterion
-from .fitting import Step
 from .masks import GROUPS, Pattern, SemiStructured, parse_pattern
-from .reconstruction import ReconstructionReport, RegionReport, check_choices, reconstruct
-from .regions import RegionSize
+from .reconstruction import reconstruct
+from .reconstruction.as_training import TrainingLog, optimizer_of, schedule_of
+from .reconstruction.checks import check_choices
+from .reconstruction.regions import RegionSize
+from .reconstruction.report import ReconstructionReport
 from .report import PruningReport
 
 
@@ -192,7 +190,7 @@ class SparseTrainer(Trainer):
 
     def _reconstruct(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         args: Any = self.args
-        logged = _Logged(self)
+        logged = TrainingLog(self, args.region_size())
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
         report = reconstruct(
             self.model,
@@ -209,8 +207,8 @@ class SparseTrainer(Trainer):
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             max_grad_norm=args.max_grad_norm,
             # Partials, whose choices a resumed run compares.
-            optimizer=partial(_optimizer, optimizer_class, args.weight_decay, options),
-            scheduler=partial(_schedule, args.lr_scheduler_type, args.warmup_steps, args.lr_scheduler_kwargs),
+            optimizer=partial(optimizer_of, optimizer_class, args.weight_decay, options),
+            scheduler=partial(schedule_of, args.lr_scheduler_type, args.warmup_steps, args.lr_scheduler_kwargs),
             autocast=torch.bfloat16 if args.bf16 else None,
             holdout=args.reconstruction_holdout,
             seed=args.seed,
@@ -289,79 +287,3 @@ class _FirstSamples:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for start in range(0, self.count, self.batch_size):
             yield self.collator([self.dataset[i] for i in range(start, min(start + self.batch_size, self.count))])
-
-
-def _optimizer(
-    kind: Any, weight_decay: float, options: dict[str, Any], parameters: list[nn.Parameter]
-) -> torch.optim.Optimizer:
-    made: torch.optim.Optimizer = kind([{"params": parameters, "weight_decay": weight_decay}], **options)
-    return made
-
-
-def _schedule(
-    kind: str, warmup: float, options: dict[str, Any] | None, optimizer: torch.optim.Optimizer, steps: int
-) -> LRScheduler:
-    # As `TrainingArguments.get_warmup_steps`: below 1 it is a share.
-    return get_scheduler(kind, optimizer, int(warmup) if warmup >= 1 else math.ceil(warmup * steps), steps, options)
-
-
-class _Logged:
-    """Makes of a reconstruction what callbacks and loggers take for one training run."""
-
-    def __init__(self, trainer: SparseTrainer) -> None:
-        self.trainer = trainer
-        self.sums: dict[str, Tensor | float] = {"run": 0.0, "log": 0.0}
-        self.counts = {"run": 0, "log": 0, "region": 0}
-        self.regions = 0
-
-    def start(self, steps: int) -> None:
-        """Begin the run, of so many optimiser steps for each region."""
-        trainer, size = self.trainer, self.trainer.args.region_size()
-        stacks = [list(stack.values()) for stack in find_stacks(trainer.model)]
-        if isinstance(size, int):
-            regions = sum(-(-len(stack) // size) for stack in stacks)
-        elif size == "submodule":
-            regions = sum(2 if all(attention_and_mlp(block)) else 1 for stack in stacks for block in stack)
-        else:
-            regions = 0 if size == "matrix" else sum(map(len, stacks))
-        trainer.state.is_world_process_zero = trainer.is_world_process_zero()
-        trainer.state.is_local_process_zero = trainer.is_local_process_zero()
-        trainer.state.global_step, trainer.state.max_steps = 0, regions * steps
-        trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
-        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
-
-    def step(self, step: Step) -> None:
-        """Count an optimiser step, and log when the arguments say so."""
-        trainer = self.trainer
-        trainer.state.global_step += 1
-        for what in self.sums:
-            self.sums[what] = self.sums[what] + step.loss
-        for what in self.counts:
-            self.counts[what] += 1
-        control = trainer.callback_handler.on_step_end(trainer.args, trainer.state, trainer.control)
-        if control.should_log:
-            loss = self._mean("log")
-            trainer.log({"loss": loss, "learning_rate": step.learning_rate, "region": self.regions})
-
-    def region(self, report: RegionReport) -> None:
-        """Log the errors of a finished region."""
-        # Those of a run that is resumed were counted by nobody here.
-        self.trainer.state.global_step += report.steps - self.counts["region"]
-        self.counts["region"] = 0
-        errors = {"error_pruned": report.error_pruned, "error": report.error, "reverted": float(report.reverted)}
-        self.trainer.log({"region": self.regions, **errors})
-        self.regions += 1
-
-    def finish(self, report: ReconstructionReport) -> TrainOutput:
-        """End the run."""
-        trainer = self.trainer
-        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-        metrics = {"train_runtime": report.seconds, "train_loss": self._mean("run")}
-        trainer.log(dict(metrics))
-        return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)
-
-    def _mean(self, what: str) -> float:
-        """Return the mean loss of the steps that were counted as `what`, and begin anew."""
-        mean = float(self.sums[what]) / max(1, self.counts[what])
-        self.sums[what], self.counts[what] = 0.0, 0
-        return mean

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .blocks import attention_and_mlp
-from .calibration import Call
-from .weights import PRUNABLE_LAYERS
+from ..blocks import attention_and_mlp
+from ..calibration import Call, restore_forward
+from ..weights import PRUNABLE_LAYERS
 
 
 RegionSize = Literal["matrix", "submodule", "block"] | int
@@ -152,7 +152,7 @@ def _silent(modules: dict[nn.Module, int]) -> Iterator[None]:
     """Have `modules` return zeros without computing anything."""
     with contextlib.ExitStack() as undo:
         for module, values in modules.items():
-            undo.callback(_restore, module, module.__dict__.get("forward"))
+            undo.callback(restore_forward, module, module.__dict__.get("forward"))
             module.forward = _zeros_for(module, values)
         yield
 
@@ -170,13 +170,6 @@ def _zeros_for(module: nn.Module, values: int) -> Callable[..., Any]:
 
 def _outputs(module: Any) -> int:
     return int(module.out_features if isinstance(module, nn.Linear) else module.nf)
-
-
-def _restore(module: nn.Module, own: Any) -> None:
-    if own is None:
-        del module.forward
-    else:
-        module.forward = own
 
 
 def widened(value: Any) -> Any:

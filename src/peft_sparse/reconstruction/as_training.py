@@ -1,0 +1,94 @@
+"""Reconstruction seen as one run of `Trainer`: its optimizer and schedule, its steps and logs."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import Trainer, get_scheduler
+from transformers.trainer_utils import TrainOutput
+
+from ..blocks import attention_and_mlp, find_stacks
+from .fitting import Step
+from .regions import RegionSize
+from .report import ReconstructionReport, RegionReport
+
+
+def optimizer_of(
+    kind: Any, weight_decay: float, options: dict[str, Any], parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Return the optimizer of `parameters`, of the class and options that `Trainer` chose."""
+    made: torch.optim.Optimizer = kind([{"params": parameters, "weight_decay": weight_decay}], **options)
+    return made
+
+
+def schedule_of(
+    kind: str, warmup: float, options: dict[str, Any] | None, optimizer: torch.optim.Optimizer, steps: int
+) -> LRScheduler:
+    """Return the schedule that `TrainingArguments` describe; warm-up in steps, or as a share."""
+    # As `TrainingArguments.get_warmup_steps`: below 1 it is a share.
+    return get_scheduler(kind, optimizer, int(warmup) if warmup >= 1 else math.ceil(warmup * steps), steps, options)
+
+
+class TrainingLog:
+    """Makes of a reconstruction what the callbacks and loggers of `trainer` take for one training run."""
+
+    def __init__(self, trainer: Trainer, size: RegionSize) -> None:
+        self.trainer: Any = trainer
+        self.size = size
+        self.sums: dict[str, Tensor | float] = {"run": 0.0, "log": 0.0}
+        self.counts = {"run": 0, "log": 0, "region": 0}
+        self.regions = 0
+
+    def start(self, steps: int) -> None:
+        """Begin the run, of so many optimiser steps for each region."""
+        trainer, size = self.trainer, self.size
+        stacks = [list(stack.values()) for stack in find_stacks(trainer.model)]
+        if isinstance(size, int):
+            regions = sum(-(-len(stack) // size) for stack in stacks)
+        elif size == "submodule":
+            regions = sum(2 if all(attention_and_mlp(block)) else 1 for stack in stacks for block in stack)
+        else:
+            regions = 0 if size == "matrix" else sum(map(len, stacks))
+        trainer.state.is_world_process_zero = trainer.is_world_process_zero()
+        trainer.state.is_local_process_zero = trainer.is_local_process_zero()
+        trainer.state.global_step, trainer.state.max_steps = 0, regions * steps
+        trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+    def step(self, step: Step) -> None:
+        """Count an optimiser step, and log when the arguments say so."""
+        trainer = self.trainer
+        trainer.state.global_step += 1
+        for what in self.sums:
+            self.sums[what] = self.sums[what] + step.loss
+        for what in self.counts:
+            self.counts[what] += 1
+        control = trainer.callback_handler.on_step_end(trainer.args, trainer.state, trainer.control)
+        if control.should_log:
+            loss = self._mean("log")
+            trainer.log({"loss": loss, "learning_rate": step.learning_rate, "region": self.regions})
+
+    def region(self, report: RegionReport) -> None:
+        """Log the errors of a finished region."""
+        # Those of a run that is resumed were counted by nobody here.
+        self.trainer.state.global_step += report.steps - self.counts["region"]
+        self.counts["region"] = 0
+        errors = {"error_pruned": report.error_pruned, "error": report.error, "reverted": float(report.reverted)}
+        self.trainer.log({"region": self.regions, **errors})
+        self.regions += 1
+
+    def finish(self, report: ReconstructionReport) -> TrainOutput:
+        """End the run."""
+        trainer = self.trainer
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        metrics = {"train_runtime": report.seconds, "train_loss": self._mean("run")}
+        trainer.log(dict(metrics))
+        return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)
+
+    def _mean(self, what: str) -> float:
+        """Return the mean loss of the steps that were counted as `what`, and begin anew."""
+        mean = float(self.sums[what]) / max(1, self.counts[what])
+        self.sums[what], self.counts[what] = 0.0, 0
+        return mean
