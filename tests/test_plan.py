@@ -5,7 +5,8 @@ from torch import nn
 from peft_sparse import plan
 from peft_sparse.blocks import find_blocks, prunable_weights
 from peft_sparse.calibration import as_inputs, stack_runners
-from peft_sparse.statistics import gradient_sums, measure
+from peft_sparse.gradients import gradient_sums
+from peft_sparse.statistics import measure
 from peft_sparse.streaming import empty_model
 
 from conftest import ENCODER_DECODERS, FAMILIES, VOCABULARY, tiny

@@ -12,7 +12,7 @@ from torch import nn
 from peft_sparse import Criterion, MaskLoRAConfig, SemiStructured, prune, sparsity
 from peft_sparse.blocks import find_blocks, prunable_weights
 from peft_sparse.criteria import CRITERIA, wanda
-from peft_sparse.statistics import gradient_sums
+from peft_sparse.gradients import gradient_sums
 from peft_sparse.weights import weight_matrix
 
 from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, inputs_by_hooks, zeros_of

@@ -6,8 +6,9 @@ from torch import nn
 
 from peft_sparse.blocks import prunable_weights
 from peft_sparse.calibration import stack_runners
+from peft_sparse.gradients import gradient_sums
 from peft_sparse.prune import prune
-from peft_sparse.statistics import InputStatistics, gradient_sums, measure, relative_error
+from peft_sparse.statistics import InputStatistics, measure, relative_error
 
 from checks import inputs_by_hooks
 from conftest import ENCODER_DECODERS, EXPERTS, FAMILIES, VOCABULARY, inputs_of, tiny

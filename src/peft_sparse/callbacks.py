@@ -14,8 +14,9 @@ from transformers.trainer_callback import ExportableState
 
 from .blocks import Targets, prunable_weights
 from .masks import Pattern, fingerprint, mask_of, pack
-from .prune import prune, zero_counts
+from .prune import prune
 from .report import PruningReport
+from .tasks import zero_counts
 from .weights import WeightView
 
 

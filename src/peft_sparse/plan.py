@@ -13,9 +13,9 @@ from .blocks import Targets, active_experts, find_blocks, hidden_size, prunable_
 from .calibration import Activations, check_activations
 from .criteria import Criterion, Score
 from .masks import Group
-from .prune import PatternLike, PruningTask, plan_pruning
 from .statistics import sampled_per_batch
 from .streaming import empty_model
+from .tasks import PatternLike, PruningTask, plan_pruning
 from .text import SEQUENCE_LENGTH
 
 
@@ -118,7 +118,7 @@ def plan(
     batches = [length * min(batch_size, sequences - first) for first in range(0, sequences, batch_size)]
     sampled = sum(min(rows, sampled_per_batch(len(batches))) for rows in batches)
     statistics, outputs = 0, 0
-    for weights in [task.inside(name, blocks) for name in blocks] if calibrated else []:
+    for weights in [task.inside(name) for name in blocks] if calibrated else []:
         shapes = [weight.shape for weight in weights.values()]
         sums = sum(n * n + n if hessian else n for _, n in shapes)
         statistics = max(statistics, max(4, item) * sums + item * sampled * sum(n for _, n in shapes))

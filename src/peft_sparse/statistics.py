@@ -3,25 +3,18 @@
 Inputs that several weights share, such as those of the query, key and value projections, are measured once.
 """
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from .blocks import base_model, called_layers
 from .calibration import Batch, BlockRunner, Call
 from .criteria import Need, Statistics
-from .weights import WeightView, input_rows
+from .observing import observed
+from .weights import WeightView
 
 
 # Rows of X that a relative output error is estimated on.
@@ -170,53 +163,6 @@ def relative_error(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(scale > 0, (before - after).norm() / scale, scale)
 
 
-def gradient_sums(
-    model: nn.Module, weights: dict[str, WeightView], inputs: list[dict[str, Any]], offload: bool = False
-) -> dict[str, Tensor]:
-    """Return Σ_n |∂L_n/∂W| for every weight, over calibration sequences n, as float32 matrices (out, in).
-
-    L is the model's own loss, for a causal language model that of its inputs as labels. A gradient is added up and
-    freed as soon as it is there, so that beside the sums, 4 bytes per weight, no more than one is held. In float16 the
-    loss is scaled up, so that small gradients do not vanish.
-
-    Args:
-        inputs: model inputs; batches are taken apart, since n counts sequences.
-        offload: keep the sums in CPU memory.
-
-    Raises:
-        ValueError: the model returns no loss, or a gradient that is not finite.
-    """
-    sums: dict[str, Tensor] = {}
-    parameters = {id(weight.storage): weight.storage for weight in weights.values()}
-    device = next(model.parameters()).device
-    scale = 1024.0 if any(p.dtype == torch.float16 for p in parameters.values()) else 1.0
-
-    def add(parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        for name, weight in by_parameter[id(parameter)]:
-            size = weight.matrix_of(gradient).abs().float().div_(scale)
-            size = size.cpu() if offload else size
-            sums[name] = sums[name].add_(size) if name in sums else size
-
-    by_parameter: dict[int, list[tuple[str, WeightView]]] = {key: [] for key in parameters}
-    for name, weight in weights.items():
-        by_parameter[id(weight.storage)].append((name, weight))
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with contextlib.ExitStack() as undo, torch.enable_grad():
-        for parameter, was in trainable:
-            undo.callback(parameter.requires_grad_, was)
-            parameter.requires_grad_(id(parameter) in parameters)
-        for stored in parameters.values():
-            undo.callback(setattr, stored, "grad", stored.grad)
-            stored.grad = None
-            undo.callback(stored.register_post_accumulate_grad_hook(add).remove)
-        for batch in tqdm(_single_sequences(inputs), desc="gradients", unit="sequence", leave=False, disable=None):
-            (_loss(model, send_to_device(batch, device)) * scale).backward()
-    _check_gradients(weights, sums)
-    return sums
-
-
 def warn_of_few_tokens(name: str, statistics: Statistics) -> bool:
     """Warn if X has fewer rows than columns, which leaves XᵀX singular; tell whether a warning was given."""
     assert statistics.hessian is not None
@@ -229,168 +175,6 @@ def warn_of_few_tokens(name: str, statistics: Statistics) -> bool:
         stacklevel=2,
     )
     return True
-
-
-@contextlib.contextmanager
-def observed(
-    model: nn.Module,
-    weights: dict[str, WeightView],
-    record: Callable[[str, str, Callable[[], Tensor]], None],
-) -> Iterator[Callable[[Batch, Call], None]]:
-    """Call `record(name, leader, rows)` for the inputs of each weight whenever its block runs.
-
-    `leader` is the weight that was given the same inputs first, `name` itself if none was; `rows()` returns them as
-    (tokens, in) without padding. Yields what `runner.run` calls before each batch.
-    """
-    batch: Batch
-    contexts: list[Tensor] = []
-    seen: list[tuple[Tensor, str]] = []
-
-    def before_batch(next_batch: Batch, call: Call) -> None:
-        nonlocal batch
-        batch = next_batch
-        contexts[:] = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
-        seen.clear()
-
-    def see(name: str, layer: nn.Module, inputs: Tensor) -> None:
-        leader = next((other for known, other in seen if known is inputs), None)
-        if leader is None:
-            seen.append((inputs, name))
-        keep = batch.keep_context if any(inputs is context for context in contexts) else batch.keep
-
-        def rows() -> Tensor:
-            found = input_rows(layer, inputs)
-            # Some models flatten sequences and tokens; experts are given no padding.
-            if name in experts or keep is None or keep.numel() != found.shape[0]:
-                return found
-            return found[keep.flatten().to(found.device)]
-
-        record(name, leader or name, rows)
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: see(name, module, args[0])
-
-    experts = {name: weight for name, weight in weights.items() if weight.expert is not None}
-    expert_inputs = _ExpertInputs(experts, see)
-    called = called_layers(model)
-    with contextlib.ExitStack() as undo:
-        for name, weight in weights.items():
-            if weight.expert is None:
-                layer = called.get(id(weight.layer), weight.layer)
-                undo.callback(layer.register_forward_pre_hook(hook(name)).remove)
-        for layer in {id(weight.layer): weight.layer for weight in experts.values()}.values():
-            undo.callback(layer.register_forward_pre_hook(expert_inputs.locate).remove)
-            undo.enter_context(_without_padding(layer, lambda: batch.keep))
-        if experts:
-            undo.enter_context(_eager_experts(model))
-            undo.enter_context(expert_inputs)
-        yield before_batch
-
-
-@contextlib.contextmanager
-def _without_padding(experts: nn.Module, keep: Callable[[], Tensor | None]) -> Iterator[None]:
-    """Hand `experts` no padding: inside, tokens are sorted by expert, and padding cannot be told any more."""
-    kept: Tensor | None = None
-
-    def drop(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        nonlocal kept
-        mask = keep()
-        fits = mask is not None and mask.numel() == args[0].shape[0]
-        kept = mask.flatten().to(args[0].device) if mask is not None and fits else None
-        return None if kept is None else tuple(arg[kept] for arg in args)
-
-    def refill(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if kept is None:
-            return output
-        filled = output.new_zeros(len(kept), *output.shape[1:])
-        filled[kept] = output
-        return filled
-
-    hooks = [experts.register_forward_pre_hook(drop), experts.register_forward_hook(refill)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-class _ExpertInputs(TorchFunctionMode):
-    """Sees the inputs of fused experts: whatever is multiplied by a slice of a parameter that holds them."""
-
-    def __init__(self, experts: dict[str, WeightView], see: Callable[[str, nn.Module, Tensor], None]) -> None:
-        super().__init__()
-        self.see = see
-        self.layers: dict[int, dict[str, dict[int | None, str]]] = {}
-        for name, weight in experts.items():
-            self.layers.setdefault(id(weight.layer), {}).setdefault(weight.parameter, {})[weight.expert] = name
-        self.located: dict[int, tuple[nn.Module, Tensor, dict[int | None, str]]] = {}
-
-    def locate(self, layer: nn.Module, args: Any) -> None:
-        """Find the parameters of `layer`, which is about to run: an adapter puts others in their place meanwhile."""
-        for parameter, names in self.layers[id(layer)].items():
-            stored = getattr(layer, parameter)
-            self.located[stored.untyped_storage().data_ptr()] = layer, stored, names
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
-            found = self.located.get(args[1].untyped_storage().data_ptr())
-            if found is not None:
-                layer, stored, names = found
-                expert = (args[1].storage_offset() - stored.storage_offset()) // stored.stride(0)
-                if expert in names:
-                    self.see(names[expert], layer, args[0])
-        return func(*args, **(kwargs or {}))
-
-
-_PRODUCTS = {nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
-
-
-@contextlib.contextmanager
-def _eager_experts(model: nn.Module) -> Iterator[None]:
-    """Have the experts multiplied one by one, not by one grouped kernel that shows no single expert's inputs."""
-    inner = base_model(model)
-    if not isinstance(inner, PreTrainedModel):
-        yield
-        return
-    before = inner.get_experts_implementation()
-    inner.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        inner.set_experts_implementation(before)
-
-
-def _single_sequences(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    singles = []
-    for batch in inputs:
-        size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
-        for i in range(size):
-            singles.append({k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in batch.items()})
-    return singles
-
-
-def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    if "labels" not in batch and "input_ids" in batch:
-        batch = {**batch, "labels": _labels(batch)}
-    loss = getattr(model(**batch), "loss", None)
-    if not isinstance(loss, Tensor):
-        raise ValueError(
-            f'Criterion "gblm" needs a loss, and {type(base_model(model)).__name__} returned none. Give calibration '
-            "batches with `labels`, or a model with a task head."
-        )
-    return loss
-
-
-def _labels(batch: dict[str, Any]) -> Tensor:
-    """Return the tokens themselves as labels, those aside that are padding or would be predicted from padding."""
-    side = "decoder_" if "decoder_input_ids" in batch else ""
-    labels, mask = batch[f"{side}input_ids"], batch.get(f"{side}attention_mask")
-    if isinstance(mask, Tensor):
-        predicted = mask.bool()
-        predicted[:, 1:] &= predicted[:, :-1].clone()
-        labels = labels.masked_fill(~predicted, -100)
-    # Decoders alone shift their labels; those behind an encoder expect what follows each token.
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if side else labels
 
 
 def _check(weights: dict[str, WeightView], leaders: dict[str, str], measured: dict[str, InputStatistics]) -> None:
@@ -416,21 +200,6 @@ def _check(weights: dict[str, WeightView], leaders: dict[str, str], measured: di
                 f"All inputs of layer {name!r} are zero, so no input can be told from another. Check the calibration "
                 "data and the layer before it, or add it to `exclude_modules`."
             )
-
-
-def _check_gradients(weights: dict[str, WeightView], sums: dict[str, Tensor]) -> None:
-    missing = [name for name in weights if name not in sums]
-    if missing:
-        raise ValueError(
-            f"No gradient reached {missing[0]!r} ({len(missing)} such weights). Use more calibration sequences, or "
-            "add it to `exclude_modules`."
-        )
-    finite = torch.stack([total.isfinite().all().cpu() for total in sums.values()]).tolist()
-    if not all(finite):
-        raise ValueError(
-            f"The gradient of {list(sums)[finite.index(False)]!r} is not finite. Run the model in float32 or "
-            "bfloat16, and check the calibration data."
-        )
 
 
 # Columns of a Hessian that are summed together: wide enough for a matrix product to run at full speed.

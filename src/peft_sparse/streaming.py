@@ -25,17 +25,9 @@ from .blocks import Targets, block_of, find_blocks, find_stacks
 from .calibration import Activations, BlockRunner, Calibration, as_inputs, check_activations, evaluation_mode
 from .criteria import Criterion, Score
 from .masks import Group
-from .prune import (
-    PatternLike,
-    PruningTask,
-    check_calibration,
-    check_finite,
-    count_sequences,
-    plan_pruning,
-    prune_blocks,
-    prune_stack,
-)
+from .prune import prune_blocks, prune_stack
 from .report import PruningReport
+from .tasks import PatternLike, PruningTask, check_calibration, check_finite, count_sequences, plan_pruning
 
 
 OUTSIDE = "outside"
@@ -82,7 +74,7 @@ def prune_checkpoint(
         model, pattern, criterion, group, target_modules, exclude_modules, prune_tied=False, loaded=False
     )
     check_activations(activations)
-    check_calibration(model, task, calibration)
+    check_calibration(task, calibration)
     streamed.start(task)
     with evaluation_mode(model):
         if calibration is None:
@@ -161,8 +153,7 @@ class StreamedModel:
                 "renames its tensors on loading. Load the model and save it with `save_pretrained(..., "
                 "save_original_format=False)`, or use `prune`."
             )
-        outside = [name for name in task.weights if block_of(name, self.blocks) is None]
-        if outside:
+        if outside := task.by_block.get(None):
             raise ValueError(f"{outside[0]!r} lies outside the blocks, where nothing is streamed. Leave it out.")
         self.task = task
         self.output.mkdir(parents=True, exist_ok=True)
@@ -174,7 +165,7 @@ class StreamedModel:
         assert self.task is not None, "start comes first"
         self.load(name)
         try:
-            check_finite(self.task.inside(name, self.blocks))
+            check_finite(self.task.inside(name))
             yield
         finally:
             for held in self.parts[name]:

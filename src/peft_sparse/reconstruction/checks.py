@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..blocks import find_blocks
-from ..prune import PruningTask
+from ..tasks import PruningTask
 from .fitting import Loss, adapted_weights, check_tuner
 from .work import Mode
 

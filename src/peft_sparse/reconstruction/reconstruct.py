@@ -15,10 +15,10 @@ from transformers import get_linear_schedule_with_warmup
 from ..blocks import Targets
 from ..calibration import Activations, Calibration, as_inputs, check_activations, evaluation_mode, on_device
 from ..criteria import Criterion, Score
+from ..gradients import gradient_sums
 from ..masks import Group
-from ..prune import PatternLike, check_calibration, check_finite, count_sequences, plan_pruning
-from ..statistics import gradient_sums
 from ..streaming import StreamedModel
+from ..tasks import PatternLike, check_calibration, check_finite, count_sequences, plan_pruning
 from .checks import check_amounts, check_choices, check_models, check_task, spell
 from .fitting import Loss, Recipe, Step, held_out_batches
 from .progress import Progress, fingerprint_of_inputs, fingerprint_of_model
@@ -124,7 +124,7 @@ def reconstruct(
         model, given, criterion, group, target_modules, exclude_modules, prune_tied=False, loaded=streamed is None
     )
     check_task(task, tuner)
-    check_calibration(model, task, calibration)
+    check_calibration(task, calibration)
     if streamed is None:
         check_finite(task.weights)
     else:

@@ -18,9 +18,10 @@ from ..blocks import find_stacks
 from ..calibration import Activations, ActivationStore, Batch, BlockRunner, Call, Residence, on_device
 from ..criteria import Need
 from ..masks import mask_of
-from ..prune import PruningTask, prune_weights
+from ..prune import prune_weights
 from ..report import peak_memory
 from ..statistics import BlockStatistics, measure_inputs
+from ..tasks import PruningTask
 from ..weights import WeightView
 from .fitting import Recipe, Step, fit, held_out_batches, relative_error_of, seed_of, trainable
 from .matrices import solve_matrices
