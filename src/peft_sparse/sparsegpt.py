@@ -143,30 +143,32 @@ def _prune_block(
     importance = (active / U.diagonal()).square()[:, None]
     # What is zero already goes before everything else.
     floor = torch.zeros_like(current).masked_fill_(~kept, -torch.inf)
-    # Enough columns for products to carry most of the errors, few enough to go one by one.
-    width = 16
+    width, chunk = 16, 16
     if isinstance(pattern, Unstructured):
         scores = torch.addcmul(floor, current, current * importance)
         kept &= ~lowest(scores.view(1, -1), budget).view_as(kept)
     elif pattern:
         width = pattern.m
+        chunk = max(1, chunk // width) * width
     errors = torch.empty_like(current)
     error_of_pruned = 1 / U.diagonal()[:, None]
-    parts = [x.split(width) for x in (current, kept, errors, importance, floor, error_of_pruned)]
-    for left, part, part_kept, part_errors, scale, least, factor in zip(
-        range(0, len(current), width), *parts, strict=True
-    ):
-        right = left + len(part)
-        if left:
-            part.addmm_(U[:left, left:right].T, errors[:left], alpha=-1)
-        if isinstance(pattern, SemiStructured):
-            scores = torch.addcmul(least, part, part * scale)
-            part_kept &= _keep_highest(scores, min(pattern.n, len(part)))
-        factors = factor.masked_fill(part_kept, 0)
-        carries = U[left:right, left:right]
-        for column, error, by, carry in zip(part, part_errors, factors, carries, strict=True):
-            torch.mul(column, by, out=error)
-            part.addr_(carry, error, alpha=-1)
+    # Enough columns for one product to carry most of the errors, few enough to go on one by one.
+    for start in range(0, len(current), chunk):
+        own = slice(start, start + chunk)
+        if start:
+            current[own].addmm_(U[:start, own].T, errors[:start], alpha=-1)
+        for left in range(start, min(start + chunk, len(current)), width):
+            right = min(left + width, start + chunk, len(current))
+            part, part_kept, carries = current[left:right], kept[left:right], U[left:right, left:right]
+            if left > start:
+                part.addmm_(U[start:left, left:right].T, errors[start:left], alpha=-1)
+            if isinstance(pattern, SemiStructured):
+                scores = torch.addcmul(floor[left:right], part, part * importance[left:right])
+                part_kept &= _keep_highest(scores, min(pattern.n, right - left))
+            factors = error_of_pruned[left:right] * ~part_kept
+            for column, error, by, carry in zip(part, errors[left:right], factors, carries, strict=True):
+                torch.mul(column, by, out=error)
+                part.addr_(carry, error, alpha=-1)
 
 
 def _keep_highest(scores: Tensor, n: int) -> Tensor:
