@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 from peft_sparse.masks import (
     SemiStructured,
     Unstructured,
+    count_across,
     fingerprint,
     mask_,
     mask_of,
+    number_to_prune,
     pack,
     parse_pattern,
     select,
@@ -43,6 +45,37 @@ def test_selection_keeps_the_highest_and_breaks_ties_by_position(scores, pattern
     assert select(torch.tensor(scores), parse_pattern(pattern), group).int().tolist() == kept
 
 
+SPREAD = [[3.0, 1.0, 2.0], [6.0, 5.0, 4.0], [0.0, 9.0, 8.0]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "pruned", "kept"),
+    [
+        # One extra: of the lowest of each row, 1, 4 and 0, the last row's.
+        (SPREAD, 1, [[1, 1, 1], [1, 1, 1], [0, 1, 1]]),
+        (SPREAD, 2, [[1, 0, 1], [1, 1, 1], [0, 1, 1]]),
+        (SPREAD, 3, [[1, 0, 1], [1, 1, 0], [0, 1, 1]]),
+        # The next lowest are 2, 5 and 8.
+        (SPREAD, 4, [[1, 0, 0], [1, 1, 0], [0, 1, 1]]),
+        (SPREAD, 5, [[1, 0, 0], [1, 0, 0], [0, 1, 1]]),
+        (SPREAD, 6, [[1, 0, 0], [1, 0, 0], [0, 1, 0]]),
+        (SPREAD, 8, [[0, 0, 0], [0, 0, 0], [0, 1, 0]]),
+        # Ties: of rows the first, of entries the first that is left.
+        ([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]], 1, [[0, 1], [1, 1], [1, 1]]),
+        ([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]], 5, [[0, 0], [0, 0], [0, 1]]),
+        ([[2.0, 2.0, 1.0], [2.0, 1.0, 2.0]], 3, [[0, 1, 0], [1, 0, 1]]),
+        # What is zero already goes first, wherever it is.
+        ([[1.0, 2.0], [3.0, float("-inf")]], 1, [[1, 1], [1, 0]]),
+        ([[1.0, 2.0], [float("-inf"), float("-inf")]], 3, [[0, 1], [0, 0]]),
+    ],
+)
+def test_exact_rows_add_up_and_the_extra_ones_go_where_the_next_score_is_lowest(scores, pruned, kept):
+    scores = torch.tensor(scores)
+    pattern = Unstructured(pruned / scores.numel(), exact=True)
+    assert select(scores, pattern, "row").int().tolist() == kept
+    assert torch.equal(select(scores, pattern, "matrix"), select(scores, Unstructured(pattern.sparsity), "matrix"))
+
+
 # Few distinct values: a threshold alone would miscount nearly every time.
 tied_scores = st.integers(1, 9).flatmap(
     lambda columns: st.lists(
@@ -64,6 +97,33 @@ def test_counts_are_exact_under_ties(scores, sparsity, dtype):
     assert torch.equal(across, by_matrix)
     if by_matrix.any() and (~by_matrix).any():
         assert scores[~by_matrix].max() <= scores[by_matrix].min()
+
+
+@given(tied_scores, st.floats(0, 0.999))
+def test_exact_rows_differ_by_one_at_most(scores, sparsity):
+    scores = torch.tensor(scores)
+    pruned = ~select(scores, Unstructured(sparsity, exact=True), "row")
+    by_row = pruned.sum(1)
+    assert by_row.sum() == number_to_prune(sparsity, scores.numel())
+    assert by_row.max() - by_row.min() <= 1
+    for row, count, chosen in zip(scores, by_row.tolist(), pruned, strict=True):
+        (one_row,) = select(row[None], Unstructured(count / len(row)), "row") if count < len(row) else (~chosen,)
+        assert torch.equal(~chosen, one_row)
+
+
+@given(st.integers(1, 2**30).flatmap(lambda size: st.tuples(st.integers(0, size - 1), st.just(size))))
+def test_a_count_survives_as_a_fraction(count_and_size):
+    zeros, size = count_and_size
+    assert number_to_prune(zeros / size, size) == zeros
+
+
+@given(tied_scores, st.integers(1, 5), st.floats(0, 0.999))
+def test_counting_across_matrices_is_selecting_across_them(scores, cut, sparsity):
+    parts = list(torch.tensor(scores).split(cut))
+    parts[0] = parts[0].flatten()
+    functions = [lambda part=part: part for part in parts]
+    count = number_to_prune(sparsity, sum(part.numel() for part in parts))
+    assert count_across(functions, count) == [int((~mask).sum()) for mask in select_across(functions, sparsity)]
 
 
 @given(tied_scores, st.integers(1, 4), st.integers(1, 4))
@@ -171,3 +231,4 @@ def test_patterns_are_parsed_and_printed():
     assert parse_pattern("0.5") == parse_pattern(0.5) == Unstructured(0.5)
     assert parse_pattern(SemiStructured(1, 2)).sparsity == 0.5
     assert [str(parse_pattern(text)) for text in ("2:4", 0.5)] == ["2:4", "0.5"]
+    assert str(Unstructured(0.5, exact=True)) == "0.5"

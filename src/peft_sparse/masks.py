@@ -24,11 +24,18 @@ GROUPS: tuple[Group, ...] = ("row", "matrix", "model")
 class Unstructured:
     """Any entry may go; `sparsity` is the fraction, in [0, 1), of each comparison group that is pruned.
 
+    Args:
+        sparsity: the fraction; a group of k entries loses floor(sparsity · k).
+        exact: with group "row" prune floor(sparsity · numel) entries of the whole matrix, rows losing the same number
+            or one more: the extra ones where the next lowest score is lowest. By default each row loses
+            floor(sparsity · k), which may add up to less. The other groups are exact as they are.
+
     Raises:
         ValueError: `sparsity` outside [0, 1).
     """
 
     sparsity: float
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -108,7 +115,7 @@ def select(scores: Tensor, pattern: Pattern, group: Group) -> Tensor:
     """Return the mask that keeps the highest of `scores` (out, in) under `pattern`.
 
     The count is exact whatever the ties: of equal scores, those of lower index are pruned first. A group of k entries
-    loses floor(sparsity · k).
+    loses floor(sparsity · k); `Unstructured.exact` says how rows share out what that leaves of the matrix.
 
     Args:
         scores: finite or -inf; -inf marks what must go first.
@@ -117,6 +124,8 @@ def select(scores: Tensor, pattern: Pattern, group: Group) -> Tensor:
     """
     if isinstance(pattern, SemiStructured):
         return _select_semi_structured(scores, pattern)
+    if group == "row" and pattern.exact:
+        return ~_lowest_by_rows(scores, number_to_prune(pattern.sparsity, scores.numel()))
     if group == "row":
         return ~lowest(scores, number_to_prune(pattern.sparsity, scores.shape[1]))
     flat = scores.reshape(1, -1)
@@ -134,15 +143,11 @@ def select_across(scores: Sequence[Callable[[], Tensor]], sparsity: float) -> li
         scores: functions that compute one matrix of scores each; each is called three times and must repeat itself.
         sparsity: fraction of all entries to prune, in [0, 1).
     """
-    high, total = _histogram(scores, lambda key: (key >> 16) + 0x8000)
+    high, total = _histogram(scores, _high_bits)
     count = number_to_prune(sparsity, total)
     if count == 0:
         return [torch.ones_like(score(), dtype=torch.bool) for score in scores]
-    below_bucket, bucket = _locate(high, count)
-    low, _ = _histogram(scores, lambda key: (key & 0xFFFF)[(key >> 16) + 0x8000 == bucket])
-    below_value, value = _locate(low, count - below_bucket)
-    threshold = ((bucket - 0x8000) << 16) | value
-    ties_left = count - below_bucket - below_value
+    threshold, ties_left = _threshold(scores, high, count)
     masks = []
     for score in scores:
         key = _sortable_bits(score())
@@ -152,6 +157,24 @@ def select_across(scores: Sequence[Callable[[], Tensor]], sparsity: float) -> li
         ties_left -= int(of_ties.sum())
         masks.append(~(prune | of_ties.view_as(prune)))
     return masks
+
+
+def count_across(scores: Sequence[Callable[[], Tensor]], count: int) -> list[int]:
+    """Return how many entries of each of `scores` are among the `count` lowest of all of them together.
+
+    The entries that `select_across` would prune, counted without masks. Scores may be of any shape, and inf.
+    """
+    if count == 0:
+        return [0] * len(scores)
+    high, _ = _histogram(scores, _high_bits)
+    threshold, ties_left = _threshold(scores, high, count)
+    counts = []
+    for score in scores:
+        key = _sortable_bits(score())
+        below, ties = torch.stack([(key < threshold).sum(), (key == threshold).sum()]).tolist()
+        counts.append(below + min(ties, ties_left))
+        ties_left -= min(ties, ties_left)
+    return counts
 
 
 _GATHER_BITS = sum(1 << (56 - 7 * i) for i in range(8))
@@ -203,6 +226,16 @@ def lowest(scores: Tensor, count: int) -> Tensor:
         ties = scores[rows] == threshold[rows]
         wanted = _count_by_row(ties) - surplus[rows]
         chosen[rows] &= ~ties | (ties.cumsum(1, dtype=torch.int32) <= wanted[:, None])
+    return chosen
+
+
+def _lowest_by_rows(scores: Tensor, count: int) -> Tensor:
+    """Return True at `count` entries of the matrix, the lowest of each row, rows differing by one at most."""
+    each, extra = divmod(count, len(scores))
+    chosen = lowest(scores, each)
+    if extra:
+        following, column = scores.masked_fill(chosen, torch.inf).min(dim=1)
+        chosen[torch.arange(len(scores), device=scores.device), column] |= lowest(following[None], extra)[0]
     return chosen
 
 
@@ -259,6 +292,10 @@ def _sortable_bits(scores: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
+def _high_bits(key: Tensor) -> Tensor:
+    return (key >> 16) + 0x8000
+
+
 def _histogram(scores: Sequence[Callable[[], Tensor]], bucket_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
     counts, total = torch.zeros(1 << 16, dtype=torch.int64), 0
     for score in scores:
@@ -273,3 +310,11 @@ def _locate(counts: Tensor, k: int) -> tuple[int, int]:
     upto = counts.cumsum(0)
     bucket = int(torch.searchsorted(upto, torch.tensor(k)))
     return int(upto[bucket] - counts[bucket]), bucket
+
+
+def _threshold(scores: Sequence[Callable[[], Tensor]], high: Tensor, count: int) -> tuple[int, int]:
+    """Return the `count`-th lowest of all scores as sortable bits, and how many that equal it are among the lowest."""
+    below_bucket, bucket = _locate(high, count)
+    low, _ = _histogram(scores, lambda key: (key & 0xFFFF)[_high_bits(key) == bucket])
+    below_value, value = _locate(low, count - below_bucket)
+    return ((bucket - 0x8000) << 16) | value, count - below_bucket - below_value
