@@ -17,7 +17,7 @@ ORDER = [
     {"weights"},
     {"masks"},
     {"criteria", "sparsegpt", "least_squares", "functional"},
-    {"blocks"},
+    {"blocks", "allocation", "refinement"},
     {"calibration"},
     {"observing", "gradients"},
     {"statistics", "report", "text"},

@@ -29,6 +29,7 @@ from peft_sparse import (
     reconstruct,
     sample_sequences,
 )
+from peft_sparse.allocation import allocate
 from peft_sparse.callbacks import ZeroGuardCallback, _compare
 from peft_sparse.criteria import magnitude
 from peft_sparse.least_squares import masked_least_squares
@@ -39,7 +40,7 @@ from peft_sparse.sparsegpt import sparsegpt
 from peft_sparse.tuners import MaskLoraModel
 from peft_sparse.tuners.proof import check_masks
 from peft_sparse.tuners.registration import register
-from peft_sparse.weights import as_matrix
+from peft_sparse.weights import WeightView, as_matrix
 
 from conftest import CONFIGS, tiny
 
@@ -141,6 +142,13 @@ def remove_weights(folder):
 
 def forget_the_class(folder):
     LlamaConfig().save_pretrained(folder / "source")
+
+
+def allocated(method, share=0.5, **options):
+    """Two weights of 16 entries, one of them with 4 zeros."""
+    layers = {name: nn.Linear(4, 4) for name in ("one", "two")}
+    layers["one"].weight.data[0] = 0
+    return allocate(method, {name: WeightView(layer) for name, layer in layers.items()}, share, blocks={}, **options)
 
 
 def unpicturable():
@@ -443,6 +451,31 @@ REFUSALS = [
         "The checkpoint has no tensor 'model.layers.0.mlp.experts.down_proj' .* `save_pretrained.*save_original_form",
     ),
     (lambda: streamed(target_modules=["lm_head"]), ValueError, "'lm_head' lies outside the blocks, where nothing is"),
+    (
+        lambda: allocated("layerwise"),
+        ValueError,
+        "Unknown allocation 'layerwise'. Choose one of 'uniform', .*, or give the sparsity of every weight",
+    ),
+    (
+        lambda: allocated("erk", 0.99),
+        ValueError,
+        "Expected a sparsity of 4 to 30 zeros in all, .* allow, got one of 31. Choose another sparsity",
+    ),
+    (
+        lambda: allocated("owl"),
+        ValueError,
+        "needs the input norms of each weight, got none for 'one'. Pass calibration",
+    ),
+    (
+        lambda: allocated({"one": 0.5}),
+        ValueError,
+        "Expected a sparsity for each weight that is pruned, got a mapping that has none for 'two'. Give them all",
+    ),
+    (
+        lambda: allocated({"one": 0.5, "two": 0.75}),
+        ValueError,
+        "give 16 zeros in all, 0.500000 of the entries, got sparsities that give 20, 0.625000. Change one",
+    ),
     (lambda: prune(merged(), 0.5), ValueError, "has merged adapters, and unmerging would bring"),
     (lambda: prune(tiny("gpt2"), 0.5, target_modules=["lm_head"]), ValueError, "'lm_head' is also the embedding"),
     (lambda: prune(llama().to("meta"), 0.5), ValueError, "is torch.float32 on meta; pruning needs loaded"),
