@@ -280,9 +280,10 @@ def apportion(wishes: Sequence[float], total: int, least: Sequence[int], most: S
         for wish, low, high in zip(wishes, least, most, strict=True)
     ]
     missing = total - sum(near)
-    room = [bound - x for bound, x in zip(most if missing > 0 else least, near, strict=True)]
     if missing:
-        near = [x + own * missing / sum(room) for x, own in zip(near, room, strict=True)]
+        room = [bound - x for bound, x in zip(most if missing > 0 else least, near, strict=True)]
+        share = Fraction(missing, sum(room))
+        near = [x + own * share for x, own in zip(near, room, strict=True)]
     counts = [math.floor(x) for x in near]
     remainders = [x - count for x, count in zip(near, counts, strict=True)]
     # Rounded, or what is equal but for rounding errors of the wishes would not go by order.
