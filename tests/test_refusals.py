@@ -35,6 +35,7 @@ from peft_sparse.criteria import magnitude
 from peft_sparse.least_squares import masked_least_squares
 from peft_sparse.masks import SemiStructured, Unstructured, parse_pattern
 from peft_sparse.reconstruction.progress import Progress
+from peft_sparse.refinement import find_refinement
 from peft_sparse.report import PruningReport
 from peft_sparse.sparsegpt import sparsegpt
 from peft_sparse.tuners import MaskLoraModel
@@ -289,6 +290,7 @@ REFUSALS = [
     (lambda: SemiStructured(5, 4), ValueError, "needs 1 <= n <= m, got 5:4. Use 2:4"),
     (lambda: parse_pattern("0:4"), ValueError, "needs 1 <= n <= m, got 0:4"),
     (lambda: parse_pattern("half"), ValueError, "A pattern is a sparsity such as 0.5 .* got 'half'"),
+    (lambda: find_refinement("swaps"), ValueError, "Unknown refinement 'swaps'. Choose one of 'dsnot', 'swap'"),
     (lambda: as_matrix(nn.Embedding(3, 3), torch.zeros(3, 3)), TypeError, "one of `Linear`.* got Embedding"),
     (lambda: prune(llama(), 0.5, criterion="wand"), ValueError, "Unknown criterion 'wand'. Choose one of 'magnitude'"),
     (lambda: prune(llama(), 0.5, group="column"), ValueError, "`group` must be one of 'row', .* got 'column'"),
