@@ -22,6 +22,8 @@ ORDER = [
     {"observing", "gradients"},
     {"statistics", "report", "text"},
     {"tasks", "tuners", "evaluation"},
+    {"selection"},
+    {"whole_model"},
     {"prune"},
     {"streaming"},
     {"plan", "reconstruction"},

@@ -303,6 +303,47 @@ REFUSALS = [
         "'sparsegpt' compares within 128 columns, .* Drop `group='row'`",
     ),
     (lambda: prune(llama(), {"q_proj": 0.5}, group="model"), ValueError, "`pattern` is a dict that gives them"),
+    (
+        lambda: prune(llama(), {"q_proj": 0.5}, allocation="erk"),
+        ValueError,
+        "`pattern` is a dict that gives the sparsity of each layer, and `allocation` shares out one",
+    ),
+    (
+        lambda: prune(llama(), 0.5, allocation="erk", group="model"),
+        ValueError,
+        '`group="model"` finds the sparsity of each layer itself. .* `allocation="global"` compares',
+    ),
+    (
+        lambda: prune(llama(), "2:4", allocation="erk"),
+        ValueError,
+        "2:4 fixes the sparsity of every group .* `allocation=\"owl\"`, .* got allocation 'erk'",
+    ),
+    (
+        lambda: prune(llama(), 0.5, allocation="owl"),
+        ValueError,
+        "What was asked for beside the criterion measures the inputs of each layer: pass `calibration`",
+    ),
+    (
+        lambda: prune(llama(), 0.5, allocation={"q_prj": 0.5}),
+        ValueError,
+        "'q_prj' in `allocation` matches no weight",
+    ),
+    (lambda: prune(llama(), 0.5, allocation={"q_proj": 0.5}), ValueError, "a mapping that has none for .*k_proj'"),
+    (
+        lambda: prune(llama(), 0.5, group="model", update=True, calibration=TOKENS),
+        ValueError,
+        '`group="model"` selects everywhere at once.* Use `allocation="global"`',
+    ),
+    (
+        lambda: prune(llama(), 0.5, criterion="sparsegpt", refinement="swap", calibration=TOKENS),
+        ValueError,
+        "'sparsegpt' updates the weights as it selects, .* Drop `refinement`",
+    ),
+    (
+        lambda: prune(llama(), 0.5, refinement="swap"),
+        ValueError,
+        "What was asked for beside the criterion measures the inputs of each layer: pass `calibration`",
+    ),
     (lambda: prune(llama(), {}), ValueError, "`pattern` is an empty dict, which prunes nothing"),
     (lambda: prune(llama(), {"*.q_proj": 0.5}), ValueError, r"'\*.q_proj' in `pattern` is no regular expression"),
     (lambda: prune(llama(), {"x_proj": 0.5}), ValueError, "'x_proj' in `pattern` matches no weight .* end in q_proj"),

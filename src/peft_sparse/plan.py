@@ -112,7 +112,7 @@ def plan(
     blocks = find_blocks(model)
     per_block = {name: _bytes(block) for name, block in blocks.items()}
     total, inside = _bytes(model), sum(per_block.values())
-    calibrated, hessian = bool(task.rule.needs), "hessian" in task.rule.needs
+    calibrated, hessian = bool(task.needs), "hessian" in task.needs
     item = next(model.parameters()).element_size()
     tokens = sequences * length
     batches = [length * min(batch_size, sequences - first) for first in range(0, sequences, batch_size)]
@@ -144,7 +144,7 @@ def plan(
 
 def _flops(model: nn.Module, task: PruningTask, tokens: int, length: int) -> float:
     """Two passes through the blocks, a Hessian and a solver for each weight, forward and backward for gradients."""
-    if not task.rule.needs:
+    if not task.needs:
         return 10.0 * sum(rows * columns for rows, columns in _shapes(task))
     share = active_experts(model)
     # Whatever is pruned, the blocks run whole.
@@ -152,9 +152,9 @@ def _flops(model: nn.Module, task: PruningTask, tokens: int, length: int) -> flo
     attention = len(find_blocks(model)) * length * hidden_size(model)
     forward = 2.0 * tokens * (multiplied + attention)
     flops = 2 * forward
-    if "gradients" in task.rule.needs:
+    if "gradients" in task.needs:
         flops += 3 * forward
-    if "hessian" in task.rule.needs:
+    if "hessian" in task.needs:
         for weight in task.weights.values():
             rows, columns = weight.shape
             seen = tokens * (1 if weight.expert is None else share)
@@ -163,7 +163,7 @@ def _flops(model: nn.Module, task: PruningTask, tokens: int, length: int) -> flo
 
 
 def _gradient_bytes(task: PruningTask) -> int:
-    if "gradients" not in task.rule.needs:
+    if "gradients" not in task.needs:
         return 0
     return sum(4 * rows * columns for rows, columns in _shapes(task)) + max(
         w.storage.nbytes for w in task.weights.values()

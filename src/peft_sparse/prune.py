@@ -5,15 +5,15 @@ Knows nothing of adapters: what comes after reads the zeros off the weights.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from .blocks import Targets, block_of, find_blocks, prunable_weights
+from .allocation import Allocation
+from .blocks import Targets, find_blocks, prunable_weights
 from .calibration import (
     Activations,
     BlockRunner,
@@ -25,12 +25,12 @@ from .calibration import (
     on_device,
     stack_runners,
 )
-from .criteria import CRITERIA, Criterion, Score, Statistics
+from .criteria import Criterion, Score
 from .gradients import gradient_sums
-from .masks import Group, Unstructured, mask_of, select, select_across
+from .masks import Group
 from .report import PruningReport
-from .sparsegpt import sparsegpt
-from .statistics import BlockStatistics, measure, relative_error, warn_of_few_tokens
+from .selection import noting, prune_weights
+from .statistics import measure
 from .tasks import (
     PatternLike,
     PruningTask,
@@ -41,7 +41,7 @@ from .tasks import (
     share,
     zero_counts,
 )
-from .weights import WeightView
+from .whole_model import allocated_patterns, prune_across
 
 
 def prune(
@@ -50,6 +50,9 @@ def prune(
     *,
     criterion: str | Score | Criterion = "magnitude",
     group: Group | None = None,
+    allocation: Allocation | Mapping[str, float] | None = None,
+    refinement: Literal["dsnot", "swap"] | None = None,
+    update: bool = False,
     target_modules: Targets = None,
     exclude_modules: Targets = None,
     calibration: Calibration | None = None,
@@ -73,6 +76,11 @@ def prune(
         group: which entries are compared: "row" (one output), "matrix" or "model"; by default that of the criterion's
             paper. n:m compares within each m entries, SparseGPT within 128 columns; both take no group. For "model",
             inputs are those of the unpruned model.
+        allocation: how the sparsity is shared out among the layers, by `allocation.allocate`: "uniform", "uniform+",
+            "global", "erk", "lamp" or "owl", or a dict of sparsities, keys as in `pattern`, that give the requested
+            total. The total is then exact to the weight. n:m goes with "owl", which mixes several n.
+        refinement: "dsnot" or "swap": exchange pruned entries for kept ones once they are selected.
+        update: set the kept weights to the exact solution of the masked least squares (`masked_least_squares`).
         target_modules: as in PEFT; by default every linear layer and every fused expert inside the blocks.
         exclude_modules: as in PEFT.
         calibration: token ids (sequences, tokens), or an iterable of model inputs. Tokens that an input's
@@ -89,7 +97,18 @@ def prune(
             the error's note names the block: those before it are pruned, those after are not.
     """
     started = time.perf_counter()
-    task = plan_pruning(model, pattern, criterion, group, target_modules, exclude_modules, prune_tied)
+    task = plan_pruning(
+        model,
+        pattern,
+        criterion,
+        group,
+        target_modules,
+        exclude_modules,
+        prune_tied,
+        allocation=allocation,
+        refinement=refinement,
+        update=update,
+    )
     check_activations(activations)
     check_calibration(task, calibration)
     check_finite(task.weights)
@@ -97,10 +116,12 @@ def prune(
     task.sequences = count_sequences(inputs or [])
     residence = on_device(device)
     with evaluation_mode(model):
-        if inputs is not None and "gradients" in task.rule.needs:
+        if allocation is not None:
+            task.patterns = allocated_patterns(model, task, allocation, inputs, activations, residence)
+        if inputs is not None and "gradients" in task.needs:
             task.gradients = gradient_sums(model, task.weights, inputs, offload=activations != "device")
         if task.group == "model":
-            _prune_across(model, task, inputs, activations, residence)
+            prune_across(model, task, inputs, activations, residence)
         elif inputs is not None:
             for runner in stack_runners(model, inputs, activations=activations, residence=residence):
                 prune_stack(model, runner, task)
@@ -126,49 +147,11 @@ def prune_stack(
         weights = task.inside(block)
         with _saying_where(block), runner.resident(index):
             if weights:
-                prune_weights(weights, task, measure(model, runner, index, weights, task.rule.needs))
+                prune_weights(weights, task, measure(model, runner, index, weights, task.needs))
             if index < len(runner.names) - 1:
                 runner.advance(index)
             if after_block is not None:
                 after_block(block)
-
-
-@torch.no_grad()
-def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: BlockStatistics | None) -> None:
-    """Prune `weights`, of whose inputs `measured` tells; note the relative output error of each."""
-    for name, weight in weights.items():
-        matrix, pattern, statistics = weight.matrix(), task.patterns[name], task.statistics(name, measured)
-        rows = None if measured is None else measured.sample(name).float()
-        before = None if rows is None else rows @ matrix.T.float()
-        with _noting(f"At {name!r}: the weights before it are pruned."):
-            if task.rule.score is None:
-                assert statistics.hessian is not None
-                task.warned = task.warned or warn_of_few_tokens(name, statistics)
-                weight.write(sparsegpt(matrix, statistics.hessian, pattern)[0])
-            else:
-                weight.write_zeros(select(_scores(name, matrix, task.rule, statistics), pattern, task.group))
-        if rows is not None and before is not None:
-            task.errors[name] = relative_error(before, rows @ weight.matrix().T.float())
-    # Counted here, while they are where they can be read.
-    task.counts |= zero_counts(weights)
-
-
-def _scores(name: str, matrix: Tensor, rule: Criterion, statistics: Statistics) -> Tensor:
-    assert rule.score is not None
-    if statistics.gradient is not None:
-        # It may wait elsewhere.
-        statistics = replace(statistics, gradient=statistics.gradient.to(matrix.device))
-    scores = rule.score(matrix, statistics)
-    if scores.shape != matrix.shape:
-        raise ValueError(
-            f"Expected scores of shape {tuple(matrix.shape)} for {name!r}, got {tuple(scores.shape)}. A criterion "
-            "returns one score per entry of the weight (out, in)."
-        )
-    if rule not in CRITERIA.values() and not scores.isfinite().all():
-        raise ValueError(
-            f"Expected finite scores for {name!r}, got NaN or infinity. Mend the criterion, or clamp what it returns."
-        )
-    return scores.masked_fill(~mask_of(matrix), -torch.inf)
 
 
 def prune_blocks(
@@ -186,62 +169,5 @@ def prune_blocks(
                 after_block(name)
 
 
-def _prune_across(
-    model: nn.Module,
-    task: PruningTask,
-    inputs: list[dict[str, Any]] | None,
-    activations: Activations,
-    residence: Residence,
-) -> None:
-    """Prune by one comparison over all weights, measured on the model as it is."""
-    blocks = find_blocks(model)
-    known = {name: task.statistics(name, None) for name in task.weights}
-    if inputs is not None:
-        for runner in stack_runners(model, inputs, activations=activations, residence=residence):
-            for index, block in enumerate(tqdm(runner.names, desc="measuring", unit="block", disable=None)):
-                weights = task.inside(block)
-                with runner.resident(index):
-                    if weights:
-                        measured = measure(model, runner, index, weights, task.rule.needs)
-                        known |= {name: task.statistics(name, measured) for name in weights}
-                    if index < len(runner.names) - 1:
-                        runner.advance(index)
-    pattern = next(iter(task.patterns.values()))
-    assert isinstance(pattern, Unstructured)
-    seed = torch.initial_seed()
-
-    def score_of(name: str, weight: WeightView, index: int) -> Callable[[], Tensor]:
-        def score() -> Tensor:
-            # Scores are computed thrice and must come out the same, also those of a criterion that draws them.
-            with _resident(name, residence, blocks):
-                matrix = weight.matrix()
-                with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-                    torch.manual_seed(seed + index)
-                    return _scores(name, matrix, task.rule, known[name])
-
-        return score
-
-    scores = [score_of(name, weight, index) for index, (name, weight) in enumerate(task.weights.items())]
-    masks = select_across(scores, pattern.sparsity)
-    for weight, mask in zip(task.weights.values(), masks, strict=True):
-        weight.write_zeros(mask.to(weight.storage.device))
-
-
 def _saying_where(block: str) -> contextlib.AbstractContextManager[None]:
-    return _noting(f"While pruning block {block!r}: the blocks before it are pruned, those after are not.")
-
-
-@contextlib.contextmanager
-def _noting(note: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        error.add_note(note)
-        raise
-
-
-@contextlib.contextmanager
-def _resident(name: str, residence: Residence, blocks: dict[str, nn.Module]) -> Iterator[None]:
-    block = block_of(name, blocks)
-    with contextlib.nullcontext() if block is None else residence(block, blocks[block]):
-        yield
+    return noting(f"While pruning block {block!r}: the blocks before it are pruned, those after are not.")

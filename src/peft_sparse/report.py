@@ -26,12 +26,14 @@ class WeightReport:
         sparsity: fraction of its entries that are zero now.
         error: ||(W - W')X|| / ||WX|| on the inputs X the layer had when it was pruned, some 1,024 calibration tokens;
             None without calibration and where all weights were compared at once.
+        error_selected: the same of what the criterion selected, before refinement and update; None without them.
     """
 
     name: str
     shape: tuple[int, int]
     sparsity: float
     error: float | None = None
+    error_selected: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class PruningReport:
 
     Args:
         criterion, pattern, group: as chosen; `group` is None where the pattern or the criterion has its own.
+        allocation, refinement, update: as chosen; "given" is an allocation by a dict.
         sparsity: fraction of zeros over all pruned weights.
         seconds: wall-clock time.
         peak_memory: bytes, as `peak_memory()` tells.
@@ -53,6 +56,9 @@ class PruningReport:
     seconds: float
     peak_memory: int
     weights: tuple[WeightReport, ...]
+    allocation: str | None = None
+    refinement: str | None = None
+    update: bool = False
 
     @property
     def error(self) -> float | None:
@@ -89,9 +95,13 @@ class PruningReport:
     def __str__(self) -> str:
         group = f" per {self.group}" if self.group else ""
         error = "" if self.error is None else f", mean relative output error {self.error:.4f}"
+        how = [f"{self.criterion}, {self.pattern}{group}"]
+        how += [f"allocation {self.allocation}"] if self.allocation else []
+        how += [self.refinement] if self.refinement else []
+        how += ["updated"] if self.update else []
         return (
             f"pruned {len(self.weights)} weights to sparsity {self.sparsity:.4f} "
-            f"({self.criterion}, {self.pattern}{group}) in {self.seconds:.1f} s{error}"
+            f"({', '.join(how)}) in {self.seconds:.1f} s{error}"
         )
 
 

@@ -232,7 +232,7 @@ def _files_by_name(source: Path) -> dict[str, Path]:
 
 
 def _check_streamable(model: nn.Module, task: PruningTask) -> None:
-    if task.group == "model" or "gradients" in task.rule.needs:
+    if task.group == "model" or "gradients" in task.needs:
         raise ValueError(
             'Streaming holds one block at a time: `group="model"` and criteria that need gradients see the whole '
             'model. Use `prune` on a loaded model, or `group="row"` or "matrix" and another criterion.'

@@ -3,22 +3,25 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .allocation import Allocation
 from .blocks import Targets, base_layer, base_model, block_of, find_blocks, prunable_weights, tied_to_embedding
 from .calibration import Calibration
-from .criteria import Criterion, Score, Statistics, find_criterion
+from .criteria import Criterion, Need, Score, Statistics, find_criterion
 from .masks import GROUPS, Group, Pattern, SemiStructured, mask_of, parse_pattern
+from .refinement import Refinement, find_refinement
 from .report import PruningReport, WeightReport, peak_memory
 from .statistics import BlockStatistics
 from .weights import WeightView
 
 
 PatternLike = float | str | Pattern
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -32,11 +35,22 @@ class PruningTask:
     group: Group
     weights: dict[str, WeightView]
     by_block: dict[str | None, list[str]]
+    allocation: Allocation | Mapping[str, float] | None = None
+    refined_by: str | None = None
+    refinement: Refinement | None = None
+    update: bool = False
     gradients: dict[str, Tensor] = field(default_factory=dict)
     sequences: int = 0
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     errors: dict[str, Tensor] = field(default_factory=dict)
+    errors_selected: dict[str, Tensor] = field(default_factory=dict)
     warned: bool = False
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """Which statistics criterion, refinement and update ask for."""
+        refined = () if self.refinement is None else self.refinement.needs
+        return tuple(dict.fromkeys((*self.rule.needs, *refined, *(("hessian",) if self.update else ()))))
 
     def inside(self, block: str | None) -> dict[str, WeightView]:
         """Return the weights that lie in the block called so; None for those outside all blocks."""
@@ -52,17 +66,25 @@ class PruningTask:
     def report(self, seconds: float) -> PruningReport:
         """Return what was done."""
         counts = self.counts or zero_counts(self.weights)
-        errors = dict(zip(self.errors, to_host(list(self.errors.values())), strict=True)) if self.errors else {}
+        errors, selected = (
+            dict(zip(measured, to_host(list(measured.values())), strict=True))
+            for measured in (self.errors, self.errors_selected)
+        )
         own_group = self.rule.score is None or any(isinstance(p, SemiStructured) for p in self.patterns.values())
         return PruningReport(
             criterion=self.criterion,
             pattern=self.pattern,
             group=None if own_group else self.group,
+            allocation=self.allocation if isinstance(self.allocation, str | None) else "given",
+            refinement=self.refined_by,
+            update=self.update,
             sparsity=share(counts.values()),
             seconds=seconds,
             peak_memory=peak_memory(),
             weights=tuple(
-                WeightReport(name, weight.shape, counts[name][0] / counts[name][1], errors.get(name))
+                WeightReport(
+                    name, weight.shape, counts[name][0] / counts[name][1], errors.get(name), selected.get(name)
+                )
                 for name, weight in self.weights.items()
             ),
         )
@@ -77,6 +99,9 @@ def plan_pruning(
     exclude_modules: Targets,
     prune_tied: bool,
     *,
+    allocation: Allocation | Mapping[str, float] | None = None,
+    refinement: str | None = None,
+    update: bool = False,
     loaded: bool = True,
 ) -> PruningTask:
     """Return the task that `prune`'s arguments describe; nothing is read but names and shapes.
@@ -90,6 +115,7 @@ def plan_pruning(
     if group is not None and group not in GROUPS:
         raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {group!r}.")
     name, rule = find_criterion(criterion)
+    refined = None if refinement is None else find_refinement(refinement)
     weights = prunable_weights(model, target_modules, exclude_modules)
     patterns = patterns_by_name(pattern, weights)
     weights = {name: weights[name] for name in patterns}
@@ -101,7 +127,12 @@ def plan_pruning(
     by_block: dict[str | None, list[str]] = {}
     for weight in weights:
         by_block.setdefault(block_of(weight, blocks), []).append(weight)
-    return PruningTask(name, rule, _spell(pattern), patterns, chosen, weights, by_block)
+    task = PruningTask(
+        name, rule, _spell(pattern), patterns, chosen, weights, by_block, allocation, refinement, refined, update
+    )
+    _check_allocation(task, per_layer=isinstance(pattern, Mapping))
+    _check_afterwards(task)
+    return task
 
 
 def patterns_by_name(
@@ -114,45 +145,55 @@ def patterns_by_name(
     """
     if not isinstance(pattern, Mapping):
         return dict.fromkeys(weights, parse_pattern(pattern))
-    if not pattern:
-        raise ValueError("`pattern` is an empty dict, which prunes nothing. Give a pattern for one layer at least.")
-    parsed = {_compiled(key): parse_pattern(value) for key, value in pattern.items()}
-    chosen: dict[str, Pattern] = {}
-    used: set[re.Pattern[str]] = set()
+    return values_by_name({key: parse_pattern(value) for key, value in pattern.items()}, weights, "pattern")
+
+
+def values_by_name(values: Mapping[str, Value], weights: Mapping[str, WeightView], argument: str) -> dict[str, Value]:
+    """Return the value of each of `weights` whose name a key matches, the first that does, as `rank_pattern` in PEFT.
+
+    Raises:
+        ValueError: as `patterns_by_name`; the message names `argument`.
+    """
+    if not values:
+        raise ValueError(f"`{argument}` is an empty dict, which prunes nothing. Give one layer at least.")
+    keys = {key: _compiled(key, argument) for key in values}
+    chosen: dict[str, Value] = {}
+    used: set[str] = set()
     # One key speaks for all experts of a parameter.
     shared = {name: name if weight.expert is None else name.rpartition(".")[0] for name, weight in weights.items()}
     for name in weights:
-        for key, value in parsed.items():
-            if key.fullmatch(name) or key.fullmatch(shared[name]):
-                chosen[name] = value
+        for key, expression in keys.items():
+            if expression.fullmatch(name) or expression.fullmatch(shared[name]):
+                chosen[name] = values[key]
                 used.add(key)
                 break
-    if idle := [key for key, expression in zip(pattern, parsed, strict=True) if expression not in used]:
+    if idle := [key for key in keys if key not in used]:
         endings = list(dict.fromkeys(name.rpartition(".")[2] for name in shared.values()))[:8]
         raise ValueError(
-            f"{idle[0]!r} in `pattern` matches no weight that an earlier key leaves. Keys are names, name endings or "
-            f"regular expressions for the whole name; weights here end in {', '.join(endings)}."
+            f"{idle[0]!r} in `{argument}` matches no weight that an earlier key leaves. Keys are names, name endings "
+            f"or regular expressions for the whole name; weights here end in {', '.join(endings)}."
         )
     return chosen
 
 
-def _compiled(key: str) -> re.Pattern[str]:
+def _compiled(key: str, argument: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(.*\.)?({key})")
     except re.error as error:
         raise ValueError(
-            f"{key!r} in `pattern` is no regular expression ({error}). Write '.*' for any characters; a name or name "
-            "ending stands for itself."
+            f"{key!r} in `{argument}` is no regular expression ({error}). Write '.*' for any characters; a name or "
+            "name ending stands for itself."
         ) from None
 
 
 def check_calibration(task: PruningTask, calibration: Calibration | None) -> None:
     """Raise ValueError if calibration is needed and missing, or given for weights it cannot reach."""
     if calibration is None:
-        if task.rule.needs:
+        if task.needs or task.allocation == "owl":
+            who = f"Criterion {task.criterion!r}" if task.rule.needs else "What was asked for beside the criterion"
             raise ValueError(
-                f"Criterion {task.criterion!r} measures the inputs of each layer: pass `calibration`, token ids of "
-                "shape (sequences, tokens) or an iterable of model inputs."
+                f"{who} measures the inputs of each layer: pass `calibration`, token ids of shape (sequences, tokens) "
+                "or an iterable of model inputs."
             )
         return
     if outside := task.by_block.get(None):
@@ -212,6 +253,41 @@ def _choose_group(
             'one sparsity, or `group="row"` or "matrix".'
         )
     return chosen
+
+
+def _check_allocation(task: PruningTask, per_layer: bool) -> None:
+    """Raise ValueError if nothing is left for `allocation` to decide, or nothing of its kind."""
+    if task.allocation is None:
+        return
+    if per_layer:
+        raise ValueError(
+            "`pattern` is a dict that gives the sparsity of each layer, and `allocation` shares out one. Pass one "
+            "sparsity, or drop `allocation`."
+        )
+    if task.group == "model":
+        raise ValueError(
+            '`group="model"` finds the sparsity of each layer itself. Drop it, or `allocation`; `allocation="global"` '
+            "compares magnitudes across the model."
+        )
+    if task.allocation != "owl" and any(isinstance(pattern, SemiStructured) for pattern in task.patterns.values()):
+        raise ValueError(
+            f'{task.pattern} fixes the sparsity of every group of inputs. Use `allocation="owl"`, which mixes several '
+            f"n, or one sparsity as `pattern`; got allocation {task.allocation!r}."
+        )
+
+
+def _check_afterwards(task: PruningTask) -> None:
+    """Raise ValueError if the selection cannot be refined, or the kept weights not be updated, as asked."""
+    if task.group == "model" and (task.refinement or task.update):
+        raise ValueError(
+            '`group="model"` selects everywhere at once, when no inputs are at hand any more to refine or update by. '
+            'Use `allocation="global"`, which gives each layer what that selection would.'
+        )
+    if task.refinement and task.rule.score is None:
+        raise ValueError(
+            f"Criterion {task.criterion!r} updates the weights as it selects, so its selection cannot be changed "
+            'afterwards. Drop `refinement`, or refine "wanda" and pass `update=True`.'
+        )
 
 
 def _check_model(model: nn.Module, weights: dict[str, WeightView], prune_tied: bool, loaded: bool) -> None:

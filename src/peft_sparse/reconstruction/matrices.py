@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..least_squares import masked_least_squares
 from ..masks import mask_of
-from ..prune import prune_weights
+from ..selection import prune_weights
 from ..statistics import BlockStatistics
 from ..tasks import PruningTask
 from ..weights import WeightView

@@ -146,7 +146,7 @@ def reconstruct(
     with evaluation_mode(model), evaluation_mode(model if dense is None else dense), frozen(model):
         if on_start is not None:
             on_start(recipe.steps(len(inputs) - held_out_batches(holdout, len(inputs))))
-        if "gradients" in task.rule.needs:
+        if "gradients" in task.needs:
             task.gradients = gradient_sums(model, task.weights, inputs, offload=activations != "device")
         if streamed is None:
             work.run(inputs, on_device(device))

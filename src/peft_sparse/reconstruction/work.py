@@ -18,8 +18,8 @@ from ..blocks import find_stacks
 from ..calibration import Activations, ActivationStore, Batch, BlockRunner, Call, Residence, on_device
 from ..criteria import Need
 from ..masks import mask_of
-from ..prune import prune_weights
 from ..report import peak_memory
+from ..selection import prune_weights
 from ..statistics import BlockStatistics, measure_inputs
 from ..tasks import PruningTask
 from ..weights import WeightView
@@ -127,7 +127,7 @@ class Reconstruction:
             measured = None
             if taught_by is region and other is window.stream and mine and weights and self.size != "matrix":
                 # The dense region is run once, for its targets and for the statistics of its inputs.
-                measured = self._measure(region, window, weights, self.task.rule.needs, keep)
+                measured = self._measure(region, window, weights, self.task.needs, keep)
             elif self.size != "matrix" or self.mode == "DD":
                 with torch.no_grad():
                     for i in range(len(window.batches)):
@@ -175,7 +175,7 @@ class Reconstruction:
                     )  # fmt: skip
                 else:
                     if self.dense is None and weights:
-                        measured = measured or self._measure(region, window, weights, self.task.rule.needs)
+                        measured = measured or self._measure(region, window, weights, self.task.needs)
                         prune_weights(weights, self.task, measured)
                     reports = [self._fit(number, region, window, weights, target)]
         seconds = (time.perf_counter() - started) / len(reports)
