@@ -155,11 +155,11 @@ def swap(
 
     and the pair of lowest ΔE is swapped as long as that is negative. Under n:m both are of the same m entries.
 
-    All pairs are too many to search for every swap. A round lists the best p and the best g of each row, each judged
-    alone, swaps the best pairs of these until none lowers E, each entry once, with G of the listed entries following
-    every swap; then G is computed anew. A row is done when a round swaps nothing. Under n:m a round lists the best
-    pair of each of the best groups, so that then no swap lowers E; without n:m this holds if `candidates` >= in, and
-    else for the listed pairs.
+    All pairs are too many to search for every swap. A round lists for each row the entries p and g that are best alone
+    and the best partner of each, among all entries. It swaps the best pairs of these until none lowers E, each entry
+    once, with G of the listed entries following every swap; then G is computed anew. A row is done when a round swaps
+    nothing. Under n:m a round lists the best pair of each of the best groups, so that then no swap at all lowers E;
+    without n:m this holds if `candidates` >= in, and else for the listed pairs.
 
     Entries of weight zero are neither pruned nor restored. Rows and groups keep as many entries as they had.
 
@@ -171,7 +171,7 @@ def swap(
         max_swaps: swaps of one row at most.
         tolerance: swaps that lower E by less than this fraction of it are not taken. In float32 this must stay above
             the rounding of ΔE for E to fall with every swap.
-        candidates: entries p, and as many g, listed per round; under n:m, groups.
+        candidates: entries p, and as many g, listed per round, half of them as partners; under n:m, groups.
 
     The exact 1-swap on XᵀX: Zimmer et al. 2025, arXiv:2512.10922 (SparseSwaps).
     """
@@ -179,7 +179,7 @@ def swap(
     hessian = hessian.to(dtype)
     m = pattern.m if isinstance(pattern, SemiStructured) else None
     candidates = min(candidates, weight.shape[1] if m is None else -(-weight.shape[1] // m))
-    rows = max(1, _CHUNK // max(4 * candidates**2, weight.shape[1] * (m or 1)))
+    rows = max(1, _CHUNK // max(4 * candidates**2, weight.shape[1] * (m or (candidates + 1) // 2)))
     refined, swaps = mask.clone(), torch.zeros(len(mask), dtype=torch.long, device=mask.device)
     for part, kept, taken in zip(weight.split(rows), refined.split(rows), swaps.split(rows), strict=True):
         live = torch.arange(len(part), device=part.device)
@@ -205,15 +205,18 @@ def _swap_round(
     zero = ~mask_of(weight)
     prune, restore = alone.masked_fill(~mask | zero, torch.inf), alone.masked_fill(mask | zero, torch.inf)
     if m is None:
-        first, p = prune.topk(candidates, largest=False)
-        second, g = restore.topk(candidates, largest=False)
+        p, g = _best_of_row(prune, restore, step, hessian, candidates)
     else:
         p, g = _best_of_groups(prune, restore, step, hessian, m, candidates)
-        first, second = prune.gather(1, p), restore.gather(1, g)
+    first = prune.gather(1, p).masked_fill_(_repeated(p), torch.inf)
+    second = restore.gather(1, g).masked_fill_(_repeated(g), torch.inf)
     listed = torch.cat([p, g], dim=1)
     steps = step.gather(1, listed)
     # The change by i and j together is that by i, that by j, and this.
-    joint = hessian[listed[:, :, None], listed[:, None, :]].mul_(2 * steps[:, :, None]).mul_(steps[:, None, :])
+    # By flat index, because indexing by two tensors takes six times as long on CPUs.
+    flat = listed[:, :, None] * len(hessian) + listed[:, None, :]
+    joint = hessian.reshape(-1).index_select(0, flat.flatten()).view(flat.shape)
+    joint.mul_(2 * steps[:, :, None]).mul_(steps[:, None, :])
     chosen = _swap_listed(torch.cat([first, second], dim=1), joint, error, left, tolerance, by_group=m is not None)
     # An entry without a role fills up short lists and may be listed twice: what was chosen is added, not written.
     flipped = torch.zeros_like(weight).scatter_add_(1, listed, chosen.to(weight.dtype)).bool()
@@ -249,6 +252,34 @@ def _swap_listed(
             alone[rows, slot] = alone[rows, slot].masked_fill(take, torch.inf)
             chosen[rows, slot] |= take
     return chosen
+
+
+def _best_of_row(
+    prune: Tensor, restore: Tensor, step: Tensor, hessian: Tensor, candidates: int
+) -> tuple[Tensor, Tensor]:
+    """Return entries p and g, two of (rows, candidates): half are the best alone, half the best partners of these.
+
+    Partners, because where few inputs dominate H what is good alone goes too far, and pairs that cancel are needed.
+    """
+    if candidates == step.shape[1]:
+        every = torch.arange(candidates, device=step.device).expand_as(step)
+        return every, every
+    half = candidates - candidates // 2
+    p, g = prune.topk(half, largest=False).indices, restore.topk(half, largest=False).indices
+    for_g, for_p = _partners(g, prune, step, hessian), _partners(p, restore, step, hessian)
+    return torch.cat([p, for_g], dim=1), torch.cat([g, for_p], dim=1)
+
+
+def _partners(listed: Tensor, alone: Tensor, step: Tensor, hessian: Tensor) -> Tensor:
+    """Return the entry of lowest ΔE together with each of the `listed`, (rows, listed)."""
+    joint = hessian[listed]
+    joint.mul_(2 * step.gather(1, listed)[:, :, None]).mul_(step[:, None, :])
+    return joint.add_(alone[:, None, :]).min(2).indices
+
+
+def _repeated(listed: Tensor) -> Tensor:
+    """Return True where an entry stands in the same row of `listed` before."""
+    return (listed[:, :, None] == listed[:, None, :]).tril(-1).any(2)
 
 
 def _best_of_groups(
