@@ -184,19 +184,19 @@ def test_single_precision_lowers_the_error_of_every_row(pattern, dtype):
     assert after.sum().item() == pytest.approx(row_error(W.double(), exact, statistics.hessian).sum().item(), rel=0.05)
 
 
-@pytest.mark.parametrize("outlier", [1, 30, 1000])
+@pytest.mark.parametrize("outlier", [0, 100, 10000])
 def test_few_candidates_come_close_to_all(outlier):
-    """With one input that dominates all others too, as language models have them."""
-    W, mask, statistics = problem(rows=12, columns=96, dtype=torch.float32)
-    scale = torch.ones(96)
-    scale[7] = outlier
-    H = statistics.hessian * scale * scale[:, None]
+    """With one token that dominates all others too, as language models have them."""
+    W, _, statistics = problem(rows=8, columns=128)
+    token = outlier * torch.randn(128, dtype=torch.float64)
+    H = statistics.hessian + token[:, None] * token
     mask = select(W.abs() * H.diagonal().sqrt(), PATTERNS[0], "row")
     before, few, all_of_them = (
-        row_error(W.double(), refined, H).sum()
-        for refined in (mask, *(swap(W, mask, H, PATTERNS[0], candidates=k)[0] for k in (24, 96)))
+        row_error(W, refined, H).sum()
+        for refined in (mask, *(swap(W, mask, H, PATTERNS[0], candidates=k)[0] for k in (16, 128)))
     )
-    assert few < 1.15 * all_of_them
+    print(few / before, all_of_them / before)
+    assert few < 1.3 * all_of_them
     assert few < 0.5 * before
 
 
