@@ -2,6 +2,7 @@ r"""Perplexity and layer-wise output error of every criterion at every pattern, 
 
     python benchmarks/criteria.py --output benchmarks/results/criteria-smollm2-cpu.json
     python benchmarks/criteria.py --calibration-file c4.jsonl.gz --evaluation-file wikitext2-test.raw.gz ...
+    python benchmarks/criteria.py --criteria wanda --patterns 0.6 0.7 --beside allocation=owl allocation=erk ...
 
 Model: SmolLM2-135M-Instruct from PyPI. Text: that of the demonstration, unless files are named: documents as JSON
 lines with a field "text", and the raw test split of WikiText-2. Calibration: random windows of random documents.
@@ -65,16 +66,19 @@ def main() -> None:
 
     if not rows:
         add({"criterion": "dense", "perplexity": perplexity(model, evaluation)})
-    for pattern, criterion in itertools.product(args.patterns, args.criteria):
-        if any((row["criterion"], row.get("pattern")) == (criterion, pattern) for row in rows):
+    for pattern, criterion, beside in itertools.product(args.patterns, args.criteria, args.beside):
+        key = (criterion, pattern, beside)
+        if any((row["criterion"], row.get("pattern"), row.get("beside", "")) == key for row in rows):
             continue
         model.load_state_dict(dense)
         torch.manual_seed(args.seed)
-        report = prune(model, pattern, criterion=criterion, calibration=calibration, batch_size=args.batch_size)
+        options: dict[str, Any] = {"criterion": criterion, "calibration": calibration, "batch_size": args.batch_size}
+        report = prune(model, pattern, **options, **chosen(beside))
         add(
             {
                 "criterion": criterion,
                 "pattern": report.pattern,
+                "beside": beside,
                 "group": report.group,
                 "perplexity": perplexity(model, evaluation),
                 "error": report.error,
@@ -84,7 +88,14 @@ def main() -> None:
             }
         )
         if args.pictures:
-            report.plot(Path(args.pictures) / f"{criterion}-{report.pattern.replace(':', 'of')}.png")
+            name = "-".join(filter(None, (criterion, report.pattern.replace(":", "of"), beside.replace("=", "-"))))
+            report.plot(Path(args.pictures) / f"{name}.png")
+
+
+def chosen(beside: str) -> dict[str, Any]:
+    """Return the arguments of `prune` that "allocation=owl" or "refinement=swap,update" stand for."""
+    pairs = (part.partition("=") for part in beside.split(",") if part)
+    return {name: value or True for name, _, value in pairs}
 
 
 def rows_of_earlier_run(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -120,6 +131,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=20, help="evaluation windows, from the first on")
     parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4", "0.6"])
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        default=[""],
+        help="arguments of prune, such as allocation=owl or refinement=swap,update",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", help="a folder for the pictures of sparsity and error by depth")
     parser.add_argument("--output", required=True)
