@@ -64,7 +64,7 @@ def allocated_patterns(
         return dict(owl_semi_structured(task.weights, pattern, blocks=place, input_norms=norms))
     method = allocation if isinstance(allocation, str) else values_by_name(allocation, task.weights, "allocation")
     counts = allocate(method, task.weights, pattern.sparsity, blocks=place, input_norms=norms)
-    # Zeros / entries is a sparsity that prunes exactly that many; what is zero as a whole stays so without being pruned.
+    # Zeros / entries is a sparsity that prunes exactly that many. What is zero as a whole is so without being pruned.
     shares = {name: counts[name] / weight.matrix().numel() for name, weight in task.weights.items()}
     return {name: Unstructured(share if share < 1 else 0.0, exact=True) for name, share in shares.items()}
 
