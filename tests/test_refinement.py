@@ -195,7 +195,6 @@ def test_few_candidates_come_close_to_all(outlier):
         row_error(W, refined, H).sum()
         for refined in (mask, *(swap(W, mask, H, PATTERNS[0], candidates=k)[0] for k in (16, 128)))
     )
-    print(few / before, all_of_them / before)
     assert few < 1.3 * all_of_them
     assert few < 0.5 * before
 

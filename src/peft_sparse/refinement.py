@@ -14,8 +14,9 @@ from .criteria import Need, Statistics, wanda
 from .masks import Pattern, SemiStructured, mask_of
 
 
-# Elements of the largest temporary tensor: rows are worked on in chunks that stay below.
-_CHUNK = 1 << 22
+# Elements of the largest temporary tensor: rows are worked on in chunks that stay below. CPUs like what is small,
+# accelerators wait for launches.
+_CHUNK, _CHUNK_OF_ACCELERATORS = 1 << 22, 1 << 26
 
 
 @torch.no_grad()
@@ -53,7 +54,8 @@ def dsnot(
     Zhang et al. 2023, arXiv:2310.08915, section 3 (DSnoT).
     """
     m = pattern.m if isinstance(pattern, SemiStructured) else None
-    parts = zip(*(matrix.split(max(1, _CHUNK // weight.shape[1])) for matrix in (weight, mask)), strict=True)
+    rows = _rows_of_chunk(weight, weight.shape[1])
+    parts = zip(weight.split(rows), mask.split(rows), strict=True)
     return torch.cat([_Cycles(part, kept, statistics, m, max_cycles).run(threshold) for part, kept in parts])
 
 
@@ -179,7 +181,7 @@ def swap(
     hessian = hessian.to(dtype)
     m = pattern.m if isinstance(pattern, SemiStructured) else None
     candidates = min(candidates, weight.shape[1] if m is None else -(-weight.shape[1] // m))
-    rows = max(1, _CHUNK // max(4 * candidates**2, weight.shape[1] * (m or (candidates + 1) // 2)))
+    rows = _rows_of_chunk(weight, max(4 * candidates**2, weight.shape[1] * (m or (candidates + 1) // 2)))
     refined, swaps = mask.clone(), torch.zeros(len(mask), dtype=torch.long, device=mask.device)
     for part, kept, taken in zip(weight.split(rows), refined.split(rows), swaps.split(rows), strict=True):
         live = torch.arange(len(part), device=part.device)
@@ -188,7 +190,7 @@ def swap(
             flipped, count = _swap_round(w, own, hessian, m, candidates, left, tolerance)
             kept[live] = own ^ flipped
             taken[live] += count
-            # One answer from the device each round, which is up to `candidates` swaps.
+            # The host waits for the device here, once for up to `candidates` swaps of every row.
             live = live[(count > 0) & (count < left)]
     return refined, swaps
 
@@ -212,8 +214,7 @@ def _swap_round(
     second = restore.gather(1, g).masked_fill_(_repeated(g), torch.inf)
     listed = torch.cat([p, g], dim=1)
     steps = step.gather(1, listed)
-    # The change by i and j together is that by i, that by j, and this.
-    # By flat index, because indexing by two tensors takes six times as long on CPUs.
+    # The change by i and j together is that by i, that by j, and `joint`: read by flat index, because indexing by two tensors takes six times as long on CPUs.
     flat = listed[:, :, None] * len(hessian) + listed[:, None, :]
     joint = hessian.reshape(-1).index_select(0, flat.flatten()).view(flat.shape)
     joint.mul_(2 * steps[:, :, None]).mul_(steps[:, None, :])
@@ -317,6 +318,11 @@ def row_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> Tensor:
     weight = weight.to(dtype)
     difference = weight.masked_fill(pruned, 0) if pruned.dtype == torch.bool else weight - pruned.to(dtype)
     return (difference @ hessian.to(dtype)).mul_(difference).sum(1)
+
+
+def _rows_of_chunk(weight: Tensor, elements_of_row: int) -> int:
+    chunk = _CHUNK if weight.device.type == "cpu" else _CHUNK_OF_ACCELERATORS
+    return max(1, chunk // elements_of_row)
 
 
 def _computed_in(weight: Tensor) -> torch.dtype:
