@@ -214,7 +214,8 @@ def _swap_round(
     second = restore.gather(1, g).masked_fill_(_repeated(g), torch.inf)
     listed = torch.cat([p, g], dim=1)
     steps = step.gather(1, listed)
-    # The change by i and j together is that by i, that by j, and `joint`: read by flat index, because indexing by two tensors takes six times as long on CPUs.
+    # The change by i and j together is that by i, that by j, and `joint`. Read by flat index, because indexing by two
+    # tensors takes six times as long on CPUs.
     flat = listed[:, :, None] * len(hessian) + listed[:, None, :]
     joint = hessian.reshape(-1).index_select(0, flat.flatten()).view(flat.shape)
     joint.mul_(2 * steps[:, :, None]).mul_(steps[:, None, :])
