@@ -344,6 +344,16 @@ REFUSALS = [
         ValueError,
         "What was asked for beside the criterion measures the inputs of each layer: pass `calibration`",
     ),
+    (
+        lambda: arguments(sparsity=0.5, allocation="best"),
+        ValueError,
+        "`allocation` must be one of 'uniform', .* got 'best'",
+    ),
+    (
+        lambda: arguments(sparsity=0.5, recovery="reconstruct", refinement="swap"),
+        ValueError,
+        "Reconstruction prunes region by region, by the criterion alone. Drop `allocation`",
+    ),
     (lambda: prune(llama(), {}), ValueError, "`pattern` is an empty dict, which prunes nothing"),
     (lambda: prune(llama(), {"*.q_proj": 0.5}), ValueError, r"'\*.q_proj' in `pattern` is no regular expression"),
     (lambda: prune(llama(), {"x_proj": 0.5}), ValueError, "'x_proj' in `pattern` matches no weight .* end in q_proj"),

@@ -60,6 +60,16 @@ def test_every_family_is_pruned_as_if_it_were_loaded(family, tmp_path):
     assert torch.equal(found(**batch)[0], expected(**batch)[0])
 
 
+@pytest.mark.parametrize("options", [{"refinement": "dsnot"}, {"refinement": "swap", "update": True}])
+def test_what_was_selected_is_refined_and_updated_as_if_the_model_were_loaded(options, tmp_path):
+    source = saved(tiny("llama"), tmp_path / "source")
+    options = options | {"criterion": "wanda", "calibration": calibration_of("llama")}
+    report = prune_checkpoint(source, tmp_path / "pruned", 0.5, **options)
+    expected = load("llama", source)
+    assert report.weights == prune(expected, 0.5, **options).weights
+    assert_same_weights(load("llama", tmp_path / "pruned"), expected)
+
+
 @pytest.mark.parametrize(("criterion", "calibrated"), RUNS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])
 def test_every_criterion_prunes_as_if_the_model_were_loaded(family, criterion, calibrated, tmp_path):

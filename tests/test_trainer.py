@@ -225,3 +225,16 @@ def test_pruning_does_not_change_the_order_of_the_data(tmp_path):
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     assert losses(True) == losses(False)
+
+
+def test_arguments_share_out_refine_and_update(tmp_path):
+    model = adapted()
+    args = arguments(
+        tmp_path, sparsity=0.5, allocation="owl", refinement="swap", update_kept=True, calibration_samples=4
+    )
+    trainer = SparseTrainer(model, args, train_dataset=Samples())
+    trainer.train()
+    report = trainer.pruning_report
+    assert (report.allocation, report.refinement, report.update) == ("owl", "swap", True)
+    assert all(weight.error <= weight.error_selected for weight in report.weights)
+    assert sparsity(model) == pytest.approx(0.5, abs=1e-3)

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -43,6 +44,8 @@ def prune_checkpoint(
     *,
     criterion: str | Score | Criterion = "magnitude",
     group: Group | None = None,
+    refinement: Literal["dsnot", "swap"] | None = None,
+    update: bool = False,
     target_modules: Targets = None,
     exclude_modules: Targets = None,
     calibration: Calibration | None = None,
@@ -61,7 +64,7 @@ def prune_checkpoint(
         output: a folder that does not exist yet, is empty, or holds what a killed run left, which is overwritten.
         activations: where hidden states wait between blocks: "cpu", "disk", or "device".
         device: where each block is loaded to.
-        everything else: as in `prune`.
+        everything else: as in `prune`. There is no `allocation`, which reads all weights: give a dict as `pattern`.
 
     Raises:
         ValueError: as `prune`; an `output` that holds something; a checkpoint whose tensors are named otherwise than
@@ -71,7 +74,16 @@ def prune_checkpoint(
     streamed = StreamedModel(source, output, device)
     model = streamed.model
     task = plan_pruning(
-        model, pattern, criterion, group, target_modules, exclude_modules, prune_tied=False, loaded=False
+        model,
+        pattern,
+        criterion,
+        group,
+        target_modules,
+        exclude_modules,
+        prune_tied=False,
+        refinement=refinement,
+        update=update,
+        loaded=False,
     )
     check_activations(activations)
     check_calibration(task, calibration)

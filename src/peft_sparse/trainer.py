@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from .allocation import METHODS
 from .calibration import check_activations
 from .callbacks import PruningCallback, ZeroGuardCallback
 from .criteria import CRITERIA, find_criterion
@@ -21,6 +22,7 @@ from .reconstruction.as_training import TrainingLog, optimizer_of, schedule_of
 from .reconstruction.checks import check_choices
 from .reconstruction.regions import RegionSize
 from .reconstruction.report import ReconstructionReport
+from .refinement import REFINEMENTS, find_refinement
 from .report import PruningReport
 
 
@@ -44,6 +46,15 @@ class SparseTrainingArguments(TrainingArguments):
     criterion: str = field(default="magnitude", metadata={"help": f"Pruning criterion: {', '.join(CRITERIA)}."})
     group: str | None = field(
         default=None, metadata={"help": 'What is compared: "row", "matrix", "model"; default: as in the paper.'}
+    )
+    allocation: str | None = field(
+        default=None, metadata={"help": f"How layers share the sparsity: {', '.join(METHODS)}; default: all the same."}
+    )
+    refinement: str | None = field(
+        default=None, metadata={"help": f"Exchange pruned for kept weights once selected: {', '.join(REFINEMENTS)}."}
+    )
+    update_kept: bool = field(
+        default=False, metadata={"help": "Set kept weights to the exact solution of the masked least squares."}
     )
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names or name endings of the layers to prune; default: all in the blocks."}
@@ -78,6 +89,16 @@ class SparseTrainingArguments(TrainingArguments):
         find_criterion(self.criterion)
         if self.group is not None and self.group not in GROUPS:
             raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {self.group!r}.")
+        if self.allocation is not None and self.allocation not in METHODS:
+            raise ValueError(f"`allocation` must be one of {', '.join(map(repr, METHODS))}, got {self.allocation!r}.")
+        if self.refinement is not None:
+            find_refinement(self.refinement)
+        beside = self.allocation or self.refinement or self.update_kept
+        if self.recovery == "reconstruct" and beside:
+            raise ValueError(
+                "Reconstruction prunes region by region, by the criterion alone. Drop `allocation`, `refinement` and "
+                "`update_kept`, or call `prune` first and `reconstruct` with `dense`."
+            )
         if self.recovery not in RECOVERIES:
             raise ValueError(f"`recovery` must be one of {', '.join(map(repr, RECOVERIES))}, got {self.recovery!r}.")
         if self.calibration_samples < 1:
@@ -167,8 +188,14 @@ class SparseTrainer(Trainer):
         self.reconstruction_report: ReconstructionReport | None = None
         self._pruning: PruningCallback | None = None
         if args.pruning_pattern() is not None and not reconstructs:
-            calibration = self._calibration(1) if find_criterion(args.criterion)[1].needs else None
-            self._pruning = PruningCallback(calibration=calibration, **self._pruning_options())
+            beside: dict[str, Any] = {
+                "allocation": args.allocation,
+                "refinement": args.refinement,
+                "update": args.update_kept,
+            }
+            measured = find_criterion(args.criterion)[1].needs or any(beside.values())
+            calibration = self._calibration(1) if measured else None
+            self._pruning = PruningCallback(calibration=calibration, **self._pruning_options(), **beside)
             self.add_callback(self._pruning)
         self.add_callback(ZeroGuardCallback(args.target_modules, args.exclude_modules))
 
