@@ -83,11 +83,11 @@ class PruningReport:
         except ImportError as error:
             raise ImportError("A picture needs matplotlib. Install it with: pip install matplotlib") from error
         figure = Figure(figsize=(11, 4), layout="constrained")
-        panels = {"sparsity": "sparsity", "relative output error": "error"}
-        for axes, (title, attribute) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        panels = [("sparsity", "sparsity", 1.0), ("relative output error", "error", None)]
+        for axes, (title, attribute, highest) in zip(figure.subplots(1, 2), panels, strict=True):
             for kind, points in _by_depth(self.weights, attribute).items():
                 axes.plot(list(points), list(points.values()), marker=".", label=kind)
-            axes.set(title=title, xlabel="depth (block)", ylim=(0, None))
+            axes.set(title=title, xlabel="depth (block)", ylim=(0, highest))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
         figure.suptitle(str(self))
         figure.savefig(path)
