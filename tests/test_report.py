@@ -18,8 +18,8 @@ def report_of(*weights):
 def test_the_report_says_what_was_done(llama):
     plain = prune(llama, "2:4").to_dict()
     assert (plain["criterion"], plain["pattern"], plain["group"], plain["sparsity"]) == ("magnitude", "2:4", None, 0.5)
-    first = {"name": "model.layers.0.self_attn.q_proj", "shape": (16, 16), "sparsity": 0.5, "error": None}
-    assert plain["weights"][0] == first
+    first = {"name": "model.layers.0.self_attn.q_proj", "shape": (16, 16), "sparsity": 0.5}
+    assert plain["weights"][0] == first | {"error": None, "error_selected": None}
     assert plain["error"] is None
     assert 0 < plain["seconds"] < 60
     assert plain["peak_memory"] > 1e6
@@ -38,6 +38,17 @@ def test_a_report_is_printed(llama, tokens):
     report = prune(other, 0.5, criterion="wanda", calibration=tokens)
     assert "(wanda, 0.5 per row) in " in str(report)
     assert f"s, mean relative output error {report.error:.4f}" in str(report)
+    assert str(report).endswith(f"{report.error:.4f}")
+
+
+def test_a_report_prints_what_was_asked_for_beside_the_criterion(llama, tokens):
+    options = {"allocation": "owl", "refinement": "swap", "update": True}
+    report = prune(llama, 0.5, criterion="wanda", calibration=tokens, **options)
+    assert "(wanda, 0.5 per row, allocation owl, swap, updated) in " in str(report)
+    assert str(report).endswith(f"{report.error:.4f} ({report.error_selected:.4f} as selected)")
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert {name: plain[name] for name in options} == options
+    assert plain["error_selected"] == report.error_selected > report.error
 
 
 def test_the_mean_error_leaves_out_what_was_not_measured():

@@ -6,6 +6,7 @@ import platform
 import re
 import resource
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,16 @@ class PruningReport:
     @property
     def error(self) -> float | None:
         """Mean of the weights' relative output errors, None without calibration."""
-        errors = [weight.error for weight in self.weights if weight.error is not None]
-        return sum(errors) / len(errors) if errors else None
+        return _mean(weight.error for weight in self.weights)
+
+    @property
+    def error_selected(self) -> float | None:
+        """The same of what the criterion selected, before refinement and update; None without them."""
+        return _mean(weight.error_selected for weight in self.weights)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, ready for JSON."""
-        return {**asdict(self), "error": self.error}
+        return {**asdict(self), "error": self.error, "error_selected": self.error_selected}
 
     def plot(self, path: str | Path) -> None:
         """Draw sparsity and relative output error of the weights by depth, one line per kind of layer, to `path`.
@@ -95,6 +100,8 @@ class PruningReport:
     def __str__(self) -> str:
         group = f" per {self.group}" if self.group else ""
         error = "" if self.error is None else f", mean relative output error {self.error:.4f}"
+        if self.error_selected is not None:
+            error += f" ({self.error_selected:.4f} as selected)"
         how = [f"{self.criterion}, {self.pattern}{group}"]
         how += [f"allocation {self.allocation}"] if self.allocation else []
         how += [self.refinement] if self.refinement else []
@@ -122,6 +129,11 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _by_depth(weights: tuple[WeightReport, ...], attribute: str) -> dict[str, dict[int, float]]:
