@@ -24,7 +24,7 @@ def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: B
         rows = None if measured is None else measured.sample(name).float()
         before = None if rows is None else rows @ matrix.T.float()
         with noting(f"At {name!r}: the weights before it are pruned."):
-            if statistics.hessian is not None:
+            if task.rule.score is None or task.update:
                 task.warned = task.warned or warn_of_few_tokens(name, statistics)
             solution, mask = _selected(name, matrix, task, statistics)
             if (task.refinement or task.update) and rows is not None and before is not None:

@@ -105,7 +105,8 @@ def reconstruct(
     recipe = Recipe(
         tuner=tuner,
         loss=loss,
-        optimizer=optimizer or (lambda parameters: torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)),
+        optimizer=optimizer
+        or (lambda parameters: torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0, fused=True)),
         scheduler=scheduler or (lambda opt, steps: get_linear_schedule_with_warmup(opt, int(0.1 * steps), steps)),
         epochs=epochs,
         max_steps=max_steps,

