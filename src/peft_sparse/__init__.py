@@ -16,6 +16,7 @@ from .plan import plan
 from .prune import prune, sparsity
 from .reconstruction import reconstruct, reconstruct_checkpoint
 from .streaming import prune_checkpoint
+from .structured import compact, prune_structured
 from .text import pack_sequences, sample_sequences
 from .trainer import SparseTrainer, SparseTrainingArguments
 from .tuners import MaskLoRAConfig, ScaledLoRAConfig
@@ -32,11 +33,13 @@ __all__ = [
     "Statistics",
     "Unstructured",
     "ZeroGuardCallback",
+    "compact",
     "pack_sequences",
     "perplexity",
     "plan",
     "prune",
     "prune_checkpoint",
+    "prune_structured",
     "reconstruct",
     "reconstruct_checkpoint",
     "sample_sequences",

@@ -1,0 +1,218 @@
+"""Has a model's configuration say how wide its layers are, so that `save_pretrained` and `from_pretrained` agree.
+
+What a family's configuration can express is found by trying: a model is built from it without memory, and its shapes
+are compared. Where it cannot, configuration and class become subclasses that carry every layer's widths, registered
+with Transformers' own `AutoConfig.register` and `AutoModel.register`.
+"""
+
+from typing import Any, cast
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..blocks import find_blocks
+from ..units import Units, find_units
+
+
+MODEL_TYPE = "peft_sparse_compact"
+
+# What families call the width of their MLP, and the switches of biases in attention and MLP.
+_NEURONS = ("intermediate_size", "ffn_dim", "n_inner")
+_SWITCHES = ("attention_bias", "mlp_bias")
+_AUTO_CLASSES = {
+    "AutoModel": "MODEL_MAPPING",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+}
+# The compact class of each class of a family, made when it is first needed.
+_CLASSES: dict[Any, Any] = {}
+
+
+class CompactConfig(PreTrainedConfig):
+    """Reads the configuration of a compact model: that of its dense family, with the widths of every layer.
+
+    Fields of the JSON beside the family's:
+        dense_model_type: `model_type` of the family.
+        layer_widths: per block, {"heads", "key_value_heads", "neurons", "biases": names of layers, in the block, that
+            have a bias which the family's have not}.
+    """
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration as a subclass of its family's, having registered the model classes.
+
+        Raises:
+            ValueError: written without the family it belongs to.
+        """
+        family = config_dict.get("dense_model_type")
+        if family not in transformers.CONFIG_MAPPING:
+            raise ValueError(
+                f"Expected `dense_model_type` to be a model type of transformers, got {family!r}. Restore the "
+                "config.json that `save_pretrained` wrote, or upgrade transformers."
+            )
+        dense = type(AutoConfig.for_model(family))
+        return compact_config_class(dense).from_dict(config_dict, **kwargs)
+
+
+def compact_config_class(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Return the subclass of a family's configuration class that carries widths, its models registered."""
+    if dense in _CLASSES:
+        return _CLASSES[dense]
+    config = _CLASSES[dense] = type(
+        f"Compact{dense.__name__}", (dense,), {"model_type": MODEL_TYPE, "__module__": __name__}
+    )
+    for auto, mapping in _AUTO_CLASSES.items():
+        model = getattr(transformers, mapping).get(dense, None)
+        if isinstance(model, type):
+            getattr(transformers, auto).register(config, _model_class(model, config))
+    return config
+
+
+def compact_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the subclass of a family's model class that builds every layer as wide as its configuration says."""
+    return _model_class(dense, compact_config_class(dense.config_class))
+
+
+def _model_class(dense: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    if dense in _CLASSES:
+        return _CLASSES[dense]
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        dense.__init__(self, config, *args, **kwargs)
+        _narrow(self, config.layer_widths)
+
+    namespace = {"__init__": __init__, "config_class": config_class, "dense_class": dense, "__module__": __name__}
+    _CLASSES[dense] = type(f"Compact{dense.__name__}", (dense,), namespace)
+    return _CLASSES[dense]
+
+
+def make_savable(model: PreTrainedModel) -> None:
+    """Change configuration and class of `model` so that `from_pretrained` builds these very shapes. In place.
+
+    Biases that a family can only switch on together are filled up with zeros.
+    """
+    dense: type[PreTrainedModel] = getattr(type(model), "dense_class", type(model))
+    units = find_units(model)
+    for changes in _candidates(model, units):
+        if _builds(dense, model, changes):
+            _become_plain(model, dense, changes)
+            return
+    config = cast(Any, model.config)
+    if type(model) is dense:
+        config.dense_model_type = config.model_type
+        config.__class__ = compact_config_class(type(config))
+        model.__class__ = compact_model_class(dense)
+    config.layer_widths = _widths(model, dense, units)
+
+
+def _candidates(model: PreTrainedModel, units: list[Units]) -> list[dict[str, Any]]:
+    """Return changes to the configuration that may express the model, those that say least first."""
+    config = model.config
+    heads = {(u.count * u.heads_per_unit, u.count, u.head_dim) for u in units if u.kind == "attention"}
+    neurons = {u.count for u in units if u.kind == "mlp"}
+    if len(heads) > 1 or len(neurons) > 1:
+        return []
+    ((query, key_value, head_dim),), (width,) = heads, neurons
+    widths = {"num_attention_heads": query, "num_key_value_heads": key_value, **dict.fromkeys(_NEURONS, width)}
+    changes = {name: value for name, value in widths.items() if getattr(config, name, None) not in (None, value)}
+    if {"num_attention_heads", "num_key_value_heads"} & set(changes):
+        changes["head_dim"] = head_dim
+    changes = {config.attribute_map.get(name, name): value for name, value in changes.items()}
+    switches = [name for name in _SWITCHES if getattr(config, name, None) is False]
+    subsets = [[], *[[name] for name in switches], switches] if len(switches) > 1 else [[], switches]
+    return [changes | dict.fromkeys(subset, True) for subset in subsets]
+
+
+def _builds(dense: type[PreTrainedModel], model: PreTrainedModel, changes: dict[str, Any]) -> bool:
+    """Tell whether the family builds the model under `changes`, but for biases that it has more."""
+    try:
+        config = _dense_config(model, changes)
+        with torch.device("meta"):
+            built = dense(config)
+    except (StrictDataclassError, ValueError):
+        # Llama's configuration, for one, refuses heads whose number does not divide the hidden size.
+        return False
+    wanted, found = _shapes(model), _shapes(built)
+    return all(found.get(name) == shape for name, shape in wanted.items()) and all(
+        name in wanted or name.endswith(".bias") for name in found
+    )
+
+
+def _dense_config(model: PreTrainedModel, changes: dict[str, Any]) -> PreTrainedConfig:
+    """Return a copy of the configuration in the family's own class, with `changes`."""
+    values = model.config.to_dict() | changes
+    dense: type[PreTrainedConfig] = getattr(type(model), "dense_class", type(model)).config_class
+    for name in ("model_type", "layer_widths", "dense_model_type"):
+        values.pop(name, None)
+    return dense.from_dict(values)
+
+
+def _become_plain(model: PreTrainedModel, dense: type[PreTrainedModel], changes: dict[str, Any]) -> None:
+    config = cast(Any, model.config)
+    if type(model) is not dense:
+        model.__class__ = dense
+        config.__class__ = dense.config_class
+        del config.layer_widths, config.dense_model_type
+    for name, value in changes.items():
+        setattr(config, name, value)
+    if any(name in _SWITCHES for name in changes):
+        for units in find_units(model):
+            for layer in units.named_layers().values():
+                wanted = changes.get("attention_bias" if units.kind == "attention" else "mlp_bias", False)
+                if wanted and layer.bias is None:
+                    _add_bias(layer)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in (*model.state_dict().items(), *model.named_buffers())}
+
+
+def _widths(model: PreTrainedModel, dense: type[PreTrainedModel], units: list[Units]) -> list[dict[str, Any]]:
+    """Return the entry of `layer_widths` of every block."""
+    with torch.device("meta"):
+        built = set(dense(_dense_config(model, {})).state_dict())
+    widths: dict[str, dict[str, Any]] = {block: {"biases": []} for block in find_blocks(model)}
+    for part in units:
+        entry = widths[part.block]
+        if part.kind == "attention":
+            entry |= {"heads": part.count * part.heads_per_unit, "key_value_heads": part.count}
+        else:
+            entry["neurons"] = part.count
+        for name, layer in part.named_layers().items():
+            if layer.bias is not None and f"{name}.bias" not in built:
+                entry["biases"].append(name.removeprefix(f"{part.block}."))
+    return list(widths.values())
+
+
+def _narrow(model: PreTrainedModel, widths: list[dict[str, Any]]) -> None:
+    """Cut the layers of a model that was built as its family is, and add their biases. Values are left to loading."""
+    blocks = find_blocks(model)
+    entries = dict(zip(blocks, widths, strict=True))
+    for units in find_units(model):
+        entry = entries[units.block]
+        # Not where the weights are: while a checkpoint is loaded that is the meta device.
+        kept = torch.zeros(units.count, units.heads_per_unit, dtype=torch.bool, device="cpu")
+        if units.kind == "attention":
+            kept[: entry["key_value_heads"], : entry["heads"] // entry["key_value_heads"]] = True
+        else:
+            kept[: entry["neurons"]] = True
+        if not kept.all():
+            units.cut(kept)
+    for name, block in blocks.items():
+        for layer in entries[name]["biases"]:
+            _add_bias(cast(nn.Linear, block.get_submodule(layer)))
+
+
+def _add_bias(layer: nn.Linear) -> None:
+    weight = layer.weight
+    layer.bias = nn.Parameter(weight.new_zeros(weight.shape[0]), weight.requires_grad)
+
+
+AutoConfig.register(MODEL_TYPE, CompactConfig)
