@@ -21,11 +21,13 @@ from peft_sparse import (
     ScaledLoRAConfig,
     SparseTrainer,
     SparseTrainingArguments,
+    compact,
     pack_sequences,
     perplexity,
     plan,
     prune,
     prune_checkpoint,
+    prune_structured,
     reconstruct,
     sample_sequences,
 )
@@ -38,6 +40,7 @@ from peft_sparse.reconstruction.progress import Progress
 from peft_sparse.refinement import find_refinement
 from peft_sparse.report import PruningReport
 from peft_sparse.sparsegpt import sparsegpt
+from peft_sparse.structured.saving import CompactConfig
 from peft_sparse.tuners import MaskLoraModel
 from peft_sparse.tuners.proof import check_masks
 from peft_sparse.tuners.registration import register
@@ -273,6 +276,37 @@ def arguments(**kwargs):
 def mismatch():
     config = MaskLoRAConfig(mask_fingerprints={"lm_head": "61x16:500:0000000000000000"})
     check_masks(llama(), config)
+
+
+def flap(model=None, ratio=0.3, **options):
+    return prune_structured(model or llama(), ratio, **{"calibration": TOKENS} | options)
+
+
+def heads(edit):
+    """Structured pruning of a model whose first attention is built otherwise."""
+    model = llama()
+    edit(model.model.layers[0].self_attn)
+    flap(model)
+
+
+def narrow_values(attention):
+    attention.v_proj = nn.Linear(16, 4)
+
+
+def wide_norm(attention):
+    attention.q_norm = nn.LayerNorm(16)
+
+
+def other_head_size(attention):
+    attention.head_dim = 3
+
+
+def third_matrix(model):
+    model.model.layers[0].mlp.inner = nn.Linear(24, 16)
+
+
+def lone_matrix(model):
+    model.model.layers[0].mlp = nn.Linear(16, 16)
 
 
 class TokenSamples(torch.utils.data.Dataset):
@@ -602,6 +636,63 @@ REFUSALS = [
         lambda: SparseTrainer(llama(), arguments(sparsity=0.5, criterion="wanda"), train_dataset=TokenSamples()),
         ValueError,
         "`calibration_samples=128`, but the training set has only 4 samples",
+    ),
+    (lambda: flap(ratio=1.0), ValueError, r"`ratio` must be in \[0, 1\), got 1.0. Use 0.2"),
+    (lambda: flap(ratio=-0.1), ValueError, r"`ratio` must be in \[0, 1\), got -0.1"),
+    (lambda: flap(metric="flap"), ValueError, "`metric` must be one of 'wifv', .* got 'flap'"),
+    (lambda: flap(structure="al"), ValueError, "`structure` must be one of 'al-am', .* got 'al'"),
+    (lambda: flap(target="heads"), ValueError, "`target` must be one of 'all', 'attention', 'mlp', got 'heads'"),
+    (lambda: flap(attention_ratio=0.2), ValueError, "`attention_ratio` must be in .* got 0.2 with 'al-am'. Leave it"),
+    (lambda: flap(structure="al-mm", attention_ratio=1.0), ValueError, "`attention_ratio` must be .* got 1.0 with"),
+    (lambda: flap(calibration=None), ValueError, "Metric 'wifv' measures the inputs .* pass `calibration`"),
+    (
+        lambda: flap(calibration=None, metric="magnitude_sp"),
+        ValueError,
+        "`compensate=True` needs the means of the inputs .* pass `calibration`",
+    ),
+    (lambda: flap(activations="ram"), ValueError, "`activations` must be one of 'device', 'cpu', 'disk', got 'ram'"),
+    (
+        lambda: flap(ratio=0.95),
+        ValueError,
+        "`ratio=0.95` would remove every head or neuron of a layer: .* leaves at most 0.775 to remove. Ask for less",
+    ),
+    (
+        lambda: flap(ratio=0.6, structure="ul-um"),
+        ValueError,
+        "every head or neuron of a layer of 'model.layers.0': .* at most 0.5 .* `structure=\"al-am\"`",
+    ),
+    (lambda: flap(llama(nan_weight)), ValueError, "layers.1.mlp.up_proj' holds NaN or infinity. Mend the check"),
+    (lambda: flap(llama().to("meta")), ValueError, "is torch.float32 on meta; structured pruning needs loaded"),
+    (lambda: compact(llama().to("meta")), ValueError, "is torch.float32 on meta; structured pruning needs loaded"),
+    (lambda: flap(adapted()), ValueError, "without adapters, but layer 'model.layers.0.self_attn.q_proj' has one"),
+    (lambda: compact(adapted()), ValueError, r"without adapters, .* Call `merge_and_unload\(\)` first"),
+    (lambda: compact(nn.Linear(2, 2)), TypeError, "Expected a model of transformers, .* got Linear"),
+    (lambda: flap(nn.Sequential(nn.Linear(2, 2))), ValueError, "Expected a model with blocks .* heads and neurons of"),
+    (lambda: flap(tiny("gpt2")), ValueError, "'transformer.h.0.attn': expected separate query, .* got c_attn, c_proj"),
+    (lambda: flap(tiny("gpt_neox")), ValueError, "units of 'gpt_neox.layers.0.attention': .* got query_key_value, de"),
+    (
+        lambda: flap(tiny("mixtral")),
+        ValueError,
+        "'model.layers.0.mlp': expected a dense MLP, got experts. Use `prune`",
+    ),
+    (lambda: flap(tiny("bart")), ValueError, "'model.decoder.layers.0': expected one attention .* got 2 attentions"),
+    (
+        lambda: heads(narrow_values),
+        ValueError,
+        "expected query rows for every output column, and value rows for every",
+    ),
+    (lambda: heads(wide_norm), ValueError, "expected nothing that acts across heads, got q_norm.weight"),
+    (lambda: heads(other_head_size), ValueError, "expected a `head_dim` that divides 8 key rows, got 3"),
+    (
+        lambda: flap(llama(third_matrix)),
+        ValueError,
+        "expected layers of 24 rows before the output layer, got 24, 24, 16",
+    ),
+    (lambda: flap(llama(lone_matrix)), ValueError, "expected an MLP of nn.Linear layers alone, two at least, got 1"),
+    (
+        lambda: CompactConfig.from_dict({"layer_widths": []}),
+        ValueError,
+        "Expected `dense_model_type` to be a model type of transformers, got None. Restore",
     ),
     (
         lambda: rebuild(region="layer"),

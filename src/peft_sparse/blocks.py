@@ -1,4 +1,4 @@
-"""The only module that knows model architectures: where the blocks are, which layers are prunable, which are norms.
+"""What there is to know of model architectures: where the blocks are, which layers are prunable, which are norms.
 
 Everything is read off the module tree, never off a model's name. Adapters are looked through: a name is the one the
 layer had before PEFT wrapped it.

@@ -19,6 +19,7 @@ Kind = Literal["attention", "mlp"]
 # How attention modules call the numbers of their heads, where they keep them.
 _HEADS = ("num_heads", "num_attention_heads")
 _KV_HEADS = ("num_key_value_heads",)
+_WIDTHS = ("embed_dim", "all_head_size")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Units:
         _cut(self.output, None, heads.repeat_interleave(self.head_dim))
         if self.kind == "attention":
             count, groups = int(heads.sum()), int(units.sum())
+            _set_existing(self.module, _WIDTHS, count * self.head_dim)
             _set_existing(self.module, _HEADS, count)
             _set_existing(self.module, _KV_HEADS, groups)
             _set_existing(self.module, ("num_key_value_groups",), count // groups)

@@ -89,6 +89,8 @@ def prune_structured(
     sets = [units for units in find_units(model) if target in ("all", units.kind)]
     check_loaded(sets)
     check_finite({name: WeightView(layer) for units in sets for name, layer in units.named_layers().items()})
+    # Whether the ratio can be reached depends on no score, and is better known before calibration than after.
+    select_units([_unscored(units) for units in sets], ratio, structure, attention_ratio)
     statistics: dict[str, Statistics] = {}
     if calibration is not None:
         inputs = as_inputs(model, calibration, batch_size)
@@ -146,6 +148,10 @@ def _score(units: Units, metric: str, statistics: Statistics) -> ScoredUnits:
     return ScoredUnits(units.block, units.kind, scores.cpu(), units.cost)
 
 
+def _unscored(units: Units) -> ScoredUnits:
+    return ScoredUnits(units.block, units.kind, torch.zeros(units.count), units.cost)
+
+
 def _moved(statistics: Statistics, device: torch.device) -> Statistics:
     """Return what metrics use, where the weight is; it was measured where the block ran."""
     names = ("input_norm", "input_mean", "input_variance")
@@ -156,12 +162,12 @@ def _moved(statistics: Statistics, device: torch.device) -> Statistics:
 @torch.no_grad()
 def _compensate(units: Units, mask: Tensor, statistics: Statistics) -> None:
     """Add W (μ ⊙ (1 - m)) to the bias of the output layer, which is created where there is none."""
-    if mask.all():
-        return
     layer = units.output
     mean = _moved(statistics, layer.weight.device).input_mean
     assert mean is not None
     lost = layer.weight.float() @ (mean.float() * ~units.columns_of(mask).to(mean.device))
+    if not lost.any():
+        return
     if layer.bias is None:
         layer.bias = nn.Parameter(lost.to(layer.weight.dtype), layer.weight.requires_grad)
     else:

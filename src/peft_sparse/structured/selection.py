@@ -58,14 +58,14 @@ def select_units(
     """
     check_structure(structure, attention_ratio)
     removed: list[set[int]] = [set() for _ in sets]
-    share = ratio if attention_ratio is None else attention_ratio
     if structure == "al-am":
         _remove(sets, range(len(sets)), ratio, removed)
     elif structure == "al-mm":
-        _remove_by_kind(sets, range(len(sets)), ratio, share, removed)
+        _remove_by_kind(sets, range(len(sets)), ratio, attention_ratio, removed)
     elif structure == "ul-mm":
         for block in dict.fromkeys(units.block for units in sets):
-            _remove_by_kind(sets, [i for i, units in enumerate(sets) if units.block == block], ratio, share, removed)
+            inside = [index for index, units in enumerate(sets) if units.block == block]
+            _remove_by_kind(sets, inside, ratio, attention_ratio, removed)
     else:
         for index in range(len(sets)):
             _remove(sets, [index], ratio, removed)
@@ -92,23 +92,33 @@ def check_structure(structure: str, attention_ratio: float | None) -> None:
 
 
 def _remove_by_kind(
-    sets: list[ScoredUnits], chosen: Iterable[int], ratio: float, attention_ratio: float, removed: list[set[int]]
+    sets: list[ScoredUnits],
+    chosen: Iterable[int],
+    ratio: float,
+    attention_ratio: float | None,
+    removed: list[set[int]],
 ) -> None:
-    """Remove heads up to `attention_ratio` of their own size, then neurons until `ratio` of all is reached."""
+    """Remove heads up to `attention_ratio` of their own size, then neurons until `ratio` of all is reached.
+
+    Without an `attention_ratio` that is `ratio`, and more where the neurons are too few.
+    """
     chosen = list(chosen)
     heads = [i for i in chosen if sets[i].kind == "attention"]
     neurons = [i for i in chosen if sets[i].kind == "mlp"]
     if not heads or not neurons:
         _remove(sets, chosen, ratio, removed)
         return
-    limit = _rounded(attention_ratio * sum(sets[i].size for i in heads))
+    total = sum(sets[i].size for i in chosen)
+    share = ratio if attention_ratio is None else attention_ratio
+    limit = _rounded(share * sum(sets[i].size for i in heads))
+    missing = ratio * total - sum(sets[i].size - sets[i].cost for i in neurons) if attention_ratio is None else 0
     gone = 0
     for _, index, unit in _ranked(sets, heads):
-        if gone + sets[index].cost > limit:
+        if gone + sets[index].cost > limit and gone >= _rounded(missing):
             break
         removed[index].add(unit)
         gone += sets[index].cost
-    _remove(sets, neurons, ratio, removed, sum(sets[i].size for i in chosen), gone)
+    _remove(sets, neurons, ratio, removed, total, gone)
 
 
 def _remove(
@@ -133,8 +143,8 @@ def _remove(
         where = f" of {sets[chosen[0]].block!r}" if len({sets[i].block for i in chosen}) == 1 else ""
         raise ValueError(
             f"`ratio={ratio:g}` would remove every head or neuron of a layer{where}: each attention and each MLP "
-            f"keeps one unit, which leaves at most {limit:g} to remove. Ask for less, or use "
-            '`structure="al-am"`, which removes of every layer what it can spare.'
+            f"keeps one unit, which leaves at most {limit:g} to remove. Ask for less; "
+            '`structure="al-am"`, which takes of every layer what it can spare, reaches furthest.'
         )
 
 
