@@ -40,6 +40,7 @@ from peft_sparse.reconstruction.progress import Progress
 from peft_sparse.refinement import find_refinement
 from peft_sparse.report import PruningReport
 from peft_sparse.sparsegpt import sparsegpt
+from peft_sparse.structured import saving
 from peft_sparse.structured.saving import CompactConfig
 from peft_sparse.tuners import MaskLoraModel
 from peft_sparse.tuners.proof import check_masks
@@ -689,6 +690,11 @@ REFUSALS = [
         "expected layers of 24 rows before the output layer, got 24, 24, 16",
     ),
     (lambda: flap(llama(lone_matrix)), ValueError, "expected an MLP of nn.Linear layers alone, two at least, got 1"),
+    (
+        lambda: saving.CompactNothing,
+        AttributeError,
+        "Expected a name of this module or Compact<class of transformers>, got 'CompactNothing'",
+    ),
     (
         lambda: CompactConfig.from_dict({"layer_widths": []}),
         ValueError,

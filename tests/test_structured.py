@@ -85,8 +85,8 @@ def test_biases_count_as_parameters_of_their_units():
 def test_the_ratio_is_met_within_one_unit(ratio, metric):
     tokens = torch.randint(0, 61, (2, 8))
     report = prune_structured(tiny("llama"), ratio, metric=metric, calibration=tokens)
-    dearest = max(layer.cost for layer in report.layers)
-    assert ratio - 1e-9 <= report.removed < ratio + dearest / report.parameters_prunable + 1e-9
+    cheapest = min((layer.cost for layer in report.layers if layer.kept < layer.units), default=0)
+    assert ratio - 1e-9 <= report.removed < ratio + cheapest / report.parameters_prunable + 1e-9
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -221,13 +221,13 @@ def test_reconstruction_repairs_what_was_removed(tokens):
 
 
 def test_masked_lora_is_lora_on_the_compact_model(tokens):
-    masked = tiny("llama")
+    masked = tiny("llama").double()
     prune_structured(masked, 0.4, calibration=tokens, compensate=False)
     small = compact(copy.deepcopy(masked))
     kept = [(~zero.all(1), ~zero.all(0)) for zero in zeros_of(masked).values()]
     options = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
-    one = get_peft_model(masked, MaskLoRAConfig(**options))
-    two = get_peft_model(small, LoraConfig(**options, lora_dropout=0.0))
+    one = get_peft_model(masked, MaskLoRAConfig(**options)).double()
+    two = get_peft_model(small, LoraConfig(**options)).double()
     factors = {"A": [], "B": []}
     for model, lists in ((one, "mask_lora_"), (two, "lora_")):
         for factor in factors:
@@ -237,11 +237,11 @@ def test_masked_lora_is_lora_on_the_compact_model(tokens):
             for large, little, (rows, columns) in zip(*pair, kept, strict=True):
                 large.normal_()
                 little.copy_(large[:, columns] if large.shape[0] == 2 else large[rows])
-    assert torch.allclose(one(tokens).logits, two(tokens).logits, atol=1e-5)
+    assert torch.allclose(one(tokens).logits, two(tokens).logits, atol=1e-9)
     for model in (one, two):
         model(tokens, labels=tokens).loss.backward()
     for large, little, (_, columns) in zip(*factors["A"], kept, strict=True):
-        assert torch.allclose(large.grad[:, columns], little.grad, atol=1e-5)
+        assert torch.allclose(large.grad[:, columns], little.grad, atol=1e-9)
     merged = one.merge_and_unload()
     assert [bool(zero.all(1).any()) for zero in zeros_of(merged).values()] == [bool((~r).any()) for r, _ in kept]
-    assert torch.allclose(compact(merged)(tokens).logits, two.merge_and_unload()(tokens).logits, atol=1e-5)
+    assert torch.allclose(compact(merged)(tokens).logits, two.merge_and_unload()(tokens).logits, atol=1e-9)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -235,6 +236,26 @@ def test_compact_changes_nothing_without_dead_units(tokens):
     assert type(model) is LlamaForCausalLM
     assert model.config.to_dict() == config
     assert torch.equal(logits(model, tokens), logits(before, tokens))
+
+
+def test_another_model_of_the_same_configuration_is_left_alone(tokens):
+    config = tiny("llama").config
+    one, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    for structure in ("ul-um", "al-am"):
+        prune_structured(one, 0.3, structure=structure, calibration=tokens)
+        compact(one)
+    assert other.config is config
+    assert type(config).__name__ == "LlamaConfig"
+    assert (config.attention_bias, config.num_attention_heads) == (False, 4)
+    assert all(module.config is one.config for module in one.modules() if hasattr(module, "config"))
+
+
+def test_compact_models_are_pickled(tokens):
+    model = tiny("qwen3")
+    prune_structured(model, 0.4, calibration=tokens)
+    back = pickle.loads(pickle.dumps(compact(model)))
+    assert type(back) is type(model)
+    assert torch.equal(logits(back, tokens), logits(model, tokens))
 
 
 def test_gradients_and_frozen_parameters_survive(tokens):

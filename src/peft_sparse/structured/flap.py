@@ -61,9 +61,11 @@ def prune_structured(
 
     All is measured on the dense model, and zeros are written at the end. Units are neurons, and KV groups: a key and a
     value head with all its query heads, so that `compact` can cut every unit out. Of units with equal score those in
-    front go first; units whose columns of W are zero already go before all others. At least `ratio` of the parameters
-    of all units goes, heads and neurons counted with what they cost, biases included; in excess less than one unit, or
-    what `select_units` says. An et al. 2023, "Fluctuation-based Adaptive Structured Pruning", arXiv:2312.11983.
+    front go first; units whose columns of W are zero already go before all others.
+
+    At least `ratio` of the parameters of all units goes, heads and neurons counted with what they cost, biases
+    included; in excess less than any unit removed costs, of the whole, or of a layer for "ul-*". Every attention and
+    every MLP keeps one unit. An et al. 2023, "Fluctuation-based Adaptive Structured Pruning", arXiv:2312.11983.
 
     Differences to the authors' code: variances are means over tokens, for any batch size; heads are weighed by their
     true cost; biases are added to those there are; grouped-query attention of any shape.

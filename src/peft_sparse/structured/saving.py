@@ -5,6 +5,7 @@ are compared. Where it cannot, configuration and class become subclasses that ca
 with Transformers' own `AutoConfig.register` and `AutoModel.register`.
 """
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -93,6 +94,22 @@ def _model_class(dense: type[PreTrainedModel], config_class: type[PreTrainedConf
     return _CLASSES[dense]
 
 
+def __getattr__(name: str) -> Any:
+    """Return the compact class of a family by name, which is how pickle finds it in another process.
+
+    Raises:
+        AttributeError: no class of transformers is called so without "Compact".
+    """
+    dense = getattr(transformers, name.removeprefix("Compact"), None) if name.startswith("Compact") else None
+    if isinstance(dense, type) and issubclass(dense, PreTrainedConfig):
+        return compact_config_class(dense)
+    if isinstance(dense, type) and issubclass(dense, PreTrainedModel):
+        return compact_model_class(dense)
+    raise AttributeError(
+        f"Expected a name of this module or Compact<class of transformers>, got {name!r}. Look for it in transformers."
+    )
+
+
 def make_savable(model: PreTrainedModel) -> None:
     """Change configuration and class of `model` so that `from_pretrained` builds these very shapes. In place.
 
@@ -104,12 +121,21 @@ def make_savable(model: PreTrainedModel) -> None:
         if _builds(dense, model, changes):
             _become_plain(model, dense, changes)
             return
-    config = cast(Any, model.config)
+    config = _own_config(model)
     if type(model) is dense:
         config.dense_model_type = config.model_type
         config.__class__ = compact_config_class(type(config))
         model.__class__ = compact_model_class(dense)
     config.layer_widths = _widths(model, dense, units)
+
+
+def _own_config(model: PreTrainedModel) -> Any:
+    """Give all modules of `model` a copy of its configuration, which another model may share, and return it."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if module.__dict__.get("config") is shared:
+            cast(Any, module).config = own
+    return own
 
 
 def _candidates(model: PreTrainedModel, units: list[Units]) -> list[dict[str, Any]]:
@@ -155,7 +181,7 @@ def _dense_config(model: PreTrainedModel, changes: dict[str, Any]) -> PreTrained
 
 
 def _become_plain(model: PreTrainedModel, dense: type[PreTrainedModel], changes: dict[str, Any]) -> None:
-    config = cast(Any, model.config)
+    config = _own_config(model)
     if type(model) is not dense:
         model.__class__ = dense
         config.__class__ = dense.config_class

@@ -41,7 +41,7 @@ class ScoredUnits:
 def select_units(
     sets: list[ScoredUnits], ratio: float, structure: Structure, attention_ratio: float | None = None
 ) -> list[Tensor]:
-    """Return one mask per set that removes at least `ratio` of all parameters, in excess less than one unit.
+    """Return one mask per set that removes at least `ratio` of all parameters, in excess less than any unit removed.
 
     | structure | compared | removed of attention |
     | --- | --- | --- |
@@ -50,7 +50,8 @@ def select_units(
     | ul-mm | heads of a layer, neurons of a layer | at most `attention_ratio`, neurons make up the rest |
     | ul-um | heads of a layer, neurons of a layer | `ratio`, of neurons too, each rounded up to whole units |
 
-    In excess: of the whole for al-*, of every block for ul-mm, of every set for ul-um.
+    In excess: of the whole for al-*, of every block for ul-mm, of every set for ul-um. With *-mm, heads are chosen
+    first, and the excess is less than any neuron removed.
 
     Raises:
         ValueError: `structure` or `attention_ratio` is none of these; too few units can go, since each attention and
@@ -129,15 +130,24 @@ def _remove(
     total: int | None = None,
     gone: int = 0,
 ) -> None:
-    """Remove the lowest units of `chosen` until `ratio` of `total`, their own size by default, is `gone`."""
+    """Remove the lowest units of `chosen` until `ratio` of `total`, their own size by default, is `gone`.
+
+    What the last one, a head maybe, takes too much is given back in cheaper units, the highest first.
+    """
     chosen = list(chosen)
     total = sum(sets[i].size for i in chosen) if total is None else total
     target = _rounded(ratio * total)
+    taken = []
     for _, index, unit in _ranked(sets, chosen):
         if gone >= target:
-            return
+            break
         removed[index].add(unit)
+        taken.append((index, unit))
         gone += sets[index].cost
+    for index, unit in reversed(taken):
+        if gone - sets[index].cost >= target:
+            removed[index].remove(unit)
+            gone -= sets[index].cost
     if gone < target:
         limit = math.floor(1e4 * gone / total) / 1e4
         where = f" of {sets[chosen[0]].block!r}" if len({sets[i].block for i in chosen}) == 1 else ""
