@@ -134,6 +134,14 @@ def test_transformers_alone_loads_equal_widths(tokens, tmp_path):
     assert torch.allclose(load_elsewhere(tmp_path / "compact", tokens), masked, atol=1e-6)
 
 
+def test_opt_without_neurons_needs_nothing_of_ours(tokens, tmp_path):
+    model = with_biases("opt")
+    prune_structured(model, 0.4, structure="ul-um", target="mlp", calibration=tokens)
+    compact(model).save_pretrained(tmp_path)
+    assert model.config.ffn_dim == 14
+    assert torch.allclose(load_elsewhere(tmp_path, tokens), logits(model, tokens), atol=1e-6)
+
+
 def test_other_widths_name_the_package_they_need(tokens, tmp_path):
     model = tiny("llama")
     prune_structured(model, 0.4, calibration=tokens)

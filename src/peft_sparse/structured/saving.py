@@ -18,6 +18,7 @@ from ..blocks import find_blocks
 from ..units import Units, find_units
 
 
+# Not Transformers' own `per_layer_config`: few models build their layers by it, and none of those that are cut here.
 MODEL_TYPE = "peft_sparse_compact"
 
 # What families call the width of their MLP, and the switches of biases in attention and MLP.
