@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .criteria import Statistics, wanda
 from .masks import SemiStructured, Unstructured, count_across, mask_of, number_to_prune
-from .weights import WeightView
+from .weights import WeightView, to_host
 
 
 Allocation = Literal["uniform", "uniform+", "global", "erk", "lamp", "owl"]
@@ -94,7 +94,7 @@ def allocate(
         )
     sizes = [math.prod(weight.shape) for weight in weights.values()]
     total = number_to_prune(Unstructured(sparsity).sparsity, sum(sizes))
-    kept = _to_host([mask_of(weight.matrix()).sum() for weight in weights.values()])
+    kept = to_host([mask_of(weight.matrix()).sum() for weight in weights.values()])
     zeros = [size - nonzero for size, nonzero in zip(sizes, kept, strict=True)]
     budget = Budget(weights, sizes, zeros, total, blocks, input_norms, outlier_factor, spread)
     # Before weights are scored, which takes time.
@@ -357,7 +357,7 @@ def _outlier_ratios(
 
     # Scores are computed twice, so that those of one weight are in memory at a time.
     sizes = {name: math.prod(weight.shape) for name, weight in weights.items()}
-    means = dict(zip(weights, _to_host([scores(name).mean() for name in weights]), strict=True))
+    means = dict(zip(weights, to_host([scores(name).mean() for name in weights]), strict=True))
     entries: dict[str, int] = {}
     sums: dict[str, float] = {}
     for name in weights:
@@ -365,7 +365,7 @@ def _outlier_ratios(
         entries[block] = entries.get(block, 0) + sizes[name]
         sums[block] = sums.get(block, 0.0) + means[name] * sizes[name]
     threshold = {block: outlier_factor * sums[block] / entries[block] for block in entries}
-    outliers = _to_host([(scores(name) > threshold[_place(name, blocks)]).sum() for name in weights])
+    outliers = to_host([(scores(name) > threshold[_place(name, blocks)]).sum() for name in weights])
     ratios = dict.fromkeys(entries, 0.0)
     for name, count in zip(weights, outliers, strict=True):
         ratios[_place(name, blocks)] += 100 * count / entries[_place(name, blocks)]
@@ -382,8 +382,3 @@ def _stretch(ratios: dict[str, float], width: float) -> dict[str, float]:
 def _place(name: str, blocks: Mapping[str, str | None]) -> str:
     """The block of a weight; outside of blocks, its own name."""
     return blocks.get(name) or name
-
-
-def _to_host(scalars: list[Tensor]) -> list[Any]:
-    # Stacked on one device first, so that the host waits once and not once per weight.
-    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []

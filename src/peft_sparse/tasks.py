@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from .masks import GROUPS, Group, Pattern, SemiStructured, mask_of, parse_patter
 from .refinement import Refinement, find_refinement
 from .report import PruningReport, WeightReport, peak_memory
 from .statistics import BlockStatistics
-from .weights import WeightView
+from .weights import WeightView, to_host
 
 
 PatternLike = float | str | Pattern
@@ -338,12 +337,6 @@ def _check_patterns_fit(patterns: dict[str, Pattern], weights: dict[str, WeightV
             f"({len(ragged)} such layers). Exclude them, or pass SemiStructured({pattern.n}, {pattern.m}, "
             "allow_ragged=True), for which no N:M kernel exists."
         )
-
-
-def to_host(scalars: list[Tensor]) -> list[Any]:
-    """Return the values of `scalars`."""
-    # Stacked on one device first, so that the host waits once and not once per layer.
-    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []
 
 
 def share(counts: Iterable[tuple[int, int]]) -> float:

@@ -129,6 +129,12 @@ def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     return patches.mT.flatten(0, 1)
 
 
+def to_host(scalars: list[Tensor]) -> list[Any]:
+    """Return the values of `scalars`."""
+    # Stacked on one device first, so that the host waits once and not once per layer.
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []
+
+
 def undo_cpu_packing(layer: nn.Module) -> None:
     """Keep a bitsandbytes 4-bit layer in the layout that can be dequantised.
 

@@ -24,9 +24,9 @@ from ..calibration import (
     stack_runners,
 )
 from ..criteria import Statistics
-from ..prune import check_finite
 from ..report import peak_memory
 from ..statistics import measure
+from ..tasks import check_finite
 from ..units import Units, check_loaded, find_units
 from ..weights import WeightView
 from .metrics import METRICS, unit_scores
