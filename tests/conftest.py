@@ -5,6 +5,9 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests run side by side, one thread each.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
