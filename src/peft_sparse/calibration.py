@@ -45,14 +45,12 @@ class Batch:
         hidden: the hidden states (sequences, tokens, features) the next block takes; on disk, the file they are in.
         keep: False at padding, (sequences, tokens); None without padding.
         keep_context: the same for the encoder's states that a decoder's blocks are handed.
-        sequences: how many sequences the batch holds.
         calls: one per block.
     """
 
     hidden: Tensor | Path
     keep: Tensor | None
     keep_context: Tensor | None
-    sequences: int
     calls: list[Call] = field(default_factory=list)
 
 
@@ -154,9 +152,7 @@ class BlockRunner:
                 hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
                 if index == 0:
                     keep, keep_context = masks
-                    captured.append(
-                        Batch(self.store.put(str(len(captured)), hidden), keep, keep_context, hidden.shape[0])
-                    )
+                    captured.append(Batch(self.store.put(str(len(captured)), hidden), keep, keep_context))
                 captured[-1].calls.append(Call(args, kwargs))
                 if index == len(self.blocks) - 1:
                     raise _CaptureComplete
@@ -265,6 +261,11 @@ def as_inputs(model: nn.Module, calibration: Calibration, batch_size: int = 1) -
     if not batches:
         raise ValueError("`calibration` holds no batch. Give at least one sequence.")
     return batches
+
+
+def sequences_in(batch: Mapping[str, Any]) -> int:
+    """Return how many sequences the model inputs `batch` hold."""
+    return next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
 
 
 def check_activations(activations: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .blocks import base_model
+from .calibration import sequences_in
 from .weights import WeightView
 
 
@@ -62,8 +63,7 @@ def gradient_sums(
 def _single_sequences(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     singles = []
     for batch in inputs:
-        size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
-        for i in range(size):
+        for i in range(sequences_in(batch)):
             singles.append({k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in batch.items()})
     return singles
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .allocation import Allocation
 from .blocks import Targets, base_layer, base_model, block_of, find_blocks, prunable_weights, tied_to_embedding
-from .calibration import Calibration
+from .calibration import Calibration, sequences_in
 from .criteria import Criterion, Need, Score, Statistics, find_criterion
 from .masks import GROUPS, Group, Pattern, SemiStructured, mask_of, parse_pattern
 from .refinement import Refinement, find_refinement
@@ -212,7 +212,7 @@ def check_finite(weights: dict[str, WeightView]) -> None:
 
 def count_sequences(inputs: list[dict[str, Any]]) -> int:
     """Return how many sequences model inputs hold."""
-    return sum(next(value.shape[0] for value in batch.values() if isinstance(value, Tensor)) for batch in inputs)
+    return sum(map(sequences_in, inputs))
 
 
 def zero_counts(weights: dict[str, WeightView]) -> dict[str, tuple[int, int]]:
