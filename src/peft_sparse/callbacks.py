@@ -4,16 +4,19 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .blocks import Targets, prunable_weights
-from .masks import Pattern, fingerprint, mask_of, pack
+from .masks import Pattern, fingerprint, mask_, mask_of, pack, unpack
 from .prune import prune
 from .report import PruningReport
 from .tasks import zero_counts
@@ -57,6 +60,11 @@ class PruningCallback(TrainerCallback):
 class ZeroGuardCallback(TrainerCallback, ExportableState):
     """Remembers the zeros of the model when training begins, at 1/8 byte per weight, and raises if one is lost.
 
+    Weights that are trained themselves keep theirs under any optimiser: full fine-tuning of a pruned model, FullFT in
+    Zimmer et al. 2023, arXiv:2312.15230. Their gradient is M ⊙ ∇W before it is accumulated, clipped or averaged, and
+    after each step W ← M ⊙ W, which matters to optimisers that mix entries, such as Muon. What the optimiser holds for
+    pruned entries when training begins, momentum above all, is cleared; it stays zero.
+
     A fingerprint of each mask travels in `trainer_state.json`, so that a run resumed on other zeros is refused.
     """
 
@@ -65,33 +73,37 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         self.exclude_modules = exclude_modules
         self.weights: dict[str, WeightView] = {}
         self.kept: dict[str, Tensor] = {}
+        self.trained: dict[str, WeightView] = {}
         self.fingerprints: dict[str, str] = {}
+        self._hooks: list[RemovableHandle] = []
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the guard: the fingerprints of the masks when training began."""
+        """Return what a checkpoint keeps of the guard: the fingerprints of the masks that its weights have."""
+        # Trained weights are in the checkpoint with what training itself brought to zero, in half precision above all.
+        found = self.fingerprints | {name: _fingerprint(weight) for name, weight in self.trained.items()}
         targets = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
-        return {"args": targets, "attributes": {"fingerprints": self.fingerprints}}
+        return {"args": targets, "attributes": {"fingerprints": found}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.weights = prunable_weights(kwargs["model"], self.target_modules, self.exclude_modules)
-        for name, (zeros, _) in self._counts().items():
-            if zeros and self.weights[name].storage.requires_grad:
-                raise ValueError(
-                    f"The weight of {name!r} holds {zeros} zeros and is trained itself: the first step "
-                    "would fill them. Attach an adapter that keeps zeros, get_peft_model(model, "
-                    "MaskLoRAConfig(...)), or freeze the weight."
-                )
-        self.fingerprints = {name: fingerprint(mask_of(weight.matrix())) for name, weight in self.weights.items()}
+        self.fingerprints = {name: _fingerprint(weight) for name, weight in self.weights.items()}
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and isinstance(saved, dict):
             _compare(saved["attributes"]["fingerprints"], self.fingerprints)
-        self.kept = {name: _packed_mask(weight) for name, weight in self.weights.items()}
+        self._remember(kwargs.get("optimizer"))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for name, weight in self.trained.items():
+            weight.write_zeros(unpack(self.kept[name], torch.Size(weight.shape)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._forget_hooks()
         self.check()
 
     def check(self) -> None:
@@ -106,14 +118,32 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         name = list(self.kept)[flags.index(True)]
         raise RuntimeError(
             f"The weight of {name!r} lost zeros that it had when training began ({sum(flags)} such weights). Nothing "
-            "was saved. Something wrote to a pruned weight: an optimiser that trains it, a dense adapter merged into "
-            "it, or code of your own. Train with MaskLoRAConfig, which cannot fill a zero."
+            "was saved. Something wrote to a pruned weight between optimiser steps, which put zeros back: a dense "
+            "adapter merged into it, or code of your own. Train with MaskLoRAConfig, which cannot fill a zero."
         )
 
     def sparsity(self) -> float:
         """Return the fraction of zeros over the guarded weights."""
         counts = self._counts().values()
         return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts)
+
+    def _remember(self, optimizer: Optimizer | None) -> None:
+        """Take the zeros there are for those to keep."""
+        self._forget_hooks()
+        self.kept = {name: _packed_mask(weight) for name, weight in self.weights.items()}
+        self.trained = {
+            name: self.weights[name]
+            for name, (zeros, _) in self._counts().items()
+            if zeros and self.weights[name].storage.requires_grad
+        }
+        # Of fused experts, one parameter is the storage of several weights.
+        for parameter in {id(weight.storage): weight.storage for weight in self.trained.values()}.values():
+            self._hooks.append(parameter.register_hook(partial(_masked, parameter)))
+            _clear_state(optimizer, parameter)
+
+    def _forget_hooks(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def _counts(self) -> dict[str, tuple[int, int]]:
         return zero_counts(self.weights) if self.weights else {}
@@ -126,6 +156,23 @@ def _lost(mask: Tensor, kept: Tensor) -> Tensor:
 
 def _packed_mask(weight: WeightView) -> Tensor:
     return pack(mask_of(weight.matrix()))
+
+
+def _fingerprint(weight: WeightView) -> str:
+    return fingerprint(mask_of(weight.matrix()))
+
+
+def _masked(parameter: Tensor, gradient: Tensor) -> Tensor:
+    # A hook on the tensor, unlike one after accumulation, runs before DDP averages. It must not change its argument.
+    return mask_(gradient.clone(), parameter.detach())
+
+
+def _clear_state(optimizer: Optimizer | None, parameter: Tensor) -> None:
+    """Zero what `optimizer` holds for the entries of `parameter` that are zero."""
+    for value in {} if optimizer is None else optimizer.state.get(parameter, {}).values():
+        # Factored and quantised state has no entry per weight, or zero is not its code of zero.
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+            value.masked_fill_(~mask_of(parameter.detach()), 0)
 
 
 @contextlib.contextmanager
