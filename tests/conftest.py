@@ -98,6 +98,19 @@ def inputs_of(family: str, sequences: int = 6) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens}
 
 
+class Samples(torch.utils.data.Dataset):
+    """A training set, the same every time."""
+
+    def __init__(self, count=24):
+        self.tokens = torch.randint(0, VOCABULARY, (count, 10), generator=torch.Generator().manual_seed(1))
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

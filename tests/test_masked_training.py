@@ -18,18 +18,7 @@ from peft_sparse import (
 from peft_sparse.blocks import prunable_weights
 
 from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, zeros_of
-from conftest import tiny
-
-
-class Samples(torch.utils.data.Dataset):
-    def __init__(self, count=24):
-        self.tokens = torch.randint(0, 61, (count, 10), generator=torch.Generator().manual_seed(1))
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def __getitem__(self, index):
-        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+from conftest import Samples, tiny
 
 
 def arguments(path, kind=SparseTrainingArguments, **kwargs):

@@ -39,6 +39,7 @@ from peft_sparse.masks import SemiStructured, Unstructured, parse_pattern
 from peft_sparse.reconstruction.progress import Progress
 from peft_sparse.refinement import find_refinement
 from peft_sparse.report import PruningReport
+from peft_sparse.schedules import norm_drop, retraining_schedule
 from peft_sparse.sparsegpt import sparsegpt
 from peft_sparse.structured import saving
 from peft_sparse.structured.saving import CompactConfig
@@ -253,6 +254,13 @@ def guarded_vandalism():
     guard.on_train_begin(None, _State(), None, model=model)
     model.model.layers[2].mlp.up_proj.weight.add_(1)
     guard.check()
+
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
+
+
+def scheduled(method, original=(0.1, 0.1, 0.1), lr=0.1):
+    return retraining_schedule(method, torch.optim.SGD([torch.zeros(1)], lr=lr), original, 3)
 
 
 class _State:
@@ -749,6 +757,39 @@ REFUSALS = [
         lambda: SparseTrainer(adapted(), arguments(sparsity=0.5, recovery="reconstruct")),
         ValueError,
         "Reconstruction attaches and merges its adapters region by region. Pass the plain model",
+    ),
+    (lambda: scheduled("cosine"), ValueError, "A retraining schedule is one of 'ft', .* got 'cosine'"),
+    (lambda: scheduled("llr", lambda t: 0.1), ValueError, "`original` is a function, .* Pass `original_steps`"),
+    (lambda: scheduled("llr", [0.0, 0.0]), ValueError, "nor all zero; got 3 steps, 2 rates from 0.0 to 0.0"),
+    (
+        lambda: scheduled("llr", lr=0.0),
+        ValueError,
+        "relative to the optimiser's own, which is 0.0. Give it a positive",
+    ),
+    (lambda: scheduled("allr"), ValueError, '"allr" starts lower the less pruning removed: pass `norm_drop`'),
+    (lambda: scheduled("ft", [0.1, 0.0]), ValueError, '"ft" goes on at the last rate .* which is 0. Use "lrw"'),
+    (lambda: scheduled("lrw", [0.1, 0.1]), ValueError, '"lrw" replays the last 3 rates .* which has 2. Retrain for'),
+    (
+        lambda: norm_drop((1.0, 4), (1.0, 4)),
+        ValueError,
+        'Nothing was pruned: .* start from the dense model, or use "l',
+    ),
+    (
+        lambda: arguments(retraining_schedule="llr", recovery="reconstruct", sparsity=0.5),
+        ValueError,
+        "`retraining_schedule='llr'` is of training with the task loss",
+    ),
+    (
+        lambda: arguments(retraining_schedule="allr"),
+        ValueError,
+        "`retraining_schedule='allr'` depends on how long .* Set `original_steps`",
+    ),
+    (
+        lambda: arguments(
+            retraining_schedule="llr", lr_scheduler_type="reduce_lr_on_plateau", **EVALUATED
+        ).original_rates(3),
+        ValueError,
+        "and ReduceLROnPlateau tells none before it is run",
     ),
     (guarded_vandalism, RuntimeError, "'model.layers.2.mlp.up_proj' lost zeros"),
     (

@@ -19,7 +19,7 @@ from .blocks import Targets, prunable_weights
 from .masks import Pattern, fingerprint, mask_, mask_of, pack, unpack
 from .prune import prune
 from .report import PruningReport
-from .tasks import zero_counts
+from .tasks import to_host, zero_counts
 from .weights import WeightView
 
 
@@ -41,6 +41,8 @@ class PruningCallback(TrainerCallback):
         inspect.signature(prune).bind(None, pattern, **options)
         self.options: dict[str, Any] = {"pattern": pattern, **options}
         self.report: PruningReport | None = None
+        # ||W||² and nonzero entries, before and after pruning.
+        self.norms: list[tuple[float, float]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,7 +56,15 @@ class PruningCallback(TrainerCallback):
         # does not depend on whether the model was pruned here.
         with torch.random.fork_rng(), _adapters_off(model):
             torch.manual_seed(seed)
+            before = self._norm(model)
             self.report = prune(model, **self.options)
+            self.norms = [before, self._norm(model)]
+
+    def _norm(self, model: nn.Module) -> tuple[float, float]:
+        targets = self.options.get("target_modules"), self.options.get("exclude_modules")
+        matrices = [weight.matrix() for weight in prunable_weights(model, *targets).values()]
+        norms = to_host([torch.linalg.vector_norm(matrix, dtype=torch.float32) for matrix in matrices])
+        return sum(norm**2 for norm in norms), float(sum(to_host([mask_of(matrix).sum() for matrix in matrices])))
 
 
 class ZeroGuardCallback(TrainerCallback, ExportableState):

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import Trainer, TrainingArguments
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_utils import TrainOutput
 
 from .allocation import METHODS
@@ -24,6 +26,7 @@ from .reconstruction.regions import RegionSize
 from .reconstruction.report import ReconstructionReport
 from .refinement import REFINEMENTS, find_refinement
 from .report import PruningReport
+from .schedules import RETRAINING, check_method, norm_drop, retraining_schedule
 
 
 RECOVERIES = ("retrain", "reconstruct")
@@ -64,6 +67,16 @@ class SparseTrainingArguments(TrainingArguments):
     )
     calibration_samples: int = field(
         default=128, metadata={"help": "Training samples, from the first on, that a criterion such as wanda measures."}
+    )
+    retraining_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Learning rates of retraining: {', '.join(RETRAINING)}. `learning_rate`, `lr_scheduler_type` and "
+            "the warm-up then describe the original training."
+        },
+    )
+    original_steps: int | None = field(
+        default=None, metadata={"help": "Steps of the original training; default: as many as retraining takes."}
     )
     recovery: str = field(
         default="retrain",
@@ -111,7 +124,44 @@ class SparseTrainingArguments(TrainingArguments):
             check_activations(self.activations)
             if self.fp16:
                 raise ValueError("Reconstruction does not scale losses, which `fp16` needs. Use `bf16=True`.")
+        self._check_retraining()
         self.pruning_pattern()
+
+    def _check_retraining(self) -> None:
+        if self.retraining_schedule is None:
+            return
+        check_method(self.retraining_schedule)
+        if self.recovery == "reconstruct":
+            raise ValueError(
+                f"`retraining_schedule={self.retraining_schedule!r}` is of training with the task loss. Drop it, or "
+                '`recovery="reconstruct"`.'
+            )
+        if self.retraining_schedule in ("lrw", "allr") and not self.original_steps:
+            raise ValueError(
+                f"`retraining_schedule={self.retraining_schedule!r}` depends on how long the original training was. "
+                "Set `original_steps`."
+            )
+
+    def original_rates(self, steps: int) -> list[float]:
+        """Return the learning rates of the original training, as the arguments describe it.
+
+        Args:
+            steps: how many, if `original_steps` does not say.
+
+        Raises:
+            ValueError: the rates depend on more than the step.
+        """
+        steps = self.original_steps or steps
+        probe = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        warmup, options = self.get_warmup_steps(steps), self.lr_scheduler_kwargs
+        schedule = get_scheduler(self.lr_scheduler_type, probe, warmup, steps, options)
+        if not isinstance(schedule, LambdaLR):
+            raise ValueError(
+                "`retraining_schedule` reads the original rates off `lr_scheduler_type`, and "
+                f"{type(schedule).__name__} tells none before it is run. Name the one of the original training, such "
+                'as "linear" or "cosine".'
+            )
+        return [self.learning_rate * schedule.lr_lambdas[0](step) for step in range(steps)]
 
     def region_size(self) -> RegionSize:
         """Return `reconstruction_region` as `reconstruct` takes it."""
@@ -141,6 +191,9 @@ class SparseTrainer(Trainer):
     With `sparsity` or `pattern` in the arguments the model is pruned when training begins (`PruningCallback`). The
     zeros it has from then on are checked at every log, before every save and at the end; every log holds `sparsity`.
 
+    With `retraining_schedule` the learning rates are those of `schedules`: η is what `learning_rate`,
+    `lr_scheduler_type` and warm-up give over `original_steps`.
+
     With `recovery="reconstruct"` training is `reconstruct`, on the first `calibration_samples` of the training set:
     optimiser, schedule, epochs or `max_steps` (of each region), batch, accumulation, clipping, bf16, seed, logging and
     callbacks are those of the arguments. The model stays where it is, only the blocks in turn go to the device.
@@ -155,7 +208,7 @@ class SparseTrainer(Trainer):
     Raises:
         TypeError: `args` is another kind of arguments.
         ValueError: calibration is needed and the training set is shorter than `calibration_samples`; `peft_config`
-            without reconstruction, or reconstruction of a model with adapters.
+            without reconstruction, or reconstruction of a model with adapters; "allr" without pruning here.
         RuntimeError: while training, a pruned weight lost a zero.
     """
 
@@ -214,6 +267,20 @@ class SparseTrainer(Trainer):
             # Before a checkpoint is loaded: on the weights that the first run pruned, trained biases included.
             self._pruning.prune(self.model, self.args.seed)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        trainer: Any = self
+        method = self.args.retraining_schedule
+        if method is not None and trainer.lr_scheduler is None:
+            trainer.lr_scheduler = retraining_schedule(
+                method,
+                optimizer or trainer.optimizer,
+                self.args.original_rates(num_training_steps),
+                num_training_steps,
+                norm_drop=norm_drop(*self._pruning.norms) if method == "allr" and self._pruning else None,
+            )
+            trainer._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _reconstruct(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         args: Any = self.args
