@@ -71,8 +71,10 @@ def test_every_module_has_its_place():
 def test_public_names_are_these():
     assert peft_sparse.__all__ == [
         "Criterion",
+        "CubicSchedule",
         "MaskLoRAConfig",
         "PruningCallback",
+        "PruningCycles",
         "ScaledLoRAConfig",
         "SemiStructured",
         "SparseTrainer",

@@ -17,7 +17,10 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MambaConf
 import peft_sparse
 from peft_sparse import (
     Criterion,
+    CubicSchedule,
     MaskLoRAConfig,
+    PruningCallback,
+    PruningCycles,
     ScaledLoRAConfig,
     SparseTrainer,
     SparseTrainingArguments,
@@ -263,9 +266,17 @@ def scheduled(method, original=(0.1, 0.1, 0.1), lr=0.1):
     return retraining_schedule(method, torch.optim.SGD([torch.zeros(1)], lr=lr), original, 3)
 
 
+def cycles(model, step=0):
+    state = _State()
+    state.global_step = step
+    PruningCallback(0.5, schedule=PruningCycles(2)).on_train_begin(None, state, None, model=model)
+
+
 class _State:
     stateful_callbacks: dict = {}
+    log_history: tuple = ()
     global_step = 0
+    max_steps = 6
 
 
 class ForeignConfig:
@@ -790,6 +801,44 @@ REFUSALS = [
         ).original_rates(3),
         ValueError,
         "and ReduceLROnPlateau tells none before it is run",
+    ),
+    (
+        lambda: CubicSchedule(0, 5),
+        ValueError,
+        "at least 1 update, .* got updates=0, every=5, .* prunes every 50 steps",
+    ),
+    (
+        lambda: CubicSchedule(4, 5).sparsities(0.5, 20),
+        ValueError,
+        "The last of 4 updates is at step 20 and the run has 20, .* Train for more steps",
+    ),
+    (
+        lambda: CubicSchedule(4, 5, initial=0.5).sparsities(0.5, 30),
+        ValueError,
+        "rises from `initial=0.5` to the requested one, got 0.5. Ask for more",
+    ),
+    (lambda: PruningCycles(0), ValueError, "`cycles` must be at least 1, got 0. 1 prunes once"),
+    (lambda: PruningCycles(4).sparsities(0.5, 3), ValueError, "4 cycles need as many steps .* has 3. Train longer"),
+    (
+        lambda: PruningCallback("2:4", schedule=PruningCycles(2)),
+        ValueError,
+        "A schedule raises one sparsity, and the pattern is '2:4'. Pass a sparsity such as 0.5",
+    ),
+    (
+        lambda: cycles(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))),
+        ValueError,
+        "merged and start anew, which 'base_model.model.model.layers.0.self_attn.q_proj', a Linear, cannot. Use MaskL",
+    ),
+    (lambda: cycles(adapted(), 3), ValueError, "The checkpoint is of cycle 2, .* Start over, or train the weights"),
+    (
+        lambda: arguments(sparsity=0.5, pruning_schedule="linear"),
+        ValueError,
+        "`pruning_schedule` must be one of 'cubic', 'cycles', got 'linear'. Leave it out",
+    ),
+    (
+        lambda: arguments(pruning_schedule="cubic"),
+        ValueError,
+        "`pruning_schedule='cubic'` raises `sparsity` while training .* Set `sparsity`, and neither",
     ),
     (guarded_vandalism, RuntimeError, "'model.layers.2.mlp.up_proj' lost zeros"),
     (

@@ -15,6 +15,7 @@ from .masks import SemiStructured, Unstructured
 from .plan import plan
 from .prune import prune, sparsity
 from .reconstruction import reconstruct, reconstruct_checkpoint
+from .schedules import CubicSchedule, PruningCycles
 from .streaming import prune_checkpoint
 from .structured import compact, prune_structured
 from .text import pack_sequences, sample_sequences
@@ -24,8 +25,10 @@ from .tuners import MaskLoRAConfig, ScaledLoRAConfig
 
 __all__ = [
     "Criterion",
+    "CubicSchedule",
     "MaskLoRAConfig",
     "PruningCallback",
+    "PruningCycles",
     "ScaledLoRAConfig",
     "SemiStructured",
     "SparseTrainer",

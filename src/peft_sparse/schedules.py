@@ -1,12 +1,14 @@
-"""What changes over a run: the learning rates of retraining after pruning. Pure functions of the step.
+"""What changes over a run, as pure functions of the step: learning rates after pruning, and the sparsity itself.
 
-In the formulas η(t), t = 0, ..., T - 1, is the schedule of the original training; maxLR its peak; minLR its lowest
-value from the peak on; N the steps of retraining, of which the first w = ⌊N/10⌋ warm up, where the method has a
-warm-up, by start · (1 - cos(π t / w)) / 2; j = t - w counts the N' = N - w steps after it.
+In the formulas of learning rates η(t), t = 0, ..., T - 1, is the schedule of the original training; maxLR its peak;
+minLR its lowest value from the peak on; N the steps of retraining, of which the first w = ⌊N/10⌋ warm up, where the
+method has a warm-up, by start · (1 - cos(π t / w)) / 2; j = t - w counts the N' = N - w steps after it.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -179,3 +181,91 @@ def _warmed_up(start: float, steps: int, after: Callable[[int, int], float]) -> 
 
 def _linear(start: float, steps: int) -> Rates:
     return _warmed_up(start, steps, lambda j, rest: start * (1 - j / rest))
+
+
+@dataclass(frozen=True)
+class CubicSchedule:
+    """Gradual pruning, fast first: s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n Δt))³ at t = t_0, ..., t_0 + n Δt.
+
+    Zhu and Gupta 2017, arXiv:1710.01878.
+
+    Args:
+        updates: n, how often the sparsity rises.
+        every: Δt, the optimiser steps in between.
+        start: t_0, the optimiser steps before the first pruning.
+        initial: s_i, the sparsity at t_0.
+
+    Raises:
+        ValueError: not one update, or not one step in between.
+    """
+
+    updates: int
+    every: int
+    start: int = 0
+    initial: float = 0.0
+    restarts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.updates < 1 or self.every < 1 or self.start < 0 or self.initial < 0:
+            raise ValueError(
+                "A cubic schedule needs at least 1 update, 1 step in between and nothing negative, got "
+                f"updates={self.updates}, every={self.every}, start={self.start}, initial={self.initial}. "
+                "CubicSchedule(updates=10, every=50) prunes every 50 steps."
+            )
+
+    def sparsities(self, final: float, steps: int) -> dict[int, float]:
+        """Return the sparsity to prune to after so many optimiser steps, for a run of `steps` that ends at `final`.
+
+        Raises:
+            ValueError: the run is too short to retrain after the last update, or `final` is not above `initial`.
+        """
+        last = self.start + self.updates * self.every
+        if last >= steps:
+            raise ValueError(
+                f"The last of {self.updates} updates is at step {last} and the run has {steps}, which leaves none to "
+                "retrain. Train for more steps, or prune less often or earlier."
+            )
+        if final <= self.initial:
+            raise ValueError(
+                f"The sparsity rises from `initial={self.initial}` to the requested one, got {final}. Ask for more."
+            )
+        times = range(self.start, last + 1, self.every)
+        span = self.updates * self.every
+        return {t: final + (self.initial - final) * (1 - (t - self.start) / span) ** 3 for t in times}
+
+
+@dataclass(frozen=True)
+class PruningCycles:
+    """Iterative magnitude pruning: n cycles of pruning and retraining of equal length, what is left over in the last.
+
+    Each prunes the fraction p = 1 - (1 - s)^(1/n) of the remaining weights, so that the sparsity after cycle k is
+    1 - (1 - p)^k = 1 - (1 - s)^(k/n). Han et al. 2015, arXiv:1506.02626.
+
+    Args:
+        cycles: n.
+
+    Raises:
+        ValueError: n is not positive.
+    """
+
+    cycles: int
+    restarts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.cycles < 1:
+            raise ValueError(f"`cycles` must be at least 1, got {self.cycles}. 1 prunes once, when training begins.")
+
+    def sparsities(self, final: float, steps: int) -> dict[int, float]:
+        """Return the sparsity to prune to after so many optimiser steps, for a run of `steps` that ends at `final`.
+
+        Raises:
+            ValueError: fewer steps than cycles.
+        """
+        if steps < self.cycles:
+            raise ValueError(f"{self.cycles} cycles need as many steps at least, the run has {steps}. Train longer.")
+        return {
+            (k - 1) * (steps // self.cycles): 1 - (1 - final) ** (k / self.cycles) for k in range(1, self.cycles + 1)
+        }
+
+
+PruningSchedule = CubicSchedule | PruningCycles

@@ -26,10 +26,19 @@ from .reconstruction.regions import RegionSize
 from .reconstruction.report import ReconstructionReport
 from .refinement import REFINEMENTS, find_refinement
 from .report import PruningReport
-from .schedules import RETRAINING, check_method, norm_drop, retraining_schedule
+from .schedules import (
+    RETRAINING,
+    CubicSchedule,
+    PruningCycles,
+    PruningSchedule,
+    check_method,
+    norm_drop,
+    retraining_schedule,
+)
 
 
 RECOVERIES = ("retrain", "reconstruct")
+PRUNING_SCHEDULES = ("cubic", "cycles")
 
 
 @dataclass
@@ -68,6 +77,15 @@ class SparseTrainingArguments(TrainingArguments):
     calibration_samples: int = field(
         default=128, metadata={"help": "Training samples, from the first on, that a criterion such as wanda measures."}
     )
+    pruning_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": '"cubic": raise the sparsity `pruning_rounds` times, every `pruning_interval` steps. "cycles": '
+            "`pruning_rounds` cycles of pruning and retraining. Default: prune once, before training."
+        },
+    )
+    pruning_rounds: int = field(default=1, metadata={"help": "Updates or cycles of `pruning_schedule`."})
+    pruning_interval: int = field(default=1, metadata={"help": 'Steps between updates of the "cubic" schedule.'})
     retraining_schedule: str | None = field(
         default=None,
         metadata={
@@ -126,6 +144,28 @@ class SparseTrainingArguments(TrainingArguments):
                 raise ValueError("Reconstruction does not scale losses, which `fp16` needs. Use `bf16=True`.")
         self._check_retraining()
         self.pruning_pattern()
+        self.pruning_times()
+
+    def pruning_times(self) -> PruningSchedule | None:
+        """Return the schedule that `pruning_schedule` names, None for pruning once.
+
+        Raises:
+            ValueError: an unknown name, no sparsity to reach, or beside what knows one pruning only.
+        """
+        name = self.pruning_schedule
+        if name is None:
+            return None
+        if name not in PRUNING_SCHEDULES:
+            known = ", ".join(map(repr, PRUNING_SCHEDULES))
+            raise ValueError(f"`pruning_schedule` must be one of {known}, got {name!r}. Leave it out to prune once.")
+        if self.recovery == "reconstruct" or self.retraining_schedule or self.pruning_pattern() is None:
+            raise ValueError(
+                f"`pruning_schedule={name!r}` raises `sparsity` while training with `lr_scheduler_type`. Set "
+                "`sparsity`, and neither `retraining_schedule`, which begins after one pruning, nor reconstruction."
+            )
+        if name == "cubic":
+            return CubicSchedule(self.pruning_rounds, self.pruning_interval)
+        return PruningCycles(self.pruning_rounds)
 
     def _check_retraining(self) -> None:
         if self.retraining_schedule is None:
@@ -188,8 +228,10 @@ class SparseTrainingArguments(TrainingArguments):
 class SparseTrainer(Trainer):
     """`Trainer` for pruned models.
 
-    With `sparsity` or `pattern` in the arguments the model is pruned when training begins (`PruningCallback`). The
-    zeros it has from then on are checked at every log, before every save and at the end; every log holds `sparsity`.
+    With `sparsity` or `pattern` in the arguments the model is pruned when training begins, or step by step by the
+    `pruning_schedule` (`PruningCallback`). The zeros it has from then on are kept, those of weights that are trained
+    themselves too (`ZeroGuardCallback`), and checked at every log, before every save and at the end; every log holds
+    `sparsity`.
 
     With `retraining_schedule` the learning rates are those of `schedules`: η is what `learning_rate`,
     `lr_scheduler_type` and warm-up give over `original_steps`.
@@ -248,7 +290,9 @@ class SparseTrainer(Trainer):
             }
             measured = find_criterion(args.criterion)[1].needs or any(beside.values())
             calibration = self._calibration(1) if measured else None
-            self._pruning = PruningCallback(calibration=calibration, **self._pruning_options(), **beside)
+            self._pruning = PruningCallback(
+                schedule=args.pruning_times(), calibration=calibration, **self._pruning_options(), **beside
+            )
             self.add_callback(self._pruning)
         self.add_callback(ZeroGuardCallback(args.target_modules, args.exclude_modules))
 
@@ -263,7 +307,7 @@ class SparseTrainer(Trainer):
         """Prune if asked and not done yet, then train as `Trainer.train` does; or reconstruct."""
         if self.args.recovery == "reconstruct":
             return self._reconstruct(resume_from_checkpoint)
-        if self._pruning and self._pruning.report is None:
+        if self._pruning and self._pruning.schedule is None and self._pruning.report is None:
             # Before a checkpoint is loaded: on the weights that the first run pruned, trained biases included.
             self._pruning.prune(self.model, self.args.seed)
         return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -169,6 +169,14 @@ class SparseLoraLayer(BaseWeight):
         self._restore_unmerged()
         self.merged_adapters.clear()
 
+    def restart(self) -> None:
+        """Fold the active adapters into the base weight for good, and start them anew; their parameters stay."""
+        self.merge()
+        self._unmerged_weight = self._unmerged_layer = None
+        for name in self.merged_adapters:
+            self.reset_parameters(name, True)
+        self.merged_adapters.clear()
+
     # -- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
