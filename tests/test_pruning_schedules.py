@@ -150,6 +150,15 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, schedule, adapters
     assert round(sparsity(resumed.model), 3) == 0.75
 
 
+def test_a_base_that_cannot_be_pruned_as_before_is_refused_on_resuming(tmp_path):
+    options = {"sparsity": 0.75, "pruning_schedule": "cubic", "pruning_rounds": 3, "pruning_interval": 2}
+    options |= {"save_strategy": "steps", "save_steps": 2, "criterion": "wanda", "calibration_samples": 4}
+    args = arguments(tmp_path, **options)
+    SparseTrainer(adapt(), args, train_dataset=Samples(), callbacks=[StopAt(6)]).train()
+    with pytest.raises(ValueError, match="checkpoint was written with other zeros"):
+        SparseTrainer(adapt(), args, train_dataset=Samples()).train(resume_from_checkpoint=True)
+
+
 def test_cycles_with_adapters_through_the_arguments(tmp_path):
     options = {"sparsity": 0.75, "pruning_schedule": "cycles", "pruning_rounds": 2, "criterion": "wanda"}
     args = arguments(tmp_path, calibration_samples=4, **options)

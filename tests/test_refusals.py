@@ -266,10 +266,10 @@ def scheduled(method, original=(0.1, 0.1, 0.1), lr=0.1):
     return retraining_schedule(method, torch.optim.SGD([torch.zeros(1)], lr=lr), original, 3)
 
 
-def cycles(model, step=0):
+def cycles(model, step=0, **options):
     state = _State()
     state.global_step = step
-    PruningCallback(0.5, schedule=PruningCycles(2)).on_train_begin(None, state, None, model=model)
+    PruningCallback(0.5, schedule=PruningCycles(2)).on_train_begin(arguments(**options), state, None, model=model)
 
 
 class _State:
@@ -830,6 +830,11 @@ REFUSALS = [
         "merged and start anew, which 'base_model.model.model.layers.0.self_attn.q_proj', a Linear, cannot. Use MaskL",
     ),
     (lambda: cycles(adapted(), 3), ValueError, "The checkpoint is of cycle 2, .* Start over, or train the weights"),
+    (
+        lambda: cycles(adapted(), load_best_model_at_end=True, save_strategy="steps", save_steps=1, **EVALUATED),
+        ValueError,
+        "`load_best_model_at_end` may go back to a checkpoint of a lower sparsity, .* Set it to False",
+    ),
     (
         lambda: arguments(sparsity=0.5, pruning_schedule="linear"),
         ValueError,

@@ -52,9 +52,9 @@ class PruningCallback(TrainerCallback):
 
     Raises:
         TypeError: `prune` has no such argument.
-        ValueError: a schedule for what is no single sparsity. When training begins: a run too short for the schedule,
-            cycles with other adapters, or cycles resumed after the first, whose merged base no checkpoint of an
-            adapter holds.
+        ValueError: a schedule for what is no single sparsity. When training begins: a run too short for the schedule
+            or with `load_best_model_at_end`, cycles with other adapters, or cycles resumed after the first, whose
+            merged base no checkpoint of an adapter holds.
     """
 
     def __init__(
@@ -90,6 +90,11 @@ class PruningCallback(TrainerCallback):
             self._due = {step: wanted for step, wanted in due.items() if wanted}
             if self.schedule.restarts:
                 _check_restarts(model)
+            if args.load_best_model_at_end:
+                raise ValueError(
+                    "`load_best_model_at_end` may go back to a checkpoint of a lower sparsity, which the schedule "
+                    "left behind. Set it to False."
+                )
         elif self.report is not None:
             return
         past = [step for step in self._due if step <= state.global_step]
@@ -194,7 +199,10 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         for name, weight in self.trained.items():
-            weight.write_zeros(unpack(self.kept[name], torch.Size(weight.shape)))
+            matrix = weight.matrix()
+            # Half the time of filling where a mask says so, on CPUs.
+            kept = unpack(self.kept[name].to(matrix.device), matrix.shape).to(matrix.dtype)
+            weight.write(mask_(matrix.clone(), kept))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
