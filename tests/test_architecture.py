@@ -26,7 +26,7 @@ ORDER = [
     {"whole_model"},
     {"prune"},
     {"streaming", "structured"},
-    {"plan", "reconstruction"},
+    {"plan", "reconstruction", "schedules"},
     {"callbacks"},
     {"trainer"},
     {"__init__"},
