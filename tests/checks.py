@@ -1,5 +1,7 @@
 """Assertions shared by the tests: each raises, none returns a bool. And references made without the package's help."""
 
+import re
+
 import torch
 
 from peft_sparse.blocks import prunable_weights
@@ -81,3 +83,8 @@ def _between(experts, expert: int, rows: torch.Tensor) -> torch.Tensor:
     both = rows @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
     gate, up = both[:, ::2].clamp(max=7), both[:, 1::2].clamp(-7, 7)
     return (up + 1) * gate * (1.702 * gate).sigmoid()
+
+
+def named(value) -> str:
+    """Name a parameter the same in every process: without the addresses of functions."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))

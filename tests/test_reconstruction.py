@@ -32,7 +32,7 @@ from peft_sparse.reconstruction.fitting import Recipe, Step, fit, held_out_batch
 from peft_sparse.reconstruction.regions import Region, regions_of_blocks, regions_of_submodules
 from peft_sparse.reconstruction.work import showing_loss
 
-from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, inputs_by_hooks, zeros_of
+from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, inputs_by_hooks, named, zeros_of
 from conftest import SIZES, inputs_of, tiny
 
 
@@ -1053,7 +1053,7 @@ def warmed_up(optimizer, steps):
         {"holdout": 0.3},
         {"seed": 1},
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_run_with_other_arguments_is_not_resumed(state, changed):
     with pytest.raises(ValueError, match="state of a run with another arguments. Resume with the same"):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, prune, reconstruct, sparsity
 
-from checks import assert_same_weights, assert_same_zeros, zeros_of
+from checks import assert_same_weights, assert_same_zeros, named, zeros_of
 from conftest import tiny
 
 
@@ -171,7 +171,7 @@ def test_training_is_reconstruction_by_the_arguments(tmp_path):
             },
         ),
     ],
-    ids=str,
+    ids=named,
 )
 def test_every_argument_is_heeded(tmp_path, given, meant):
     trainer = trainer_of(tmp_path, **given)
@@ -400,7 +400,7 @@ def test_nothing_is_kept_where_nothing_is_to_be_saved(tmp_path):
         {"warmup_steps": 2},
         {"optim": "sgd"},
     ],
-    ids=str,
+    ids=named,
 )
 def test_resuming_with_other_arguments_is_refused(tmp_path, changed):
     trainer_of(tmp_path, save_strategy="steps", max_steps=1).train()

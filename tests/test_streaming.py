@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from peft_sparse import Criterion, prune, prune_checkpoint, sparsity, streaming
 from peft_sparse.blocks import find_blocks
 
-from checks import assert_same_weights
+from checks import assert_same_weights, named
 from conftest import FAMILIES, VOCABULARY, inputs_of, tiny
 
 
@@ -317,7 +317,7 @@ def test_a_broken_weight_is_found_when_its_block_is_read(llama, tokens, tmp_path
         {"pattern": "2:5"},
         {"target_modules": ["lm_head"]},
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_written(llama, tmp_path, options):
     source = saved(llama, tmp_path / "source")
