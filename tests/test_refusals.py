@@ -5,6 +5,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -33,6 +34,7 @@ from peft_sparse import (
     prune_structured,
     reconstruct,
     sample_sequences,
+    streaming,
 )
 from peft_sparse.allocation import allocate
 from peft_sparse.callbacks import ZeroGuardCallback, _compare
@@ -138,6 +140,11 @@ def streamed(model=None, edit=None, original=False, **options):
         if edit is not None:
             edit(Path(folder))
         prune_checkpoint(source, Path(folder) / "pruned", 0.5, **options)
+
+
+def streamed_by_two():
+    with mock.patch.object(streaming, "PartialState", lambda: SimpleNamespace(num_processes=2)):
+        streamed()
 
 
 def occupy(folder):
@@ -402,6 +409,7 @@ REFUSALS = [
         ValueError,
         "Reconstruction prunes region by region, by the criterion alone. Drop `allocation`",
     ),
+    (streamed_by_two, ValueError, "Streaming writes one output, got 2 processes .* Run it in one process"),
     (lambda: prune(llama(), {}), ValueError, "`pattern` is an empty dict, which prunes nothing"),
     (lambda: prune(llama(), {"*.q_proj": 0.5}), ValueError, r"'\*.q_proj' in `pattern` is no regular expression"),
     (lambda: prune(llama(), {"x_proj": 0.5}), ValueError, "'x_proj' in `pattern` matches no weight .* end in q_proj"),

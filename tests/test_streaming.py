@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import json
 import weakref
@@ -9,7 +10,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from peft_sparse import Criterion, prune, prune_checkpoint, sparsity, streaming
+from peft_sparse import Criterion, prune, prune_checkpoint, reconstruct_checkpoint, sparsity, streaming
 from peft_sparse.blocks import find_blocks
 
 from checks import assert_same_weights, named
@@ -262,6 +263,27 @@ def test_never_more_than_one_block_is_in_memory(family, calibrated, emptied, tmp
     prune_checkpoint(source, tmp_path / "pruned", 0.5, criterion=mine, calibration=calibration)
     assert list(dict.fromkeys(moments)) == list(find_blocks(emptied[0]))
     assert loaded_blocks(emptied[0]) == []
+
+
+@pytest.mark.parametrize("options", [{"region": "submodule"}, {"region": 2}, {"mode": "DD"}, {"mode": "SD"}])
+def test_reconstruction_drops_its_windows_on_the_way(options, tmp_path, monkeypatch):
+    source = saved(tiny("llama"), tmp_path / "source")
+    load, weights = streaming.StreamedModel.load, []
+    window = options["region"] if isinstance(options.get("region"), int) else 1
+
+    def loads(self, part):
+        gc.collect()
+        alive = {block for block, weight in weights if weight() is not None}
+        assert len(alive - {part}) < window, f"{alive} are in memory while {part} is loaded"
+        load(self, part)
+        if part != streaming.OUTSIDE:
+            weights.extend((part, weakref.ref(weight)) for weight in self.blocks[part].parameters())
+
+    monkeypatch.setattr(streaming.StreamedModel, "load", loads)
+    reconstruct_checkpoint(
+        source, tmp_path / "sparse", calibration_of("llama"), pattern=0.5, criterion="wanda", max_steps=1, **options
+    )
+    assert weights
 
 
 # -- what goes wrong on the way ---------------------------------------------------------------------------------------

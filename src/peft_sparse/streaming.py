@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 import transformers
-from accelerate import init_empty_weights
+from accelerate import PartialState, init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -155,9 +155,14 @@ class StreamedModel:
 
         Raises:
             ValueError: a checkpoint that lacks a parameter of a block under the model's name; a task that needs the
-                whole model; more than one stack of blocks.
+                whole model; more than one stack of blocks; more than one process.
         """
         _check_streamable(self.model, task)
+        if PartialState().num_processes > 1:
+            raise ValueError(
+                f"Streaming writes one output, got {PartialState().num_processes} processes that would write it. Run "
+                "it in one process; what it saves loads in any number."
+            )
         missing = [n for n in self.parameters if block_of(n, self.blocks) and n not in self.files]
         if missing:
             raise ValueError(

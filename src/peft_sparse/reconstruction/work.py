@@ -47,6 +47,8 @@ class Reconstruction:
     progress: Progress
     on_region: Callable[[RegionReport], None] | None
     reports: dict[int, list[RegionReport]] = field(default_factory=dict)
+    count: int = 0
+    # Only where processes share them: a region holds its weights, which streaming is to drop.
     regions: list[Region] = field(default_factory=list)
     on_step: Callable[[Step], None] | None = None
 
@@ -110,8 +112,9 @@ class Reconstruction:
         if teacher is not None:
             teachers = self._regions_of(window, {name: teacher[name] for name in window.blocks})
         for region, taught_by in zip(regions, teachers, strict=True):
-            number = len(self.regions)
-            self.regions.append(region)
+            number, self.count = self.count, self.count + 1
+            if self._shared:
+                self.regions.append(region)
             weights = {name: weight for name, weight in self.task.weights.items() if region.holds(weight.storage)}
             finished = self.progress.load(number)
             mine = finished is None and self._mine(number)
@@ -260,14 +263,18 @@ class Reconstruction:
     def _mine(self, number: int) -> bool:
         """Tell whether this process fits region `number`; unless regions are independent, each process fits all."""
         state = PartialState()
-        return self.mode != "DD" or number % state.num_processes == state.process_index
+        return not self._shared or number % state.num_processes == state.process_index
+
+    @property
+    def _shared(self) -> bool:
+        """Whether regions are shared out among processes."""
+        return self.mode == "DD" and PartialState().num_processes > 1
 
     def _share_out(self) -> None:
         """Give every process the regions that the others fitted."""
-        state = PartialState()
-        if self.mode != "DD" or state.num_processes == 1:
+        if not self._shared:
             return
-        weights = self.task.weights
+        state, weights = PartialState(), self.task.weights
         mine = {
             number: self._notes(number, {n: w for n, w in weights.items() if self.regions[number].holds(w.storage)})
             for number in self.reports
