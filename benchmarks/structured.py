@@ -46,9 +46,9 @@ RATIOS = (0.2, 0.3, 0.5)
 WAYS: dict[str, tuple[dict[str, Any], bool]] = {
     "FLAP": ({}, False),
     "FLAP, not compensated": ({"compensate": False}, False),
+    "FLAP, reconstructed": ({}, True),
     "Wanda-sp": ({"metric": "wanda_sp", "structure": "ul-um", "compensate": False}, False),
     "FLAP, layers equally wide": ({"structure": "ul-um"}, False),
-    "FLAP, reconstructed": ({}, True),
 }
 
 

@@ -143,7 +143,7 @@ def streamed(model=None, edit=None, original=False, **options):
 
 
 def streamed_by_two():
-    with mock.patch.object(streaming, "PartialState", lambda: SimpleNamespace(num_processes=2)):
+    with mock.patch.object(streaming, "PartialState", return_value=SimpleNamespace(num_processes=2)):
         streamed()
 
 
