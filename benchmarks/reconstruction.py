@@ -329,7 +329,7 @@ def plot(args: argparse.Namespace) -> None:
     result = json.loads(Path(args.result).read_text())
     rows = [row for row in result["rows"] if (row["criterion"], row["pattern"]) == ("wanda", "0.5")]
     dense = next(row["perplexity"] for row in result["rows"] if row["recovery"] == "dense")
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (label, key, unit) in zip(
         axes,
@@ -338,13 +338,12 @@ def plot(args: argparse.Namespace) -> None:
     ):
         for row in rows:
             name = " ".join(str(row[k]) for k in ("recovery", "tuner", "region", "mode", "times") if k in row)
-            axis.plot(row[key] / unit, row["perplexity"], "o")
-            axis.annotate(name, (row[key] / unit, row["perplexity"]), fontsize="x-small", xytext=(4, 4),
-                          textcoords="offset points")  # fmt: skip
+            axis.plot(row[key] / unit, row["perplexity"], "o", label=name)
         axis.axhline(dense, linestyle=":", color="grey")
         axis.set(xlabel=label)
     axes[0].set(ylabel="perplexity, WikiText-2", title="SmolLM2-135M-Instruct, Wanda, half of the weights")
-    figure.savefig(args.output, dpi=120)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    figure.savefig(args.output, dpi=110)
 
 
 def main() -> None:
