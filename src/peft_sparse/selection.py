@@ -10,6 +10,7 @@ from torch import Tensor
 from .criteria import CRITERIA, Criterion, Statistics
 from .least_squares import masked_least_squares
 from .masks import mask_of, select
+from .refinement import find_refinement
 from .sparsegpt import sparsegpt
 from .statistics import BlockStatistics, relative_error, warn_of_few_tokens
 from .tasks import PruningTask, zero_counts
@@ -31,7 +32,7 @@ def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: B
                 chosen = matrix * mask if solution is None else solution
                 task.errors_selected[name] = relative_error(before, rows @ chosen.T.float())
             if task.refinement is not None:
-                mask = task.refinement.function(matrix, mask, statistics, pattern)
+                mask = find_refinement(task.refinement).function(matrix, mask, statistics, pattern)
             if task.update:
                 assert statistics.hessian is not None
                 solution = masked_least_squares(matrix, mask, statistics.hessian, start=solution)

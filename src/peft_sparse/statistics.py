@@ -4,14 +4,16 @@ Inputs that several weights share, such as those of the query, key and value pro
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from .calibration import Batch, BlockRunner, Call
+from .calibration import Activations, Batch, BlockRunner, Call, Residence, stack_runners
 from .criteria import Need, Statistics
 from .observing import observed
 from .weights import WeightView
@@ -118,6 +120,33 @@ def measure(
         ValueError: as `measure_inputs`.
     """
     return measure_inputs(model, weights, needs, len(runner.batches), partial(runner.run, index))
+
+
+def measured_blocks(
+    model: nn.Module,
+    inputs: list[dict[str, Any]],
+    inside: Callable[[str], dict[str, WeightView]],
+    needs: tuple[Need, ...],
+    activations: Activations,
+    residence: Residence,
+) -> Iterator[tuple[str, BlockStatistics]]:
+    """Yield each weight's name with the statistics of its block, block by block, measured on the model as it is.
+
+    Args:
+        inside: block -> the weights to measure in it.
+
+    Raises:
+        ValueError: as `measure_inputs`.
+    """
+    for runner in stack_runners(model, inputs, activations=activations, residence=residence):
+        for index, block in enumerate(tqdm(runner.names, desc="measuring", unit="block", disable=None)):
+            weights = inside(block)
+            with runner.resident(index):
+                if weights:
+                    measured = measure(model, runner, index, weights, needs)
+                    yield from ((name, measured) for name in weights)
+                if index < len(runner.names) - 1:
+                    runner.advance(index)
 
 
 def measure_inputs(

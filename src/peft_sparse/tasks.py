@@ -13,7 +13,7 @@ from .blocks import Targets, base_layer, base_model, block_of, find_blocks, prun
 from .calibration import Calibration, sequences_in
 from .criteria import Criterion, Need, Score, Statistics, find_criterion
 from .masks import GROUPS, Group, Pattern, SemiStructured, mask_of, parse_pattern
-from .refinement import Refinement, find_refinement
+from .refinement import find_refinement
 from .report import PruningReport, WeightReport, peak_memory
 from .statistics import BlockStatistics
 from .weights import WeightView, to_host
@@ -35,8 +35,7 @@ class PruningTask:
     weights: dict[str, WeightView]
     by_block: dict[str | None, list[str]]
     allocation: Allocation | Mapping[str, float] | None = None
-    refined_by: str | None = None
-    refinement: Refinement | None = None
+    refinement: str | None = None
     update: bool = False
     gradients: dict[str, Tensor] = field(default_factory=dict)
     sequences: int = 0
@@ -48,7 +47,7 @@ class PruningTask:
     @property
     def needs(self) -> tuple[Need, ...]:
         """Which statistics criterion, refinement and update ask for."""
-        refined = () if self.refinement is None else self.refinement.needs
+        refined = () if self.refinement is None else find_refinement(self.refinement).needs
         return tuple(dict.fromkeys((*self.rule.needs, *refined, *(("hessian",) if self.update else ()))))
 
     def inside(self, block: str | None) -> dict[str, WeightView]:
@@ -75,7 +74,7 @@ class PruningTask:
             pattern=self.pattern,
             group=None if own_group else self.group,
             allocation=self.allocation if isinstance(self.allocation, str | None) else "given",
-            refinement=self.refined_by,
+            refinement=self.refinement,
             update=self.update,
             sparsity=share(counts.values()),
             seconds=seconds,
@@ -114,7 +113,8 @@ def plan_pruning(
     if group is not None and group not in GROUPS:
         raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {group!r}.")
     name, rule = find_criterion(criterion)
-    refined = None if refinement is None else find_refinement(refinement)
+    if refinement is not None:
+        find_refinement(refinement)
     weights = prunable_weights(model, target_modules, exclude_modules)
     patterns = patterns_by_name(pattern, weights)
     weights = {name: weights[name] for name in patterns}
@@ -127,7 +127,7 @@ def plan_pruning(
     for weight in weights:
         by_block.setdefault(block_of(weight, blocks), []).append(weight)
     task = PruningTask(
-        name, rule, _spell(pattern), patterns, chosen, weights, by_block, allocation, refinement, refined, update
+        name, rule, _spell(pattern), patterns, chosen, weights, by_block, allocation, refinement, update
     )
     _check_allocation(task, per_layer=isinstance(pattern, Mapping))
     _check_afterwards(task)

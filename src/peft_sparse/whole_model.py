@@ -6,39 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .allocation import Allocation, allocate, owl_semi_structured
 from .blocks import block_of, find_blocks
-from .calibration import Activations, Residence, stack_runners
-from .criteria import Need, Statistics
+from .calibration import Activations, Residence
 from .masks import Pattern, SemiStructured, Unstructured, select_across
 from .selection import scores_of
-from .statistics import measure
+from .statistics import measured_blocks
 from .tasks import PruningTask, values_by_name
 from .weights import WeightView
-
-
-def measured_as_it_is(
-    model: nn.Module,
-    task: PruningTask,
-    inputs: list[dict[str, Any]],
-    needs: tuple[Need, ...],
-    activations: Activations,
-    residence: Residence,
-) -> dict[str, Statistics]:
-    """Return the statistics of all weights of `task`, measured on the model before anything is pruned."""
-    known: dict[str, Statistics] = {}
-    for runner in stack_runners(model, inputs, activations=activations, residence=residence):
-        for index, block in enumerate(tqdm(runner.names, desc="measuring", unit="block", disable=None)):
-            weights = task.inside(block)
-            with runner.resident(index):
-                if weights:
-                    measured = measure(model, runner, index, weights, needs)
-                    known |= {name: task.statistics(name, measured) for name in weights}
-                if index < len(runner.names) - 1:
-                    runner.advance(index)
-    return known
 
 
 def allocated_patterns(
@@ -58,8 +34,8 @@ def allocated_patterns(
     place = {name: block for block, names in task.by_block.items() for name in names}
     norms: dict[str, Tensor] | None = None
     if allocation == "owl" and inputs is not None:
-        measured = measured_as_it_is(model, task, inputs, ("inputs",), activations, residence)
-        norms = {name: known.input_norm for name, known in measured.items() if known.input_norm is not None}
+        measured = measured_blocks(model, inputs, task.inside, ("inputs",), activations, residence)
+        norms = {name: block.inputs[name].input_norm for name, block in measured}
     if isinstance(pattern, SemiStructured):
         return dict(owl_semi_structured(task.weights, pattern, blocks=place, input_norms=norms))
     method = allocation if isinstance(allocation, str) else values_by_name(allocation, task.weights, "allocation")
@@ -80,7 +56,8 @@ def prune_across(
     blocks = find_blocks(model)
     known = {name: task.statistics(name, None) for name in task.weights}
     if inputs is not None:
-        known |= measured_as_it_is(model, task, inputs, task.needs, activations, residence)
+        measured = measured_blocks(model, inputs, task.inside, task.needs, activations, residence)
+        known |= {name: task.statistics(name, block) for name, block in measured}
     pattern = next(iter(task.patterns.values()))
     assert isinstance(pattern, Unstructured)
     seed = torch.initial_seed()

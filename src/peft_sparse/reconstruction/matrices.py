@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..least_squares import masked_least_squares
 from ..masks import mask_of
+from ..refinement import row_error
 from ..selection import prune_weights
 from ..statistics import BlockStatistics
 from ..tasks import PruningTask
@@ -52,7 +54,6 @@ def solve_matrices(
 
 def _matrix_error(dense: Tensor, weight: Tensor, hessian: Tensor) -> float:
     """Return ||(W' - W)X|| / ||WX|| from XᵀX."""
-    difference = (weight - dense).to(hessian)
-    error = ((difference @ hessian) * difference).sum()
-    size = ((dense.to(hessian) @ hessian) * dense.to(hessian)).sum()
-    return math.sqrt(max(float(error / size), 0.0)) if float(size) else 0.0
+    nothing = torch.zeros_like(dense, dtype=torch.bool)
+    error, size = (float(row_error(dense, other, hessian).sum()) for other in (weight, nothing))
+    return math.sqrt(max(error / size, 0.0)) if size else 0.0

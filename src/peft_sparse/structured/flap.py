@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..blocks import base_model
@@ -21,11 +20,10 @@ from ..calibration import (
     check_activations,
     evaluation_mode,
     on_device,
-    stack_runners,
 )
 from ..criteria import Statistics
 from ..report import peak_memory
-from ..statistics import measure
+from ..statistics import measured_blocks
 from ..tasks import check_finite
 from ..units import Units, check_loaded, find_units
 from ..weights import WeightView
@@ -125,17 +123,13 @@ def _measured(
     model: nn.Module, sets: list[Units], inputs: list[dict[str, Any]], activations: Activations, residence: Residence
 ) -> dict[str, Statistics]:
     """Return the statistics of every output layer's inputs in the dense model, by name."""
-    statistics: dict[str, Statistics] = {}
+
+    def inside(block: str) -> dict[str, WeightView]:
+        return {units.output_name: WeightView(units.output) for units in sets if units.block == block}
+
     with evaluation_mode(model):
-        for runner in stack_runners(model, inputs, activations=activations, residence=residence):
-            for index, block in enumerate(tqdm(runner.names, desc="measuring", unit="block", disable=None)):
-                weights = {units.output_name: WeightView(units.output) for units in sets if units.block == block}
-                with runner.resident(index):
-                    measured = measure(model, runner, index, weights, ("inputs", "moments"))
-                    statistics |= {name: measured.of(name) for name in weights}
-                    if index < len(runner.names) - 1:
-                        runner.advance(index)
-    return statistics
+        measured = measured_blocks(model, inputs, inside, ("inputs", "moments"), activations, residence)
+        return {name: block.of(name) for name, block in measured}
 
 
 @torch.no_grad()
