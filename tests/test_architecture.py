@@ -27,7 +27,7 @@ ORDER = [
     {"prune"},
     {"streaming", "structured"},
     {"plan", "reconstruction", "schedules"},
-    {"callbacks"},
+    {"callbacks", "arguments"},
     {"trainer"},
     {"__init__"},
 ]

@@ -10,22 +10,15 @@ from peft_sparse import (
     MaskLoRAConfig,
     PruningCallback,
     SparseTrainer,
-    SparseTrainingArguments,
     ZeroGuardCallback,
     prune,
     sparsity,
 )
 from peft_sparse.blocks import prunable_weights
+from training import StopAt, arguments
 
 from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, zeros_of
 from conftest import Samples, tiny
-
-
-def arguments(path, kind=SparseTrainingArguments, **kwargs):
-    defaults = {"max_steps": 6, "logging_steps": 2, "save_strategy": "no", "report_to": "none", "learning_rate": 1e-2}
-    return kind(
-        str(path), use_cpu=True, dataloader_pin_memory=False, per_device_train_batch_size=4, **(defaults | kwargs)
-    )
 
 
 class Watch(TrainerCallback):
@@ -141,14 +134,6 @@ def test_momentum_of_newly_pruned_entries_is_cleared(tmp_path):
     found = list(momenta(trainer))
     assert len(found) == 3 * 21
     assert all((state[zeros] == 0).all() and state.any() for _, zeros, state in found)
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "sparsegpt"])

@@ -1,5 +1,7 @@
 """Pruning on the way: the sparsity rises by a schedule, zeros stay, adapters start anew in each cycle."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -12,22 +14,18 @@ from peft_sparse import (
     PruningCycles,
     ScaledLoRAConfig,
     SparseTrainer,
-    SparseTrainingArguments,
     ZeroGuardCallback,
     prune,
     sparsity,
 )
 from peft_sparse.callbacks import restart_adapters
+from training import StopAt, arguments
 
 from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, zeros_of
 from conftest import Samples, tiny
 
 
-def arguments(path, kind=SparseTrainingArguments, **kwargs):
-    defaults = {"max_steps": 12, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "learning_rate": 1e-2}
-    return kind(
-        str(path), use_cpu=True, dataloader_pin_memory=False, per_device_train_batch_size=4, **(defaults | kwargs)
-    )
+arguments = partial(arguments, max_steps=12, logging_steps=1)
 
 
 def adapt(config=MaskLoRAConfig, model=None, **kwargs):
@@ -47,14 +45,6 @@ class Watch(TrainerCallback):
             assert_zeros_kept(model, self.zeros)
         self.zeros = zeros_of(model)
         self.sparsities.append(round(sparsity(model), 3))
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
 
 
 def test_the_cubic_schedule_is_the_papers():

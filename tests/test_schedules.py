@@ -1,11 +1,13 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from peft_sparse import SparseTrainer, SparseTrainingArguments, ZeroGuardCallback, prune
+from peft_sparse import SparseTrainer, ZeroGuardCallback, prune
 from peft_sparse.schedules import RETRAINING, norm_drop, retraining_schedule
+from training import arguments
 
 from conftest import Samples, tiny
 
@@ -82,11 +84,7 @@ def test_groups_keep_their_ratio_to_the_optimizers_rate():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.02])
 
 
-def arguments(path, kind=SparseTrainingArguments, **kwargs):
-    defaults = {"max_steps": 5, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "learning_rate": 0.1}
-    return kind(
-        str(path), use_cpu=True, dataloader_pin_memory=False, per_device_train_batch_size=4, **(defaults | kwargs)
-    )
+arguments = partial(arguments, max_steps=5, logging_steps=1, learning_rate=0.1)
 
 
 def logged(trainer):

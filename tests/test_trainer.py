@@ -9,12 +9,12 @@ from peft_sparse import (
     MaskLoRAConfig,
     PruningCallback,
     SparseTrainer,
-    SparseTrainingArguments,
     ZeroGuardCallback,
     prune,
     sparsity,
 )
 from peft_sparse.criteria import CRITERIA
+from training import StopAt, arguments
 
 from checks import assert_same_zeros, zeros_of
 from conftest import Samples, tiny
@@ -26,13 +26,6 @@ def adapted(**kwargs):
 
 def adapt(model, **kwargs):
     return get_peft_model(model, MaskLoRAConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **kwargs))
-
-
-def arguments(path, **kwargs):
-    defaults = {"max_steps": 6, "logging_steps": 2, "save_strategy": "no", "report_to": "none", "learning_rate": 1e-2}
-    return SparseTrainingArguments(
-        str(path), use_cpu=True, dataloader_pin_memory=False, per_device_train_batch_size=4, **(defaults | kwargs)
-    )
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -71,14 +64,6 @@ def test_the_first_training_samples_are_measured(tmp_path, criterion):
     expected = tiny("llama")
     prune(expected, 0.5, criterion=criterion, calibration=samples.tokens[:5])
     assert_same_zeros(model, zeros_of(expected))
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

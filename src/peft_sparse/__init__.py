@@ -8,6 +8,7 @@
 Importing the package registers its tuners with PEFT.
 """
 
+from .arguments import SparseTrainingArguments
 from .callbacks import PruningCallback, ZeroGuardCallback
 from .criteria import Criterion, Statistics
 from .evaluation import perplexity
@@ -19,7 +20,7 @@ from .schedules import CubicSchedule, PruningCycles
 from .streaming import prune_checkpoint
 from .structured import compact, prune_structured
 from .text import pack_sequences, sample_sequences
-from .trainer import SparseTrainer, SparseTrainingArguments
+from .trainer import SparseTrainer
 from .tuners import MaskLoRAConfig, ScaledLoRAConfig
 
 
