@@ -1,0 +1,270 @@
+r"""What to retrain after pruning, at equal tokens: perplexity, tokens per second and peak memory of every way.
+
+    python benchmarks/retraining.py --calibration-file c4.jsonl.gz --evaluation-file wikitext2-test.raw.gz \
+        --output benchmarks/results/retraining-smollm2-cpu.json
+    python benchmarks/retraining.py --parts distillation ... (adds the rows of other parts to the same file)
+
+SmolLM2-135M-Instruct, pruned by magnitude, every layer alike. ways: PERP's table (Zimmer et al. 2023,
+arXiv:2312.15230, table 13) transposed: norms, output head, MaskLoRA, ScaledLoRA, LoRA-Prune, LoRA that stays
+unmerged, all weights. Biases have no row: the model has none. cycles: iterative magnitude pruning against one shot.
+distillation: the dense model's logits or hidden states beside the task loss. Each way has the learning rate that is
+better on held-out training text after a short run, of two, at the first sparsity.
+
+A row is of one training run, in one process with the others: the peak of resident memory is reset before it, with the
+model loaded. On a busy machine compare tokens per CPU second, which other processes change least. Text as in
+benchmarks/criteria.py.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_sparse import (
+    MaskLoRAConfig,
+    ScaledLoRAConfig,
+    SparseTrainer,
+    SparseTrainingArguments,
+    pack_sequences,
+    perplexity,
+    prune,
+    sparsity,
+)
+from peft_sparse.blocks import norm_names
+from peft_sparse.report import environment
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from criteria import described, documents, rows_of_earlier_run
+from reconstruction import peak_resident, reset_peak
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from demo import smollm2_dir
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is trained, and the learning rates to choose among: Adam moves an entry by about its rate per step."""
+
+    attach: Callable[[Any], Any]
+    rates: tuple[float, float]
+
+
+def adapter(kind: Any, **options: Any) -> Callable[[Any], Any]:
+    return lambda model: get_peft_model(
+        model, kind(r=16, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    )
+
+
+def norms(model: Any) -> Any:
+    model.requires_grad_(False)
+    for name in norm_names(model):
+        model.get_submodule(name).requires_grad_(True)
+    return model
+
+
+def head(model: Any) -> Any:
+    # SmolLM2 ties it to the embedding: trained alone, it is a copy.
+    model.requires_grad_(False)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    return model
+
+
+ADDITIVE, MULTIPLICATIVE, WEIGHTS = (2e-3, 6e-3), (1e-2, 3e-2), (3e-4, 1e-3)
+WAYS = {
+    "MaskLoRA": Way(adapter(MaskLoRAConfig, lora_alpha=32), ADDITIVE),
+    "full": Way(lambda model: model, WEIGHTS),
+    "LoRA, unmerged": Way(adapter(LoraConfig, lora_alpha=32), ADDITIVE),
+    "norms": Way(norms, MULTIPLICATIVE),
+    "ScaledLoRA": Way(adapter(ScaledLoRAConfig), MULTIPLICATIVE),
+    "LoRA-Prune": Way(adapter(MaskLoRAConfig, lora_alpha=32, masking="merge"), ADDITIVE),
+    "head": Way(head, WEIGHTS),
+}
+PARTS = ("ways", "cycles")
+
+
+class Benchmark:
+    """The rows so far, and how one more comes about."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
+        text, evaluation_text = documents(args)
+        packed = pack_sequences(text, tokenizer, args.length)
+        self.args = args
+        self.train, self.held_out = packed[: args.sequences], packed[-args.held_out :]
+        self.evaluation = pack_sequences([evaluation_text], tokenizer, 1024, separator="")[: args.windows]
+        self.settings = {
+            **described(args, text, evaluation_text, self.train, self.evaluation),
+            "held_out_sequences": args.held_out,
+            "batch_size": args.batch_size,
+            "sweep_steps": args.sweep_steps,
+            "rates": {name: list(way.rates) for name, way in WAYS.items()},
+        }
+        self.rows = rows_of_earlier_run(Path(args.output), self.settings)
+
+    def row(self, part: str, name: str, work: Callable[[], dict[str, Any]], **options: Any) -> dict[str, Any]:
+        """Return the row of an earlier run, or that of `work`, written at once."""
+        wanted = {"part": part, "way": name, **options}
+        for done in self.rows:
+            if all(done.get(key) == value for key, value in wanted.items()):
+                return done
+        self.rows.append({**wanted, **work()})
+        print(self.rows[-1], flush=True)
+        result = {"rows": self.rows, **self.settings, "environment": environment()}
+        Path(self.args.output).write_text(json.dumps(result, indent=2) + "\n")
+        return self.rows[-1]
+
+    def rate(self, name: str) -> float:
+        """Return the learning rate of a way: of its two the better on held-out text, after a few steps."""
+        level, steps = self.args.sparsities[0], self.args.sweep_steps
+
+        def short(rate: float) -> dict[str, Any]:
+            model = train(WAYS[name].attach(pruned(level)), self.train, self.args, rate, max_steps=steps)[0]
+            return {"held_out_perplexity": finite_perplexity(merged(model), self.held_out)}
+
+        rows = [
+            self.row("sweep", name, lambda rate=rate: short(rate), sparsity=level, learning_rate=rate)
+            for rate in WAYS[name].rates
+        ]
+        return min(rows, key=lambda row: row["held_out_perplexity"] or float("inf"))["learning_rate"]
+
+    def trained(self, name: str, level: float, *, on_the_way: bool = False, **options: Any) -> dict[str, Any]:
+        """Train one way with everything and evaluate what is left of it: the merged model, where it merges."""
+        rate = self.rate(name)
+        model = WAYS[name].attach(dense() if on_the_way else pruned(level))
+        if on_the_way:
+            options |= {"sparsity": level, "pruning_schedule": "cycles"}
+        model, costs = train(model, self.train, self.args, rate, **options)
+        counts = [p.numel() for p in model.parameters() if p.requires_grad]
+        model = merged(model)
+        return {
+            "learning_rate": rate,
+            "perplexity": finite_perplexity(model, self.evaluation),
+            "sparsity_reached": sparsity(model),
+            "trainable_parameters": sum(counts),
+            **costs,
+        }
+
+    def ways(self) -> None:
+        """Every way at every sparsity, those that matter most first."""
+        for level in self.args.sparsities:
+            self.row("ways", "pruned", lambda level=level: self.untrained(level), sparsity=level)
+            for name in WAYS:
+                work = lambda name=name, level=level: self.trained(name, level)  # noqa: E731
+                self.row("ways", name, work, sparsity=level)
+
+    def cycles(self) -> None:
+        """Iterative magnitude pruning against one shot, same tokens; the learning rate restarts in every cycle."""
+        level = self.args.cycles_sparsity
+        self.row("cycles", "pruned", lambda: self.untrained(level), sparsity=level)
+        for name in ("MaskLoRA", "full"):
+            for count in (1, 3):
+                options: dict[str, Any] = {
+                    "pruning_rounds": count,
+                    "lr_scheduler_type": "cosine_with_restarts",
+                    "lr_scheduler_kwargs": {"num_cycles": count},
+                }
+                work = lambda name=name, o=options: self.trained(name, level, on_the_way=True, **o)  # noqa: E731
+                self.row("cycles", name, work, sparsity=level, cycles=count)
+
+    def untrained(self, level: float) -> dict[str, Any]:
+        model = pruned(level) if level else dense()
+        return {
+            "perplexity": finite_perplexity(model, self.evaluation),
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
+
+
+def dense() -> Any:
+    return AutoModelForCausalLM.from_pretrained(smollm2_dir())
+
+
+def pruned(level: float) -> Any:
+    model = dense()
+    prune(model, level)
+    return model
+
+
+def merged(model: Any) -> Any:
+    """Return what is served: merged, but for a dense LoRA, whose merge would fill the zeros."""
+    unmergeable = isinstance(model, PeftModel) and model.active_peft_config.peft_type == "LORA"
+    return model.merge_and_unload() if isinstance(model, PeftModel) and not unmergeable else model
+
+
+def finite_perplexity(model: nn.Module, sequences: Tensor) -> float | None:
+    """Return the perplexity, None where a learning rate was so high that it is not finite."""
+    try:
+        return perplexity(model, sequences)
+    except (ValueError, OverflowError):
+        return None
+
+
+def train(
+    model: Any, tokens: Tensor, args: argparse.Namespace, rate: float, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Train for one pass over `tokens`, or `max_steps`; return the model, and time and memory of that alone."""
+    linear: dict[str, Any] = {"num_train_epochs": 1, "warmup_steps": 0.1, "lr_scheduler_type": "linear"}
+    with tempfile.TemporaryDirectory() as folder:
+        training = SparseTrainingArguments(
+            folder, per_device_train_batch_size=args.batch_size, learning_rate=rate, weight_decay=0.0,
+            use_cpu=not torch.cuda.is_available(), report_to="none", save_strategy="no", seed=args.seed,
+            logging_steps=1000, dataloader_pin_memory=False, disable_tqdm=True, **(linear | options),
+        )  # fmt: skip
+        data = [{"input_ids": row, "labels": row} for row in tokens]
+        trainer = SparseTrainer(model, training, train_dataset=data)
+        gc.collect()
+        # Or what earlier rows freed still counts.
+        ctypes.CDLL(None).malloc_trim(0)
+        reset_peak()
+        started, cpu_started = time.perf_counter(), time.process_time()
+        trainer.train()
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    count = trainer.state.global_step * args.batch_size * tokens.shape[1]
+    return model, {
+        "tokens": count,
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "tokens_per_second": count / seconds,
+        "tokens_per_cpu_second": count / cpu_seconds,
+        "peak_bytes": peak_resident(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration-file", help="training text: gzipped JSON lines with a field text")
+    parser.add_argument("--evaluation-file", help="gzipped raw text, such as WikiText-2's test split")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--sequences", type=int, default=64, help="training sequences, each seen once")
+    parser.add_argument("--length", type=int, default=128, help="tokens of each")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--held-out", type=int, default=8, help="last sequences of the text, to choose rates on")
+    parser.add_argument("--sweep-steps", type=int, default=6, help="steps to choose a rate after")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
+    parser.add_argument("--cycles-sparsity", type=float, default=0.8)
+    parser.add_argument("--windows", type=int, default=4, help="evaluation windows of 1,024 tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", required=True)
+    args = parser.parse_args()
+    benchmark = Benchmark(args)
+    benchmark.row("dense", "dense", lambda: benchmark.untrained(0.0))
+    for part in args.parts:
+        getattr(benchmark, part)()
+
+
+if __name__ == "__main__":
+    main()
