@@ -326,14 +326,74 @@ def test_small_gradients_survive_half_precision(llama, tokens):
         torch.testing.assert_close(found[name], total, rtol=0.1, atol=float(total.max()) / 20)
 
 
+# -- what is not computed ---------------------------------------------------------------------------------------------
+
+
+def counting(layers):
+    """Count the calls of `layers`, by name, without changing what they are."""
+    counts = dict.fromkeys(layers, 0)
+
+    def count(name):
+        def hook(module, args):
+            counts[name] += 1
+
+        return hook
+
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(count(name))
+    return counts
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_block_stops_when_its_last_input_is_seen_unless_someone_waits_for_its_outputs(llama, tokens, stops):
+    mlp = llama.model.layers[0].mlp
+    runner = next(stack_runners(llama, [{"input_ids": row[None]} for row in tokens]))
+    weights = prunable_weights(llama, r".*layers\.0\..*(q|k|v|up|gate)_proj")
+    if not stops:
+        mlp.register_forward_hook(lambda *args: None)
+    counts = counting({"gate": mlp.gate_proj, "act": mlp.act_fn, "down": mlp.down_proj})
+    statistics = measure(llama, runner, 0, weights, ("inputs",))
+    assert counts["gate"] == 6
+    # The first batch tells what is called how often.
+    assert counts["down"] == (1 if stops else 6)
+    assert statistics.of("model.layers.0.mlp.up_proj").tokens == tokens.numel()
+
+
+def test_a_layer_that_is_called_twice_is_seen_both_times(llama, tokens):
+    mlp = llama.model.layers[0].mlp
+    run = type(mlp).forward
+    mlp.__class__ = type("Twice", (type(mlp),), {"forward": lambda self, x: run(self, run(self, x))})
+    batches = [{"input_ids": row[None]} for row in tokens]
+    assert_measures(measured(llama, batches), inputs_by_hooks(llama, batches))
+    assert measured(llama, batches)["model.layers.0.mlp.up_proj"].tokens == 2 * tokens.numel()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "vit"])
+def test_outputs_are_taken_from_the_run_and_are_those_of_the_weight_alone(family):
+    model = tiny(family)
+    batch = inputs_of(family)
+    if family == "opt":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][:2, -3:] = 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter))
+    runner = next(stack_runners(model, [{name: rows[i : i + 2] for name, rows in batch.items()} for i in (0, 2, 4)]))
+    weights = {name: w for name, w in prunable_weights(model).items() if name.startswith(f"{runner.names[0]}.")}
+    statistics = measure(model, runner, 0, weights, ("inputs",))
+    assert len(statistics.output_squares) == len(weights) - 1
+    for name, found in statistics.output_squares.items():
+        outputs = statistics.sample(name) @ weights[name].matrix().T
+        torch.testing.assert_close(found, outputs.square().sum(), rtol=1e-4, atol=1e-5)
+
+
 # -- errors --------------------------------------------------------------------------------------------------------
 
 
 def test_relative_errors_by_hand():
-    before, after = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]])
-    assert relative_error(before, after).item() == pytest.approx(3 / 5)
-    assert relative_error(before, before).item() == 0
-    assert relative_error(torch.zeros(2), torch.zeros(2)).item() == 0
+    lost, whole = torch.tensor([9.0, 0.0, 0.0]), torch.tensor([25.0, 4.0, 0.0])
+    assert relative_error(lost, whole).tolist() == pytest.approx([3 / 5, 0, 0])
 
 
 def test_an_input_of_zeros_among_others_is_no_error(llama, tokens):

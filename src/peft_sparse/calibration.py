@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .blocks import base_model, find_stacks
+from .processes import place, share_of
 
 
 Calibration = Tensor | Iterable[Mapping[str, Any]]
@@ -80,6 +81,10 @@ class _CaptureComplete(Exception):
     """Raised by the last block's stand-in: nothing after it is needed. Private, so that no model error is caught."""
 
 
+class EnoughSeen(Exception):
+    """Raised by what runs within a block when nothing that follows is needed: the run of this batch ends there."""
+
+
 class BlockRunner:
     """The blocks of one stack, and the calibration batches on their way through them.
 
@@ -91,6 +96,7 @@ class BlockRunner:
         inputs: model inputs, as from `as_inputs`.
         activations: where hidden states wait between blocks: "device" leaves them where the model computes them.
         residence: (name, block) -> a context within which the block's weights are where they can be computed with.
+        batches_in_all: how many batches all processes have, if `inputs` are this one's share of them.
     """
 
     def __init__(
@@ -101,7 +107,10 @@ class BlockRunner:
         *,
         activations: Activations = "device",
         residence: Residence | None = None,
+        batches_in_all: int | None = None,
     ) -> None:
+        self.shared = batches_in_all is not None
+        self.batches_in_all = len(inputs) if batches_in_all is None else batches_in_all
         self.names = list(blocks)
         self.blocks = list(blocks.values())
         self.residence = residence or (lambda name, block: contextlib.nullcontext())
@@ -114,9 +123,10 @@ class BlockRunner:
 
     @torch.no_grad()
     def run(self, index: int, before_batch: Callable[[Batch, Call], None]) -> None:
-        """Run block `index` on every batch for its hooks' sake; the batches stay before the block."""
+        """Run block `index` on every batch for its hooks' sake, which may raise `EnoughSeen`; the batches stay."""
         for batch in self.batches:
-            self._run(index, batch, before_batch)
+            with contextlib.suppress(EnoughSeen):
+                self._run(index, batch, before_batch)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
@@ -203,9 +213,15 @@ def stack_runners(
     activations: Activations = "device",
     residence: Residence | None = None,
 ) -> Iterator[BlockRunner]:
-    """Yield a runner for each stack of `model` in turn; each is captured when the one before was worked through."""
+    """Yield a runner for each stack of `model` in turn; each is captured when the one before was worked through.
+
+    Several processes, which are given the same `inputs`, share them out.
+    """
+    in_all = len(inputs) if place()[1] > 1 else None
     for stack in find_stacks(model):
-        yield BlockRunner(model, stack, inputs, activations=activations, residence=residence)
+        yield BlockRunner(
+            model, stack, share_of(inputs), activations=activations, residence=residence, batches_in_all=in_all
+        )
 
 
 def on_device(device: torch.device | str | None) -> Residence:

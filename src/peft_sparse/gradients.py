@@ -10,11 +10,16 @@ from tqdm import tqdm
 
 from .blocks import base_model
 from .calibration import sequences_in
+from .processes import add_up, exchange, share_of
 from .weights import WeightView
 
 
 def gradient_sums(
-    model: nn.Module, weights: dict[str, WeightView], inputs: list[dict[str, Any]], offload: bool = False
+    model: nn.Module,
+    weights: dict[str, WeightView],
+    inputs: list[dict[str, Any]],
+    offload: bool = False,
+    shared: bool = False,
 ) -> dict[str, Tensor]:
     """Return Σ_n |∂L_n/∂W| for every weight, over calibration sequences n, as float32 matrices (out, in).
 
@@ -25,6 +30,7 @@ def gradient_sums(
     Args:
         inputs: model inputs; batches are taken apart, since n counts sequences.
         offload: keep the sums in CPU memory.
+        shared: processes share the sequences out and add up what they find; all are given the same `inputs`.
 
     Raises:
         ValueError: the model returns no loss, or a gradient that is not finite.
@@ -54,10 +60,25 @@ def gradient_sums(
             undo.callback(setattr, stored, "grad", stored.grad)
             stored.grad = None
             undo.callback(stored.register_post_accumulate_grad_hook(add).remove)
-        for batch in tqdm(_single_sequences(inputs), desc="gradients", unit="sequence", leave=False, disable=None):
+        singles = _single_sequences(inputs)
+        for batch in tqdm(
+            share_of(singles) if shared else singles, desc="gradients", unit="sequence", leave=False, disable=None
+        ):
             (_loss(model, send_to_device(batch, device)) * scale).backward()
+    if shared:
+        _add_up(weights, sums, offload)
     _check_gradients(weights, sums)
     return sums
+
+
+def _add_up(weights: dict[str, WeightView], sums: dict[str, Tensor], offload: bool) -> None:
+    """Add the sums of all processes to those of this one, which may lack some. In place."""
+    reached = set().union(*exchange(set(sums)))
+    for name in weights:
+        if name in reached and name not in sums:
+            weight = weights[name]
+            sums[name] = torch.zeros(weight.shape, device="cpu" if offload else weight.storage.device)
+    add_up([sums[name] for name in weights if name in reached])
 
 
 def _single_sequences(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

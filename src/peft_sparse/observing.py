@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from .blocks import base_model, called_layers
-from .calibration import Batch, Call
-from .weights import WeightView, input_rows
+from .calibration import Batch, Call, EnoughSeen
+from .weights import PRUNABLE_LAYERS, WeightView, input_rows
 
 
 @contextlib.contextmanager
@@ -20,11 +20,18 @@ def observed(
     model: nn.Module,
     weights: dict[str, WeightView],
     record: Callable[[str, str, Callable[[], Tensor]], None],
+    record_outputs: Callable[[str, Callable[[], Tensor]], None],
+    stopping: nn.Module | None = None,
 ) -> Iterator[Callable[[Batch, Call], None]]:
     """Call `record(name, leader, rows)` for the inputs of each weight whenever its block runs.
 
     `leader` is the weight that was given the same inputs first, `name` itself if none was; `rows()` returns them as
-    (tokens, in) without padding. Yields what `runner.run` calls before each batch.
+    (tokens, in) without padding. `record_outputs(name, rows)` is called where a layer's outputs are seen, for those
+    whose `rows()` (tokens, out) are W X and a bias. Yields what `runner.run` calls before each batch.
+
+    Args:
+        stopping: the block that is run, if nobody needs what comes out of it: `EnoughSeen` is raised in it when no
+            weight is left to be seen.
     """
     batch: Batch
     contexts: list[Tensor] = []
@@ -33,6 +40,7 @@ def observed(
     def before_batch(next_batch: Batch, call: Call) -> None:
         nonlocal batch
         batch = next_batch
+        stop.before_batch()
         contexts[:] = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
         seen.clear()
 
@@ -43,18 +51,29 @@ def observed(
         keep = batch.keep_context if any(inputs is context for context in contexts) else batch.keep
 
         def rows() -> Tensor:
-            found = input_rows(layer, inputs)
-            # Some models flatten sequences and tokens; experts are given no padding.
-            if name in experts or keep is None or keep.numel() != found.shape[0]:
-                return found
-            return found[keep.flatten().to(found.device)]
+            return unpadded(name, input_rows(layer, inputs), keep)
 
         record(name, leader or name, rows)
+        kept[name] = keep
+        stop.saw(name)
+
+    def unpadded(name: str, found: Tensor, keep: Tensor | None) -> Tensor:
+        # Some models flatten sequences and tokens; experts are given no padding.
+        if name in experts or keep is None or keep.numel() != found.shape[0]:
+            return found
+        return found[keep.flatten().to(found.device)]
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, args: see(name, module, args[0])
 
+    def output_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, args, output: record_outputs(
+            name, lambda: unpadded(name, _output_rows(module, output), kept[name])
+        )
+
+    kept: dict[str, Tensor | None] = {}
     experts = {name: weight for name, weight in weights.items() if weight.expert is not None}
+    stop = _Stop(len(weights), None if experts else stopping)
     expert_inputs = _ExpertInputs(experts, see)
     called = called_layers(model)
     with contextlib.ExitStack() as undo:
@@ -62,6 +81,8 @@ def observed(
             if weight.expert is None:
                 layer = called.get(id(weight.layer), weight.layer)
                 undo.callback(layer.register_forward_pre_hook(hook(name)).remove)
+                if layer is weight.layer and type(layer) in PRUNABLE_LAYERS and _is_plain(layer):
+                    undo.callback(layer.register_forward_hook(output_hook(name)).remove)
         for layer in {id(weight.layer): weight.layer for weight in experts.values()}.values():
             undo.callback(layer.register_forward_pre_hook(expert_inputs.locate).remove)
             undo.enter_context(_without_padding(layer, lambda: batch.keep))
@@ -69,6 +90,40 @@ def observed(
             undo.enter_context(_eager_experts(model))
             undo.enter_context(expert_inputs)
         yield before_batch
+
+
+class _Stop:
+    """Ends the run of a block once each of `count` weights was seen; what follows would be computed for nothing.
+
+    Only where a whole run before has called no layer twice, and where no one else waits for a module to return.
+    """
+
+    def __init__(self, count: int, block: nn.Module | None) -> None:
+        self.count = count
+        self.calls: dict[str, int] = {}
+        self.known = False
+        self.allowed = block is not None and all(map(_is_plain, block.modules()))
+
+    def before_batch(self) -> None:
+        if self.calls and not self.known:
+            self.known = True
+            self.allowed &= max(self.calls.values()) == 1
+        self.calls.clear()
+
+    def saw(self, name: str) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if self.known and self.allowed and len(self.calls) == self.count:
+            raise EnoughSeen
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Tell whether nothing but its own class has a say in what `module` returns."""
+    return not module._forward_hooks and "forward" not in module.__dict__
+
+
+def _output_rows(layer: nn.Module, output: Tensor) -> Tensor:
+    """Return the outputs of `layer` as (tokens, out), the tokens in the order of `input_rows`."""
+    return output.flatten(2).mT.flatten(0, 1) if isinstance(layer, nn.Conv2d) else output.flatten(0, -2)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Knows nothing of adapters: what comes after reads the zeros off the weights.
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from .calibration import (
 from .criteria import Criterion, Score
 from .gradients import gradient_sums
 from .masks import Group
+from .processes import working_together
 from .report import PruningReport
 from .selection import noting, prune_weights
 from .statistics import measure
@@ -67,6 +68,9 @@ def prune(
     adds zeros. With calibration the blocks are pruned in order, each on inputs that went through its pruned
     predecessors; all weights of one block are scored on the block as it was.
 
+    With calibration, the processes of a `torch.distributed` group share the batches out: each calls `prune` with the
+    same model, arguments and calibration, and gets the same zeros, by statistics of all batches.
+
     Args:
         pattern: a sparsity in [0, 1), or "n:m" = n kept of every m along the inputs, or an `Unstructured` or
             `SemiStructured`; or one of these per layer: a dict whose keys are names, name endings or regular
@@ -93,8 +97,10 @@ def prune(
 
     Raises:
         ValueError: bad pattern, criterion, group or targets; a tied weight without `prune_tied`; an n:m whose m does
-            not divide the inputs; a weight, a statistic or a score that is not finite; merged adapters. Raised midway,
-            the error's note names the block: those before it are pruned, those after are not.
+            not divide the inputs; a weight, a statistic or a score that is not finite; merged adapters; processes
+            that were not called alike. Raised midway, the error's note names the block: those before it are pruned,
+            those after are not.
+        RuntimeError: another process failed.
     """
     started = time.perf_counter()
     task = plan_pruning(
@@ -115,11 +121,11 @@ def prune(
     inputs = None if calibration is None else as_inputs(model, calibration, batch_size)
     task.sequences = count_sequences(inputs or [])
     residence = on_device(device)
-    with evaluation_mode(model):
+    with evaluation_mode(model), _together(task, inputs):
         if allocation is not None:
             task.patterns = allocated_patterns(model, task, allocation, inputs, activations, residence)
         if inputs is not None and "gradients" in task.needs:
-            task.gradients = gradient_sums(model, task.weights, inputs, offload=activations != "device")
+            task.gradients = gradient_sums(model, task.weights, inputs, activations != "device", shared=True)
         if task.group == "model":
             prune_across(model, task, inputs, activations, residence)
         elif inputs is not None:
@@ -167,6 +173,14 @@ def prune_blocks(
             prune_weights(task.inside(name), task, None)
             if after_block is not None:
                 after_block(name)
+
+
+def _together(task: PruningTask, inputs: list[dict[str, Any]] | None) -> contextlib.AbstractContextManager[None]:
+    """Return the context of the processes' common work; without calibration each works on its own."""
+    if inputs is None:
+        return contextlib.nullcontext()
+    data = f"{task.sequences} sequences in {len(inputs)} batches"
+    return working_together(f"{task.criterion} to {task.pattern} of {len(task.weights)} weights by {data}")
 
 
 def _saying_where(block: str) -> contextlib.AbstractContextManager[None]:

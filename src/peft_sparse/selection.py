@@ -10,9 +10,10 @@ from torch import Tensor
 from .criteria import CRITERIA, Criterion, Statistics
 from .least_squares import masked_least_squares
 from .masks import mask_of, select
+from .processes import add_up
 from .refinement import find_refinement
 from .sparsegpt import sparsegpt
-from .statistics import BlockStatistics, relative_error, warn_of_few_tokens
+from .statistics import BlockStatistics, InputStatistics, relative_error, warn_of_few_tokens
 from .tasks import PruningTask, zero_counts
 from .weights import WeightView
 
@@ -20,17 +21,17 @@ from .weights import WeightView
 @torch.no_grad()
 def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: BlockStatistics | None) -> None:
     """Prune `weights`, of whose inputs `measured` tells; note the relative output error of each."""
+    errors = None if measured is None else _OutputErrors(measured)
     for name, weight in weights.items():
         matrix, pattern, statistics = weight.matrix(), task.patterns[name], task.statistics(name, measured)
-        rows = None if measured is None else measured.sample(name).float()
-        before = None if rows is None else rows @ matrix.T.float()
+        if errors is not None:
+            errors.before(name, matrix)
         with noting(f"At {name!r}: the weights before it are pruned."):
             if task.rule.score is None or task.update:
                 task.warned = task.warned or warn_of_few_tokens(name, statistics)
             solution, mask = _selected(name, matrix, task, statistics)
-            if (task.refinement or task.update) and rows is not None and before is not None:
-                chosen = matrix * mask if solution is None else solution
-                task.errors_selected[name] = relative_error(before, rows @ chosen.T.float())
+            if (task.refinement or task.update) and errors is not None:
+                errors.selected(matrix * mask if solution is None else solution)
             if task.refinement is not None:
                 mask = find_refinement(task.refinement).function(matrix, mask, statistics, pattern)
             if task.update:
@@ -40,10 +41,51 @@ def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: B
                 weight.write_zeros(mask)
             else:
                 weight.write(solution)
-        if rows is not None and before is not None:
-            task.errors[name] = relative_error(before, rows @ weight.matrix().T.float())
+        if errors is not None:
+            errors.after(weight.matrix())
+    if errors is not None and weights:
+        errors.note(task)
     # Counted here, while they are where they can be read.
     task.counts |= zero_counts(weights)
+
+
+class _OutputErrors:
+    """||W X||² and ||(W - W')X||² of one weight after the other, on the rows of X that were kept of its inputs."""
+
+    def __init__(self, measured: BlockStatistics) -> None:
+        self.measured = measured
+        self.whole: dict[str, Tensor] = {}
+        self.lost: dict[str, Tensor] = {}
+        self.lost_selected: dict[str, Tensor] = {}
+        self.inputs: InputStatistics | None = None
+
+    def before(self, name: str, matrix: Tensor) -> None:
+        self.name, self.dense = name, matrix.float().clone()
+        inputs = self.measured.inputs[name]
+        if inputs is not self.inputs:
+            # Those that share inputs mostly come one after the other.
+            self.inputs, self.rows = inputs, self.measured.sample(name).float()
+        known = self.measured.output_squares.get(name)
+        self.whole[name] = self._square(self.dense) if known is None else known.to(matrix.device)
+
+    def selected(self, matrix: Tensor) -> None:
+        self.lost_selected[self.name] = self._square(self.dense - matrix)
+
+    def after(self, matrix: Tensor) -> None:
+        self.lost[self.name] = self._square(self.dense.sub_(matrix))
+
+    def note(self, task: PruningTask) -> None:
+        """Write down the errors of all weights, over the rows of all processes."""
+        parts = (self.whole, self.lost, self.lost_selected)
+        squares = [torch.stack([s.to(self.rows.device) for s in part.values()]) for part in parts if part]
+        if self.measured.shared:
+            add_up(squares)
+        whole = dict(zip(self.whole, squares[0], strict=True))
+        for found, sums, errors in zip(parts[1:], squares[1:], (task.errors, task.errors_selected), strict=False):
+            errors |= {name: relative_error(lost, whole[name]) for name, lost in zip(found, sums, strict=True)}
+
+    def _square(self, matrix: Tensor) -> Tensor:
+        return (self.rows @ matrix.T.float()).square_().sum()
 
 
 def _selected(name: str, matrix: Tensor, task: PruningTask, statistics: Statistics) -> tuple[Tensor | None, Tensor]:

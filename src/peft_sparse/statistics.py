@@ -1,6 +1,7 @@
 """Measures what criteria need to know of a block's weights, while a `BlockRunner` runs it on calibration data.
 
-Inputs that several weights share, such as those of the query, key and value projections, are measured once.
+Inputs that several weights share, such as those of the query, key and value projections, are measured once. Processes
+that share the batches out add up what they measure, once per block.
 """
 
 import warnings
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from .calibration import Activations, Batch, BlockRunner, Call, Residence, stack_runners
 from .criteria import Need, Statistics
 from .observing import observed
+from .processes import add_up, exchange
 from .weights import WeightView
 
 
@@ -40,26 +42,37 @@ class InputStatistics:
     hessian: Tensor | None = None
     sampled: list[Tensor] = field(default_factory=list)
     tokens: int = 0
+    updates: int = 0
 
     def update(self, rows: Tensor) -> None:
         """Add `rows` (tokens, in)."""
         dtype = torch.promote_types(rows.dtype, torch.float32)
-        count = len(rows)
-        kept = min(count, self.rows_per_batch)
-        self.sampled.append(rows[torch.arange(kept, device=rows.device) * count // max(kept, 1)])
-        self.tokens += count
-        if self.moments_wanted:
+        self.sampled.append(_spread(rows, self.rows_per_batch))
+        self.tokens += len(rows)
+        self.updates += 1
+        self.start(rows.shape[1], dtype, rows.device)
+        if self.total is not None:
+            self.total += rows.sum(0, dtype=torch.float64)
+        if self.hessian is not None:
+            _add_upper_gram(self.hessian, rows.to(dtype))
+        elif self.norm_squared is not None:
+            # Not `vector_norm`, which takes seven times as long over the first dimension on CPUs.
+            self.norm_squared += rows.to(dtype).square().sum(0)
+
+    def start(self, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Begin all sums at zero that have not begun."""
+        if self.moments_wanted and self.total is None:
             # Wide, because the variance is a difference of large numbers where the mean is far from zero.
-            total = rows.sum(0, dtype=torch.float64)
-            self.total = total if self.total is None else self.total.add_(total)
-        if self.hessian_wanted:
-            rows = rows.to(dtype)
-            if self.hessian is None:
-                self.hessian = torch.zeros(rows.shape[1], rows.shape[1], dtype=dtype, device=rows.device)
-            _add_upper_gram(self.hessian, rows)
-        else:
-            squared = torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square_()
-            self.norm_squared = squared if self.norm_squared is None else self.norm_squared.add_(squared)
+            self.total = torch.zeros(columns, dtype=torch.float64, device=device)
+        if self.hessian_wanted and self.hessian is None:
+            self.hessian = torch.zeros(columns, columns, dtype=dtype, device=device)
+        elif not self.hessian_wanted and self.norm_squared is None:
+            self.norm_squared = torch.zeros(columns, dtype=dtype, device=device)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """What has been summed over tokens so far, of which processes may have a part each."""
+        return [tensor for tensor in (self.total, self.hessian, self.norm_squared) if tensor is not None]
 
     def finish(self) -> None:
         """Complete the Hessian, of which only the part above the diagonal is summed."""
@@ -89,9 +102,17 @@ class InputStatistics:
 
 @dataclass
 class BlockStatistics:
-    """The statistics of one block's weights; `inputs` maps a weight's name to those of its inputs, as they came."""
+    """The statistics of one block's weights.
+
+    Args:
+        inputs: those of each weight's inputs, by its name, in the order in which they came.
+        output_squares: ||W x||² summed over the rows that `sample` returns, of weights whose outputs were seen.
+        shared: whether the rows are this process's share; all else is of the batches of all processes.
+    """
 
     inputs: dict[str, InputStatistics]
+    output_squares: dict[str, Tensor] = field(default_factory=dict)
+    shared: bool = False
 
     def of(self, name: str, gradient: Tensor | None = None, sequences: int = 0) -> Statistics:
         """Return what a criterion may know of the weight called `name`."""
@@ -107,8 +128,9 @@ class BlockStatistics:
         )
 
     def sample(self, name: str) -> Tensor:
-        """Return some rows of X of the weight called `name`, (rows, in)."""
-        return torch.cat(self.inputs[name].sampled)
+        """Return some rows of X of the weight called `name`, (rows, in); none where this process saw none."""
+        norms, sampled = self.inputs[name].input_norm, self.inputs[name].sampled
+        return torch.cat(sampled) if sampled else norms.new_zeros(0, len(norms))
 
 
 def measure(
@@ -119,7 +141,9 @@ def measure(
     Raises:
         ValueError: as `measure_inputs`.
     """
-    return measure_inputs(model, weights, needs, len(runner.batches), partial(runner.run, index))
+    return measure_inputs(
+        model, weights, needs, runner.batches_in_all, partial(runner.run, index), runner.shared, runner.blocks[index]
+    )
 
 
 def measured_blocks(
@@ -155,8 +179,15 @@ def measure_inputs(
     needs: tuple[Need, ...],
     batches: int,
     run: Callable[[Callable[[Batch, Call], None]], None],
+    shared: bool = False,
+    stopping: nn.Module | None = None,
 ) -> BlockStatistics:
     """Return the statistics of the inputs that `weights` get while `run(before_batch)` runs all batches.
+
+    Args:
+        batches: how many there are, in all processes if `shared`.
+        shared: whether `run` runs this process's share of them; the statistics are those of all.
+        stopping: the block that `run` runs, if what comes out of it is not needed.
 
     Raises:
         ValueError: a weight received no input, inputs that are all zero, or inputs that are not finite.
@@ -166,30 +197,84 @@ def measure_inputs(
     quota = sampled_per_batch(batches)
 
     def record(name: str, leader: str, rows: Callable[[], Tensor]) -> None:
-        known = leaders.setdefault(name, leader)
-        if known != leader:
-            raise RuntimeError(
-                f"Expected the inputs of {name!r} to be those of {known!r} on every batch, got those of {leader!r}. "
-                "Prune these layers in separate calls with `target_modules`."
-            )
+        _note_leader(leaders, name, leader)
         if name == leader:
             if name not in measured:
                 measured[name] = InputStatistics("hessian" in needs, quota, "moments" in needs)
             measured[name].update(rows())
 
-    with observed(model, weights, record) as before_batch:
+    def record_outputs(name: str, rows: Callable[[], Tensor]) -> None:
+        squares.setdefault(name, []).append(_square_of_product(weights[name], _spread(rows(), quota)))
+
+    squares: dict[str, list[Tensor]] = {}
+    with observed(model, weights, record, record_outputs, stopping) as before_batch:
         run(before_batch)
+    # Of some, the last that a block runs, not all outputs are seen.
+    seen = {n: torch.stack(found).sum() for n, found in squares.items() if len(found) == measured[leaders[n]].updates}
+    if shared:
+        leaders, measured = _over_processes(weights, leaders, measured, needs)
     for statistics in measured.values():
         statistics.finish()
     _check(weights, leaders, measured)
     # In the order in which the inputs came, those with shared inputs together.
-    return BlockStatistics({n: measured[leader] for leader in measured for n in weights if leaders[n] == leader})
+    inputs = {n: measured[leader] for leader in measured for n in weights if leaders[n] == leader}
+    return BlockStatistics(inputs, seen, shared)
 
 
-def relative_error(before: Tensor, after: Tensor) -> Tensor:
-    """Return ||(W - W')X|| / ||WX|| from the outputs WX and W'X, as a scalar on their device; 0 where WX is 0."""
-    scale = before.norm()
-    return torch.where(scale > 0, (before - after).norm() / scale, scale)
+def _note_leader(leaders: dict[str, str], name: str, leader: str) -> None:
+    known = leaders.setdefault(name, leader)
+    if known != leader:
+        raise RuntimeError(
+            f"Expected the inputs of {name!r} to be those of {known!r} on every batch, got those of {leader!r}. "
+            "Prune these layers in separate calls with `target_modules`."
+        )
+
+
+def _over_processes(
+    weights: dict[str, WeightView],
+    leaders: dict[str, str],
+    measured: dict[str, InputStatistics],
+    needs: tuple[Need, ...],
+) -> tuple[dict[str, str], dict[str, InputStatistics]]:
+    """Return both arguments as they are over all processes, in the same order in each. In place where they are known.
+
+    A process may have seen nothing of some inputs, be it that there are fewer batches than processes, or that none of
+    its tokens was sent to an expert.
+    """
+    own = {name: (s.sums[-1].shape[0], s.sums[-1].dtype, s.tokens) for name, s in measured.items()}
+    layouts = exchange((leaders, own))
+    everywhere: dict[str, str] = {}
+    complete: dict[str, InputStatistics] = {}
+    for own_leaders, own_layouts in layouts:
+        for name, leader in own_leaders.items():
+            _note_leader(everywhere, name, leader)
+        for name, (columns, dtype, _) in own_layouts.items():
+            if name not in complete:
+                statistics = measured.get(name) or InputStatistics("hessian" in needs, 0, "moments" in needs)
+                statistics.start(columns, dtype, weights[name].storage.device)
+                complete[name] = statistics
+    for name, statistics in complete.items():
+        statistics.tokens = sum(own_layouts[name][2] for _, own_layouts in layouts if name in own_layouts)
+    add_up([sums for statistics in complete.values() for sums in statistics.sums])
+    return everywhere, complete
+
+
+def relative_error(lost: Tensor, whole: Tensor) -> Tensor:
+    """Return ||(W - W')X|| / ||WX|| from the squares of both, elementwise; 0 where WX is 0."""
+    return torch.where(whole > 0, (lost / whole).sqrt(), whole)
+
+
+def _spread(rows: Tensor, count: int) -> Tensor:
+    """Return `count` of `rows`, evenly spread; all of them if there are fewer."""
+    kept = min(len(rows), count)
+    return rows[torch.arange(kept, device=rows.device) * len(rows) // max(kept, 1)]
+
+
+def _square_of_product(weight: WeightView, outputs: Tensor) -> Tensor:
+    """Return ||W X||² from outputs (tokens, out) of the layer, which may have a bias."""
+    bias: Tensor | None = getattr(weight.layer, "bias", None)
+    outputs = outputs.float()
+    return (outputs if bias is None else outputs - bias.detach().float()).square().sum()
 
 
 def warn_of_few_tokens(name: str, statistics: Statistics) -> bool:

@@ -22,9 +22,10 @@ from ..calibration import (
     on_device,
 )
 from ..criteria import Statistics
+from ..processes import working_together
 from ..report import peak_memory
 from ..statistics import measured_blocks
-from ..tasks import check_finite
+from ..tasks import check_finite, count_sequences
 from ..units import Units, check_loaded, find_units
 from ..weights import WeightView
 from .metrics import METRICS, unit_scores
@@ -57,9 +58,10 @@ def prune_structured(
         z_j = (S_j - mean(S)) / std(S) over the channels of the layer; a unit scores the mean of its channels' z
         b  += W (μ ⊙ (1 - m)), with μ_j the mean of X_j over tokens, m the mask, W before zeroing: `compensate`
 
-    All is measured on the dense model, and zeros are written at the end. Units are neurons, and KV groups: a key and a
-    value head with all its query heads, so that `compact` can cut every unit out. Of units with equal score those in
-    front go first; units whose columns of W are zero already go before all others.
+    All is measured on the dense model, by all processes of a group together as in `prune`, and zeros are written at
+    the end. Units are neurons, and KV groups: a key and a value head with all its query heads, so that `compact` can
+    cut every unit out. Of units with equal score those in front go first; units whose columns of W are zero already
+    go before all others.
 
     At least `ratio` of the parameters of all units goes, heads and neurons counted with what they cost, biases
     included; in excess less than any unit removed costs, of the whole, or of a layer for "ul-*". Every attention and
@@ -127,7 +129,8 @@ def _measured(
     def inside(block: str) -> dict[str, WeightView]:
         return {units.output_name: WeightView(units.output) for units in sets if units.block == block}
 
-    with evaluation_mode(model):
+    what = f"{len(sets)} layers' units by {count_sequences(inputs)} sequences in {len(inputs)} batches"
+    with evaluation_mode(model), working_together(what):
         measured = measured_blocks(model, inputs, inside, ("inputs", "moments"), activations, residence)
         return {name: block.of(name) for name, block in measured}
 
