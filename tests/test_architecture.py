@@ -14,7 +14,7 @@ PACKAGE = Path(peft_sparse.__file__).parent
 
 # Each may import from those above it and from its own folder; a set holds siblings that must not know each other.
 ORDER = [
-    {"weights"},
+    {"weights", "processes"},
     {"masks"},
     {"criteria", "sparsegpt", "least_squares", "functional"},
     {"blocks", "allocation", "refinement"},

@@ -29,6 +29,7 @@ from peft_sparse import (
     pack_sequences,
     perplexity,
     plan,
+    processes,
     prune,
     prune_checkpoint,
     prune_structured,
@@ -145,6 +146,15 @@ def streamed(model=None, edit=None, original=False, **options):
 def streamed_by_two():
     with mock.patch.object(streaming, "PartialState", return_value=SimpleNamespace(num_processes=2)):
         streamed()
+
+
+def beside(other, failure=None):
+    """Prune as process 0 of two, of which the other says `other` where all tell what they do, or that it failed."""
+    with (
+        mock.patch.object(processes, "place", return_value=(0, 2)),
+        mock.patch.object(processes, "_gathered", side_effect=lambda own: [own, (other, failure)]),
+    ):
+        wanda(llama())
 
 
 def occupy(folder):
@@ -409,6 +419,8 @@ REFUSALS = [
         ValueError,
         "Reconstruction prunes region by region, by the criterion alone. Drop `allocation`",
     ),
+    (lambda: beside("magnitude"), ValueError, "Expected the same call in all 2 processes, got 'wanda to 0.5 .* Give"),
+    (lambda: beside("", "OSError: full"), RuntimeError, "process 1 stopped with OSError: full. Mend that; nothing is"),
     (streamed_by_two, ValueError, "Streaming writes one output, got 2 processes .* Run it in one process"),
     (lambda: prune(llama(), {}), ValueError, "`pattern` is an empty dict, which prunes nothing"),
     (lambda: prune(llama(), {"*.q_proj": 0.5}), ValueError, r"'\*.q_proj' in `pattern` is no regular expression"),
