@@ -5,7 +5,12 @@ from torch import nn
 from peft_sparse import plan
 from peft_sparse.blocks import find_blocks, prunable_weights
 from peft_sparse.calibration import as_inputs, stack_runners
+from peft_sparse.criteria import Statistics
 from peft_sparse.gradients import gradient_sums
+from peft_sparse.least_squares import masked_least_squares
+from peft_sparse.masks import SemiStructured, Unstructured, select
+from peft_sparse.plan.simulation import LiveBytes
+from peft_sparse.refinement import find_refinement
 from peft_sparse.statistics import measure
 from peft_sparse.streaming import empty_model
 
@@ -183,3 +188,40 @@ def test_both_sides_of_an_encoder_decoder_are_planned():
         # A block of the decoder has cross attention besides.
         decoder = list(find_blocks(model).values())[2]
         assert plan(model, 0.5, **SPEED).block_bytes == sum(p.nbytes for p in decoder.parameters())
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), SemiStructured(2, 4)])
+@pytest.mark.parametrize("options", [{"refinement": "swap"}, {"refinement": "dsnot"}, {"update": True}], ids=str)
+def test_refinement_and_update_are_counted_from_above(options, pattern):
+    """Of one wide layer, whose working memory is all there is: its statistics and outputs are known."""
+    torch.manual_seed(0)
+    rows, columns = 200, 320
+    weight, inputs = torch.randn(rows, columns), torch.randn(400, columns)
+    hessian, mask = inputs.T @ inputs, select(weight.abs(), pattern, "row")
+    known = Statistics(hessian.diagonal().sqrt(), hessian, None, 400, 4, inputs.mean(0), inputs.var(0))
+    with LiveBytes([weight, mask, inputs, hessian, known.input_mean, known.input_variance]) as live:
+        if options == {"update": True}:
+            masked_least_squares(weight, mask, hessian)
+        else:
+            find_refinement(options["refinement"]).function(weight, mask, known, pattern)
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.LayerNorm(columns), nn.Linear(columns, rows))])})
+    planned = plan(model, pattern, criterion="wanda", sequences=1, length=1, **options, **SPEED)
+    bare = plan(model, pattern, criterion="wanda", sequences=1, length=1, **SPEED)
+    assert live.peak < planned.working_bytes < 2 * live.peak
+    assert planned.flops >= bare.flops
+
+
+def test_what_refinement_and_update_measure_is_counted(llama):
+    wanda = plan(llama, 0.5, criterion="wanda", sequences=10, length=20, **SPEED)
+    for options, needs in (({"refinement": "dsnot"}, ("inputs", "moments")), ({"update": True}, ("hessian",))):
+        planned = plan(llama, 0.5, criterion="wanda", sequences=10, length=20, **options, **SPEED)
+        tokens = torch.randint(0, VOCABULARY, (10, 20))
+        assert planned.statistics_bytes > wanda.statistics_bytes
+        assert planned.statistics_bytes > measured_bytes(llama, as_inputs(llama, tokens, 1), needs)[1]
+    magnitude = plan(llama, 0.5, refinement="swap", sequences=10, length=20, **SPEED)
+    assert magnitude.activation_bytes == wanda.activation_bytes, (
+        "a refinement needs calibration though its criterion does not"
+    )
+    assert magnitude.flops > wanda.flops
+    with pytest.raises(ValueError, match="its selection cannot be changed afterwards"):
+        plan(llama, 0.5, criterion="sparsegpt", refinement="swap", **SPEED)

@@ -29,6 +29,7 @@ from peft_sparse import (
     pack_sequences,
     perplexity,
     plan,
+    plan_training,
     processes,
     prune,
     prune_checkpoint,
@@ -74,6 +75,12 @@ def nan_weight(model):
 
 def nan_norm(model):
     model.model.layers[1].input_layernorm.weight.fill_(torch.nan)
+
+
+def integer_parameters():
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    return model
 
 
 def merged():
@@ -864,6 +871,27 @@ REFUSALS = [
         lambda: arguments(pruning_schedule="cubic"),
         ValueError,
         "`pruning_schedule='cubic'` raises `sparsity` while training .* Set `sparsity`, and neither",
+    ),
+    (
+        lambda: plan_training(llama(), strategy="tp"),
+        ValueError,
+        "`strategy` must be one of 'ddp', 'fsdp', 'zero2', 'zero3', got 'tp'",
+    ),
+    (lambda: plan_training(llama(), devices=0), ValueError, "`devices` must be at least 1, got 0"),
+    (
+        lambda: plan_training(adapted(), MaskLoRAConfig()),
+        ValueError,
+        "has adapters already. Leave `peft_config` out, or pass the model without",
+    ),
+    (
+        lambda: plan_training(AutoModel.from_config(CONFIGS["llama"])),
+        ValueError,
+        "LlamaModel cannot be run on tokens without values, .* Pass a language model with its head",
+    ),
+    (
+        lambda: plan_training(integer_parameters()),
+        ValueError,
+        "The parameter 'weight' is torch.int8: .* Plan the model in half precision",
     ),
     (guarded_vandalism, RuntimeError, "'model.layers.2.mlp.up_proj' lost zeros"),
     (

@@ -13,7 +13,7 @@ from .callbacks import PruningCallback, ZeroGuardCallback
 from .criteria import Criterion, Statistics
 from .evaluation import perplexity
 from .masks import SemiStructured, Unstructured
-from .plan import plan
+from .plan import plan, plan_reconstruction, plan_training
 from .prune import prune, sparsity
 from .reconstruction import reconstruct, reconstruct_checkpoint
 from .schedules import CubicSchedule, PruningCycles
@@ -41,6 +41,8 @@ __all__ = [
     "pack_sequences",
     "perplexity",
     "plan",
+    "plan_reconstruction",
+    "plan_training",
     "prune",
     "prune_checkpoint",
     "prune_structured",

@@ -1,25 +1,29 @@
 """What a pruning run will take, from names and shapes alone."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from .blocks import Targets, active_experts, find_blocks, hidden_size, prunable_weights
-from .calibration import Activations, check_activations
-from .criteria import Criterion, Score
-from .masks import Group
-from .statistics import sampled_per_batch
-from .streaming import empty_model
-from .tasks import PatternLike, PruningTask, plan_pruning
-from .text import SEQUENCE_LENGTH
+from ..blocks import Targets, active_experts, find_blocks, hidden_size, prunable_weights
+from ..calibration import Activations, check_activations
+from ..criteria import Criterion, Need, Score
+from ..masks import Group, Pattern, SemiStructured
+from ..refinement import _rows_of_chunk
+from ..statistics import sampled_per_batch
+from ..streaming import empty_model
+from ..tasks import PatternLike, PruningTask, plan_pruning
+from ..text import SEQUENCE_LENGTH
+from ..weights import WeightView
+from .simulation import GIB, Described
 
 
-GIB = 2**30
+# What `swap` and `dsnot` list of a row, and the steps of what iterates: as many as are taken at most.
+_CANDIDATES, _CYCLES, _SWAP_ROUNDS, _SOLVER_STEPS = 32, 50, 32, 200
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class PruningPlan:
         statistics_bytes: what is measured for the weights of one block, inputs kept to report errors on included;
             inputs that weights share are counted for each.
         gradient_bytes: sums of gradients, and the largest gradient.
-        working_bytes: outputs of one block's layers on one batch, and scores or solver of the largest weight.
+        working_bytes: outputs of one block's layers on one batch, and scores, refinement, update or solver of the
+            weight that takes most.
         flops: floating-point operations.
         seconds: at the speed given or measured.
     """
@@ -81,11 +86,13 @@ class PruningPlan:
 
 
 def plan(
-    model: nn.Module | PretrainedConfig | str | Path,
+    model: Described,
     pattern: PatternLike | Mapping[str, PatternLike],
     *,
     criterion: str | Score | Criterion = "magnitude",
     group: Group | None = None,
+    refinement: Literal["dsnot", "swap"] | None = None,
+    update: bool = False,
     target_modules: Targets = None,
     exclude_modules: Targets = None,
     sequences: int = 128,
@@ -108,22 +115,27 @@ def plan(
     check_activations(activations)
     if not isinstance(model, nn.Module):
         model = empty_model(model if isinstance(model, PretrainedConfig) else AutoConfig.from_pretrained(model))
-    task = plan_pruning(model, pattern, criterion, group, target_modules, exclude_modules, True, loaded=False)
+    task = plan_pruning(
+        model,
+        pattern,
+        criterion,
+        group,
+        target_modules,
+        exclude_modules,
+        True,
+        refinement=refinement,
+        update=update,
+        loaded=False,
+    )
     blocks = find_blocks(model)
     per_block = {name: _bytes(block) for name, block in blocks.items()}
     total, inside = _bytes(model), sum(per_block.values())
-    calibrated, hessian = bool(task.needs), "hessian" in task.needs
+    calibrated = bool(task.needs)
     item = next(model.parameters()).element_size()
     tokens = sequences * length
-    batches = [length * min(batch_size, sequences - first) for first in range(0, sequences, batch_size)]
-    sampled = sum(min(rows, sampled_per_batch(len(batches))) for rows in batches)
-    statistics, outputs = 0, 0
-    for weights in [task.inside(name) for name in blocks] if calibrated else []:
-        shapes = [weight.shape for weight in weights.values()]
-        sums = sum(n * n + n if hessian else n for _, n in shapes)
-        statistics = max(statistics, max(4, item) * sums + item * sampled * sum(n for _, n in shapes))
-        outputs = max(outputs, batches[0] * item * sum(m for m, _ in shapes))
-    scores_or_solver = max(12 * m * n + (4 * n * n if hessian else 0) for m, n in _shapes(task))
+    batches = batch_tokens(sequences, length, batch_size)
+    measured = [measured_bytes(task.inside(name), task.needs, batches, item) for name in blocks if calibrated]
+    selecting = max(selecting_bytes(weight, task, task.patterns[name]) for name, weight in task.weights.items())
     flops = _flops(model, task, tokens, length)
     speed = flops_per_second or _measured_speed()
     return PruningPlan(
@@ -134,16 +146,54 @@ def plan(
         outside_bytes=total - inside,
         activation_bytes=tokens * hidden_size(model) * item if calibrated else 0,
         activations=activations,
-        statistics_bytes=statistics,
+        statistics_bytes=max((statistics for statistics, _ in measured), default=0),
         gradient_bytes=_gradient_bytes(task),
-        working_bytes=outputs + scores_or_solver,
+        working_bytes=max((outputs for _, outputs in measured), default=0) + selecting,
         flops=flops,
         seconds=flops / speed,
     )
 
 
+def batch_tokens(sequences: int, length: int, batch_size: int) -> list[int]:
+    """Return how many tokens each batch of the calibration data has."""
+    return [length * min(batch_size, sequences - first) for first in range(0, sequences, batch_size)]
+
+
+def measured_bytes(
+    weights: dict[str, WeightView], needs: Collection[Need], batches: list[int], item: int
+) -> tuple[int, int]:
+    """Return the bytes of what is measured for `weights`, and of their outputs on one batch.
+
+    Args:
+        batches: tokens of each batch.
+        item: bytes of an activation.
+    """
+    shapes = [weight.shape for weight in weights.values()]
+    sampled = sum(min(rows, sampled_per_batch(len(batches))) for rows in batches)
+    sums = max(4, item) * sum(n * n + n if "hessian" in needs else n for _, n in shapes)
+    moments = 8 * sum(n for _, n in shapes) if "moments" in needs else 0
+    return sums + moments + item * sampled * sum(n for _, n in shapes), batches[0] * item * sum(m for m, _ in shapes)
+
+
+def selecting_bytes(weight: WeightView, task: PruningTask, pattern: Pattern) -> int:
+    """Return the most that scores, refinement, update or solver of one weight take, beside its statistics."""
+    m, n = weight.shape
+    taken = [12 * m * n + (4 * n * n if "hessian" in task.rule.needs else 0)]
+    if task.refinement == "dsnot":
+        taken.append(2 * m * n + min(m, _rows_of_chunk(weight.matrix(), n)) * (28 * n + 48 * min(_CYCLES, n)))
+    if task.refinement == "swap":
+        group = pattern.m if isinstance(pattern, SemiStructured) else None
+        listed = min(_CANDIDATES, -(-n // (group or 1)))
+        widest = n * (group or (listed + 1) // 2)
+        rows = min(m, _rows_of_chunk(weight.matrix(), max(4 * listed**2, widest)))
+        taken.append(2 * m * n + rows * (max(64 * listed**2, 4 * widest * (2 if group else 1)) + 40 * n))
+    if task.update:
+        taken.append(32 * m * n)
+    return max(taken)
+
+
 def _flops(model: nn.Module, task: PruningTask, tokens: int, length: int) -> float:
-    """Two passes through the blocks, a Hessian and a solver for each weight, forward and backward for gradients."""
+    """Two passes through the blocks, a Hessian and solvers for each weight, forward and backward for gradients."""
     if not task.needs:
         return 10.0 * sum(rows * columns for rows, columns in _shapes(task))
     share = active_experts(model)
@@ -155,10 +205,12 @@ def _flops(model: nn.Module, task: PruningTask, tokens: int, length: int) -> flo
     if "gradients" in task.needs:
         flops += 3 * forward
     if "hessian" in task.needs:
+        products = 2 * (_SWAP_ROUNDS * (task.refinement == "swap") + _SOLVER_STEPS * task.update)
         for weight in task.weights.values():
             rows, columns = weight.shape
             seen = tokens * (1 if weight.expert is None else share)
-            flops += seen * columns**2 + columns**3 / 3 + rows * columns**2
+            solver = columns**3 / 3 + rows * columns**2 if "hessian" in task.rule.needs else 0
+            flops += seen * columns**2 + solver + products * rows * columns**2
     return flops
 
 
