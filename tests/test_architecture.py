@@ -26,9 +26,9 @@ ORDER = [
     {"whole_model"},
     {"prune"},
     {"streaming", "structured"},
-    {"reconstruction", "schedules"},
+    {"reconstruction", "schedules", "distillation"},
     {"plan"},
-    {"callbacks", "arguments"},
+    {"callbacks", "freezing", "arguments"},
     {"trainer"},
     {"__init__"},
 ]
@@ -73,6 +73,7 @@ def test_public_names_are_these():
     assert peft_sparse.__all__ == [
         "Criterion",
         "CubicSchedule",
+        "FreezingCallback",
         "MaskLoRAConfig",
         "PruningCallback",
         "PruningCycles",

@@ -19,6 +19,7 @@ import peft_sparse
 from peft_sparse import (
     Criterion,
     CubicSchedule,
+    FreezingCallback,
     MaskLoRAConfig,
     PruningCallback,
     PruningCycles,
@@ -41,6 +42,7 @@ from peft_sparse import (
 from peft_sparse.allocation import allocate
 from peft_sparse.callbacks import ZeroGuardCallback, _compare
 from peft_sparse.criteria import magnitude
+from peft_sparse.distillation import check_teacher, hidden_states_loss, logits_loss, predictions
 from peft_sparse.least_squares import masked_least_squares
 from peft_sparse.masks import SemiStructured, Unstructured, parse_pattern
 from peft_sparse.reconstruction.progress import Progress
@@ -294,6 +296,27 @@ def cycles(model, step=0, **options):
     state = _State()
     state.global_step = step
     PruningCallback(0.5, schedule=PruningCycles(2)).on_train_begin(arguments(**options), state, None, model=model)
+
+
+def two_gpus():
+    args = arguments(distillation="logits")
+    with mock.patch.object(SparseTrainingArguments, "n_gpu", 2):
+        SparseTrainer(llama(), args, teacher=llama())
+
+
+def half_pruned():
+    model = llama()
+    prune(model, 0.5)
+    return model
+
+
+def shared_teacher(model):
+    SparseTrainer(model, arguments(distillation="logits"), teacher=model)
+
+
+def freeze(model, sharded=False):
+    args = SimpleNamespace(fsdp=["full_shard"] if sharded else [], deepspeed=None, world_size=1)
+    FreezingCallback().on_train_begin(args, None, None, model=model)
 
 
 class _State:
@@ -893,6 +916,66 @@ REFUSALS = [
         ValueError,
         "The parameter 'weight' is torch.int8: .* Plan the model in half precision",
     ),
+    (
+        lambda: arguments(distillation="labels"),
+        ValueError,
+        "`distillation` must be one of 'logits', 'hidden_states', got 'labels'",
+    ),
+    (
+        lambda: arguments(distillation="logits", distillation_weight=1.5),
+        ValueError,
+        r"`distillation_weight` must be in \(0, 1\] .* got 1.5 and 1.0. For the task loss alone",
+    ),
+    (
+        lambda: arguments(distillation="logits", recovery="reconstruct", sparsity=0.5),
+        ValueError,
+        "Reconstruction fits the dense model's outputs already, .* Drop `distillation`",
+    ),
+    (
+        lambda: arguments(distillation="logits", use_liger_kernel=True),
+        ValueError,
+        "With `use_liger_kernel` the model returns no logits .* Set it to False",
+    ),
+    (
+        lambda: SparseTrainer(llama(), arguments(), teacher=llama()),
+        ValueError,
+        "`teacher` is given and `distillation` is not. Set distillation=",
+    ),
+    (
+        lambda: SparseTrainer(llama(), arguments(distillation="logits")),
+        ValueError,
+        "`distillation='logits'` learns from the dense model, which nobody gave. Pass it as `teacher`",
+    ),
+    (two_gpus, ValueError, "one process per GPU, and this one has 2. Start it with accelerate"),
+    (
+        lambda: SparseTrainer(half_pruned(), arguments(distillation="logits", sparsity=0.6)),
+        ValueError,
+        "has 50.0% zeros already, so that no dense model is here .* SparseTrainer\\(..., teacher=",
+    ),
+    (
+        lambda: check_teacher(llama(), tiny("mistral"), "hidden_states"),
+        ValueError,
+        "Teacher and model differ in blocks: 3 and 2. Pass the dense model",
+    ),
+    (lambda: shared_teacher(llama()), ValueError, "The teacher shares parameters .* copy.deepcopy"),
+    (
+        lambda: predictions(llama(), {"input_ids": TOKENS}),
+        ValueError,
+        "counts the predictions that have labels, and the inputs are input_ids. Add `labels`",
+    ),
+    (
+        lambda: logits_loss(torch.ones(2, 3), torch.ones(2, 4), torch.ones(2).bool()),
+        ValueError,
+        r"for the same predictions, got \(2, 4\), \(2, 3\) and \(2,\). Distil from",
+    ),
+    (
+        lambda: hidden_states_loss([torch.ones(1, 5, 4)], [torch.ones(1, 5, 4)], torch.ones(1).bool()),
+        ValueError,
+        r"one for each label, got 1 of \[\(1, 5, 4\)\] .* Use distillation=",
+    ),
+    (lambda: FreezingCallback("thaw"), ValueError, "`mode` as 'freeze' or 'unfreeze' .* got 'thaw' and 1"),
+    (lambda: freeze(llama(), sharded=True), ValueError, "Frozen blocks have no gradients, .* `ddp_find_unused_param"),
+    (lambda: freeze(llama().requires_grad_(False)), ValueError, "Nothing in the 3 blocks of this LlamaForCausalLM is"),
     (guarded_vandalism, RuntimeError, "'model.layers.2.mlp.up_proj' lost zeros"),
     (
         lambda: _compare({"a": 3}, {"a": 4}),

@@ -12,6 +12,7 @@ from .arguments import SparseTrainingArguments
 from .callbacks import PruningCallback, ZeroGuardCallback
 from .criteria import Criterion, Statistics
 from .evaluation import perplexity
+from .freezing import FreezingCallback
 from .masks import SemiStructured, Unstructured
 from .plan import plan, plan_reconstruction, plan_training
 from .prune import prune, sparsity
@@ -27,6 +28,7 @@ from .tuners import MaskLoRAConfig, ScaledLoRAConfig
 __all__ = [
     "Criterion",
     "CubicSchedule",
+    "FreezingCallback",
     "MaskLoRAConfig",
     "PruningCallback",
     "PruningCycles",

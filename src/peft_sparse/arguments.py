@@ -10,6 +10,7 @@ from transformers import TrainingArguments, get_scheduler
 from .allocation import METHODS
 from .calibration import check_activations
 from .criteria import CRITERIA, find_criterion
+from .distillation import DISTILLATIONS
 from .masks import GROUPS, Pattern, parse_pattern
 from .reconstruction.checks import check_choices
 from .reconstruction.regions import RegionSize
@@ -76,6 +77,19 @@ class SparseTrainingArguments(TrainingArguments):
     original_steps: int | None = field(
         default=None, metadata={"help": "Steps of the original training; default: as many as retraining takes."}
     )
+    distillation: str | None = field(
+        default=None,
+        metadata={
+            "help": "What retraining learns from the dense model besides the task: "
+            f"{', '.join(DISTILLATIONS)}. Its teacher: SparseTrainer's `teacher`, else a copy made before pruning."
+        },
+    )
+    distillation_weight: float = field(
+        default=0.5, metadata={"help": "Weight of distillation, in (0, 1]; the task loss has the rest."}
+    )
+    distillation_temperature: float = field(
+        default=1.0, metadata={"help": 'Both models\' logits are divided by it, with distillation="logits".'}
+    )
     recovery: str = field(
         default="retrain",
         metadata={"help": '"retrain": train with the task loss. "reconstruct": fit regions to their dense outputs.'},
@@ -123,6 +137,7 @@ class SparseTrainingArguments(TrainingArguments):
             if self.fp16:
                 raise ValueError("Reconstruction does not scale losses, which `fp16` needs. Use `bf16=True`.")
         self._check_retraining()
+        self._check_distillation()
         self.pruning_pattern()
         self.pruning_times()
 
@@ -160,6 +175,29 @@ class SparseTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`retraining_schedule={self.retraining_schedule!r}` depends on how long the original training was. "
                 "Set `original_steps`."
+            )
+
+    def _check_distillation(self) -> None:
+        if self.distillation is None:
+            return
+        if self.distillation not in DISTILLATIONS:
+            known = ", ".join(map(repr, DISTILLATIONS))
+            raise ValueError(f"`distillation` must be one of {known}, got {self.distillation!r}.")
+        if not 0 < self.distillation_weight <= 1 or self.distillation_temperature <= 0:
+            raise ValueError(
+                "`distillation_weight` must be in (0, 1] and `distillation_temperature` positive, got "
+                f"{self.distillation_weight} and {self.distillation_temperature}. For the task loss alone leave "
+                "`distillation` out."
+            )
+        if self.recovery == "reconstruct":
+            raise ValueError(
+                "Reconstruction fits the dense model's outputs already, region by region. Drop `distillation`, or "
+                '`recovery="reconstruct"`.'
+            )
+        if self.use_liger_kernel and self.distillation == "logits":
+            raise ValueError(
+                "With `use_liger_kernel` the model returns no logits while training, which are distilled. Set it to "
+                'False, or distil "hidden_states".'
             )
 
     def original_rates(self, steps: int) -> list[float]:

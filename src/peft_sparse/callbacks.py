@@ -239,11 +239,14 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         self.trained = {
             name: self.weights[name]
             for name, (zeros, _) in self._counts().items()
-            if zeros and self.weights[name].storage.requires_grad
+            if zeros and _is_trained(self.weights[name].storage, optimizer)
         }
         # Of fused experts, one parameter is the storage of several weights.
         for parameter in {id(weight.storage): weight.storage for weight in self.trained.values()}.values():
-            self._hooks.append(parameter.register_hook(partial(_masked, parameter)))
+            frozen = not parameter.requires_grad
+            # Only what requires a gradient takes a hook, and keeps it while frozen.
+            self._hooks.append(parameter.requires_grad_(True).register_hook(partial(_masked, parameter)))
+            parameter.requires_grad_(not frozen)
             _clear_state(optimizer, parameter)
 
     def _pruned(self) -> int:
@@ -276,6 +279,12 @@ def _fingerprint(weight: WeightView) -> str:
 def _masked(parameter: Tensor, gradient: Tensor) -> Tensor:
     # A hook on the tensor, unlike one after accumulation, runs before DDP averages. It must not change its argument.
     return mask_(gradient.clone(), parameter.detach())
+
+
+def _is_trained(parameter: Tensor, optimizer: Optimizer | None) -> bool:
+    # The optimiser's too while it is frozen: it may be trained again.
+    groups = [] if optimizer is None else optimizer.param_groups
+    return parameter.requires_grad or any(parameter is other for group in groups for other in group["params"])
 
 
 def _clear_state(optimizer: Optimizer | None, parameter: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
@@ -16,7 +17,9 @@ from transformers.trainer_utils import TrainOutput
 from .arguments import SparseTrainingArguments
 from .callbacks import PruningCallback, ZeroGuardCallback
 from .criteria import find_criterion
+from .distillation import check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
 from .masks import SemiStructured
+from .prune import sparsity
 from .reconstruction import reconstruct
 from .reconstruction.as_training import TrainingLog, optimizer_of, schedule_of
 from .reconstruction.report import ReconstructionReport
@@ -41,15 +44,24 @@ class SparseTrainer(Trainer):
     Finished regions are kept in `output_dir/reconstruction`, for `train(resume_from_checkpoint=True)`, unless
     `save_strategy="no"`.
 
+    With `distillation` the loss in training is (1 - α) · L_task + α · L_distillation, α the `distillation_weight`,
+    each a mean over the predictions that have a label: T² · KL(p_t ‖ p_s) of the logits at the
+    `distillation_temperature` T, or the relative squared error of the hidden states after each block (`distillation`).
+    Losses in evaluation are the task's.
+
     Args:
         args: a `SparseTrainingArguments`.
         peft_config: the tuner that reconstruction trains with; by default the region's full weights.
+        teacher: the dense model that `distillation` learns from, of any dtype, with the same tokeniser. By default a
+            copy of the model, without adapters, made before it is pruned here: as much memory again. It is moved to
+            the device, not trained and not saved.
         everything else: as in `Trainer`.
 
     Raises:
         TypeError: `args` is another kind of arguments.
         ValueError: calibration is needed and the training set is shorter than `calibration_samples`; `peft_config`
-            without reconstruction, or reconstruction of a model with adapters; "allr" without pruning here.
+            without reconstruction, or reconstruction of a model with adapters; "allr" without pruning here; no
+            teacher where one is needed, or one that does not fit.
         RuntimeError: while training, a pruned weight lost a zero.
     """
 
@@ -61,6 +73,7 @@ class SparseTrainer(Trainer):
         args: SparseTrainingArguments | None = None,
         *,
         peft_config: PeftConfig | None = None,
+        teacher: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         args = SparseTrainingArguments() if args is None else args
@@ -94,6 +107,7 @@ class SparseTrainer(Trainer):
             )
             self.add_callback(self._pruning)
         self.add_callback(ZeroGuardCallback(args.target_modules, args.exclude_modules))
+        self.teacher = self._find_teacher(teacher)
 
     @property
     def pruning_report(self) -> PruningReport | None:
@@ -124,6 +138,58 @@ class SparseTrainer(Trainer):
             )
             trainer._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute the loss of `Trainer`, while training mixed with that of `distillation`."""
+        name, weight = self.args.distillation, self.args.distillation_weight
+        if name is None or self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        kept = predictions(model, inputs)
+        # First, so that what it computes is gone before the other's activations stay.
+        with self.accelerator.autocast():
+            taught = outputs_of(self.teacher, inputs, name)
+        asked = {"output_hidden_states": True} if name == "hidden_states" else {}
+        task_loss, outputs = super().compute_loss(model, inputs | asked, True, num_items_in_batch)
+        total = sum_of_losses(name, outputs, taught, kept, self.args.distillation_temperature)
+        if num_items_in_batch is None:
+            loss = total / kept.sum().clamp_min(1)
+        else:
+            # As the task loss: of all accumulated batches, and of all processes where they share one count.
+            shared = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = total * shared / num_items_in_batch
+        loss = (1 - weight) * task_loss + weight * loss
+        return (loss, outputs) if return_outputs else loss
+
+    def _find_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
+        args = self.args
+        if args.distillation is None:
+            if teacher is not None:
+                raise ValueError(
+                    '`teacher` is given and `distillation` is not. Set distillation="logits" or "hidden_states".'
+                )
+            return None
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"Distillation runs one process per GPU, and this one has {args.n_gpu}. Start it with accelerate "
+                "launch or torchrun."
+            )
+        if teacher is None:
+            if self._pruning is None:
+                raise ValueError(
+                    f"`distillation={args.distillation!r}` learns from the dense model, which nobody gave. Pass it as "
+                    "`teacher`, or let SparseTrainer prune: set `sparsity` or `pattern`."
+                )
+            share = sparsity(self.model, args.target_modules, args.exclude_modules)
+            teacher = dense_copy(self.model, share)
+        check_teacher(teacher, self.model, args.distillation)
+        # One that was loaded across devices stays there.
+        return teacher if hasattr(teacher, "hf_device_map") else teacher.to(args.device)
 
     def _reconstruct(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         args: Any = self.args
