@@ -9,8 +9,9 @@ published loops: `topk` per group of columns, a full sort of every row, and for 
 one rank-1 update per column. Rounds visit both sides in turn, and a ratio is taken within its round, so a machine that
 slows down slows both.
 
-With `--model`, whole runs on the first blocks of SmolLM2-135M-Instruct instead: `prune` against the published loop,
-which runs every block twice, one sequence at a time, with a hook on every layer.
+With `--model`, whole runs on the first blocks of SmolLM2-135M-Instruct instead: `prune` with its defaults against the
+published loop, which runs every block twice, with a hook on every layer. Both take one sequence at a time. A first round
+is not timed.
 
 The inputs are correlated and of decaying spectrum, X = (C; σI) with rows of C falling like i^-1/2 and columns of
 log-normal scale; the layer error is ||(W - W') X^T||² / ||W X^T||². float32.
@@ -270,16 +271,17 @@ def measure_model(rounds: int, blocks: int, sequences: int, length: int) -> list
     for criterion in ("wanda", "sparsegpt"):
         seconds: tuple[list[float], list[float]] = ([], [])
         errors: list[float] = []
-        for _ in range(rounds):
+        for round_ in range(rounds + 1):
             for side in (0, 1):
                 model = copy.deepcopy(dense)
                 started = time.perf_counter()
                 if side == 0:
-                    prune(model, 0.5, criterion=criterion, calibration=tokens, batch_size=8)
+                    prune(model, 0.5, criterion=criterion, calibration=tokens)
                 else:
                     published_run(model, tokens, criterion)
-                seconds[side].append(time.perf_counter() - started)
-                if len(errors) < 2:
+                if round_:
+                    seconds[side].append(time.perf_counter() - started)
+                else:
                     with torch.no_grad():
                         difference = model.model(tokens).last_hidden_state - target
                     errors.append((difference.norm() / target.norm()).item())
