@@ -1,6 +1,7 @@
 """Learning from the dense model: the losses by hand, and what the Trainer makes of them."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from peft_sparse import MaskLoRAConfig, SparseTrainer, distillation, prune, sparsity
 from peft_sparse.distillation import hidden_states_loss, logits_loss, predictions
-from training import StopAt, arguments
+from training import StopAt, arguments, in_two_processes
 
 from checks import assert_same_weights, assert_same_zeros, zeros_of
 from conftest import Samples, inputs_of, tiny
@@ -178,6 +179,28 @@ def test_batches_of_two_are_two_batches_of_one(tmp_path, kind, counted):
         torch.testing.assert_close(found, expected)
     losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def trained_with_uneven_batches(folder, kind, batch):
+    run = trainer(folder / kind, pruned(), Uneven(), dense(), kind, batch=batch, max_steps=3, optim="sgd")
+    run.train()
+    return run
+
+
+def train_in_one_of_two_processes(folder):
+    for kind in KINDS:
+        run = trained_with_uneven_batches(Path(folder), kind, 2)
+        if run.is_world_process_zero():
+            torch.save(run.model.state_dict(), Path(folder) / f"{kind}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_on_their_batches_together(tmp_path):
+    in_two_processes(tmp_path, "test_distillation", f"train_in_one_of_two_processes({str(tmp_path)!r})")
+    for kind in KINDS:
+        found = torch.load(tmp_path / f"{kind}.pt")
+        for name, expected in trained_with_uneven_batches(tmp_path, kind, 4).model.state_dict().items():
+            torch.testing.assert_close(found[name], expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,7 @@
 """Gradual freezing and unfreezing of blocks, in full fine-tuning and with adapters."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -16,7 +18,7 @@ from peft_sparse import (
     sparsity,
 )
 from peft_sparse.blocks import find_blocks
-from training import StopAt, arguments
+from training import StopAt, arguments, in_two_processes
 
 from checks import assert_same_weights, assert_same_zeros, zeros_of
 from conftest import Samples, tiny
@@ -131,3 +133,25 @@ def test_adapters_freeze_with_their_blocks_and_the_base_stays_frozen(tmp_path):
     SparseTrainer(model, args, train_dataset=Samples(), callbacks=[FreezingCallback(), moved]).train()
     assert moved.steps == ["xxx", "xxx", ".xx", ".xx", "..x", "..x"]
     assert all(p.requires_grad == ("mask_lora" in name) for name, p in model.named_parameters())
+
+
+def unfrozen_step_by_step(folder, batch):
+    args = arguments(folder / "run", ddp_find_unused_parameters=True, optim="sgd")
+    args.per_device_train_batch_size = batch
+    trainer = SparseTrainer(pruned(), args, train_dataset=Samples(), callbacks=[FreezingCallback("unfreeze")])
+    trainer.train()
+    return trainer
+
+
+def train_in_one_of_two_processes(folder):
+    trainer = unfrozen_step_by_step(Path(folder), 2)
+    torch.save(trainer.model.state_dict(), Path(folder) / f"{trainer.args.process_index}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_unfreeze_as_one_does(tmp_path):
+    in_two_processes(tmp_path, "test_freezing", f"train_in_one_of_two_processes({str(tmp_path)!r})")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, expected in unfrozen_step_by_step(tmp_path, 4).model.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], expected)

@@ -1,4 +1,9 @@
-"""What tests of training share: small arguments, and a run that is cut off."""
+"""What tests of training share: small arguments, a run that is cut off, and a call in two processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 from transformers import TrainerCallback
 
@@ -18,3 +23,13 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == self.step
+
+
+def in_two_processes(folder, module, call):
+    """Run `call` of a test module in two processes that torchrun starts."""
+    script = folder / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {module} as tests\ntests.{call}\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
