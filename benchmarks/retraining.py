@@ -2,7 +2,7 @@ r"""What to retrain after pruning, at equal tokens: perplexity, tokens per secon
 
     python benchmarks/retraining.py --calibration-file c4.jsonl.gz --evaluation-file wikitext2-test.raw.gz \
         --output benchmarks/results/retraining-smollm2-cpu.json
-    python benchmarks/retraining.py --parts distillation ... (adds the rows of other parts to the same file)
+    python benchmarks/retraining.py --table --output (that file)
 
 SmolLM2-135M-Instruct, pruned by magnitude, every layer alike. ways: PERP's table (Zimmer et al. 2023,
 arXiv:2312.15230, table 13) transposed: norms, output head, MaskLoRA, ScaledLoRA, LoRA-Prune, LoRA that stays
@@ -268,6 +268,30 @@ def train(
     }
 
 
+def table(rows: list[dict[str, Any]]) -> None:
+    """Print the rows as the table of docs/retraining.md."""
+    print("| sparsity | trained | share | perplexity | tokens per CPU second | peak GiB | rate |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    total = rows[0]["parameters"]
+    for row in rows:
+        if row["part"] == "sweep":
+            continue
+        beside = [f"{row[key]} {key}" for key in ("cycles",) if key in row]
+        beside += [f"{row['distillation']}, weight {row['distillation_weight']}"] if "distillation" in row else []
+        name = ", ".join([row["way"], *beside])
+        cells = ["", "", "", ""]
+        if "tokens" in row:
+            share, memory = row["trainable_parameters"] / total, row["peak_bytes"] / 2**30
+            cells = [
+                f"{share:.2%}",
+                f"{row['tokens_per_cpu_second']:.0f}",
+                f"{memory:.2f}",
+                f"{row['learning_rate']:g}",
+            ]
+        value = "not finite" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
+        print("|", " | ".join([f"{row.get('sparsity', 0):.0%}", name, cells[0], value, *cells[1:]]), "|")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration-file", help="training text: gzipped JSON lines with a field text")
@@ -283,7 +307,11 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="evaluation windows of 1,024 tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", required=True)
+    parser.add_argument("--table", action="store_true", help="print the rows of the output, and run nothing")
     args = parser.parse_args()
+    if args.table:
+        table(json.loads(Path(args.output).read_text())["rows"])
+        return
     benchmark = Benchmark(args)
     benchmark.row("dense", "dense", lambda: benchmark.untrained(0.0))
     for part in args.parts:
