@@ -10,8 +10,8 @@ one rank-1 update per column. Rounds visit both sides in turn, and a ratio is ta
 slows down slows both.
 
 With `--model`, whole runs on the first blocks of SmolLM2-135M-Instruct instead: `prune` with its defaults against the
-published loop, which runs every block twice, with a hook on every layer. Both take one sequence at a time. A first round
-is not timed.
+published loop, which runs every block twice, with a hook on every layer. Both take one sequence at a time. A first
+round is not timed.
 
 The inputs are correlated and of decaying spectrum, X = (C; σI) with rows of C falling like i^-1/2 and columns of
 log-normal scale; the layer error is ||(W - W') X^T||² / ||W X^T||². float32.

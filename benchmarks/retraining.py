@@ -7,9 +7,8 @@ r"""What to retrain after pruning, at equal tokens: perplexity, tokens per secon
 SmolLM2-135M-Instruct, pruned by magnitude, every layer alike. ways: PERP's table (Zimmer et al. 2023,
 arXiv:2312.15230, table 13) transposed: norms, output head, MaskLoRA, ScaledLoRA, LoRA-Prune, LoRA that stays
 unmerged, all weights. Biases have no row: the model has none. cycles: iterative magnitude pruning against one shot.
-distillation: the dense model's logits or hidden states beside the task loss. Each way has a learning rate of its own,
-found on held-out training text by short runs at the first sparsity: of two, and of three times more or less while the
-best is at an end, four at most.
+distillation: the dense model's logits or hidden states beside the task loss. Each way has a learning rate of its own;
+rates: others, to see how much depends on it.
 
 A row is of one training run, in one process with the others: the peak of resident memory is reset before it, with the
 model loaded. On a busy machine compare tokens per CPU second, which other processes change least. Text as in
@@ -60,10 +59,11 @@ from demo import smollm2_dir
 
 @dataclass(frozen=True)
 class Way:
-    """What is trained, and the learning rates to choose among: Adam moves an entry by about its rate per step."""
+    """What is trained, its learning rate, and others to compare: Adam moves an entry by about its rate per step."""
 
     attach: Callable[[Any], Any]
-    rates: tuple[float, float]
+    rate: float
+    others: tuple[float, ...]
 
 
 def adapter(kind: Any, **options: Any) -> Callable[[Any], Any]:
@@ -87,17 +87,17 @@ def head(model: Any) -> Any:
     return model
 
 
-ADDITIVE, MULTIPLICATIVE, WEIGHTS = (2e-3, 6e-3), (1e-2, 3e-2), (3e-4, 1e-3)
+ADDITIVE, MULTIPLICATIVE, WEIGHTS = (6e-3, (2e-3, 1.8e-2)), (1e-2, (3e-2,)), (1e-3, (3e-4, 3e-3))
 WAYS = {
-    "MaskLoRA": Way(adapter(MaskLoRAConfig, lora_alpha=32), ADDITIVE),
-    "full": Way(lambda model: model, WEIGHTS),
-    "LoRA, unmerged": Way(adapter(LoraConfig, lora_alpha=32), ADDITIVE),
-    "norms": Way(norms, MULTIPLICATIVE),
-    "ScaledLoRA": Way(adapter(ScaledLoRAConfig), MULTIPLICATIVE),
-    "LoRA-Prune": Way(adapter(MaskLoRAConfig, lora_alpha=32, masking="merge"), ADDITIVE),
-    "head": Way(head, WEIGHTS),
+    "MaskLoRA": Way(adapter(MaskLoRAConfig, lora_alpha=32), *ADDITIVE),
+    "full": Way(lambda model: model, *WEIGHTS),
+    "LoRA, unmerged": Way(adapter(LoraConfig, lora_alpha=32), *ADDITIVE),
+    "norms": Way(norms, *MULTIPLICATIVE),
+    "ScaledLoRA": Way(adapter(ScaledLoRAConfig), *MULTIPLICATIVE),
+    "LoRA-Prune": Way(adapter(MaskLoRAConfig, lora_alpha=32, masking="merge"), *ADDITIVE),
+    "head": Way(head, *WEIGHTS),
 }
-PARTS = ("ways", "cycles", "distillation")
+PARTS = ("ways", "cycles", "distillation", "rates")
 
 
 class Benchmark:
@@ -108,14 +108,11 @@ class Benchmark:
         text, evaluation_text = documents(args)
         packed = pack_sequences(text, tokenizer, args.length)
         self.args = args
-        self.train, self.held_out = packed[: args.sequences], packed[-args.held_out :]
+        self.train = packed[: args.sequences]
         self.evaluation = pack_sequences([evaluation_text], tokenizer, 1024, separator="")[: args.windows]
         self.settings = {
             **described(args, text, evaluation_text, self.train, self.evaluation),
-            "held_out_sequences": args.held_out,
             "batch_size": args.batch_size,
-            "sweep_steps": args.sweep_steps,
-            "rates": {name: list(way.rates) for name, way in WAYS.items()},
         }
         self.rows = rows_of_earlier_run(Path(args.output), self.settings)
 
@@ -131,28 +128,10 @@ class Benchmark:
         Path(self.args.output).write_text(json.dumps(result, indent=2) + "\n")
         return self.rows[-1]
 
-    def rate(self, name: str) -> float:
-        """Return the learning rate of a way: the best on held-out text after a few steps."""
-        level, steps = self.args.sparsities[0], self.args.sweep_steps
-
-        def short(rate: float) -> dict[str, Any]:
-            model = train(WAYS[name].attach(pruned(level)), self.train, self.args, rate, max_steps=steps)[0]
-            return {"held_out_perplexity": finite_perplexity(merged(model), self.held_out)}
-
-        found: dict[float, float] = {}
-        waiting = list(WAYS[name].rates)
-        while waiting:
-            rate = waiting.pop(0)
-            row = self.row("sweep", name, partial(short, rate), sparsity=level, learning_rate=rate)
-            found[rate] = row["held_out_perplexity"] or float("inf")
-            best = min(found, key=lambda rate: found[rate])
-            if not waiting and len(found) < 4 and best in (min(found), max(found)):
-                waiting.append(float(f"{best * 3 if best == max(found) else best / 3:.2g}"))
-        return best
-
-    def trained(self, name: str, level: float, *, on_the_way: bool = False, **options: Any) -> dict[str, Any]:
+    def trained(
+        self, name: str, level: float, rate: float, *, on_the_way: bool = False, **options: Any
+    ) -> dict[str, Any]:
         """Train one way with everything and evaluate what is left of it: the merged model, where it merges."""
-        rate = self.rate(name)
         model = WAYS[name].attach(dense() if on_the_way else pruned(level))
         if on_the_way:
             options |= {"sparsity": level, "pruning_schedule": "cycles"}
@@ -170,9 +149,16 @@ class Benchmark:
         """Every way at every sparsity, those that matter most first."""
         for level in self.args.sparsities:
             self.row("ways", "pruned", partial(self.untrained, level), sparsity=level)
-            for name in WAYS:
-                work = partial(self.trained, name, level)
-                self.row("ways", name, work, sparsity=level, learning_rate=self.rate(name))
+            for name, way in WAYS.items():
+                work = partial(self.trained, name, level, way.rate)
+                self.row("ways", name, work, sparsity=level, learning_rate=way.rate)
+
+    def rates(self) -> None:
+        """The ways at the first sparsity with other learning rates."""
+        level = self.args.sparsities[0]
+        for name, way in WAYS.items():
+            for rate in way.others:
+                self.row("ways", name, partial(self.trained, name, level, rate), sparsity=level, learning_rate=rate)
 
     def cycles(self) -> None:
         """Iterative magnitude pruning against one shot, same tokens; the learning rate restarts in every cycle."""
@@ -185,24 +171,18 @@ class Benchmark:
                     "lr_scheduler_type": "cosine_with_restarts",
                     "lr_scheduler_kwargs": {"num_cycles": count},
                 }
-                work = partial(self.trained, name, level, on_the_way=True, **options)
-                self.row("cycles", name, work, sparsity=level, cycles=count, learning_rate=self.rate(name))
+                rate = WAYS[name].rate
+                work = partial(self.trained, name, level, rate, on_the_way=True, **options)
+                self.row("cycles", name, work, sparsity=level, cycles=count, learning_rate=rate)
 
     def distillation(self) -> None:
         """The dense model's help beside the plain loss, which is the row of `ways`."""
-        for level in self.args.sparsities:
+        level, rate = self.args.sparsities[0], WAYS["MaskLoRA"].rate
+        for weight in (0.5, 1.0):
             for kind in ("logits", "hidden_states"):
-                for weight in (0.5, 1.0):
-                    options: dict[str, Any] = {"distillation": kind, "distillation_weight": weight}
-                    work = partial(self.trained, "MaskLoRA", level, **options)
-                    self.row(
-                        "distillation",
-                        "MaskLoRA",
-                        work,
-                        sparsity=level,
-                        learning_rate=self.rate("MaskLoRA"),
-                        **options,
-                    )
+                options: dict[str, Any] = {"distillation": kind, "distillation_weight": weight}
+                work = partial(self.trained, "MaskLoRA", level, rate, **options)
+                self.row("distillation", "MaskLoRA", work, sparsity=level, learning_rate=rate, **options)
 
     def untrained(self, level: float) -> dict[str, Any]:
         model = pruned(level) if level else dense()
@@ -239,7 +219,7 @@ def finite_perplexity(model: nn.Module, sequences: Tensor) -> float | None:
 def train(
     model: Any, tokens: Tensor, args: argparse.Namespace, rate: float, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Train for one pass over `tokens`, or `max_steps`; return the model, and time and memory of that alone."""
+    """Train for one pass over `tokens`,; return the model, and time and memory of that alone."""
     linear: dict[str, Any] = {"num_train_epochs": 1, "warmup_steps": 0.1, "lr_scheduler_type": "linear"}
     with tempfile.TemporaryDirectory() as folder:
         training = SparseTrainingArguments(
@@ -274,8 +254,6 @@ def table(rows: list[dict[str, Any]]) -> None:
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     total = rows[0]["parameters"]
     for row in rows:
-        if row["part"] == "sweep":
-            continue
         beside = [f"{row[key]} {key}" for key in ("cycles",) if key in row]
         beside += [f"{row['distillation']}, weight {row['distillation_weight']}"] if "distillation" in row else []
         name = ", ".join([row["way"], *beside])
@@ -300,8 +278,6 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64, help="training sequences, each seen once")
     parser.add_argument("--length", type=int, default=128, help="tokens of each")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--held-out", type=int, default=8, help="last sequences of the text, to choose rates on")
-    parser.add_argument("--sweep-steps", type=int, default=6, help="steps to choose a rate after")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--cycles-sparsity", type=float, default=0.8)
     parser.add_argument("--windows", type=int, default=4, help="evaluation windows of 1,024 tokens")
