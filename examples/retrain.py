@@ -1,6 +1,7 @@
 r"""Prune a causal language model, retrain it with MaskLoRA, merge, save, reload; show that the zeros never moved.
 
     accelerate launch examples/retrain.py
+    accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml examples/retrain.py
     accelerate launch examples/retrain.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name allenai/c4 \
         --dataset_config en --sparsity 0.6 --criterion wanda --max_steps 500
 
@@ -27,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, perplexity, sparsity
 from peft_sparse.report import environment, peak_memory
+from peft_sparse.sharding import has_shards
 
 from demo import digest, python_documents, smollm2_dir
 
@@ -106,18 +108,21 @@ def main() -> None:
         eval_dataset=Sequences(evaluation),
         processing_class=tokenizer,
     )
-    stages = [stage("dense", perplexity(model, evaluation), sparsity(model))]
+    # ZeRO-3 holds a model in parts from when it is loaded, and runs it while training only.
+    stages = [] if has_shards(model) else [stage("dense", perplexity(model, evaluation), sparsity(model))]
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainable, total = model.get_nb_trainable_parameters()
+    retrained = perplexity(model, evaluation)
+    save(trainer, Path(args.output_dir))
     if not trainer.is_world_process_zero():
         return
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     stages.append(stage("pruned", math.exp(evaluations[0]["eval_loss"]), evaluations[0]["sparsity"]))
-    stages.append(stage("retrained", perplexity(model, evaluation), sparsity(model)))
-    trainable, total = model.get_nb_trainable_parameters()
-    model, after_merge = merge_save_reload(model, evaluation, tokenizer, Path(args.output_dir))
+    stages.append(stage("retrained", retrained, trainer.state.log_history[-1]["sparsity"]))
+    stages += merge_and_reload(evaluation, tokenizer, Path(args.output_dir), args.device)
 
     report: dict[str, Any] = {
-        "stages": stages + after_merge,
+        "stages": stages,
         "trainable_share": trainable / total,
         "train_seconds": result.metrics["train_runtime"],
         "total_seconds": time.perf_counter() - started,
@@ -144,25 +149,24 @@ def use_all_cores() -> None:
         )
 
 
-def merge_save_reload(
-    model: PeftModel, evaluation: torch.Tensor, tokenizer: Any, output: Path
-) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
-    """Save the adapter and its pruned base, load both again, merge, save, load that again; measure on the way."""
-    pruned = output / "pruned"
-    model.active_peft_config.base_model_name_or_path = str(pruned)
-    model.get_base_model().config.save_pretrained(pruned)  # saving the adapter looks the base's vocabulary up
-    model.save_pretrained(output / "adapter")
-    base = model.unload()
-    base.save_pretrained(pruned)
-    tokenizer.save_pretrained(pruned)
+def save(trainer: SparseTrainer, output: Path) -> None:
+    """Save the adapter and its pruned base, put together from all processes."""
+    model: Any = trainer.model
+    model.active_peft_config.base_model_name_or_path = str(output / "pruned")
+    trainer.save_base_model(str(output / "pruned"))
+    trainer.save_model(str(output / "adapter"))
+
+
+def merge_and_reload(evaluation: torch.Tensor, tokenizer: Any, output: Path, device: Any) -> list[dict[str, Any]]:
+    """Load adapter and base, merge, save, load that again; measure on the way."""
+    base = AutoModelForCausalLM.from_pretrained(output / "pruned").to(device)
     merged = PeftModel.from_pretrained(base, output / "adapter").merge_and_unload(progressbar=True, safe_merge=True)
     stages = [stage("merged", perplexity(merged, evaluation), sparsity(merged))]
     merged.save_pretrained(output / "merged")
     tokenizer.save_pretrained(output / "merged")
-    device = merged.device
     reloaded = AutoModelForCausalLM.from_pretrained(output / "merged").to(device)
     stages.append(stage("reloaded", perplexity(reloaded, evaluation), sparsity(reloaded)))
-    return reloaded, stages
+    return stages
 
 
 def load_documents(sources: Sources) -> tuple[list[str], list[str], str]:

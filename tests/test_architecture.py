@@ -14,7 +14,7 @@ PACKAGE = Path(peft_sparse.__file__).parent
 
 # Each may import from those above it and from its own folder; a set holds siblings that must not know each other.
 ORDER = [
-    {"weights", "processes"},
+    {"weights", "processes", "sharding"},
     {"masks"},
     {"criteria", "sparsegpt", "least_squares", "functional"},
     {"blocks", "allocation", "refinement"},
@@ -28,7 +28,8 @@ ORDER = [
     {"streaming", "structured"},
     {"reconstruction", "schedules", "distillation"},
     {"plan"},
-    {"callbacks", "freezing", "arguments"},
+    {"guard"},
+    {"callbacks", "freezing", "termination", "arguments"},
     {"trainer"},
     {"__init__"},
 ]

@@ -12,10 +12,10 @@ from torch import nn
 
 from peft_sparse import MaskLoRAConfig, SparseTrainer, distillation, prune, sparsity
 from peft_sparse.distillation import hidden_states_loss, logits_loss, predictions
-from training import StopAt, arguments, in_two_processes
 
 from checks import assert_same_weights, assert_same_zeros, zeros_of
 from conftest import Samples, inputs_of, tiny
+from training import StopAt, arguments, in_two_processes
 
 
 KINDS = ("logits", "hidden_states")

@@ -18,10 +18,10 @@ from peft_sparse import (
     sparsity,
 )
 from peft_sparse.blocks import find_blocks
-from training import StopAt, arguments, in_two_processes
 
 from checks import assert_same_weights, assert_same_zeros, zeros_of
 from conftest import Samples, tiny
+from training import StopAt, arguments, in_two_processes
 
 
 class Moved(TrainerCallback):

@@ -15,10 +15,10 @@ from peft_sparse import (
     sparsity,
 )
 from peft_sparse.blocks import prunable_weights
-from training import StopAt, arguments
 
 from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, zeros_of
 from conftest import Samples, tiny
+from training import StopAt, arguments
 
 
 class Watch(TrainerCallback):

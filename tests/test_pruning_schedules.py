@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from peft_sparse import (
     CubicSchedule,
@@ -19,10 +20,10 @@ from peft_sparse import (
     sparsity,
 )
 from peft_sparse.callbacks import restart_adapters
-from training import StopAt, arguments
 
 from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, zeros_of
 from conftest import Samples, tiny
+from training import StopAt, arguments
 
 
 arguments = partial(arguments, max_steps=12, logging_steps=1)
@@ -121,7 +122,9 @@ def test_starting_anew_does_not_change_what_the_model_computes(config):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "adapters"), [("cubic", False), ("cubic", True), ("cycles", False)], ids=lambda value: str(value)
+    ("schedule", "adapters"),
+    [("cubic", False), ("cubic", True), ("cycles", False), ("cycles", True)],
+    ids=lambda value: str(value),
 )
 @pytest.mark.parametrize("stop", [4, 6])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, schedule, adapters, stop):
@@ -140,13 +143,16 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, schedule, adapters
     assert round(sparsity(resumed.model), 3) == 0.75
 
 
-def test_a_base_that_cannot_be_pruned_as_before_is_refused_on_resuming(tmp_path):
+def test_a_base_measured_on_the_way_is_saved_with_the_adapter(tmp_path):
     options = {"sparsity": 0.75, "pruning_schedule": "cubic", "pruning_rounds": 3, "pruning_interval": 2}
     options |= {"save_strategy": "steps", "save_steps": 2, "criterion": "wanda", "calibration_samples": 4}
-    args = arguments(tmp_path, **options)
+    whole = SparseTrainer(adapt(), arguments(tmp_path / "whole", **options), train_dataset=Samples())
+    whole.train()
+    args = arguments(tmp_path / "halves", **options)
     SparseTrainer(adapt(), args, train_dataset=Samples(), callbacks=[StopAt(6)]).train()
-    with pytest.raises(ValueError, match="checkpoint was written with other zeros"):
-        SparseTrainer(adapt(), args, train_dataset=Samples()).train(resume_from_checkpoint=True)
+    resumed = SparseTrainer(adapt(), args, train_dataset=Samples())
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(whole.model, resumed.model)
 
 
 def test_cycles_with_adapters_through_the_arguments(tmp_path):
@@ -176,14 +182,22 @@ def test_a_plain_trainer_resumed_does_not_prune_trained_weights_again(tmp_path):
     assert_same_weights(run(), run(resume_from_checkpoint=str(tmp_path / "checkpoint-6")))
 
 
-def test_trl_trains_by_the_same_callbacks(tmp_path):
-    trl = pytest.importorskip("trl")
-    config = arguments(tmp_path, trl.SFTConfig)
-    dataset = [{"input_ids": row.tolist()} for row in Samples().tokens]
-    datasets = pytest.importorskip("datasets")
-    callbacks = [PruningCallback(0.75, schedule=PruningCycles(2)), ZeroGuardCallback()]
+# TRL's own default.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("adapters", [False, True])
+def test_trl_trains_by_the_same_callbacks(tmp_path, adapters):
+    import datasets
+    import trl
+
+    words = {f"w{index}": index for index in range(61)} | {"?": 61, "</s>": 62}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
     trainer = trl.SFTTrainer(
-        tiny("llama"), config, train_dataset=datasets.Dataset.from_list(dataset), callbacks=callbacks
+        tiny("llama"),
+        arguments(tmp_path, trl.SFTConfig),
+        train_dataset=datasets.Dataset.from_list([{"input_ids": row.tolist()} for row in Samples().tokens]),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", eos_token="</s>"),
+        peft_config=MaskLoRAConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM") if adapters else None,
+        callbacks=[PruningCallback(0.75, schedule=PruningCycles(2)), ZeroGuardCallback()],
     )
     trainer.train()
     assert round(sparsity(trainer.model), 3) == 0.75

@@ -40,9 +40,9 @@ from peft_sparse import (
     streaming,
 )
 from peft_sparse.allocation import allocate
-from peft_sparse.callbacks import ZeroGuardCallback, _compare
 from peft_sparse.criteria import magnitude
 from peft_sparse.distillation import check_teacher, hidden_states_loss, logits_loss, predictions
+from peft_sparse.guard import ZeroGuardCallback, _compare
 from peft_sparse.least_squares import masked_least_squares
 from peft_sparse.masks import SemiStructured, Unstructured, parse_pattern
 from peft_sparse.reconstruction.progress import Progress
@@ -52,7 +52,7 @@ from peft_sparse.schedules import norm_drop, retraining_schedule
 from peft_sparse.sparsegpt import sparsegpt
 from peft_sparse.structured import saving
 from peft_sparse.structured.saving import CompactConfig
-from peft_sparse.tuners import MaskLoraModel
+from peft_sparse.tuners import MaskLoraModel, merged_state_dict
 from peft_sparse.tuners.proof import check_masks
 from peft_sparse.tuners.registration import register
 from peft_sparse.weights import WeightView, as_matrix
@@ -296,6 +296,17 @@ def cycles(model, step=0, **options):
     state = _State()
     state.global_step = step
     PruningCallback(0.5, schedule=PruningCycles(2)).on_train_begin(arguments(**options), state, None, model=model)
+
+
+def stepped_by_deepspeed():
+    model = llama()
+    next(model.parameters())._hp_mapping = None
+    return model
+
+
+def prune_in_parts(model):
+    next(model.parameters()).ds_tensor = torch.zeros(1)
+    PruningCallback(0.5, criterion="wanda", calibration=torch.zeros(1, 2).long()).prune(model, 0)
 
 
 def two_gpus():
@@ -827,6 +838,11 @@ REFUSALS = [
         ValueError,
         "relative to the optimiser's own, which is 0.0. Give it a positive",
     ),
+    (
+        lambda: retraining_schedule("allr", torch.optim.SGD([torch.zeros(1)], lr=0.1), [0.1] * 9, 9, cycles=3),
+        ValueError,
+        '"allr" depends on what each of the 3 cycles prunes, .* Use "llr"',
+    ),
     (lambda: scheduled("allr"), ValueError, '"allr" starts lower the less pruning removed: pass `norm_drop`'),
     (lambda: scheduled("ft", [0.1, 0.0]), ValueError, '"ft" goes on at the last rate .* which is 0. Use "lrw"'),
     (lambda: scheduled("lrw", [0.1, 0.1]), ValueError, '"lrw" replays the last 3 rates .* which has 2. Retrain for'),
@@ -879,7 +895,27 @@ REFUSALS = [
         ValueError,
         "merged and start anew, which 'base_model.model.model.layers.0.self_attn.q_proj', a Linear, cannot. Use MaskL",
     ),
-    (lambda: cycles(adapted(), 3), ValueError, "The checkpoint is of cycle 2, .* Start over, or train the weights"),
+    (
+        lambda: cycles(adapted(), 3),
+        FileNotFoundError,
+        "on a base that was pruned several times on the way, and .*pruned_base.safetensors', .* Resume with the `out",
+    ),
+    (
+        lambda: cycles(stepped_by_deepspeed()),
+        ValueError,
+        "DeepSpeed's optimiser has copies .* Use DDP or FSDP2",
+    ),
+    (lambda: prune_in_parts(llama()), ValueError, 'The weights are sharded over processes, .* Or prune by "magnitude'),
+    (
+        lambda: SparseTrainingArguments("unused", save_on_sigterm=True, enable_jit_checkpoint=True),
+        ValueError,
+        "`save_on_sigterm` and `enable_jit_checkpoint` both wait for SIGTERM. Set one",
+    ),
+    (
+        lambda: merged_state_dict(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))),
+        TypeError,
+        "Expected one MaskLoRA or ScaledLoRA adapter on a plain layer, got Linear at .*q_proj'. Call `merge_and_unlo",
+    ),
     (
         lambda: cycles(adapted(), load_best_model_at_end=True, save_strategy="steps", save_steps=1, **EVALUATED),
         ValueError,
@@ -893,7 +929,7 @@ REFUSALS = [
     (
         lambda: arguments(pruning_schedule="cubic"),
         ValueError,
-        "`pruning_schedule='cubic'` raises `sparsity` while training .* Set `sparsity`, and neither",
+        "`pruning_schedule='cubic'` raises `sparsity` while training .* for \"cycles\" only",
     ),
     (
         lambda: plan_training(llama(), strategy="tp"),

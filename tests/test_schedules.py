@@ -7,9 +7,9 @@ from transformers import Trainer, TrainingArguments
 
 from peft_sparse import SparseTrainer, ZeroGuardCallback, prune
 from peft_sparse.schedules import RETRAINING, norm_drop, retraining_schedule
-from training import arguments
 
 from conftest import Samples, tiny
+from training import arguments
 
 
 # Warm-up to 0.8 in two steps, then down to 0.2: T = 8.
@@ -97,6 +97,16 @@ def test_arguments_choose_the_schedule(tmp_path):
     trainer.train()
     # The end of linear decay from 0.1 at step 4 to 0 at step 20.
     assert logged(trainer) == pytest.approx([0.1 * j / 16 for j in (5, 4, 3, 2, 1)])
+
+
+def test_each_cycle_has_the_schedule_anew(tmp_path):
+    options = {"sparsity": 0.6, "pruning_schedule": "cycles", "pruning_rounds": 2, "original_steps": 20}
+    trainer = SparseTrainer(
+        tiny("llama"), arguments(tmp_path, retraining_schedule="llr", **options), train_dataset=Samples()
+    )
+    trainer.train()
+    # Two steps, and the three that are left.
+    assert logged(trainer) == pytest.approx([0.1, 0.05, 0.1, 0.1 * 2 / 3, 0.1 / 3])
 
 
 def test_allr_measures_the_pruning_of_this_run(tmp_path):

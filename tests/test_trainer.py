@@ -14,10 +14,10 @@ from peft_sparse import (
     sparsity,
 )
 from peft_sparse.criteria import CRITERIA
-from training import StopAt, arguments
 
 from checks import assert_same_zeros, zeros_of
 from conftest import Samples, tiny
+from training import StopAt, arguments
 
 
 def adapted(**kwargs):

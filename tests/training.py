@@ -12,9 +12,8 @@ from peft_sparse import SparseTrainingArguments
 
 def arguments(path, kind=SparseTrainingArguments, **kwargs):
     defaults = {"max_steps": 6, "logging_steps": 2, "save_strategy": "no", "report_to": "none", "learning_rate": 1e-2}
-    return kind(
-        str(path), use_cpu=True, dataloader_pin_memory=False, per_device_train_batch_size=4, **(defaults | kwargs)
-    )
+    defaults |= {"per_device_train_batch_size": 4, "use_cpu": True, "dataloader_pin_memory": False}
+    return kind(str(path), **(defaults | kwargs))
 
 
 class StopAt(TrainerCallback):

@@ -9,10 +9,11 @@ Importing the package registers its tuners with PEFT.
 """
 
 from .arguments import SparseTrainingArguments
-from .callbacks import PruningCallback, ZeroGuardCallback
+from .callbacks import PruningCallback
 from .criteria import Criterion, Statistics
 from .evaluation import perplexity
 from .freezing import FreezingCallback
+from .guard import ZeroGuardCallback
 from .masks import SemiStructured, Unstructured
 from .plan import plan, plan_reconstruction, plan_training
 from .prune import prune, sparsity

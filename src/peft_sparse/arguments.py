@@ -109,8 +109,18 @@ class SparseTrainingArguments(TrainingArguments):
         default="device", metadata={"help": 'Where hidden states wait while reconstructing: "device", "cpu", "disk".'}
     )
 
+    save_on_sigterm: bool = field(
+        default=False,
+        metadata={"help": "When SIGTERM comes, finish the step, save a checkpoint and stop, in all processes alike."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.save_on_sigterm and self.enable_jit_checkpoint:
+            raise ValueError(
+                "`save_on_sigterm` and `enable_jit_checkpoint` both wait for SIGTERM. Set one: the second for one "
+                "process only, as processes may save at different steps."
+            )
         find_criterion(self.criterion)
         if self.group is not None and self.group not in GROUPS:
             raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {self.group!r}.")
@@ -153,10 +163,12 @@ class SparseTrainingArguments(TrainingArguments):
         if name not in PRUNING_SCHEDULES:
             known = ", ".join(map(repr, PRUNING_SCHEDULES))
             raise ValueError(f"`pruning_schedule` must be one of {known}, got {name!r}. Leave it out to prune once.")
-        if self.recovery == "reconstruct" or self.retraining_schedule or self.pruning_pattern() is None:
+        begins_once = self.retraining_schedule and name != "cycles"
+        if self.recovery == "reconstruct" or begins_once or self.pruning_pattern() is None:
             raise ValueError(
                 f"`pruning_schedule={name!r}` raises `sparsity` while training with `lr_scheduler_type`. Set "
-                "`sparsity`, and neither `retraining_schedule`, which begins after one pruning, nor reconstruction."
+                '`sparsity`, no reconstruction, and `retraining_schedule`, which begins after a pruning, for "cycles" '
+                "only."
             )
         if name == "cubic":
             return CubicSchedule(self.pruning_rounds, self.pruning_interval)

@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from .sharding import whole_shape
 from .weights import PRUNABLE_LAYERS, WeightView, stored_weight
 
 
@@ -99,7 +100,7 @@ def prunable_weights(
             weights[name] = WeightView(base_layer(layers[name]))
         else:
             module, parameter = experts[name]
-            count = getattr(module, parameter).shape[0]
+            count = whole_shape(getattr(module, parameter))[0]
             weights |= {f"{name}.{expert}": WeightView(module, parameter, expert) for expert in range(count)}
     return weights
 
@@ -192,7 +193,7 @@ def active_experts(model: nn.Module) -> float:
     """Return the share of fused experts that one token goes through, as the model's configuration tells; else 1."""
     config = getattr(base_model(model), "config", None)
     chosen = getattr(config, "num_experts_per_tok", None)
-    counts = {getattr(module, parameter).shape[0] for module, parameter in fused_experts(model).values()}
+    counts = {whole_shape(getattr(module, parameter))[0] for module, parameter in fused_experts(model).values()}
     return chosen / counts.pop() if chosen and len(counts) == 1 else 1.0
 
 
@@ -245,14 +246,15 @@ def _routers_of(module: nn.Module) -> Iterator[nn.Module]:
 
 def _is_fused(module: nn.Module, parameter: nn.Parameter) -> bool:
     # The layers of torch itself, such as the short convolutions of state-space models, hold no experts.
-    return parameter.dim() == 3 and 1 not in parameter.shape[1:] and not type(module).__module__.startswith("torch.nn")
+    shape = whole_shape(parameter)
+    return len(shape) == 3 and 1 not in shape[1:] and not type(module).__module__.startswith("torch.nn")
 
 
 def _expert_count(module: nn.Module) -> int:
     if isinstance(module, nn.ModuleList):
         same = len({type(child) for child in module}) == 1
         return len(module) if same and len(module) > 1 and all(map(_holds_prunable, module)) else 0
-    fused = [p.shape[0] for p in module.parameters(recurse=False) if _is_fused(module, p)]
+    fused = [whole_shape(p)[0] for p in module.parameters(recurse=False) if _is_fused(module, p)]
     return fused[0] if fused else 0
 
 

@@ -1,35 +1,37 @@
-"""When to prune during training, and the guard that no zero is lost. How to prune stays in `prune`."""
+"""When to prune during training. How to prune stays in `prune`."""
 
 import contextlib
 import dataclasses
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import partial
+from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .blocks import Targets, base_model, prunable_weights
-from .masks import Pattern, Unstructured, fingerprint, mask_, mask_of, pack, parse_pattern, unpack
+from .blocks import base_model, prunable_weights
+from .guard import note_pruning
+from .masks import Pattern, Unstructured, mask_of, parse_pattern
 from .prune import prune
 from .report import PruningReport
 from .schedules import PruningSchedule
-from .tasks import to_host, zero_counts
+from .sharding import has_shards, uses_deepspeed, whole, write_through
 from .tuners.layer import SparseLoraLayer
-from .weights import WeightView
+from .weights import to_host
 
 
-# How often a callback pruned each model: what tells guards, whatever the order of callbacks, that there are new zeros.
-_prunings: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+# In checkpoints of adapters, the base weights that a schedule changed.
+BASE_NAME = "pruned_base.safetensors"
 
 
 class PruningCallback(TrainerCallback):
@@ -53,8 +55,9 @@ class PruningCallback(TrainerCallback):
     Raises:
         TypeError: `prune` has no such argument.
         ValueError: a schedule for what is no single sparsity. When training begins: a run too short for the schedule
-            or with `load_best_model_at_end`, cycles with other adapters, or cycles resumed after the first, whose
-            merged base no checkpoint of an adapter holds.
+            or with `load_best_model_at_end`, cycles with other adapters, under DeepSpeed, or calibrated on a model
+            that is sharded already.
+        FileNotFoundError: training with adapters is resumed, and the base that the schedule changed is not there.
     """
 
     def __init__(
@@ -90,6 +93,11 @@ class PruningCallback(TrainerCallback):
             self._due = {step: wanted for step, wanted in due.items() if wanted}
             if self.schedule.restarts:
                 _check_restarts(model)
+            if uses_deepspeed(base_model(model)):
+                raise ValueError(
+                    "A schedule prunes what is being trained, of which DeepSpeed's optimiser has copies and moments "
+                    "of its own. Use DDP or FSDP2, or drop `schedule`."
+                )
             if args.load_best_model_at_end:
                 raise ValueError(
                     "`load_best_model_at_end` may go back to a checkpoint of a lower sparsity, which the schedule "
@@ -100,12 +108,10 @@ class PruningCallback(TrainerCallback):
         past = [step for step in self._due if step <= state.global_step]
         if state.global_step and not isinstance(model, PeftModel) and any("pruning" in e for e in state.log_history):
             return
-        if len(past) > 1 and self.schedule is not None and self.schedule.restarts:
-            raise ValueError(
-                f"The checkpoint is of cycle {len(past)}, on a base that the cycles before it changed, and it holds "
-                "the adapter alone. Start over, or train the weights themselves, without an adapter."
-            )
-        if self.schedule is None or past:
+        if self._base_changed(state) and isinstance(model, PeftModel):
+            load_base(model, _checkpoint(args, state) / BASE_NAME)
+            note_pruning(model)
+        elif self.schedule is None or past:
             self._prune_at(past[-1] if past else None, model, args, state)
 
     def on_step_end(
@@ -118,8 +124,17 @@ class PruningCallback(TrainerCallback):
             with torch.random.fork_rng():
                 torch.manual_seed(args.seed + state.global_step)
                 restart_adapters(kwargs["model"])
-            kwargs["optimizer"].state.clear()
+            _restart(kwargs["optimizer"])
         self._prune_at(state.global_step, kwargs["model"], args, state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._base_changed(state) and isinstance(kwargs["model"], PeftModel):
+            save_base(kwargs["model"], _checkpoint(args, state) / BASE_NAME, write=args.should_save)
+
+    def _base_changed(self, state: TrainerState) -> bool:
+        """Whether the base is no longer what pruning the first one again gives: merged, or measured on the way."""
+        again = self.schedule is not None and (self.schedule.restarts or self.options.get("calibration") is not None)
+        return again and sum(step <= state.global_step for step in self._due) > 1
 
     def _prune_at(self, step: int | None, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
         if step is not None:
@@ -132,12 +147,22 @@ class PruningCallback(TrainerCallback):
         """Prune now instead of when training begins."""
         # The seed is set aside and put back: every process draws the same random scores, and the order of the data
         # does not depend on whether the model was pruned here.
-        with torch.random.fork_rng(), _adapters_off(model):
+        self._check_calibration(model)
+        with torch.random.fork_rng(), _adapters_off(model), whole(model, write=True):
             torch.manual_seed(seed)
             before = self._norm(model)
             self.report = prune(model, **self.options)
             self.norms = [before, self._norm(model)]
-        _prunings[base_model(model)] = _prunings.get(base_model(model), 0) + 1
+        write_through(model)
+        note_pruning(model)
+
+    def _check_calibration(self, model: nn.Module) -> None:
+        if has_shards(model) and self.options.get("calibration") is not None:
+            raise ValueError(
+                "The weights are sharded over processes, and their inputs are measured on whole blocks. Prune before "
+                "they are sharded: with `prune` before training, or SparseTrainer without a schedule, for ZeRO-3 on a "
+                'model loaded before the training arguments were made. Or prune by "magnitude".'
+            )
 
     def _norm(self, model: nn.Module) -> tuple[float, float]:
         targets = self.options.get("target_modules"), self.options.get("exclude_modules")
@@ -146,153 +171,44 @@ class PruningCallback(TrainerCallback):
         return sum(norm**2 for norm in norms), float(sum(to_host([mask_of(matrix).sum() for matrix in matrices])))
 
 
-class ZeroGuardCallback(TrainerCallback, ExportableState):
-    """Remembers the zeros of the model when training begins, at 1/8 byte per weight, and raises if one is lost.
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
-    Weights that are trained themselves keep theirs under any optimiser: full fine-tuning of a pruned model, FullFT in
-    Zimmer et al. 2023, arXiv:2312.15230. Their gradient is M ⊙ ∇W before it is accumulated, clipped or averaged, and
-    after each step W ← M ⊙ W, which matters to optimisers that mix entries, such as Muon. What the optimiser holds for
-    pruned entries when training begins, momentum above all, is cleared; it stays zero. Where a `PruningCallback`
-    prunes on the way, the guard takes the new zeros for those to keep.
 
-    A fingerprint of each mask travels in `trainer_state.json`, so that a run resumed on other zeros is refused.
+def save_base(model: nn.Module, path: Path, *, write: bool) -> None:
+    """Write the adapted base weights, which a schedule changed, beside the adapter that goes with them.
+
+    Args:
+        write: whether this process does, or only takes part in gathering.
     """
+    state: dict[str, Tensor] = {}
+    for name, layer in _adapted(model):
+        with whole(layer):
+            if write:
+                state[name] = layer._stored().detach().cpu().contiguous()
+    if write:
+        save_file(state, path)
 
-    def __init__(self, target_modules: Targets = None, exclude_modules: Targets = None) -> None:
-        self.target_modules = target_modules
-        self.exclude_modules = exclude_modules
-        self.weights: dict[str, WeightView] = {}
-        self.kept: dict[str, Tensor] = {}
-        self.trained: dict[str, WeightView] = {}
-        self.fingerprints: dict[str, str] = {}
-        self._hooks: list[RemovableHandle] = []
-        self._model: nn.Module | None = None
-        self._followed = 0
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the guard: the fingerprints of the masks that its weights have."""
-        # Trained weights are in the checkpoint with what training itself brought to zero, in half precision above all.
-        changed = self.weights if self._behind() else self.trained
-        found = self.fingerprints | {name: _fingerprint(weight) for name, weight in changed.items()}
-        targets = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
-        return {"args": targets, "attributes": {"fingerprints": found}}
+def load_base(model: nn.Module, path: Path) -> None:
+    """Read what `save_base` wrote. In place.
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._model = base_model(kwargs["model"])
-        self.weights = prunable_weights(kwargs["model"], self.target_modules, self.exclude_modules)
-        self.fingerprints = {name: _fingerprint(weight) for name, weight in self.weights.items()}
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step and isinstance(saved, dict):
-            _compare(saved["attributes"]["fingerprints"], self.fingerprints)
-        self._remember(kwargs.get("optimizer"))
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._behind():
-            self.fingerprints = {name: _fingerprint(weight) for name, weight in self.weights.items()}
-            self._remember(kwargs.get("optimizer"))
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for name, weight in self.trained.items():
-            matrix = weight.matrix()
-            # Half the time of filling where a mask says so, on CPUs.
-            kept = unpack(self.kept[name].to(matrix.device), matrix.shape).to(matrix.dtype)
-            weight.write(mask_(matrix.clone(), kept))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._forget_hooks()
-        self.check()
-
-    def check(self) -> None:
-        """Compare the weights with the remembered zeros.
-
-        Raises:
-            RuntimeError: an entry that was zero is not any more; names the first weight.
-        """
-        lost = [_lost(_packed_mask(self.weights[name]), kept) for name, kept in self.kept.items()]
-        if not lost or not any(flags := torch.stack([flag.to(lost[0].device) for flag in lost]).tolist()):
-            return
-        name = list(self.kept)[flags.index(True)]
-        raise RuntimeError(
-            f"The weight of {name!r} lost zeros that it had when training began ({sum(flags)} such weights). Nothing "
-            "was saved. Something wrote to a pruned weight between optimiser steps, which put zeros back: a dense "
-            "adapter merged into it, or code of your own. Train with MaskLoRAConfig, which cannot fill a zero."
+    Raises:
+        FileNotFoundError: there is nothing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"The adapter was trained on a base that was pruned several times on the way, and {str(path)!r}, which "
+            "has it, is not there. Resume with the `output_dir` that the run had, and all that is in its checkpoints."
         )
-
-    def sparsity(self) -> float:
-        """Return the fraction of zeros over the guarded weights."""
-        counts = self._counts().values()
-        return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts)
-
-    def _remember(self, optimizer: Optimizer | None) -> None:
-        """Take the zeros there are for those to keep."""
-        self._forget_hooks()
-        self._followed = self._pruned()
-        self.kept = {name: _packed_mask(weight) for name, weight in self.weights.items()}
-        self.trained = {
-            name: self.weights[name]
-            for name, (zeros, _) in self._counts().items()
-            if zeros and _is_trained(self.weights[name].storage, optimizer)
-        }
-        # Of fused experts, one parameter is the storage of several weights.
-        for parameter in {id(weight.storage): weight.storage for weight in self.trained.values()}.values():
-            frozen = not parameter.requires_grad
-            # Only what requires a gradient takes a hook, and keeps it while frozen.
-            self._hooks.append(parameter.requires_grad_(True).register_hook(partial(_masked, parameter)))
-            parameter.requires_grad_(not frozen)
-            _clear_state(optimizer, parameter)
-
-    def _pruned(self) -> int:
-        return 0 if self._model is None else _prunings.get(self._model, 0)
-
-    def _behind(self) -> bool:
-        return self._pruned() != self._followed
-
-    def _forget_hooks(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-
-    def _counts(self) -> dict[str, tuple[int, int]]:
-        return zero_counts(self.weights) if self.weights else {}
+    with safe_open(path, framework="pt") as file:
+        for name, layer in _adapted(model):
+            with whole(layer, write=True):
+                layer._store(file.get_tensor(name))
 
 
-def _lost(mask: Tensor, kept: Tensor) -> Tensor:
-    # A block may have moved to another device since, for its turn.
-    return (mask & ~kept.to(mask.device)).any()
-
-
-def _packed_mask(weight: WeightView) -> Tensor:
-    return pack(mask_of(weight.matrix()))
-
-
-def _fingerprint(weight: WeightView) -> str:
-    return fingerprint(mask_of(weight.matrix()))
-
-
-def _masked(parameter: Tensor, gradient: Tensor) -> Tensor:
-    # A hook on the tensor, unlike one after accumulation, runs before DDP averages. It must not change its argument.
-    return mask_(gradient.clone(), parameter.detach())
-
-
-def _is_trained(parameter: Tensor, optimizer: Optimizer | None) -> bool:
-    # The optimiser's too while it is frozen: it may be trained again.
-    groups = [] if optimizer is None else optimizer.param_groups
-    return parameter.requires_grad or any(parameter is other for group in groups for other in group["params"])
-
-
-def _clear_state(optimizer: Optimizer | None, parameter: Tensor) -> None:
-    """Zero what `optimizer` holds for the entries of `parameter` that are zero."""
-    for value in {} if optimizer is None else optimizer.state.get(parameter, {}).values():
-        # Factored and quantised state has no entry per weight, or zero is not its code of zero.
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-            value.masked_fill_(~mask_of(parameter.detach()), 0)
+def _adapted(model: nn.Module) -> Iterator[tuple[str, SparseLoraLayer]]:
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, SparseLoraLayer))
 
 
 @torch.no_grad()
@@ -300,7 +216,19 @@ def restart_adapters(model: nn.Module) -> None:
     """Make what the adapters learned part of the base weights, for good, and start them anew. In place."""
     for layer in model.modules():
         if isinstance(layer, SparseLoraLayer):
-            layer.restart()
+            with whole(layer, write=True):
+                layer.restart()
+
+
+def _restart(optimizer: Optimizer) -> None:
+    """Make the optimiser's state what it was before its first step. In place."""
+    for parameter, state in list(optimizer.state.items()):
+        if not isinstance(parameter, DTensor):
+            del optimizer.state[parameter]
+            continue
+        # Where there is none, torch makes one to save by a step of its own, which Adam counts.
+        for key, value in state.items():
+            state[key] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
 
 
 def _check_restarts(model: nn.Module) -> None:
@@ -324,12 +252,3 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
         with model.disable_adapter():
             yield
-
-
-def _compare(saved: dict[str, str], found: dict[str, str]) -> None:
-    differing = [name for name in saved | found if saved.get(name) != found.get(name)]
-    if differing:
-        raise ValueError(
-            f"The checkpoint was written with other zeros than the model has, in {len(differing)} layers, first "
-            f"{differing[0]!r}. Resume on the same base model, with the same pruning arguments and calibration data."
-        )

@@ -92,6 +92,7 @@ def retraining_schedule(
     *,
     original_steps: int | None = None,
     norm_drop: float | None = None,
+    cycles: int = 1,
 ) -> LambdaLR:
     """Return the schedule that retrains with `optimizer`, for `Trainer(optimizers=(optimizer, schedule))`.
 
@@ -103,19 +104,21 @@ def retraining_schedule(
         steps: N.
         original_steps: T; needed with a function.
         norm_drop: of the pruning that is retrained, for "allr".
+        cycles: begin anew in each of so many `PruningCycles`, which share the steps.
 
     Raises:
-        ValueError: an unknown method, "allr" without `norm_drop`, a function without `original_steps`, rates that are
-            negative or all zero, no steps, or an optimiser without a positive `lr`; what `ft` and `lrw` refuse.
+        ValueError: an unknown method, "allr" without `norm_drop` or in several cycles, a function without
+            `original_steps`, rates that are negative or all zero, fewer steps than cycles, or an optimiser without a
+            positive `lr`; what `ft` and `lrw` refuse.
     """
     check_method(method)
     if callable(original) and original_steps is None:
         raise ValueError("`original` is a function, whose end is not known. Pass `original_steps`.")
     eta = [original(t) for t in range(original_steps or 0)] if callable(original) else list(original)
-    if steps < 1 or not eta or min(eta) < 0 or max(eta) == 0:
+    if steps < cycles or not eta or min(eta) < 0 or max(eta) == 0:
         raise ValueError(
-            "Expected at least one step of retraining and original rates that are not negative, nor all zero; got "
-            f"{steps} steps, {len(eta)} rates from {min(eta, default=0)} to {max(eta, default=0)}."
+            "Expected at least one step of retraining per cycle and original rates that are not negative, nor all "
+            f"zero; got {steps} steps, {len(eta)} rates from {min(eta, default=0)} to {max(eta, default=0)}."
         )
     base = optimizer.defaults.get("lr")
     if not base:
@@ -124,6 +127,10 @@ def retraining_schedule(
             "peak of the original schedule."
         )
     options = {}
+    if method == "allr" and cycles > 1:
+        raise ValueError(
+            f'"allr" depends on what each of the {cycles} cycles prunes, which is not known before. Use "llr".'
+        )
     if method == "allr":
         if norm_drop is None:
             raise ValueError(
@@ -131,8 +138,12 @@ def retraining_schedule(
                 "(`sparsity` or `pattern`), which measures it."
             )
         options = {"norm_drop": norm_drop}
-    rates = RETRAINING[method](eta, steps, **options)
-    return LambdaLR(optimizer, lambda t: rates(t) / float(base))
+    length = steps // cycles
+    # The last takes what is left over, as in `PruningCycles`.
+    last = length * (cycles - 1)
+    rates = RETRAINING[method](eta, length, **options)
+    rates_of_last = RETRAINING[method](eta, steps - last, **options)
+    return LambdaLR(optimizer, lambda t: (rates(t % length) if t < last else rates_of_last(t - last)) / float(base))
 
 
 def check_method(method: str) -> None:

@@ -15,9 +15,11 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from .arguments import SparseTrainingArguments
-from .callbacks import PruningCallback, ZeroGuardCallback
+from .blocks import base_model
+from .callbacks import PruningCallback
 from .criteria import find_criterion
 from .distillation import check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
+from .guard import ZeroGuardCallback
 from .masks import SemiStructured
 from .prune import sparsity
 from .reconstruction import reconstruct
@@ -25,6 +27,8 @@ from .reconstruction.as_training import TrainingLog, optimizer_of, schedule_of
 from .reconstruction.report import ReconstructionReport
 from .report import PruningReport
 from .schedules import norm_drop, retraining_schedule
+from .termination import TerminationCallback
+from .tuners import merged_state_dict
 
 
 class SparseTrainer(Trainer):
@@ -107,6 +111,8 @@ class SparseTrainer(Trainer):
             )
             self.add_callback(self._pruning)
         self.add_callback(ZeroGuardCallback(args.target_modules, args.exclude_modules))
+        if args.save_on_sigterm:
+            self.add_callback(TerminationCallback())
         self.teacher = self._find_teacher(teacher)
 
     @property
@@ -129,12 +135,14 @@ class SparseTrainer(Trainer):
         trainer: Any = self
         method = self.args.retraining_schedule
         if method is not None and trainer.lr_scheduler is None:
+            norms = self._pruning.norms if self._pruning else []
             trainer.lr_scheduler = retraining_schedule(
                 method,
                 optimizer or trainer.optimizer,
                 self.args.original_rates(num_training_steps),
                 num_training_steps,
-                norm_drop=norm_drop(*self._pruning.norms) if method == "allr" and self._pruning else None,
+                norm_drop=norm_drop(*norms) if method == "allr" and norms else None,
+                cycles=self.args.pruning_rounds if self.args.pruning_schedule == "cycles" else 1,
             )
             trainer._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
@@ -263,6 +271,31 @@ class SparseTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._guard().check()
         super().save_model(output_dir, _internal_call)
+
+    def save_merged_model(self, output_dir: str) -> None:
+        """Save the model with its adapters merged, for `from_pretrained`: gathered from all processes, written by one.
+
+        The model stays as it is. Call it in every process.
+
+        Raises:
+            TypeError: adapters that cannot be merged so, see `merged_state_dict`.
+            RuntimeError: a pruned weight lost a zero.
+        """
+        self._save_plain(output_dir, merge=True)
+
+    def save_base_model(self, output_dir: str) -> None:
+        """Save the model below the adapters, which they are loaded onto; everything else as in `save_merged_model`."""
+        self._save_plain(output_dir, merge=False)
+
+    def _save_plain(self, output_dir: str, merge: bool) -> None:
+        self._guard().check()
+        state = merged_state_dict(self.model, merge=merge, keep=self.args.should_save)
+        if self.args.should_save:
+            base: Any = base_model(self.model)
+            base.save_pretrained(output_dir, state_dict=state)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _guard(self) -> ZeroGuardCallback:
         # Looked up, not kept: resuming may replace the callback by one restored from the checkpoint.

@@ -4,6 +4,8 @@ from .config import MaskLoRAConfig, ScaledLoRAConfig
 from .groups import trainable_shares
 from .lora_extras import enable_lora_extras
 from .mask_lora import MaskLoraConv2d, MaskLoraLayer, MaskLoraLinear, MaskLoraModel
+from .merging import merged_state_dict
+from .proof import remember_proof
 from .registration import register
 from .scaled_lora import ScaledLoraConv2d, ScaledLoraLayer, ScaledLoraLinear, ScaledLoraModel
 
@@ -19,6 +21,8 @@ __all__ = [
     "ScaledLoraLayer",
     "ScaledLoraLinear",
     "ScaledLoraModel",
+    "merged_state_dict",
+    "remember_proof",
     "trainable_shares",
 ]
 

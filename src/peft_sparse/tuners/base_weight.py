@@ -162,7 +162,12 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         if not self._readable():
             self._check_saved_mask(names[0])
             return partial(self._given_mask, names[0])
-        return self.pruned_weight if self.quantization_backend is not None else self.pruned_weight()
+        # What ZeRO-3 gathered would stay in memory until backward, for which it gathers anew.
+        again = self.quantization_backend is not None or self._partitioned()
+        return self.pruned_weight if again else self.pruned_weight()
+
+    def _partitioned(self) -> bool:
+        return hasattr(getattr(self.get_base_layer(), "weight", None), "ds_tensor")
 
     def _given_mask(self, name: str) -> Tensor:
         """The saved mask as numbers: all MaskLoRA needs of a base that cannot be dequantised."""

@@ -134,6 +134,12 @@ class SparseLoraLayer(BaseWeight):
         A, B, c, s = self._factors(names)
         return effective_weight(self.pruned_weight().to(A.device), A, B, self.factor, c, s)
 
+    def merged_stored(self) -> Tensor:
+        """Return the base weight with the active adapters folded in, laid out as it is stored."""
+        names = self._present(self.active_adapters)
+        merged = self.disable_adapters or self.merged or not names
+        return self._stored() if merged else self._as_stored(self.merged_weight(names))
+
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return what merging `adapter` adds, laid out as the base weight, in the adapter's dtype."""

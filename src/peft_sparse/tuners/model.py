@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import SparseLoraConfig
 from .groups import select_groups
 from .layer import SparseLoraLayer
-from .proof import check_masks, fingerprints, report_oddities
+from .proof import check_masks, proof_at_hand, report_oddities
 
 
 # Their kernels read the weight of these projections themselves, past any wrapper.
@@ -175,7 +175,7 @@ class SparseLoraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         # PEFT asks for the tensors right before it saves the configuration: the moment to write the proof into it.
-        config._proof = fingerprints(model, adapter_name)
+        config._proof = proof_at_hand(model, config, adapter_name)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
 

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..blocks import base_layer, base_model
 from ..masks import fingerprint, mask_of, sparsity_of_fingerprint
+from ..sharding import has_shards, whole
 from ..weights import PRUNABLE_LAYERS, as_matrix, undo_cpu_packing
 from .base_weight import STRAY_ZEROS
 from .config import SparseLoraConfig
@@ -21,15 +23,38 @@ logger = logging.getLogger(__name__)
 def fingerprints(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Return the fingerprint of the mask below every layer that has the adapter, by name of the layer or parameter.
 
-    Saved masks are brought up to date on the way.
+    Saved masks are brought up to date on the way. Where weights are sharded, all processes must ask together.
     """
     found = {}
-    for name, module, _ in _adapted(model, adapter_name):
+    for name, module in _layers(model, adapter_name):
         key = name.replace(".base_layer", "")
         key = f"{key}.{module.parameter_name}" if hasattr(module, "parameter_name") else key
-        module.refresh_saved_mask(adapter_name)
-        found[key] = _fingerprint(module.pruned_weight())
+        with whole(module):
+            if _is_loaded(module._stored()):
+                module.refresh_saved_mask(adapter_name)
+                found[key] = _fingerprint(module.pruned_weight())
     return found
+
+
+def remember_proof(model: nn.Module) -> None:
+    """Take the fingerprints of sharded weights below adapters, for a save, in which one process is alone."""
+    if has_shards(model):
+        for name, config in getattr(model, "peft_config", {}).items():
+            if isinstance(config, SparseLoraConfig):
+                config._proof = fingerprints(model, name)
+
+
+def proof_at_hand(model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> dict[str, str]:
+    """Return the fingerprints to save with the adapter: those at the moment, or remembered of sharded weights."""
+    if not has_shards(model):
+        return fingerprints(model, adapter_name)
+    if not config._proof:
+        warnings.warn(
+            f"Adapter {adapter_name!r} is saved without fingerprints of its masks: its base is sharded over processes "
+            "and one of them saves. Train with SparseTrainer or add ZeroGuardCallback, which take them beforehand.",
+            stacklevel=2,
+        )
+    return config._proof
 
 
 def report_oddities(model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
@@ -90,11 +115,16 @@ def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
 
 def _adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLoraLayer, Tensor]]:
     """Yield name, layer and stored weight of every layer that has the adapter and whose weight can be read now."""
+    for name, module in _layers(model, adapter_name):
+        weight = module._stored()
+        if _is_loaded(weight):
+            yield name, module, weight
+
+
+def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLoraLayer]]:
     for name, module in base_model(model).named_modules():
         if isinstance(module, SparseLoraLayer) and adapter_name in module.A and module._readable():
-            weight = module._stored()
-            if _is_loaded(weight):
-                yield name, module, weight
+            yield name, module
 
 
 def _weight_called(model: nn.Module, name: str) -> Tensor | None:
@@ -122,5 +152,5 @@ def _fingerprint(weight: Tensor) -> str:
 
 
 def _is_loaded(weight: Tensor) -> bool:
-    # ZeRO-3 leaves parameters empty, and a meta weight has no zeros to compare.
-    return weight.numel() > 0 and not weight.is_meta
+    # ZeRO-3 leaves parameters empty, of FSDP's parts nobody knows the rest, and a meta weight has no zeros to compare.
+    return weight.numel() > 0 and not weight.is_meta and not isinstance(weight, DTensor)

@@ -1,0 +1,152 @@
+"""Weights that several processes hold in parts: FSDP2's DTensors and the partitions of DeepSpeed's ZeRO-3."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Return whether this process holds but a part of `parameter`."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
+
+
+def has_shards(module: nn.Module) -> bool:
+    """Return whether any parameter within `module` is sharded."""
+    return any(is_sharded(parameter) for parameter in module.parameters())
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of `parameter`, of which this process may hold a part."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """Return what this process holds of `parameter`, detached, for reading and writing: all, unless it is sharded."""
+    if isinstance(parameter, DTensor):
+        return cast(DTensor, parameter.detach()).to_local()
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach()
+    partition: Any = parameter
+    flat = partition.ds_tensor.detach()
+    # The last partitions are padded to the size of the others.
+    before = dist.get_rank(partition.ds_process_group) * flat.numel()
+    return flat[: max(0, min(flat.numel(), partition.ds_numel - before))]
+
+
+def totals(values: list[Tensor], parameters: list[Tensor]) -> list[int]:
+    """Return, of a count in this process's part of each parameter, the sum over all parts, with one wait in all."""
+    sums = torch.stack([value.to(values[0].device, torch.long) for value in values]) if values else torch.zeros(0)
+    shared: dict[tuple[Any, ...], list[int]] = {}
+    for index, parameter in enumerate(parameters):
+        shared.setdefault(_holders(parameter), []).append(index)
+    for groups, indices in shared.items():
+        for group in groups:
+            part = sums[indices]
+            dist.all_reduce(part, group=group)
+            sums[indices] = part
+    return sums.tolist()
+
+
+def _holders(parameter: Tensor) -> tuple[Any, ...]:
+    """Return the groups of processes that hold the parts of `parameter`."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return tuple(mesh.get_group(axis) for axis, placement in enumerate(placements) if placement.is_shard())
+    return (parameter.ds_process_group,) if hasattr(parameter, "ds_process_group") else ()
+
+
+@contextlib.contextmanager
+def whole(module: nn.Module, *, write: bool = False, recurse: bool = True) -> Iterator[None]:
+    """Make every parameter of `module` whole in this process, and hold it in parts again after.
+
+    All processes must enter it together. Running an FSDP module within drops what was gathered.
+
+    Args:
+        write: keep what was written to the parameters, which must be the same in every process.
+        recurse: those of the modules inside it too.
+    """
+    modules = list(module.modules()) if recurse else [module]
+    parameters = {id(p): p for part in modules for p in part.parameters(recurse=False)}
+    if not any(map(is_sharded, parameters.values())):
+        yield
+        return
+    reshard(module)
+    with _gathered_tensors(modules, write), _gathered_partitions(list(parameters.values()), write):
+        yield
+
+
+def reshard(module: nn.Module) -> None:
+    """Make FSDP drop what it gathered within `module`: its parameters are those that the optimiser steps on again."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+@contextlib.contextmanager
+def _gathered_tensors(modules: list[nn.Module], write: bool) -> Iterator[None]:
+    known: dict[int, nn.Parameter] = {}
+    places: list[tuple[dict[str, Any], str, DTensor]] = []
+    for part in modules:
+        for name, parameter in part._parameters.items():
+            if isinstance(parameter, DTensor):
+                places.append((part._parameters, name, parameter))
+                if id(parameter) not in known:
+                    full = parameter.detach().full_tensor()
+                    known[id(parameter)] = nn.Parameter(full, requires_grad=parameter.requires_grad)
+    try:
+        for parameters, name, sharded in places:
+            parameters[name] = known[id(sharded)]
+        yield
+    finally:
+        for parameters, name, sharded in places:
+            parameters[name] = cast(nn.Parameter, sharded)
+    if write:
+        for sharded in {id(parameter): parameter for _, _, parameter in places}.values():
+            full = known[id(sharded)].detach()
+            # Without a source, nothing is sent: each process cuts its part out of its own copy.
+            mine = distribute_tensor(full, sharded.device_mesh, sharded.placements, src_data_rank=None)
+            own_part(sharded).copy_(own_part(mine))
+
+
+@contextlib.contextmanager
+def _gathered_partitions(parameters: list[nn.Parameter], write: bool) -> Iterator[None]:
+    partitions = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    if not partitions:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitions, modifier_rank=0 if write else None):
+        yield
+        copies = {id(p): p.detach().clone() for p in partitions if write and _has_master(p)}
+    for parameter in partitions:
+        if id(parameter) in copies:
+            _set_master(parameter, copies[id(parameter)])
+
+
+def write_through(module: nn.Module) -> None:
+    """Hand the trained weights within `module` to DeepSpeed, whose optimiser steps on copies of its own."""
+    for parameter in module.parameters():
+        if not is_sharded(parameter) and _has_master(parameter):
+            _set_master(parameter, parameter.detach().clone())
+
+
+def _has_master(parameter: Tensor) -> bool:
+    return parameter.requires_grad and (hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"))
+
+
+def _set_master(parameter: Tensor, value: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    safe_set_full_fp32_param(parameter, value)
+
+
+def uses_deepspeed(module: nn.Module) -> bool:
+    """Return whether DeepSpeed's optimiser holds copies of trained weights within `module`."""
+    return any(_has_master(parameter) for parameter in module.parameters())

@@ -1,0 +1,155 @@
+"""One process of several, started by `accelerate launch`: trains in every mode and saves what came of it.
+
+accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml tests/distributed.py fsdp2 FOLDER
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from peft_sparse import (
+    MaskLoRAConfig,
+    PruningCallback,
+    ScaledLoRAConfig,
+    SparseTrainer,
+    SparseTrainingArguments,
+    ZeroGuardCallback,
+    perplexity,
+)
+from peft_sparse.tuners import merged_state_dict
+
+from conftest import Samples, tiny
+from training import arguments
+
+
+ADAPTERS = {"MaskLoRA": MaskLoRAConfig, "ScaledLoRA": ScaledLoRAConfig, "cycles": MaskLoRAConfig}
+MODES = ["MaskLoRA", "ScaledLoRA", "full", "callback", "cubic", "cycles"]
+# DeepSpeed's optimiser steps on copies of its own, which no schedule prunes.
+REFUSED = {"zero2": ["cubic", "cycles"], "zero3": ["cubic", "cycles"]}
+RESUMED = ["MaskLoRA", "full"]
+STEPS = 4
+
+
+def on_cpu(strategy):
+    """Let accelerate choose FSDP or DeepSpeed, which it does not consider on CPUs."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    if strategy == "fsdp2":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if strategy in ("zero2", "zero3"):
+        os.environ["ACCELERATE_USE_CPU"] = "false"
+
+
+def trainer_for(mode, folder, strategy=None, **kwargs):
+    """A Trainer of 4 samples a step, over however many processes."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    # Before the arguments, with whose DeepSpeed whatever is made is partitioned, and before those of the run before.
+    unset_hf_deepspeed_config()
+    torch.manual_seed(0)
+    model = tiny("llama")
+    if mode in ADAPTERS:
+        model = get_peft_model(model, ADAPTERS[mode](r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    options = {"max_steps": STEPS, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "seed": 3} | kwargs
+    options["per_device_train_batch_size"] = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+    if mode == "callback":
+        args = arguments(folder, TrainingArguments, **options)
+    else:
+        if mode in ("cubic", "cycles"):
+            options |= {"pruning_schedule": mode, "pruning_rounds": 2, "pruning_interval": 1}
+        args = arguments(folder, SparseTrainingArguments, sparsity=0.5, **options)
+    on_cpu(strategy)
+    if mode == "callback":
+        callbacks = [PruningCallback(0.5), ZeroGuardCallback()]
+        return Trainer(model, args, train_dataset=Samples(), callbacks=callbacks)
+    return SparseTrainer(model, args, train_dataset=Samples())
+
+
+def outcome(trainer):
+    """What must be the same however many processes there are."""
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ZeroGuardCallback))
+    guard.check()
+    return {
+        "losses": [entry["loss"] for entry in logs],
+        "norms": [float(entry["grad_norm"]) for entry in logs],
+        "sparsity": guard.sparsity(),
+        "fingerprints": guard.fingerprints,
+        "weights": merged_state_dict(trainer.model),
+        "perplexity": perplexity(trainer.model, Samples().tokens[:4]),
+    }
+
+
+def train(mode, folder, strategy=None):
+    """Train; resume from the middle too; save the merged model."""
+    trainer = trainer_for(mode, folder, strategy)
+    trainer.train()
+    found = {"whole": outcome(trainer)}
+    if mode != "callback":
+        trainer.save_merged_model(f"{folder}/merged")
+    if mode in RESUMED:
+        resumed = trainer_for(mode, folder, strategy)
+        resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+        found["resumed"] = outcome(resumed)
+    return found
+
+
+class InProcessOne(TrainerCallback):
+    """Does something in one process in the middle of the second step."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == 1 and args.process_index == 1:
+            self.what()
+
+
+def failing():
+    raise RuntimeError("the words of process 1")
+
+
+def terminated():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt(what, strategy, folder):
+    """Train with something happening in one process; save the step at which this one came to an end."""
+    trainer = trainer_for("MaskLoRA", folder, strategy, save_on_sigterm=True, gradient_accumulation_steps=2)
+    trainer.add_callback(InProcessOne({"fail": failing, "terminate": terminated}[what]))
+    trainer.train()
+    torch.save(trainer.state.global_step, Path(folder) / f"{os.environ['RANK']}.pt")
+
+
+def train_all(strategy, folder):
+    for mode in MODES:
+        result, path = Path(folder) / f"{mode}.{os.environ['RANK']}.pt", Path(folder) / mode
+        if mode in REFUSED.get(strategy, ()):
+            try:
+                trainer_for(mode, path, strategy).train()
+            except ValueError as error:
+                torch.save({"refused": str(error)}, result)
+            continue
+        torch.save(train(mode, path, strategy), result)
+
+
+def main(strategy, folder, what="all"):
+    if strategy in ("zero2", "zero3"):
+        import deepspeed.ops
+
+        # Collectives in shared memory, which are compiled when first used.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if what == "all":
+        train_all(strategy, folder)
+    else:
+        interrupt(what, strategy, folder)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
