@@ -47,7 +47,7 @@ def on_cpu(strategy):
         os.environ["ACCELERATE_USE_CPU"] = "false"
 
 
-def trainer_for(mode, folder, strategy=None, **kwargs):
+def trainer_for(mode, folder, strategy=None, kind=SparseTrainer, **kwargs):
     """A Trainer of 4 samples a step, over however many processes."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     # Before the arguments, with whose DeepSpeed whatever is made is partitioned, and before those of the run before.
@@ -68,7 +68,7 @@ def trainer_for(mode, folder, strategy=None, **kwargs):
     if mode == "callback":
         callbacks = [PruningCallback(0.5), ZeroGuardCallback()]
         return Trainer(model, args, train_dataset=Samples(), callbacks=callbacks)
-    return SparseTrainer(model, args, train_dataset=Samples())
+    return kind(model, args, train_dataset=Samples())
 
 
 def outcome(trainer):
@@ -139,6 +139,36 @@ def train_all(strategy, folder):
         torch.save(train(mode, path, strategy), result)
 
 
+class Counting(SparseTrainer):
+    """Counts the base weights that autograd holds after each forward pass."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        weights = [p for name, p in self.model.named_parameters() if "base_layer" in name]
+        shapes = {tuple(getattr(weight, "ds_shape", weight.shape)) for weight in weights}
+        self.held = sum(tuple(tensor.shape) in shapes for tensor in saved_for_backward(loss.grad_fn))
+        return loss
+
+
+def saved_for_backward(node):
+    """Every tensor that has memory, below a node of the graph."""
+    seen, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [below for below, _ in node.next_functions]
+        tensors = getattr(node, "saved_tensors", ())
+        yield from (tensor for tensor in tensors if tensor is not None and tensor.untyped_storage().size())
+
+
+def count_held(strategy, folder):
+    trainer = trainer_for("MaskLoRA", folder, strategy, Counting, max_steps=1)
+    trainer.train()
+    torch.save(trainer.held, Path(folder) / f"{os.environ['RANK']}.pt")
+
+
 def main(strategy, folder, what="all"):
     if strategy in ("zero2", "zero3"):
         import deepspeed.ops
@@ -147,6 +177,8 @@ def main(strategy, folder, what="all"):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if what == "all":
         train_all(strategy, folder)
+    elif what == "held":
+        count_held(strategy, folder)
     else:
         interrupt(what, strategy, folder)
 

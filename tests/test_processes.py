@@ -65,6 +65,13 @@ def test_a_process_that_fails_stops_all_with_its_own_words(tmp_path):
     assert not list(tmp_path.glob("*.pt"))
 
 
+@pytest.mark.parametrize(("strategy", "held"), [("ddp", 21), ("zero3", 0)])
+def test_no_gathered_weight_waits_for_backward(strategy, held, tmp_path):
+    run = launch(strategy, tmp_path, "held")
+    assert run.returncode == 0, run.stderr[-6000:]
+    assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [held, held]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
 def test_all_processes_save_and_stop_where_one_is_terminated(strategy, tmp_path):
     run = launch(strategy, tmp_path, "terminate")
