@@ -29,7 +29,7 @@ from training import arguments
 
 
 ADAPTERS = {"MaskLoRA": MaskLoRAConfig, "ScaledLoRA": ScaledLoRAConfig, "cycles": MaskLoRAConfig}
-MODES = ["MaskLoRA", "ScaledLoRA", "full", "callback", "cubic", "cycles"]
+MODES = ["MaskLoRA", "ScaledLoRA", "full", "callback", "cubic", "cycles", "distillation"]
 # DeepSpeed's optimiser steps on copies of its own, which no schedule prunes.
 REFUSED = {"zero2": ["cubic", "cycles"], "zero3": ["cubic", "cycles"]}
 RESUMED = ["MaskLoRA", "full"]
@@ -63,6 +63,8 @@ def trainer_for(mode, folder, strategy=None, kind=SparseTrainer, **kwargs):
     else:
         if mode in ("cubic", "cycles"):
             options |= {"pruning_schedule": mode, "pruning_rounds": 2, "pruning_interval": 1}
+        if mode == "distillation":
+            options |= {"distillation": "logits"}
         args = arguments(folder, SparseTrainingArguments, sparsity=0.5, **options)
     on_cpu(strategy)
     if mode == "callback":
