@@ -309,6 +309,12 @@ def prune_in_parts(model):
     PruningCallback(0.5, criterion="wanda", calibration=torch.zeros(1, 2).long()).prune(model, 0)
 
 
+def teacher_in_parts():
+    teacher = llama()
+    next(teacher.parameters()).ds_tensor = torch.zeros(1)
+    check_teacher(teacher, llama(), "logits")
+
+
 def two_gpus():
     args = arguments(distillation="logits")
     with mock.patch.object(SparseTrainingArguments, "n_gpu", 2):
@@ -900,6 +906,7 @@ REFUSALS = [
         FileNotFoundError,
         "on a base that was pruned several times on the way, and .*pruned_base.safetensors', .* Resume with the `out",
     ),
+    (teacher_in_parts, ValueError, "The teacher's weights are in parts, .* Load it before the training arguments"),
     (
         lambda: cycles(stepped_by_deepspeed()),
         ValueError,

@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .blocks import base_model, find_blocks, hidden_size
 from .calibration import evaluation_mode
+from .sharding import has_shards
 
 
 DISTILLATIONS = ("logits", "hidden_states")
@@ -142,8 +143,14 @@ def check_teacher(teacher: nn.Module, student: nn.Module, distillation: str) -> 
     """Compare what can be compared before anything is computed. The same tokeniser is the caller's promise.
 
     Raises:
-        ValueError: the two share weights, or differ in vocabulary, or in blocks or width where hidden states count.
+        ValueError: the two share weights, or differ in vocabulary, or in blocks or width where hidden states count;
+            the teacher's weights are in parts.
     """
+    if has_shards(teacher):
+        raise ValueError(
+            "The teacher's weights are in parts, which nothing puts together when it runs. Load it before the "
+            "training arguments are made, with which ZeRO-3 begins to partition."
+        )
     models: list[Any] = [base_model(teacher), base_model(student)]
     if {id(parameter) for parameter in teacher.parameters()} & {id(parameter) for parameter in student.parameters()}:
         raise ValueError(
