@@ -14,8 +14,8 @@ PACKAGE = Path(peft_sparse.__file__).parent
 
 # Each may import from those above it and from its own folder; a set holds siblings that must not know each other.
 ORDER = [
-    {"weights", "processes", "sharding"},
-    {"masks"},
+    {"weights", "processes"},
+    {"masks", "sharding"},
     {"criteria", "sparsegpt", "least_squares", "functional"},
     {"blocks", "allocation", "refinement"},
     {"calibration", "units"},

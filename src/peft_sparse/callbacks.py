@@ -25,7 +25,7 @@ from .masks import Pattern, Unstructured, mask_of, parse_pattern
 from .prune import prune
 from .report import PruningReport
 from .schedules import PruningSchedule
-from .sharding import has_shards, uses_deepspeed, whole, write_through
+from .sharding import has_shards, uses_deepspeed, whole
 from .tuners.layer import SparseLoraLayer
 from .weights import to_host
 
@@ -153,7 +153,6 @@ class PruningCallback(TrainerCallback):
             before = self._norm(model)
             self.report = prune(model, **self.options)
             self.norms = [before, self._norm(model)]
-        write_through(model)
         note_pruning(model)
 
     def _check_calibration(self, model: nn.Module) -> None:
@@ -214,10 +213,9 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, SparseLoraLayer]]:
 @torch.no_grad()
 def restart_adapters(model: nn.Module) -> None:
     """Make what the adapters learned part of the base weights, for good, and start them anew. In place."""
-    for layer in model.modules():
-        if isinstance(layer, SparseLoraLayer):
-            with whole(layer, write=True):
-                layer.restart()
+    for _, layer in _adapted(model):
+        with whole(layer, write=True):
+            layer.restart()
 
 
 def _restart(optimizer: Optimizer) -> None:

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -14,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from .blocks import Targets, base_model, prunable_weights
 from .masks import fingerprint, mask_, mask_of, pack, unpack
-from .sharding import has_shards, is_sharded, own_part, reshard, totals, whole
+from .sharding import has_shards, is_sharded, own_part, reshard, totals, whole, whole_shape
 from .tasks import share
 from .tuners import remember_proof
 from .weights import WeightView
@@ -166,7 +165,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         """Return (zeros, entries) of each parameter."""
         parameters, parts = list(self.parameters.values()), [own_part(p) for p in self.parameters.values()]
         kept = totals([mask_of(part).sum() for part in parts], parameters)
-        sizes = totals([torch.tensor(part.numel()) for part in parts], parameters)
+        sizes = [whole_shape(parameter).numel() for parameter in parameters]
         return {name: (size - k, size) for name, k, size in zip(self.parameters, kept, sizes, strict=True)}
 
     def _changed(self) -> dict[str, str]:

@@ -69,11 +69,16 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     for bucket in _buckets(tensors):
         # Of a single tensor no copy is made.
         flat = torch.cat([tensor.flatten() for tensor in bucket]) if len(bucket) > 1 else bucket[0].flatten()
-        sums = flat.to(_where_sums_are_made(flat.device))
-        distributed.all_reduce(sums)
-        parts = sums.to(flat.device).split([tensor.numel() for tensor in bucket])
+        parts = total_of(flat).split([tensor.numel() for tensor in bucket])
         for tensor, part in zip(bucket, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
+
+
+def total_of(tensor: Tensor, group: Any = None) -> Tensor:
+    """Return the sum of `tensor`, which is used up, over the processes of `group`, by default of all."""
+    sums = tensor.to(_where_sums_are_made(tensor.device, group))
+    distributed.all_reduce(sums, group=group)
+    return sums.to(tensor.device)
 
 
 @contextlib.contextmanager
@@ -128,7 +133,7 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return buckets
 
 
-def _where_sums_are_made(device: torch.device) -> torch.device:
+def _where_sums_are_made(device: torch.device, group: Any) -> torch.device:
     """Return `device` if the backend sends what lies there, else the kind of device it does send from."""
-    kinds = [pair.partition(":")[0] for pair in str(distributed.get_backend_config()).split(",")]
+    kinds = [pair.partition(":")[0] for pair in str(distributed.get_backend_config(group)).split(",")]
     return device if device.type in kinds else torch.device(kinds[0])

@@ -10,10 +10,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .processes import total_of
+
 
 def is_sharded(parameter: Tensor) -> bool:
     """Return whether this process holds but a part of `parameter`."""
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
+    return isinstance(parameter, DTensor) or is_partitioned(parameter)
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Return whether ZeRO-3 has taken `parameter` apart."""
+    return hasattr(parameter, "ds_tensor")
 
 
 def has_shards(module: nn.Module) -> bool:
@@ -30,7 +37,7 @@ def own_part(parameter: Tensor) -> Tensor:
     """Return what this process holds of `parameter`, detached, for reading and writing: all, unless it is sharded."""
     if isinstance(parameter, DTensor):
         return cast(DTensor, parameter.detach()).to_local()
-    if not hasattr(parameter, "ds_tensor"):
+    if not is_partitioned(parameter):
         return parameter.detach()
     partition: Any = parameter
     flat = partition.ds_tensor.detach()
@@ -47,9 +54,7 @@ def totals(values: list[Tensor], parameters: list[Tensor]) -> list[int]:
         shared.setdefault(_holders(parameter), []).append(index)
     for groups, indices in shared.items():
         for group in groups:
-            part = sums[indices]
-            dist.all_reduce(part, group=group)
-            sums[indices] = part
+            sums[indices] = total_of(sums[indices], group)
     return sums.tolist()
 
 
@@ -68,17 +73,18 @@ def whole(module: nn.Module, *, write: bool = False, recurse: bool = True) -> It
     All processes must enter it together. Running an FSDP module within drops what was gathered.
 
     Args:
-        write: keep what was written to the parameters, which must be the same in every process.
+        write: keep what was written to the parameters, which must be the same in every process, also where DeepSpeed's
+            optimiser steps on copies of its own.
         recurse: those of the modules inside it too.
     """
     modules = list(module.modules()) if recurse else [module]
-    parameters = {id(p): p for part in modules for p in part.parameters(recurse=False)}
-    if not any(map(is_sharded, parameters.values())):
-        yield
-        return
+    parameters = list({id(p): p for part in modules for p in part.parameters(recurse=False)}.values())
     reshard(module)
-    with _gathered_tensors(modules, write), _gathered_partitions(list(parameters.values()), write):
+    with _gathered_tensors(modules, write), _gathered_partitions(parameters, write):
         yield
+        written = [(p, p.detach().clone()) for p in parameters if write and _has_master(p)]
+    for parameter, value in written:
+        _set_master(parameter, value)
 
 
 def reshard(module: nn.Module) -> None:
@@ -116,7 +122,7 @@ def _gathered_tensors(modules: list[nn.Module], write: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _gathered_partitions(parameters: list[nn.Parameter], write: bool) -> Iterator[None]:
-    partitions = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    partitions = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitions:
         yield
         return
@@ -124,17 +130,6 @@ def _gathered_partitions(parameters: list[nn.Parameter], write: bool) -> Iterato
 
     with deepspeed.zero.GatheredParameters(partitions, modifier_rank=0 if write else None):
         yield
-        copies = {id(p): p.detach().clone() for p in partitions if write and _has_master(p)}
-    for parameter in partitions:
-        if id(parameter) in copies:
-            _set_master(parameter, copies[id(parameter)])
-
-
-def write_through(module: nn.Module) -> None:
-    """Hand the trained weights within `module` to DeepSpeed, whose optimiser steps on copies of its own."""
-    for parameter in module.parameters():
-        if not is_sharded(parameter) and _has_master(parameter):
-            _set_master(parameter, parameter.detach().clone())
 
 
 def _has_master(parameter: Tensor) -> bool:

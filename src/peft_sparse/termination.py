@@ -5,9 +5,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .processes import place, total_of
 
 
 class TerminationCallback(TrainerCallback):
@@ -31,8 +31,8 @@ class TerminationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         asked = self._asked
-        if PartialState().num_processes > 1:
-            asked = bool(reduce(torch.tensor(float(asked), device=args.device), "sum"))
+        if place()[1] > 1:
+            asked = bool(total_of(torch.tensor(int(asked))))
         if asked:
             control.should_save = control.should_training_stop = True
 

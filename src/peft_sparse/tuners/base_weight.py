@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..functional import Factor, Weight
 from ..masks import mask_of, pack, unpack
+from ..sharding import is_partitioned
 from ..weights import as_matrix, as_stored, stored_weight, undo_cpu_packing
 from .config import SparseLoraConfig
 
@@ -163,11 +164,8 @@ class BaseWeight(nn.Module, BaseTunerLayer):
             self._check_saved_mask(names[0])
             return partial(self._given_mask, names[0])
         # What ZeRO-3 gathered would stay in memory until backward, for which it gathers anew.
-        again = self.quantization_backend is not None or self._partitioned()
+        again = self.quantization_backend is not None or is_partitioned(stored_weight(self.get_base_layer()))
         return self.pruned_weight if again else self.pruned_weight()
-
-    def _partitioned(self) -> bool:
-        return hasattr(getattr(self.get_base_layer(), "weight", None), "ds_tensor")
 
     def _given_mask(self, name: str) -> Tensor:
         """The saved mask as numbers: all MaskLoRA needs of a base that cannot be dequantised."""

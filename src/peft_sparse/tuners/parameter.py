@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..functional import stacked_effective_weight
+from ..sharding import whole_shape
 from ..weights import stored_weight
 from .config import SparseLoraConfig
 from .layer import SparseLoraLayer
@@ -40,7 +41,7 @@ class ParameterMixin(SparseLoraLayer):
         owner = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
         parameter = getattr(owner, parameter_name)
         self.__dict__["parameter_name"] = parameter_name
-        self.__dict__["stored_shape"] = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        self.__dict__["stored_shape"] = tuple(whole_shape(parameter))
         if config.lora_dropout:
             raise ValueError(
                 f"`lora_dropout` must be 0 for `target_parameters`, got {config.lora_dropout}: the inputs of a bare "
