@@ -1,8 +1,5 @@
 """Pruning by several processes: batches are shared out, statistics added up, and all end with the same zeros."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +11,7 @@ from peft_sparse import processes as group
 from peft_sparse import prune, prune_structured
 
 from conftest import EXPERTS, inputs_of, tiny
+from training import in_two_processes
 
 
 def wide(family):
@@ -105,19 +103,9 @@ def disagree():
         prune(tiny("llama"), 0.5, criterion="wanda", calibration=data("llama", 3 + rank))
 
 
-def torchrun(tmp_path, call, processes=2):
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_processes_pruning as tests\n"
-        f"tests.{call}\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    subprocess.run([*command, str(script)], check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
 @pytest.mark.slow
 def test_two_processes_prune_what_one_does_and_hold_the_same_weights(tmp_path):
-    torchrun(tmp_path, f"run_everything({str(tmp_path)!r})")
+    in_two_processes(tmp_path, "test_processes_pruning", f"run_everything({str(tmp_path)!r})")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, run in (RUNS | {"structured": structured}).items():
         model, report = run()
@@ -132,12 +120,12 @@ def test_two_processes_prune_what_one_does_and_hold_the_same_weights(tmp_path):
 
 @pytest.mark.slow
 def test_an_error_in_one_process_stops_all_with_words_of_their_own(tmp_path):
-    torchrun(tmp_path, "fail_in_the_second()")
+    in_two_processes(tmp_path, "test_processes_pruning", "fail_in_the_second()")
 
 
 @pytest.mark.slow
 def test_processes_with_other_data_are_refused(tmp_path):
-    torchrun(tmp_path, "disagree()")
+    in_two_processes(tmp_path, "test_processes_pruning", "disagree()")
 
 
 # -- within one process ----------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from peft_sparse.reconstruction.work import showing_loss
 
 from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, inputs_by_hooks, named, zeros_of
 from conftest import SIZES, inputs_of, tiny
+from training import in_two_processes
 
 
 def lively(family):
@@ -1110,13 +1111,7 @@ def run_as_one_of_many(folder):
 
 @pytest.mark.slow
 def test_processes_share_out_the_regions_of_mode_dd(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_reconstruction as tests\n"
-        f"tests.run_as_one_of_many({str(tmp_path)!r})\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    in_two_processes(tmp_path, "test_reconstruction", f"run_as_one_of_many({str(tmp_path)!r})")
     model, told = lively("llama"), []
     report = rebuild(model, calibration_of("llama"), on_step=told.append, **SHARED)
     for process in range(2):
