@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -87,9 +88,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         for name, parameter in self.trained.items():
-            part = own_part(parameter)
-            # Half the time of filling where a mask says so, on CPUs.
-            mask_(part, unpack(self.kept[name].to(part.device), part.shape).to(part.dtype))
+            put_zeros_back(parameter, self.kept[name])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -111,7 +110,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         Raises:
             RuntimeError: an entry that was zero is not any more; names the first weight.
         """
-        lost = [_lost(_packed_mask(parameter), self.kept[name]) for name, parameter in self.parameters.items()]
+        lost = [_lost(packed_mask(parameter), self.kept[name]) for name, parameter in self.parameters.items()]
         if not any(flags := totals(lost, list(self.parameters.values()))):
             return
         name = next(name for name, flag in zip(self.parameters, flags, strict=True) if flag)
@@ -145,7 +144,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         for name, weight in self.weights.items():
             firsts.setdefault(id(weight.storage), name)
         self.parameters = {name: self.weights[name].storage for name in firsts.values()}
-        self.kept = {name: _packed_mask(parameter) for name, parameter in self.parameters.items()}
+        self.kept = {name: packed_mask(parameter) for name, parameter in self.parameters.items()}
         # What the optimiser has is trained too while it is frozen: it may thaw.
         groups = [] if optimizer is None else optimizer.param_groups
         optimised = {id(parameter) for group in groups for parameter in group["params"]}
@@ -157,7 +156,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         for parameter in self.trained.values():
             frozen = not parameter.requires_grad
             # Only what requires a gradient takes a hook, and keeps it while frozen.
-            self._hooks.append(_keep_gradients_masked(parameter.requires_grad_(True)))
+            self._hooks.append(keep_gradients_masked(parameter.requires_grad_(True)))
             parameter.requires_grad_(not frozen)
             _clear_state(optimizer, parameter)
 
@@ -195,7 +194,8 @@ def _lost(mask: Tensor, kept: Tensor) -> Tensor:
     return (mask & ~kept.to(mask.device)).any()
 
 
-def _packed_mask(parameter: Tensor) -> Tensor:
+def packed_mask(parameter: Tensor) -> Tensor:
+    """Return the mask of this process's part of `parameter`, at 1/8 byte per entry."""
     return pack(mask_of(own_part(parameter)))
 
 
@@ -210,11 +210,20 @@ def _fingerprints(weights: dict[str, WeightView]) -> dict[str, str]:
     return {name: found[name] for name in weights}
 
 
-def _keep_gradients_masked(parameter: Tensor) -> RemovableHandle:
+def keep_gradients_masked(parameter: Tensor) -> RemovableHandle:
+    """Write zeros into every gradient of `parameter` from now on where it is zero itself."""
     if isinstance(parameter, DTensor):
         # Autograd sees what FSDP gathers; the gradient of the part is set, and its hooks called, by FSDP.
         return parameter.register_post_accumulate_grad_hook(_mask_gradient)
     return parameter.register_hook(partial(_masked, parameter))
+
+
+@torch.no_grad()
+def put_zeros_back(parameter: Tensor, kept: Tensor) -> None:
+    """Set this process's part of `parameter` to zero wherever the packed mask `kept` says so. In place."""
+    part = own_part(parameter)
+    # Half the time of filling where a mask says so, on CPUs.
+    mask_(part, unpack(kept.to(part.device), part.shape).to(part.dtype))
 
 
 def _mask_gradient(parameter: Tensor) -> None:

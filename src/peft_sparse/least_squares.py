@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 
 
+MAX_ITERATIONS = 200
+
+
 def masked_least_squares(
     weight: Tensor,
     mask: Tensor,
@@ -12,7 +15,7 @@ def masked_least_squares(
     start: Tensor | None = None,
     damping: float = 0.01,
     tolerance: float = 1e-3,
-    max_iterations: int = 200,
+    max_iterations: int = MAX_ITERATIONS,
 ) -> Tensor:
     """Return argmin over W' of ||(W' - W)X||² + λ||W' - W||² with W' zero wherever `mask` is False, (out, in).
 

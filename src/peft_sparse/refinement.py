@@ -18,6 +18,9 @@ from .masks import Pattern, SemiStructured, mask_of
 # accelerators wait for launches.
 _CHUNK, _CHUNK_OF_ACCELERATORS = 1 << 22, 1 << 26
 
+# Exchanges of a row at most, by `dsnot` and by `swap`; entries that `swap` lists in a round.
+MAX_CYCLES, MAX_SWAPS, CANDIDATES = 50, 1000, 32
+
 
 @torch.no_grad()
 def dsnot(
@@ -26,7 +29,7 @@ def dsnot(
     statistics: Statistics,
     pattern: Pattern,
     *,
-    max_cycles: int = 50,
+    max_cycles: int = MAX_CYCLES,
     threshold: float = 0.1,
 ) -> Tensor:
     """Return `mask` with entries of each row exchanged until its expected error is near zero.
@@ -54,7 +57,7 @@ def dsnot(
     Zhang et al. 2023, arXiv:2310.08915, section 3 (DSnoT).
     """
     m = pattern.m if isinstance(pattern, SemiStructured) else None
-    rows = _rows_of_chunk(weight, weight.shape[1])
+    rows = rows_of_chunk(weight, weight.shape[1])
     parts = zip(weight.split(rows), mask.split(rows), strict=True)
     return torch.cat([_Cycles(part, kept, statistics, m, max_cycles).run(threshold) for part, kept in parts])
 
@@ -144,9 +147,9 @@ def swap(
     hessian: Tensor,
     pattern: Pattern,
     *,
-    max_swaps: int = 1000,
+    max_swaps: int = MAX_SWAPS,
     tolerance: float = 1e-5,
-    candidates: int = 32,
+    candidates: int = CANDIDATES,
 ) -> tuple[Tensor, Tensor]:
     """Return `mask` with entries swapped to lower each row's error, and the number of swaps of each row (out,).
 
@@ -181,7 +184,7 @@ def swap(
     hessian = hessian.to(dtype)
     m = pattern.m if isinstance(pattern, SemiStructured) else None
     candidates = min(candidates, weight.shape[1] if m is None else -(-weight.shape[1] // m))
-    rows = _rows_of_chunk(weight, max(4 * candidates**2, weight.shape[1] * (m or (candidates + 1) // 2)))
+    rows = rows_of_chunk(weight, max(4 * candidates**2, weight.shape[1] * (m or (candidates + 1) // 2)))
     refined, swaps = mask.clone(), torch.zeros(len(mask), dtype=torch.long, device=mask.device)
     for part, kept, taken in zip(weight.split(rows), refined.split(rows), swaps.split(rows), strict=True):
         live = torch.arange(len(part), device=part.device)
@@ -321,7 +324,8 @@ def row_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> Tensor:
     return (difference @ hessian.to(dtype)).mul_(difference).sum(1)
 
 
-def _rows_of_chunk(weight: Tensor, elements_of_row: int) -> int:
+def rows_of_chunk(weight: Tensor, elements_of_row: int) -> int:
+    """Return how many rows of `weight` are refined at once, if each takes so many elements."""
     chunk = _CHUNK if weight.device.type == "cpu" else _CHUNK_OF_ACCELERATORS
     return max(1, chunk // elements_of_row)
 

@@ -12,18 +12,15 @@ from transformers import AutoConfig, PretrainedConfig
 from ..blocks import Targets, active_experts, find_blocks, hidden_size, prunable_weights
 from ..calibration import Activations, check_activations
 from ..criteria import Criterion, Need, Score
+from ..least_squares import MAX_ITERATIONS
 from ..masks import Group, Pattern, SemiStructured
-from ..refinement import _rows_of_chunk
+from ..refinement import CANDIDATES, MAX_CYCLES, MAX_SWAPS, rows_of_chunk
 from ..statistics import sampled_per_batch
 from ..streaming import empty_model
 from ..tasks import PatternLike, PruningTask, plan_pruning
 from ..text import SEQUENCE_LENGTH
 from ..weights import WeightView
 from .simulation import GIB, Described
-
-
-# What `swap` and `dsnot` list of a row, and the steps of what iterates: as many as are taken at most.
-_CANDIDATES, _CYCLES, _SWAP_ROUNDS, _SOLVER_STEPS = 32, 50, 32, 200
 
 
 @dataclass(frozen=True)
@@ -180,12 +177,12 @@ def selecting_bytes(weight: WeightView, task: PruningTask, pattern: Pattern) -> 
     m, n = weight.shape
     taken = [12 * m * n + (4 * n * n if "hessian" in task.rule.needs else 0)]
     if task.refinement == "dsnot":
-        taken.append(2 * m * n + min(m, _rows_of_chunk(weight.matrix(), n)) * (28 * n + 48 * min(_CYCLES, n)))
+        taken.append(2 * m * n + min(m, rows_of_chunk(weight.matrix(), n)) * (28 * n + 48 * min(MAX_CYCLES, n)))
     if task.refinement == "swap":
         group = pattern.m if isinstance(pattern, SemiStructured) else None
-        listed = min(_CANDIDATES, -(-n // (group or 1)))
+        listed = min(CANDIDATES, -(-n // (group or 1)))
         widest = n * (group or (listed + 1) // 2)
-        rows = min(m, _rows_of_chunk(weight.matrix(), max(4 * listed**2, widest)))
+        rows = min(m, rows_of_chunk(weight.matrix(), max(4 * listed**2, widest)))
         taken.append(2 * m * n + rows * (max(64 * listed**2, 4 * widest * (2 if group else 1)) + 40 * n))
     if task.update:
         taken.append(32 * m * n)
@@ -205,7 +202,9 @@ def _flops(model: nn.Module, task: PruningTask, tokens: int, length: int) -> flo
     if "gradients" in task.needs:
         flops += 3 * forward
     if "hessian" in task.needs:
-        products = 2 * (_SWAP_ROUNDS * (task.refinement == "swap") + _SOLVER_STEPS * task.update)
+        # As many as are taken at most.
+        rounds = -(-MAX_SWAPS // CANDIDATES) if task.refinement == "swap" else 0
+        products = 2 * (rounds + MAX_ITERATIONS * task.update)
         for weight in task.weights.values():
             rows, columns = weight.shape
             seen = tokens * (1 if weight.expert is None else share)

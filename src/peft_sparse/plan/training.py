@@ -13,9 +13,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..blocks import base_model, find_blocks, prunable_weights
-from ..masks import mask_, mask_of, pack, unpack
+from ..guard import keep_gradients_masked, packed_mask, put_zeros_back
 from ..text import SEQUENCE_LENGTH
-from ..weights import WeightView
 from .simulation import GIB, Described, LiveBytes, Simulation, bytes_of, described
 
 
@@ -188,10 +187,11 @@ def _step(
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     live = LiveBytes([*model.parameters(), *model.buffers()], gradient_share)
-    guarded = [weight for weight in prunable_weights(model).values() if weight.storage.requires_grad]
+    stored = {id(weight.storage): weight.storage for weight in prunable_weights(model).values()}
+    guarded = [parameter for parameter in stored.values() if parameter.requires_grad]
     # The guard's hook comes first, on what is not accumulated yet.
-    for parameter in {id(weight.storage): weight.storage for weight in guarded}.values():
-        parameter.register_hook(partial(_masked, parameter))
+    for parameter in guarded:
+        keep_gradients_masked(parameter)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(live.finished)
     with live:
@@ -211,21 +211,14 @@ def _step(
     return step
 
 
-def _masked(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """What `ZeroGuardCallback` makes of a gradient."""
-    return mask_(gradient.clone(), parameter.detach())
-
-
-def _guarding(live: LiveBytes, guarded: list[WeightView]) -> int:
+def _guarding(live: LiveBytes, guarded: list[Tensor]) -> int:
     """Return the most that `ZeroGuardCallback` holds while it puts zeros back after a step."""
     if not guarded:
         return 0
-    weight = max(guarded, key=lambda weight: weight.matrix().numel())
-    matrix = weight.matrix()
-    packed = pack(mask_of(matrix))
+    largest = max(guarded, key=Tensor.numel)
+    kept = packed_mask(largest)
     live.peak = before = live.live
-    kept = unpack(packed, matrix.shape).to(matrix.dtype)
-    weight.write(mask_(matrix.clone(), kept))
+    put_zeros_back(largest, kept)
     return live.peak - before
 
 
