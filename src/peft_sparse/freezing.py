@@ -6,6 +6,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .blocks import find_blocks
+from .schedules import cycle_of
 
 
 class FreezingCallback(TrainerCallback):
@@ -77,11 +78,8 @@ class FreezingCallback(TrainerCallback):
 
     def frozen(self, step: int, steps: int, blocks: int) -> range:
         """Return the indices of the blocks that are frozen in a step, counted from 0, of a run of `steps`."""
-        length = max(1, steps // self.cycles)
-        cycle = min(step // length, self.cycles - 1)
-        # The last cycle has what is left over.
-        total = steps - cycle * length if cycle == self.cycles - 1 else length
-        done = step - cycle * length
+        start, total = cycle_of(step, steps, self.cycles)
+        done = step - start
         count = blocks * (done if self.mode == "freeze" else total - 1 - done) // total
         from_input = self.reverse != (self.mode == "freeze")
         return range(count) if from_input else range(blocks - count, blocks)

@@ -138,12 +138,14 @@ def retraining_schedule(
                 "(`sparsity` or `pattern`), which measures it."
             )
         options = {"norm_drop": norm_drop}
-    length = steps // cycles
-    # The last takes what is left over, as in `PruningCycles`.
-    last = length * (cycles - 1)
-    rates = RETRAINING[method](eta, length, **options)
-    rates_of_last = RETRAINING[method](eta, steps - last, **options)
-    return LambdaLR(optimizer, lambda t: (rates(t % length) if t < last else rates_of_last(t - last)) / float(base))
+    lengths = {cycle_of(t, steps, cycles)[1] for t in (0, steps)}
+    rates = {length: RETRAINING[method](eta, length, **options) for length in lengths}
+
+    def factor(t: int) -> float:
+        start, length = cycle_of(t, steps, cycles)
+        return rates[length](t - start) / float(base)
+
+    return LambdaLR(optimizer, factor)
 
 
 def check_method(method: str) -> None:
@@ -277,6 +279,13 @@ class PruningCycles:
         return {
             (k - 1) * (steps // self.cycles): 1 - (1 - final) ** (k / self.cycles) for k in range(1, self.cycles + 1)
         }
+
+
+def cycle_of(step: int, steps: int, cycles: int) -> tuple[int, int]:
+    """Return the first step and the length of the cycle that has `step`; the last has what `cycles` leave over."""
+    length = max(1, steps // cycles)
+    start = min(step // length, cycles - 1) * length
+    return start, length if start < (cycles - 1) * length else steps - start
 
 
 PruningSchedule = CubicSchedule | PruningCycles

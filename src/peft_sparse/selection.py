@@ -60,7 +60,7 @@ class _OutputErrors:
         self.inputs: InputStatistics | None = None
 
     def before(self, name: str, matrix: Tensor) -> None:
-        self.name, self.dense = name, matrix.float().clone()
+        self.name, self.dense = name, matrix.to(torch.float32, copy=True)
         inputs = self.measured.inputs[name]
         if inputs is not self.inputs:
             # Those that share inputs mostly come one after the other.

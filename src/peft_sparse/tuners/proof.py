@@ -93,8 +93,9 @@ def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
     if config.on_mask_mismatch == "ignore" or config.save_mask:
         return
     differing = []
+    modules = dict(model.named_modules())
     for name, expected in config.mask_fingerprints.items():
-        weight = _weight_called(model, name)
+        weight = _weight_called(model, modules, name)
         if weight is not None and (found := _fingerprint(weight)) != expected:
             differing.append((name, expected, found))
     if not differing:
@@ -127,9 +128,8 @@ def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLo
             yield name, module
 
 
-def _weight_called(model: nn.Module, name: str) -> Tensor | None:
+def _weight_called(model: nn.Module, modules: dict[str, nn.Module], name: str) -> Tensor | None:
     """The weight, as a matrix, of the layer or parameter `name`; None if it is not there or cannot be read yet."""
-    modules = dict(model.named_modules())
     module = modules.get(name)
     if module is None:
         owner, _, parameter = name.rpartition(".")
