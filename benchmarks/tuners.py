@@ -4,18 +4,20 @@
     python benchmarks/tuners.py --layers --output benchmarks/results/tuners-layers-cpu.json
 
 The first measures forward and backward of SmolLM2-135M-Instruct, pruned to 50 % by magnitude, on one sequence, every
-linear layer of the blocks adapted; the second one linear layer at several shapes and ranks. Rounds visit the tuners in
-turn, and a ratio is taken within its round, so a machine that slows down slows all of them. Memory is what autograd
-keeps from forward to backward, parameters not counted. float32 on CPU, bfloat16 on GPU.
+linear layer of the blocks adapted; the second one linear layer at several shapes and ranks. Before each tuner's step
+LoRA takes one, and the ratio is of these two, so a machine that slows down slows both. Memory is what autograd keeps
+from forward to backward, parameters not counted. float32 on CPU, bfloat16 on GPU.
 """
 
 import argparse
 import contextlib
+import copy
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +54,30 @@ def plain_formula(
     return F.linear(x, c * weight + s * (B @ A).masked_fill(weight == 0, 0), bias)
 
 
+class _ExactGradient(torch.autograd.Function):
+    """W x^T, and in backward the two products that no exact masked gradient can do without: D W and G = D^T x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        torch.mm(grad.flatten(0, -2).T, x.flatten(0, -2))
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None
+
+
+def products_alone(x: Tensor, weight: Tensor, A: Tensor, *_: Any, **__: Any) -> Tensor:
+    """What MaskLoRA would cost if all but its large products were free; it trains nothing."""
+    return _ExactGradient.apply(x, weight, A)
+
+
 @contextlib.contextmanager
-def by_plain_formula() -> Iterator[None]:
+def computed_by(function: Callable[..., Tensor]) -> Iterator[None]:
     layer: Any = peft_sparse.tuners.layer
-    fused, layer.sparse_lora = layer.sparse_lora, plain_formula
+    fused, layer.sparse_lora = layer.sparse_lora, function
     try:
         yield
     finally:
@@ -69,7 +91,8 @@ def tuners(rank: int) -> dict[str, tuple[PeftConfig, Context]]:
     return {
         "LoRA (PEFT)": (LoraConfig(**lora), plain),
         "MaskLoRA": (MaskLoRAConfig(**lora), plain),
-        "MaskLoRA, plain formula": (MaskLoRAConfig(**lora), by_plain_formula),
+        "MaskLoRA, plain formula": (MaskLoRAConfig(**lora), partial(computed_by, plain_formula)),
+        "large products alone": (MaskLoRAConfig(**lora), partial(computed_by, products_alone)),
         "LoRA-Prune": (MaskLoRAConfig(**lora, masking="merge"), plain),
         "ScaledLoRA": (ScaledLoRAConfig(**targets, r=rank), plain),
         "ScaledLoRA, rank 1": (ScaledLoRAConfig(**targets, r=1), plain),
@@ -107,31 +130,33 @@ def synchronize() -> None:
 
 
 def measure(base: nn.Module, loss: Callable[[nn.Module], Tensor], rank: int, rounds: int) -> list[dict[str, Any]]:
-    """Return one row per tuner: medians over the rounds, ratios to the first tuner within each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in tuners(rank)}
-    kept: dict[str, int] = {}
+    """Return one row per tuner: medians over the rounds, ratios to the first tuner's step right before."""
+    steps, kept = {}, {}
+    for name, (config, context) in tuners(rank).items():
+        model = get_peft_model(copy.deepcopy(base), config).train()
+        steps[name] = context, partial(loss, model)
+        with context():
+            kept[name] = bytes_kept(model, steps[name][1])
+            seconds_of(steps[name][1])  # the first step of a model warms up
+    reference, *others = steps
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
     for _ in tqdm(range(rounds), desc=f"rank {rank}", unit="round"):
-        for name, (config, context) in tuners(rank).items():
-            model = get_peft_model(base, config).train()
-
-            def step(model: nn.Module = model) -> Tensor:
-                return loss(model)
-
+        for name, found in pairs.items():
+            context, step = steps[name]
+            before = seconds_of(steps[reference][1])
             with context():
-                seconds_of(step)  # the first step of a model warms up
-                seconds[name].append(min(seconds_of(step) for _ in range(2)))
-                kept[name] = kept.get(name) or bytes_kept(model, step)
-            model.unload()
-    reference = next(iter(seconds))
+                found.append((before, seconds_of(step)))
+    pairs = {reference: [(before, before) for found in pairs.values() for before, _ in found]} | pairs
     return [
         {
             "tuner": name,
-            "seconds": statistics.median(times),
-            "time_ratio": statistics.median(a / b for a, b in zip(times, seconds[reference], strict=True)),
+            "seconds": statistics.median(own for _, own in found),
+            "time_ratio": statistics.median(own / before for before, own in found),
+            "time_ratio_quartiles": statistics.quantiles((own / before for before, own in found), n=4)[::2],
             "bytes_kept": kept[name],
             "memory_ratio": kept[name] / kept[reference],
         }
-        for name, times in seconds.items()
+        for name, found in pairs.items()
     ]
 
 
