@@ -97,3 +97,5 @@ def main() -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
     main()
+    # Its threads, left to the interpreter's end, may abort a process that has done its work.
+    PartialState().destroy_process_group()

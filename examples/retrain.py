@@ -244,3 +244,5 @@ def table(report: dict[str, Any]) -> str:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
     main()
+    # Its threads, left to the interpreter's end, may abort a process that has done its work.
+    PartialState().destroy_process_group()

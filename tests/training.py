@@ -29,6 +29,8 @@ def in_two_processes(folder, module, call):
     script = folder / "script.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {module} as tests\ntests.{call}\n"
+        # A thread of gloo that outlives the interpreter aborts the process.
+        "from torch import distributed; distributed.destroy_process_group()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
