@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -30,17 +32,12 @@ from training import arguments
 
 ADAPTERS = {"MaskLoRA": MaskLoRAConfig, "ScaledLoRA": ScaledLoRAConfig, "cycles": MaskLoRAConfig}
 MODES = ["MaskLoRA", "ScaledLoRA", "full", "callback", "cubic", "cycles", "distillation"]
-# DeepSpeed's optimiser steps on copies of its own, which no schedule prunes.
-REFUSED = {"zero2": ["cubic", "cycles"], "zero3": ["cubic", "cycles"]}
-RESUMED = ["MaskLoRA", "full"]
+RESUMED = ["MaskLoRA", "full", "cubic", "cycles"]
 STEPS = 4
 
 
 def on_cpu(strategy):
     """Let accelerate choose FSDP or DeepSpeed, which it does not consider on CPUs."""
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
     if strategy == "fsdp2":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     if strategy in ("zero2", "zero3"):
@@ -131,14 +128,7 @@ def interrupt(what, strategy, folder):
 
 def train_all(strategy, folder):
     for mode in MODES:
-        result, path = Path(folder) / f"{mode}.{os.environ['RANK']}.pt", Path(folder) / mode
-        if mode in REFUSED.get(strategy, ()):
-            try:
-                trainer_for(mode, path, strategy).train()
-            except ValueError as error:
-                torch.save({"refused": str(error)}, result)
-            continue
-        torch.save(train(mode, path, strategy), result)
+        torch.save(train(mode, Path(folder) / mode, strategy), Path(folder) / f"{mode}.{os.environ['RANK']}.pt")
 
 
 class Counting(SparseTrainer):
@@ -183,6 +173,8 @@ def main(strategy, folder, what="all"):
         count_held(strategy, folder)
     else:
         interrupt(what, strategy, folder)
+    # A thread of gloo that outlives the interpreter aborts the process.
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -298,12 +298,6 @@ def cycles(model, step=0, **options):
     PruningCallback(0.5, schedule=PruningCycles(2)).on_train_begin(arguments(**options), state, None, model=model)
 
 
-def stepped_by_deepspeed():
-    model = llama()
-    next(model.parameters())._hp_mapping = None
-    return model
-
-
 def prune_in_parts(model):
     next(model.parameters()).ds_tensor = torch.zeros(1)
     PruningCallback(0.5, criterion="wanda", calibration=torch.zeros(1, 2).long()).prune(model, 0)
@@ -844,11 +838,6 @@ REFUSALS = [
         ValueError,
         "relative to the optimiser's own, which is 0.0. Give it a positive",
     ),
-    (
-        lambda: retraining_schedule("allr", torch.optim.SGD([torch.zeros(1)], lr=0.1), [0.1] * 9, 9, cycles=3),
-        ValueError,
-        '"allr" depends on what each of the 3 cycles prunes, .* Use "llr"',
-    ),
     (lambda: scheduled("allr"), ValueError, '"allr" starts lower the less pruning removed: pass `norm_drop`'),
     (lambda: scheduled("ft", [0.1, 0.0]), ValueError, '"ft" goes on at the last rate .* which is 0. Use "lrw"'),
     (lambda: scheduled("lrw", [0.1, 0.1]), ValueError, '"lrw" replays the last 3 rates .* which has 2. Retrain for'),
@@ -907,11 +896,6 @@ REFUSALS = [
         "on a base that was pruned several times on the way, and .*pruned_base.safetensors', .* Resume with the `out",
     ),
     (teacher_in_parts, ValueError, "The teacher's weights are in parts, .* Load it before the training arguments"),
-    (
-        lambda: cycles(stepped_by_deepspeed()),
-        ValueError,
-        "DeepSpeed's optimiser has copies .* Use DDP or FSDP2",
-    ),
     (lambda: prune_in_parts(llama()), ValueError, 'The weights are sharded over processes, .* Or prune by "magnitude'),
     (
         lambda: SparseTrainingArguments("unused", save_on_sigterm=True, enable_jit_checkpoint=True),

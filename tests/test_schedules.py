@@ -1,3 +1,4 @@
+import itertools
 import math
 from functools import partial
 
@@ -87,6 +88,9 @@ def test_groups_keep_their_ratio_to_the_optimizers_rate():
 arguments = partial(arguments, max_steps=5, logging_steps=1, learning_rate=0.1)
 
 
+CYCLES = {"sparsity": 0.6, "pruning_schedule": "cycles", "pruning_rounds": 2}
+
+
 def logged(trainer):
     return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
 
@@ -100,10 +104,8 @@ def test_arguments_choose_the_schedule(tmp_path):
 
 
 def test_each_cycle_has_the_schedule_anew(tmp_path):
-    options = {"sparsity": 0.6, "pruning_schedule": "cycles", "pruning_rounds": 2, "original_steps": 20}
-    trainer = SparseTrainer(
-        tiny("llama"), arguments(tmp_path, retraining_schedule="llr", **options), train_dataset=Samples()
-    )
+    args = arguments(tmp_path, retraining_schedule="llr", original_steps=20, **CYCLES)
+    trainer = SparseTrainer(tiny("llama"), args, train_dataset=Samples())
     trainer.train()
     # Two steps, and the three that are left.
     assert logged(trainer) == pytest.approx([0.1, 0.05, 0.1, 0.1 * 2 / 3, 0.1 / 3])
@@ -112,9 +114,7 @@ def test_each_cycle_has_the_schedule_anew(tmp_path):
 def test_allr_measures_the_pruning_of_this_run(tmp_path):
     model, pruned = tiny("llama"), tiny("llama")
     prune(pruned, 0.6)
-    vectors = [
-        torch.cat([p.detach().flatten() for n, p in m.named_parameters() if "proj" in n]) for m in (model, pruned)
-    ]
+    vectors = [vector_of(model), vector_of(pruned)]
     gone = float((vectors[1] == 0).float().mean())
     drop = float((vectors[0] - vectors[1]).norm() / vectors[0].norm()) / math.sqrt(gone)
     assert 0.25 < drop < 1
@@ -124,8 +124,31 @@ def test_allr_measures_the_pruning_of_this_run(tmp_path):
     assert logged(trainer) == pytest.approx([0.1 * drop * (1 - j / 5) for j in range(5)], rel=1e-4)
 
 
-def test_a_resumed_run_has_the_rates_of_an_uninterrupted_one(tmp_path):
-    options = {"sparsity": 0.6, "retraining_schedule": "allr", "original_steps": 20}
+def vector_of(model):
+    return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "proj" in name])
+
+
+def test_allr_measures_each_cycle(tmp_path):
+    stages = [tiny("llama") for _ in range(3)]
+    prune(stages[1], 1 - 0.4**0.5)
+    prune(stages[2], 0.6)
+    vectors = [vector_of(stage) for stage in stages]
+    starts = []
+    for before, after in itertools.pairwise(vectors):
+        gone = 1 - float((after != 0).sum() / (before != 0).sum())
+        starts.append(float((before - after).norm() / before.norm()) / math.sqrt(gone))
+    assert 0.2 < starts[0] < 0.9 * starts[1] < 0.9
+    # Steps so small that training changes no mask.
+    args = arguments(tmp_path, retraining_schedule="allr", original_steps=20, learning_rate=1e-6, **CYCLES)
+    trainer = SparseTrainer(stages[0], args, train_dataset=Samples())
+    trainer.train()
+    first, second = (start * 1e-6 for start in starts)
+    assert logged(trainer) == pytest.approx([first, first / 2, second, second * 2 / 3, second / 3], rel=1e-3)
+
+
+@pytest.mark.parametrize("more", [{}, {"pruning_schedule": "cycles", "pruning_rounds": 2}], ids=["once", "cycles"])
+def test_a_resumed_run_has_the_rates_of_an_uninterrupted_one(more, tmp_path):
+    options = {"sparsity": 0.6, "retraining_schedule": "allr", "original_steps": 20} | more
     args = arguments(tmp_path, save_strategy="steps", save_steps=3, **options)
     whole = SparseTrainer(tiny("llama"), args, train_dataset=Samples())
     whole.train()

@@ -24,7 +24,7 @@ from .guard import note_pruning
 from .masks import Pattern, Unstructured, mask_of, parse_pattern
 from .prune import prune
 from .report import PruningReport
-from .schedules import PruningSchedule
+from .schedules import PruningSchedule, RetrainingSchedule, norm_drop
 from .sharding import has_shards, uses_deepspeed, whole
 from .tuners.layer import SparseLoraLayer
 from .weights import to_host
@@ -46,7 +46,8 @@ class PruningCallback(TrainerCallback):
     weights are pruned, and the adapters start anew, as does the state of the optimiser; its parameters stay the same
     objects. With `CubicSchedule` adapters stay, and weights of the base alone are scored.
 
-    Every pruning is noted in `state.log_history`, as `pruning`: the sparsity reached.
+    Every pruning is noted in `state.log_history`: `pruning`, the sparsity reached, and `norm_drop`, d₁ of "allr"
+    (`schedules.allr`), which the rates of a `retraining_schedule` follow.
 
     Args:
         schedule: when to prune to what; by default once, when training begins.
@@ -55,8 +56,8 @@ class PruningCallback(TrainerCallback):
     Raises:
         TypeError: `prune` has no such argument.
         ValueError: a schedule for what is no single sparsity. When training begins: a run too short for the schedule
-            or with `load_best_model_at_end`, cycles with other adapters, under DeepSpeed, or calibrated on a model
-            that is sharded already.
+            or with `load_best_model_at_end`, cycles with other adapters, or calibrated on a model that is sharded
+            already.
         FileNotFoundError: training with adapters is resumed, and the base that the schedule changed is not there.
     """
 
@@ -71,8 +72,9 @@ class PruningCallback(TrainerCallback):
         self.options: dict[str, Any] = {"pattern": pattern, **options}
         self.schedule = schedule
         self.report: PruningReport | None = None
-        # ||W||² and nonzero entries, before and after pruning.
+        # ||W||² and nonzero entries, before and after the last pruning.
         self.norms: list[tuple[float, float]] = []
+        self._drops: dict[int, float] = {}
         self._due: dict[int, float] = {}
         if schedule is not None:
             goal = None if isinstance(pattern, Mapping) else parse_pattern(pattern)
@@ -93,11 +95,6 @@ class PruningCallback(TrainerCallback):
             self._due = {step: wanted for step, wanted in due.items() if wanted}
             if self.schedule.restarts:
                 _check_restarts(model)
-            if uses_deepspeed(base_model(model)):
-                raise ValueError(
-                    "A schedule prunes what is being trained, of which DeepSpeed's optimiser has copies and moments "
-                    "of its own. Use DDP or FSDP2, or drop `schedule`."
-                )
             if args.load_best_model_at_end:
                 raise ValueError(
                     "`load_best_model_at_end` may go back to a checkpoint of a lower sparsity, which the schedule "
@@ -105,6 +102,7 @@ class PruningCallback(TrainerCallback):
                 )
         elif self.report is not None:
             return
+        self._drops = {e["step"]: e["norm_drop"] for e in state.log_history if "norm_drop" in e}
         past = [step for step in self._due if step <= state.global_step]
         if state.global_step and not isinstance(model, PeftModel) and any("pruning" in e for e in state.log_history):
             return
@@ -113,6 +111,7 @@ class PruningCallback(TrainerCallback):
             note_pruning(model)
         elif self.schedule is None or past:
             self._prune_at(past[-1] if past else None, model, args, state)
+            _refresh(kwargs.get("lr_scheduler"))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,8 +123,9 @@ class PruningCallback(TrainerCallback):
             with torch.random.fork_rng():
                 torch.manual_seed(args.seed + state.global_step)
                 restart_adapters(kwargs["model"])
-            _restart(kwargs["optimizer"])
+            _restart(kwargs["optimizer"], in_place=uses_deepspeed(base_model(kwargs["model"])))
         self._prune_at(state.global_step, kwargs["model"], args, state)
+        _refresh(kwargs.get("lr_scheduler"))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._base_changed(state) and isinstance(kwargs["model"], PeftModel):
@@ -141,7 +141,15 @@ class PruningCallback(TrainerCallback):
             self.options["pattern"] = dataclasses.replace(self._goal, sparsity=self._due[step])
         self.prune(model, args.seed)
         assert self.report is not None
-        state.log_history.append({"pruning": self.report.sparsity, "epoch": state.epoch, "step": state.global_step})
+        before, after = self.norms
+        drop = self._drops[state.global_step] = norm_drop(before, after) if after[1] < before[1] else 0.0
+        entry = {"pruning": self.report.sparsity, "norm_drop": drop}
+        state.log_history.append(entry | {"epoch": state.epoch, "step": state.global_step})
+
+    def norm_drop(self, cycle: int) -> float:
+        """Return d₁ of pruning in the `cycle`, counted from 0; 1 until it is pruned, and 0 where nothing was lost."""
+        steps = sorted(self._due)
+        return self._drops.get(steps[cycle], 1.0) if cycle < len(steps) else 1.0
 
     def prune(self, model: nn.Module, seed: int) -> None:
         """Prune now instead of when training begins."""
@@ -164,10 +172,18 @@ class PruningCallback(TrainerCallback):
             )
 
     def _norm(self, model: nn.Module) -> tuple[float, float]:
+        """Return (‖W‖², nonzero entries)."""
         targets = self.options.get("target_modules"), self.options.get("exclude_modules")
         matrices = [weight.matrix() for weight in prunable_weights(model, *targets).values()]
         norms = to_host([torch.linalg.vector_norm(matrix, dtype=torch.float32) for matrix in matrices])
         return sum(norm**2 for norm in norms), float(sum(to_host([mask_of(matrix).sum() for matrix in matrices])))
+
+
+def _refresh(scheduler: Any) -> None:
+    # Accelerate wraps it.
+    inner = getattr(scheduler, "scheduler", scheduler)
+    if isinstance(inner, RetrainingSchedule):
+        inner.refresh()
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
@@ -218,15 +234,23 @@ def restart_adapters(model: nn.Module) -> None:
             layer.restart()
 
 
-def _restart(optimizer: Optimizer) -> None:
-    """Make the optimiser's state what it was before its first step. In place."""
+def _restart(optimizer: Optimizer, in_place: bool) -> None:
+    """Make the optimiser's state what it was before its first step. In place.
+
+    Args:
+        in_place: by zeros, because somebody else refers to the tensors.
+    """
     for parameter, state in list(optimizer.state.items()):
-        if not isinstance(parameter, DTensor):
+        # Where there is none, torch makes one to save a DTensor's by a step of its own, which Adam counts.
+        if not in_place and not isinstance(parameter, DTensor):
             del optimizer.state[parameter]
             continue
-        # Where there is none, torch makes one to save by a step of its own, which Adam counts.
         for key, value in state.items():
             state[key] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
+    for group in optimizer.param_groups if in_place else ():
+        # Where DeepSpeed's own optimisers count.
+        if "step" in group:
+            group["step"] = 0
 
 
 def _check_restarts(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 from .blocks import Targets, base_model, prunable_weights
 from .masks import fingerprint, mask_, mask_of, pack, unpack
-from .sharding import has_shards, is_sharded, own_part, reshard, totals, whole, whole_shape
+from .sharding import deepspeed_copies, has_shards, is_sharded, own_part, reshard, totals, whole, whole_shape
 from .tasks import share
 from .tuners import remember_proof
 from .weights import WeightView
@@ -238,6 +238,9 @@ def _masked(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 def _clear_state(optimizer: Optimizer | None, parameter: Tensor) -> None:
     """Zero what `optimizer` holds for the entries of `parameter` that are zero."""
+    if optimizer is not None:
+        for part, value in deepspeed_copies(parameter, optimizer):
+            mask_(value, part.to(value.dtype))
     for value in {} if optimizer is None else optimizer.state.get(parameter, {}).values():
         # Factored and quantised state has no entry per weight, or zero is not its code of zero.
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():

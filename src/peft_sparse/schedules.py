@@ -8,6 +8,7 @@ method has a warm-up, by start · (1 - cos(π t / w)) / 2; j = t - w counts the 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 from torch.optim import Optimizer
@@ -91,9 +92,9 @@ def retraining_schedule(
     steps: int,
     *,
     original_steps: int | None = None,
-    norm_drop: float | None = None,
+    norm_drop: float | Callable[[int], float] | None = None,
     cycles: int = 1,
-) -> LambdaLR:
+) -> "RetrainingSchedule":
     """Return the schedule that retrains with `optimizer`, for `Trainer(optimizers=(optimizer, schedule))`.
 
     The rates are those of parameter groups at the optimiser's own `lr`; groups at another keep their ratio to it.
@@ -103,13 +104,14 @@ def retraining_schedule(
         original: η, as its values, or as a function of the step.
         steps: N.
         original_steps: T; needed with a function.
-        norm_drop: of the pruning that is retrained, for "allr".
+        norm_drop: of the pruning that is retrained, for "allr"; of several cycles as a function of their number, from
+            0 on, such as `PruningCallback.norm_drop`.
         cycles: begin anew in each of so many `PruningCycles`, which share the steps.
 
     Raises:
-        ValueError: an unknown method, "allr" without `norm_drop` or in several cycles, a function without
-            `original_steps`, rates that are negative or all zero, fewer steps than cycles, or an optimiser without a
-            positive `lr`; what `ft` and `lrw` refuse.
+        ValueError: an unknown method, "allr" without `norm_drop`, a function without `original_steps`, rates that are
+            negative or all zero, fewer steps than cycles, or an optimiser without a positive `lr`; what `ft` and `lrw`
+            refuse.
     """
     check_method(method)
     if callable(original) and original_steps is None:
@@ -126,26 +128,35 @@ def retraining_schedule(
             f"The rates are set relative to the optimiser's own, which is {base}. Give it a positive `lr`, best the "
             "peak of the original schedule."
         )
-    options = {}
-    if method == "allr" and cycles > 1:
+    if method == "allr" and norm_drop is None:
         raise ValueError(
-            f'"allr" depends on what each of the {cycles} cycles prunes, which is not known before. Use "llr".'
+            '"allr" starts lower the less pruning removed: pass `norm_drop`, or let `SparseTrainer` prune (`sparsity` '
+            "or `pattern`, at once or in cycles), which measures it."
         )
-    if method == "allr":
-        if norm_drop is None:
-            raise ValueError(
-                '"allr" starts lower the less pruning removed: pass `norm_drop`, or let `SparseTrainer` prune '
-                "(`sparsity` or `pattern`), which measures it."
-            )
-        options = {"norm_drop": norm_drop}
-    lengths = {cycle_of(t, steps, cycles)[1] for t in (0, steps)}
-    rates = {length: RETRAINING[method](eta, length, **options) for length in lengths}
+
+    @cache
+    def rates(length: int, drop: float) -> Rates:
+        return RETRAINING[method](eta, length, **({"norm_drop": drop} if method == "allr" else {}))
 
     def factor(t: int) -> float:
         start, length = cycle_of(t, steps, cycles)
-        return rates[length](t - start) / float(base)
+        drop = norm_drop(start // max(1, steps // cycles)) if callable(norm_drop) else norm_drop or 0.0
+        return rates(length, drop)(t - start) / float(base)
 
-    return LambdaLR(optimizer, factor)
+    # What a method refuses, it refuses now.
+    for t in (0, steps):
+        rates(cycle_of(t, steps, cycles)[1], 1.0)
+    return RetrainingSchedule(optimizer, factor)
+
+
+class RetrainingSchedule(LambdaLR):
+    """The rates of `retraining_schedule`, which may depend on what is pruned on the way."""
+
+    def refresh(self) -> None:
+        """Set the rates of the step that comes next, which something they depend on changed."""
+        for group, base, rule in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["lr"] = base * rule(self.last_epoch)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
 def check_method(method: str) -> None:

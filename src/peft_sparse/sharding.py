@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from .processes import total_of
 
@@ -82,9 +83,10 @@ def whole(module: nn.Module, *, write: bool = False, recurse: bool = True) -> It
     reshard(module)
     with _gathered_tensors(modules, write), _gathered_partitions(parameters, write):
         yield
-        written = [(p, p.detach().clone()) for p in parameters if write and _has_master(p)]
-    for parameter, value in written:
-        _set_master(parameter, value)
+    for parameter in parameters if write else ():
+        for part, master in deepspeed_copies(parameter):
+            # What nobody wrote to keeps the digits that only the master has.
+            master.copy_(torch.where(master.to(part.dtype) == part, master, part.to(master.dtype)))
 
 
 def reshard(module: nn.Module) -> None:
@@ -132,16 +134,44 @@ def _gathered_partitions(parameters: list[nn.Parameter], write: bool) -> Iterato
         yield
 
 
+def uses_deepspeed(module: nn.Module) -> bool:
+    """Return whether DeepSpeed's optimiser steps on copies of trained weights within `module`."""
+    return any(_has_master(parameter) for parameter in module.parameters())
+
+
+def deepspeed_copies(parameter: Tensor, optimizer: Optimizer | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (a part of `parameter`, what DeepSpeed's optimiser holds for it in this process), flat; elsewhere nothing.
+
+    What is written to the second is kept once the next is asked for.
+
+    Args:
+        optimizer: yield what it keeps of each entry, such as momentum; by default the copy that it steps on.
+    """
+    if not _has_master(parameter):
+        return
+    states = [None] if optimizer is None else _states_of_entries(optimizer)
+    deepspeed: Any = parameter
+    if is_partitioned(parameter):
+        for key in states:
+            held = deepspeed._z3_optimizer.get_local_fp32_param(parameter, key).detach()
+            yield deepspeed.ds_tensor.detach().to(held.device), held
+            deepspeed._z3_optimizer.set_local_hp_param(held, parameter, key)
+    elif (mapping := deepspeed._hp_mapping) is not None:
+        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        part = parameter.detach().flatten()[here.start : here.start + here.numel]
+        for key in states:
+            held = mapping.hp_fragment.detach()
+            if key is not None and optimizer is not None:
+                partition = optimizer.param_groups[mapping.param_group_index]["params"][0]
+                held = optimizer.state[partition][key][there.start : there.start + there.numel]
+            yield part.to(held.device), held
+
+
 def _has_master(parameter: Tensor) -> bool:
     return parameter.requires_grad and (hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"))
 
 
-def _set_master(parameter: Tensor, value: Tensor) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param
-
-    safe_set_full_fp32_param(parameter, value)
-
-
-def uses_deepspeed(module: nn.Module) -> bool:
-    """Return whether DeepSpeed's optimiser holds copies of trained weights within `module`."""
-    return any(_has_master(parameter) for parameter in module.parameters())
+def _states_of_entries(optimizer: Optimizer) -> list[str | None]:
+    """Return the names of the states that have a value per entry."""
+    pairs = [(flat, key, value) for flat, state in optimizer.state.items() for key, value in state.items()]
+    return sorted({key for flat, key, value in pairs if isinstance(value, Tensor) and value.shape == flat.shape})

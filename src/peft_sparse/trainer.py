@@ -135,14 +135,17 @@ class SparseTrainer(Trainer):
         trainer: Any = self
         method = self.args.retraining_schedule
         if method is not None and trainer.lr_scheduler is None:
-            norms = self._pruning.norms if self._pruning else []
+            cycles = self.args.pruning_rounds if self.args.pruning_schedule == "cycles" else None
+            drop: Any = None
+            if method == "allr" and self._pruning and (cycles or self._pruning.norms):
+                drop = self._pruning.norm_drop if cycles else norm_drop(*self._pruning.norms)
             trainer.lr_scheduler = retraining_schedule(
                 method,
                 optimizer or trainer.optimizer,
                 self.args.original_rates(num_training_steps),
                 num_training_steps,
-                norm_drop=norm_drop(*norms) if method == "allr" and norms else None,
-                cycles=self.args.pruning_rounds if self.args.pruning_schedule == "cycles" else 1,
+                norm_drop=drop,
+                cycles=cycles or 1,
             )
             trainer._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
