@@ -3,6 +3,7 @@
 accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml tests/distributed.py fsdp2 FOLDER
 """
 
+import gc
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft import get_peft_model
+from torch.profiler import record_function
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -23,6 +25,7 @@ from peft_sparse import (
     SparseTrainingArguments,
     ZeroGuardCallback,
     perplexity,
+    prune,
 )
 from peft_sparse.tuners import merged_state_dict
 
@@ -161,7 +164,48 @@ def count_held(strategy, folder):
     torch.save(trainer.held, Path(folder) / f"{os.environ['RANK']}.pt")
 
 
-def main(strategy, folder, what="all"):
+# Small, or their buffers would be most of the memory.
+DEEPSPEED = {
+    "reduce_bucket_size": 50_000,
+    "stage3_max_live_parameters": 100_000,
+    "stage3_param_persistence_threshold": 0,
+}
+DEEPSPEED |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+
+
+class Mark(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        gc.collect()
+        with record_function("step"):
+            torch.zeros(1)
+
+
+def measure(strategy, folder, mode):
+    """Save the most memory that this process had in a step."""
+    from test_training_plan import BATCH, MASK_LORA, allocated, dataset, loaded
+
+    options = {"max_steps": 5, "per_device_train_batch_size": BATCH}
+    if strategy.startswith("zero"):
+        # What the launcher says would contradict it.
+        for name in [name for name in os.environ if name.startswith(("ACCELERATE_DEEPSPEED", "ACCELERATE_CONFIG_DS"))]:
+            del os.environ[name]
+        auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+        options["deepspeed"] = auto | {"zero_optimization": {"stage": int(strategy[-1])} | DEEPSPEED}
+
+    def run():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        model = loaded("deep")
+        prune(model, 0.5)
+        model = model if mode == "full" else get_peft_model(model, MASK_LORA)
+        args = arguments(folder, **options)
+        on_cpu(strategy)
+        SparseTrainer(model, args, train_dataset=dataset(16), callbacks=[Mark()]).train()
+
+    peak = allocated(run, Path(folder) / f"{os.environ['RANK']}.json", steps="step")
+    torch.save(peak, Path(folder) / f"{os.environ['RANK']}.pt")
+
+
+def main(strategy, folder, what="all", *more):
     if strategy in ("zero2", "zero3"):
         import deepspeed.ops
 
@@ -171,6 +215,8 @@ def main(strategy, folder, what="all"):
         train_all(strategy, folder)
     elif what == "held":
         count_held(strategy, folder)
+    elif what == "memory":
+        measure(strategy, folder, *more)
     else:
         interrupt(what, strategy, folder)
     # A thread of gloo that outlives the interpreter aborts the process.

@@ -1,11 +1,6 @@
 """Two processes on CPUs, started with the configurations that the examples ship: the same training as in one."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,22 +9,12 @@ from transformers import AutoModelForCausalLM
 from peft_sparse import sparsity
 
 import distributed
+from training import launch
 
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate_configs"
 STRATEGIES = ["ddp", "fsdp2", "zero2", "zero3"]
 
 pytestmark = pytest.mark.slow
-
-
-def launch(strategy, folder, *what):
-    """Run every mode, or `what`, in two processes."""
-    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", str(CONFIGS / f"{strategy}.yaml"), distributed.__file__, strategy, str(folder), *what]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")

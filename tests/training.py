@@ -1,10 +1,12 @@
-"""What tests of training share: small arguments, a run that is cut off, and a call in two processes."""
+"""What tests of training share: small arguments, a run that is cut off, and runs in two processes."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import TrainerCallback
 
 from peft_sparse import SparseTrainingArguments
@@ -34,3 +36,21 @@ def in_two_processes(folder, module, call):
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate_configs"
+
+
+def launch(strategy, folder, *what):
+    """Run distributed.py in two processes, every mode of it or `what`, by a configuration that the examples ship."""
+    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    command += [
+        str(CONFIGS / f"{strategy}.yaml"),
+        str(Path(__file__).parent / "distributed.py"),
+        strategy,
+        str(folder),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run([*command, *what], env=environment, capture_output=True, text=True, timeout=900)

@@ -32,12 +32,19 @@ class LiveBytes(TorchDispatchMode):
     Args:
         known: tensors that were there before and do not count; views of them do not either.
         gradient_share: divisor of a finished gradient, of which a device keeps only its part.
+        units: parameters whose gradients wait for each other to become parts, by way of a copy, which lives until
+            the next unit's.
     """
 
-    def __init__(self, known: Iterable[Tensor] = (), gradient_share: int = 1) -> None:
+    def __init__(
+        self, known: Iterable[Tensor] = (), gradient_share: int = 1, units: Iterable[list[nn.Parameter]] = ()
+    ) -> None:
         super().__init__()
         self.live = self.peak = self.gradients = self.peak_beside_gradients = 0
         self.gradient_share = gradient_share
+        self._units = {id(parameter): unit for unit in units for parameter in unit}
+        self._waiting: dict[int, list[Tensor]] = {}
+        self._underway = 0
         self._sizes: dict[int, int] = {}
         self._references: dict[int, Any] = {}
         self._finished: set[int] = set()
@@ -60,8 +67,26 @@ class LiveBytes(TorchDispatchMode):
 
     def finished(self, parameter: Tensor) -> None:
         """Take the gradient of `parameter` for one that stays; a hook for after it is accumulated."""
+        unit = self._units.get(id(parameter), [parameter])
+        waiting = self._waiting.setdefault(id(unit), [])
+        waiting.append(parameter)
+        if len(waiting) < len(unit):
+            return
+        if len(unit) > 1:
+            copied = sum(tensor.nbytes for tensor in waiting)
+            # Accumulated gradients are parts already, to which those of this step are added.
+            again = sum(tensor.nbytes for tensor in waiting if self._storage_of(tensor) in self._finished)
+            self.peak = max(self.peak, self.live + self._underway + copied + again)
+            self._underway = copied
+        for tensor in waiting:
+            self._shard(self._storage_of(tensor))
+        waiting.clear()
+
+    def _storage_of(self, parameter: Tensor) -> int:
         assert parameter.grad is not None
-        key = id(parameter.grad.untyped_storage())
+        return id(parameter.grad.untyped_storage())
+
+    def _shard(self, key: int) -> None:
         if key in self._finished or key not in self._sizes:
             return
         self._finished.add(key)

@@ -137,6 +137,7 @@ def plan_training(
             gradient_accumulation_steps,
             optimizer or partial(torch.optim.AdamW, fused=True),
             gradient_share=1 if strategy == "ddp" else devices,
+            units=_units(simulated) if strategy == "fsdp" and devices > 1 else [],
             masters=strategy in ("zero2", "zero3"),
         )
     return _shared_out(simulated, step, strategy, devices)
@@ -178,15 +179,18 @@ def _step(
     optimizer: Optimizer,
     *,
     gradient_share: int,
+    units: list[list[nn.Parameter]],
     masters: bool,
 ) -> _Step:
     """Simulate a step of training, with the guard of the zeros of what is trained.
 
     Args:
-        masters: the optimiser works on float32 copies of parameters in half precision.
+        gradient_share, units: as in `LiveBytes`.
+        masters: the optimiser works on float32 copies of the parameters.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    live = LiveBytes([*model.parameters(), *model.buffers()], gradient_share)
+    waiting = [[parameter for parameter in unit if parameter.requires_grad] for unit in units]
+    live = LiveBytes([*model.parameters(), *model.buffers()], gradient_share, waiting)
     stored = {id(weight.storage): weight.storage for weight in prunable_weights(model).values()}
     guarded = [parameter for parameter in stored.values() if parameter.requires_grad]
     # The guard's hook comes first, on what is not accumulated yet.
@@ -223,9 +227,7 @@ def _guarding(live: LiveBytes, guarded: list[Tensor]) -> int:
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
-    if parameter.dtype not in (torch.float16, torch.bfloat16):
-        return parameter
-    copied = nn.Parameter(parameter.detach().float())
+    copied = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
     copied.grad = torch.zeros_like(copied)
     return copied
 
@@ -243,6 +245,8 @@ def _shared_out(model: nn.Module, step: _Step, strategy: Strategy, devices: int)
     gathered, buffers = _between_devices(model, strategy) if devices > 1 else (0, 0)
     resident = [bytes_of(parameters) // sharded, step.optimizer // shared_state, masks // sharded]
     optimizer_peak = step.gradients + (step.optimizer_peak - step.gradients) // shared_state
+    # ZeRO-3 has room for all gradients at all times.
+    backward_peak = step.gradients + step.activations if strategy == "zero3" else step.backward_peak
     return TrainingPlan(
         strategy=strategy,
         devices=devices,
@@ -255,28 +259,30 @@ def _shared_out(model: nn.Module, step: _Step, strategy: Strategy, devices: int)
         activation_bytes=step.activations,
         gathered_bytes=gathered,
         buffer_bytes=buffers,
-        peak_bytes=sum(resident) + buffers + max(gathered + step.backward_peak, optimizer_peak),
+        peak_bytes=sum(resident) + buffers + max(gathered + backward_peak, optimizer_peak),
     )
 
 
 def _between_devices(model: nn.Module, strategy: Strategy) -> tuple[int, int]:
-    """Return the bytes of gathered parameters, and of gradients on their way."""
+    """Return the bytes of gathered parameters, and of gradients on their way, beside those of the simulated step."""
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    blocks = [list(block.parameters()) for block in find_blocks(model).values()]
-    inside = {id(parameter) for block in blocks for parameter in block}
-    outside = [parameter for parameter in parameters if id(parameter) not in inside]
-    largest = max(map(bytes_of, blocks))
+    outside, *blocks = map(bytes_of, _units(model))
     if strategy == "ddp":
         return 0, bytes_of(trained)
     if strategy == "fsdp":
-        # Two blocks, since the next is fetched while one computes; gradients as they came, and again to be reduced.
-        gradients = [bytes_of(p for p in unit if p.requires_grad) for unit in (outside, *blocks)]
-        return 2 * largest + bytes_of(outside), 2 * max(gradients)
-    item = max(parameter.element_size() for parameter in parameters)
-    bucket = min(bytes_of(trained), _BUCKET * max((p.element_size() for p in trained), default=0))
-    gathered = max(largest, min(bytes_of(parameters), _LIVE_PARAMETERS * item)) if strategy == "zero3" else 0
-    return gathered, bucket
+        # Two blocks, since the next is fetched while one computes.
+        return 2 * max(blocks) + outside, 0
+    bucket = _BUCKET * max((p.element_size() for p in trained), default=0)
+    live = min(bytes_of(parameters), _LIVE_PARAMETERS * max(parameter.element_size() for parameter in parameters))
+    return max(*blocks, live) if strategy == "zero3" else 0, bucket
+
+
+def _units(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the parameters outside the blocks, and those of each block."""
+    blocks = [list(block.parameters()) for block in find_blocks(model).values()]
+    inside = {id(parameter) for block in blocks for parameter in block}
+    return [[parameter for parameter in model.parameters() if id(parameter) not in inside], *blocks]
 
 
 @contextlib.contextmanager
