@@ -67,12 +67,22 @@ class LiveBytes(TorchDispatchMode):
 
     def finished(self, parameter: Tensor) -> None:
         """Take the gradient of `parameter` for one that stays; a hook for after it is accumulated."""
-        unit = self._units.get(id(parameter), [parameter])
+        if id(parameter) not in self._units:
+            self._reduce([parameter])
+            return
+        unit = self._units[id(parameter)]
         waiting = self._waiting.setdefault(id(unit), [])
         waiting.append(parameter)
-        if len(waiting) < len(unit):
-            return
-        if len(unit) > 1:
+        if len(waiting) == len(unit):
+            self._reduce(waiting)
+
+    def finish(self) -> None:
+        """Take the gradients that wait for parameters without one as they are; for the end of backward."""
+        for waiting in self._waiting.values():
+            self._reduce(waiting)
+
+    def _reduce(self, waiting: list[Tensor]) -> None:
+        if len(waiting) > 1:
             copied = sum(tensor.nbytes for tensor in waiting)
             # Accumulated gradients are parts already, to which those of this step are added.
             again = sum(tensor.nbytes for tensor in waiting if self._storage_of(tensor) in self._finished)

@@ -202,6 +202,7 @@ def _step(
         # More than two add nothing that the second does not.
         for _ in range(min(accumulated, 2)):
             loss().backward()
+            live.finish()
         step = _Step(gradients=live.gradients, activations=live.peak_beside_gradients, backward_peak=live.peak)
         updated = [_master(parameter) for parameter in trained] if masters else trained
         copies = sum(new.nbytes for new, old in zip(updated, trained, strict=True) if new is not old)
