@@ -337,7 +337,8 @@ def plot(args: argparse.Namespace) -> None:
         strict=True,
     ):
         for row in rows:
-            name = " ".join(str(row[k]) for k in ("recovery", "tuner", "region", "mode", "times") if k in row)
+            words = [str(row[k]) for k in ("recovery", "tuner", "region", "mode") if k in row]
+            name = " ".join([*words, f"on x{row['times']} tokens"] if "times" in row else words)
             axis.plot(row[key] / unit, row["perplexity"], "o", label=name)
         axis.axhline(dense, linestyle=":", color="grey")
         axis.set(xlabel=label)
