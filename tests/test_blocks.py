@@ -133,6 +133,19 @@ def test_weights_are_found_below_an_adapter():
         assert all(torch.equal(weight.matrix(), names[name]) for name, weight in found.items())
 
 
+def test_of_a_module_that_an_adapter_copies_the_one_that_runs_is_found(llama):
+    original = llama.model.layers[0].mlp.down_proj
+    model = get_peft_model(llama, MaskLoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"]))
+    name = "model.layers.0.mlp.down_proj"
+    copy = llama.model.layers[0].mlp.modules_to_save["default"].down_proj
+    assert prunable_weights(model)[name].layer is copy
+    with model.disable_adapter():
+        assert prunable_weights(model)[name].layer is original
+    model.add_adapter("other", MaskLoRAConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    assert prunable_weights(model)[name].layer is original
+
+
 @pytest.mark.parametrize("family", [*CONFIGS, "t5", "vit", "phi", "gpt_neox"])
 def test_hidden_states_between_blocks_are_as_wide_as_told(family):
     assert hidden_size(tiny(family)) == 16

@@ -150,6 +150,41 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, criterion):
     assert sparsity(resumed.model) == 0.5
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["pruned before", "pruned by the trainer"])
+def test_a_pruned_layer_in_modules_to_save_keeps_its_zeros(tmp_path, before):
+    """PEFT trains a copy of the whole layer, which is what merging leaves."""
+    config = MaskLoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    model = get_peft_model(pruned() if before else tiny("llama"), config)
+    args = arguments(tmp_path, weight_decay=0.1, **({} if before else {"sparsity": 0.5}))
+    trainer = SparseTrainer(model, args, train_dataset=Samples())
+    watch = Watch(zeros_of(model))
+    trainer.add_callback(watch)
+    trainer.train()
+    assert watch.steps == 6
+    merged = model.merge_and_unload()
+    assert sparsity(merged) == 0.5
+    assert all((layer.mlp.down_proj.weight == 0).float().mean() == 0.5 for layer in merged.model.layers)
+
+
+@pytest.mark.parametrize("schedule", [{}, {"pruning_schedule": "cubic", "pruning_rounds": 2, "pruning_interval": 2}])
+def test_a_resumed_run_with_such_a_layer_ends_as_an_uninterrupted_one(tmp_path, schedule):
+    def trainer(name, *callbacks):
+        config = MaskLoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"])
+        options = {"sparsity": 0.5, "criterion": "wanda", "calibration_samples": 4, "save_strategy": "steps"}
+        args = arguments(tmp_path / name, save_steps=3, **options, **schedule)
+        torch.manual_seed(0)
+        model = get_peft_model(tiny("llama"), config)
+        return SparseTrainer(model, args, train_dataset=Samples(), callbacks=list(callbacks))
+
+    whole, resumed = trainer("whole"), trainer("halves")
+    whole.train()
+    trainer("halves", StopAt(3)).train()
+    resumed.train(resume_from_checkpoint=True)
+    merged, expected = resumed.model.merge_and_unload(), whole.model.merge_and_unload()
+    assert_same_weights(merged, expected)
+    assert sparsity(merged) == 0.5
+
+
 def test_what_training_brought_to_zero_is_no_other_mask_on_resuming(tmp_path):
     class Zeroes(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):

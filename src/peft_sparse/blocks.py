@@ -12,7 +12,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,6 +34,12 @@ def base_model(model: nn.Module) -> nn.Module:
 def base_layer(module: nn.Module) -> nn.Module:
     """Return the layer that holds the weight: the base layer of a PEFT tuner layer, else `module` itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def active_copy(wrapper: ModulesToSaveWrapper) -> nn.Module:
+    """Return the copy that the active adapter trains in place of a module of `modules_to_save`, else that module."""
+    copies = [wrapper.modules_to_save[name] for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+    return copies[0] if copies else wrapper.original_module
 
 
 def called_layers(model: nn.Module) -> dict[int, nn.Module]:
@@ -198,8 +204,13 @@ def active_experts(model: nn.Module) -> float:
 
 
 def _walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield `module` and all below it with the names they had before PEFT; what adapters add is left out."""
-    if isinstance(module, AuxiliaryTrainingWrapper):
+    """Yield `module` and all below it with the names they had before PEFT; what adapters add is left out.
+
+    Of a module that an adapter has a copy of, the one that runs.
+    """
+    if isinstance(module, ModulesToSaveWrapper) and not module.disable_adapters:
+        module = active_copy(module)
+    elif isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
     yield name, module
     for child_name, child in base_layer(module).named_children():

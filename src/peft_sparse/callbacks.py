@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .blocks import base_model, prunable_weights
+from .blocks import Targets, base_model, prunable_weights
 from .guard import note_pruning
 from .masks import Pattern, Unstructured, mask_of, parse_pattern
 from .prune import prune
@@ -38,9 +38,10 @@ class PruningCallback(TrainerCallback):
     """Prunes the model when training begins, or step by step by a schedule. Works with any `transformers.Trainer`.
 
     Adapters are switched off meanwhile, so that a resumed run, whose adapter is trained already, prunes its dense base
-    as the first run did; on a base that is pruned already nothing changes. Biases that PEFT trains in place are beyond
-    that: `SparseTrainer` prunes before it loads a checkpoint, elsewhere add a `ZeroGuardCallback`, which notices. Of
-    weights that are trained themselves the checkpoint holds the pruned ones, and nothing is pruned again.
+    as the first run did; on a base that is pruned already nothing changes. A copy that an adapter trains of a pruned
+    layer, by `modules_to_save`, gets the same zeros. Biases that PEFT trains in place are beyond that: `SparseTrainer`
+    prunes before it loads a checkpoint, elsewhere add a `ZeroGuardCallback`, which notices. Of weights that are
+    trained themselves the checkpoint holds the pruned ones, and nothing is pruned again.
 
     With `PruningCycles` the MaskLoRA or ScaledLoRA adapters are merged into the base when a cycle ends, the merged
     weights are pruned, and the adapters start anew, as does the state of the optimiser; its parameters stay the same
@@ -156,12 +157,24 @@ class PruningCallback(TrainerCallback):
         # The seed is set aside and put back: every process draws the same random scores, and the order of the data
         # does not depend on whether the model was pruned here.
         self._check_calibration(model)
-        with torch.random.fork_rng(), _adapters_off(model), whole(model, write=True):
+        with torch.random.fork_rng(), whole(model, write=True):
             torch.manual_seed(seed)
-            before = self._norm(model)
-            self.report = prune(model, **self.options)
-            self.norms = [before, self._norm(model)]
+            with _adapters_off(model):
+                before = self._norm(model)
+                self.report = prune(model, **self.options)
+                self.norms = [before, self._norm(model)]
+            self._prune_copies(model)
         note_pruning(model)
+
+    def _prune_copies(self, model: nn.Module) -> None:
+        """Give the copies that adapters have of pruned layers, by `modules_to_save`, the zeros of these."""
+        assert self.report is not None
+        with _adapters_off(model):
+            originals = prunable_weights(model, *self._targets())
+        active = prunable_weights(model, *self._targets())
+        for name in (weight.name for weight in self.report.weights):
+            if active[name].storage is not originals[name].storage:
+                active[name].write_zeros(mask_of(originals[name].matrix()))
 
     def _check_calibration(self, model: nn.Module) -> None:
         if has_shards(model) and self.options.get("calibration") is not None:
@@ -171,10 +184,12 @@ class PruningCallback(TrainerCallback):
                 'model loaded before the training arguments were made. Or prune by "magnitude".'
             )
 
+    def _targets(self) -> tuple[Targets, Targets]:
+        return self.options.get("target_modules"), self.options.get("exclude_modules")
+
     def _norm(self, model: nn.Module) -> tuple[float, float]:
         """Return (‖W‖², nonzero entries)."""
-        targets = self.options.get("target_modules"), self.options.get("exclude_modules")
-        matrices = [weight.matrix() for weight in prunable_weights(model, *targets).values()]
+        matrices = [weight.matrix() for weight in prunable_weights(model, *self._targets()).values()]
         norms = to_host([torch.linalg.vector_norm(matrix, dtype=torch.float32) for matrix in matrices])
         return sum(norm**2 for norm in norms), float(sum(to_host([mask_of(matrix).sum() for matrix in matrices])))
 

@@ -64,6 +64,7 @@ def prune(
 ) -> PruningReport:
     """Write zeros into the linear weights of the model's blocks, fused experts' included. In place.
 
+    Of a model with adapters the weights below them, and of modules in `modules_to_save` the copies that are active.
     Entries that are zero already go first, so pruning twice to one sparsity changes no mask, and pruning further only
     adds zeros. With calibration the blocks are pruned in order, each on inputs that went through its pruned
     predecessors; all weights of one block are scored on the block as it was.
@@ -139,7 +140,8 @@ def prune(
 def sparsity(model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None) -> float:
     """Return the fraction of zeros among the prunable weights, by default the linear weights of the blocks.
 
-    Adapters are looked through: the base weights are counted, merged ones as they are.
+    Adapters are looked through: the base weights are counted, merged ones as they are, and of modules in
+    `modules_to_save` the copies that are active.
     """
     return share(zero_counts(prunable_weights(model, target_modules, exclude_modules)).values())
 

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..blocks import base_model
+from ..blocks import active_copy, base_model
 from ..sharding import whole
 from .layer import SparseLoraLayer
 
@@ -41,8 +41,7 @@ def merged_state_dict(model: nn.Module, *, merge: bool = True, keep: bool = True
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield every module with the name it has without adapters: tuner layers whole, of wrappers what they use."""
     if isinstance(module, ModulesToSaveWrapper):
-        used = [module.modules_to_save[key] for key in module.active_adapters if key in module.modules_to_save]
-        module = used[0] if used else module.original_module
+        module = active_copy(module)
     yield name, module
     inside = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     for key, child in inside.named_children():
