@@ -1104,8 +1104,12 @@ SHARED = {"tuner": LORA, "mode": "DD", "criterion": "wanda"}
 def run_as_one_of_many(folder):
     """Reconstruct as one process of those that torchrun started, and save what came of it."""
     state, model = PartialState(cpu=True), lively("llama")
-    report = rebuild(model, calibration_of("llama"), state_dir=Path(folder) / "state", **SHARED)
+    told = []
+    report = rebuild(
+        model, calibration_of("llama"), state_dir=Path(folder) / "state", on_region=told.append, **SHARED
+    )  # fmt: skip
     said = {"weights": model.state_dict(), "regions": report.regions, "pruning": report.pruning.weights}
+    said["told"] = [region.name for region in told]
     torch.save(said, Path(folder) / f"{state.process_index}.pt")
 
 
@@ -1119,7 +1123,9 @@ def test_processes_share_out_the_regions_of_mode_dd(tmp_path):
         for name, value in model.state_dict().items():
             torch.testing.assert_close(found["weights"][name], value, rtol=1e-5, atol=1e-6)
             assert torch.equal(found["weights"][name] == 0, value == 0)
-        assert [region.name for region in found["regions"]] == [region.name for region in report.regions]
+        names = [region.name for region in report.regions]
+        assert [region.name for region in found["regions"]] == names
+        assert sorted(found["told"]) == sorted(names)
         errors = [(region.error_pruned, region.error) for region in found["regions"]]
         assert sum(errors, ()) == pytest.approx(sum(((r.error_pruned, r.error) for r in report.regions), ()), rel=1e-4)
         assert [weight.name for weight in found["pruning"]] == [weight.name for weight in report.pruning.weights]
@@ -1315,6 +1321,13 @@ def test_a_checkpoint_that_was_interrupted_is_resumed_into_a_new_folder(tmp_path
     reconstruct_checkpoint(tmp_path / "dense", tmp_path / "other", calibration, on_step=told.append, **options)
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "other"), model)
     assert told[0].region == "model.layers.1 (mlp)"
+    # The weights of a block are seen for the first time when its turn comes.
+    with torch.no_grad():
+        model = lively("llama")
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    model.save_pretrained(tmp_path / "edited")
+    with pytest.raises(ValueError, match=r"state' holds the state of a run with another model\. Resume with the same"):
+        reconstruct_checkpoint(tmp_path / "edited", tmp_path / "third", calibration, **options)
 
 
 class Bar:

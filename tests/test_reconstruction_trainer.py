@@ -14,6 +14,7 @@ from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, 
 
 from checks import assert_same_weights, assert_same_zeros, named, zeros_of
 from conftest import tiny
+from training import StopAt
 
 
 class Samples(torch.utils.data.Dataset):
@@ -375,6 +376,27 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, by_path):
     assert [replace(region, seconds=0) for region in resumed.reconstruction_report.regions] == [
         replace(region, seconds=0) for region in whole.reconstruction_report.regions
     ]
+
+
+def test_a_callback_that_stops_leaves_a_run_to_be_resumed_and_no_model(tmp_path):
+    whole = trainer_of(tmp_path / "whole", save_strategy="steps")
+    whole.train()
+    stopped = trainer_of(tmp_path / "halves", save_strategy="steps", callbacks=[StopAt(14)])
+    said = r"stopped reconstruction in 'model.layers.1 \(mlp\)': the 3 regions before .* Go on where it stopped with"
+    with pytest.raises(RuntimeError, match=said):
+        stopped.train()
+    resumed = trainer_of(tmp_path / "halves", save_strategy="steps")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(resumed.model, whole.model)
+    with pytest.raises(RuntimeError, match='Nothing was kept, as `save_strategy="no"`: load the model again'):
+        trainer_of(tmp_path / "none", callbacks=[StopAt(1)]).train()
+
+
+@pytest.mark.parametrize("path", [True, "reconstructoin"])
+def test_resuming_where_nothing_was_kept_is_refused(tmp_path, path):
+    where = "reconstruction" if path is True else path
+    with pytest.raises(ValueError, match=f"Expected '.*{where}' to hold what a reconstruction kept, found nothing"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=path)
 
 
 def test_without_resuming_a_run_starts_again(tmp_path):

@@ -58,9 +58,16 @@ from peft_sparse.tuners.registration import register
 from peft_sparse.weights import WeightView, as_matrix
 
 from conftest import CONFIGS, tiny
+from training import StopAt
 
 
 TOKENS = torch.randint(0, 61, (4, 8))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Whoever makes a folder makes it there."""
+    monkeypatch.chdir(tmp_path)
 
 
 def llama(edit=None):
@@ -214,6 +221,18 @@ def other_state():
     with tempfile.TemporaryDirectory() as folder:
         Progress(folder, {"data": "these"})
         Progress(folder, {"data": "those"})
+
+
+def other_region():
+    with tempfile.TemporaryDirectory() as folder:
+        Progress(folder, {}).save(0, {}, {}, as_read="these weights")
+        Progress(folder, {}).load(0, as_read="those weights")
+
+
+def reconstructed_by_trainer(**resuming):
+    options = {"recovery": "reconstruct", "sparsity": 0.5, "calibration_samples": 2, "save_strategy": "no"}
+    data = [{"input_ids": row, "labels": row} for row in TOKENS]
+    SparseTrainer(llama(), arguments(**options), train_dataset=data, callbacks=[StopAt(1)]).train(**resuming)
 
 
 def nan_hessian():
@@ -814,6 +833,22 @@ REFUSALS = [
         "Attention and MLP of 'model.encoder.layers.0' cannot be told apart: .* Use `region=\"block\"`",
     ),
     (other_state, ValueError, "holds the state of a run with another data. Resume with the same model, data"),
+    (other_region, ValueError, "holds the state of a run with another model. Resume with the same model, data"),
+    (
+        reconstructed_by_trainer,
+        RuntimeError,
+        "stopped reconstruction in 'model.layers.0 .attention.': the 0 regions before .* load the model again",
+    ),
+    (
+        lambda: reconstructed_by_trainer(resume_from_checkpoint="no-such-folder"),
+        ValueError,
+        "Expected 'no-such-folder' to hold what a reconstruction kept, found nothing of it. Resume with the `output",
+    ),
+    (
+        lambda: arguments(recovery="reconstruct", sparsity=0.5, save_on_sigterm=True),
+        ValueError,
+        "goes on after any kill, SIGTERM too, .* Drop `save_on_sigterm`",
+    ),
     (nan_hessian, ValueError, "Expected a finite solution of the masked least squares, got NaN or infinity"),
     (
         lambda: arguments(recovery="reconstruct", sparsity=0.5, fp16=True),

@@ -1,6 +1,7 @@
 import gc
 import hashlib
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -289,6 +290,14 @@ def test_reconstruction_drops_its_windows_on_the_way(options, tmp_path, monkeypa
 # -- what goes wrong on the way ---------------------------------------------------------------------------------------
 
 
+class OwnError(Exception):
+    pass
+
+
+def raise_own_error():
+    raise OwnError
+
+
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_crash_leaves_the_finished_blocks_and_nothing_that_loads(llama, tokens, tmp_path, calibrated):
     source, scored = saved(llama, tmp_path / "source"), []
@@ -319,6 +328,45 @@ def test_a_crash_leaves_the_finished_blocks_and_nothing_that_loads(llama, tokens
         source, tmp_path / "pruned", 0.5, criterion=lambda weight, _: weight.abs(), calibration=calibration
     )
     assert_same_weights(load("llama", tmp_path / "pruned"), llama)
+
+
+def copy_of_config_that_dies(copy, survived):
+    def copy_or_die(path, folder):
+        if path.name == "config.json" and survived == "some files":
+            raise OwnError
+        return copy(path, folder)
+
+    return copy_or_die
+
+
+@pytest.mark.parametrize("survived", ["some files", "all files"])
+def test_a_run_that_died_while_it_finished_is_run_again(llama, tmp_path, monkeypatch, survived):
+    source = saved(llama, tmp_path / "source")
+    (source / "vocabulary.txt").write_text("a b c")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copy2", copy_of_config_that_dies(shutil.copy2, survived))
+        patched.setattr(Path, "replace", lambda path, target: raise_own_error())
+        with pytest.raises(OwnError):
+            prune_checkpoint(source, tmp_path / "pruned", 0.5)
+    assert not (tmp_path / "pruned" / "model.safetensors.index.json").exists()
+    assert (tmp_path / "pruned" / "config.json").exists() == (survived == "all files")
+    prune_checkpoint(source, tmp_path / "pruned", 0.5)
+    prune(llama, 0.5)
+    assert_same_weights(load("llama", tmp_path / "pruned"), llama)
+    assert not list((tmp_path / "pruned").glob("*.unfinished"))
+    with pytest.raises(ValueError, match="not to exist, to be empty, or to hold what a killed run left. Give"):
+        prune_checkpoint(source, tmp_path / "pruned", 0.5)
+
+
+@pytest.mark.parametrize("theirs", [["config.json"], ["model-00001-of-00002.safetensors", "thesis.txt"]])
+def test_what_is_somebodys_own_is_not_overwritten(llama, tmp_path, theirs):
+    source = saved(llama, tmp_path / "source")
+    (tmp_path / "output").mkdir()
+    for name in theirs:
+        (tmp_path / "output" / name).write_text("mine")
+    with pytest.raises(ValueError, match="to hold what a killed run left. Give another `output`"):
+        prune_checkpoint(source, tmp_path / "output", 0.5)
+    assert all((tmp_path / "output" / name).read_text() == "mine" for name in theirs)
 
 
 def test_a_broken_weight_is_found_when_its_block_is_read(llama, tokens, tmp_path):

@@ -121,6 +121,11 @@ class SparseTrainingArguments(TrainingArguments):
                 "`save_on_sigterm` and `enable_jit_checkpoint` both wait for SIGTERM. Set one: the second for one "
                 "process only, as processes may save at different steps."
             )
+        if self.save_on_sigterm and self.recovery == "reconstruct":
+            raise ValueError(
+                "Reconstruction keeps every region it finishes and goes on after any kill, SIGTERM too, with "
+                "`resume_from_checkpoint=True`. Drop `save_on_sigterm`."
+            )
         find_criterion(self.criterion)
         if self.group is not None and self.group not in GROUPS:
             raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {self.group!r}.")

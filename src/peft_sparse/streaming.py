@@ -35,6 +35,7 @@ OUTSIDE = "outside"
 
 # Shards without an index beside them are those of a run that did not come to its end.
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_UNFINISHED_INDEX = f"{SAFE_WEIGHTS_INDEX_NAME}.unfinished"
 
 
 def prune_checkpoint(
@@ -131,7 +132,7 @@ class StreamedModel:
 
     def __init__(self, source: str | Path, output: str | Path, device: torch.device | str) -> None:
         self.source, self.output, self.device = Path(source), Path(output), device
-        if self.output.exists() and not all(_SHARD.fullmatch(path.name) for path in self.output.iterdir()):
+        if self.output.exists() and not _left_by_a_killed_run(self.output, self.source):
             raise ValueError(
                 f"Expected {str(self.output)!r} not to exist, to be empty, or to hold what a killed run left. Give "
                 "another `output`."
@@ -220,12 +221,13 @@ class StreamedModel:
         self._write(block, {name: state[name].cpu().contiguous() for name in self.parts[block] if name in state})
 
     def finish(self) -> None:
-        """Write the index and copy everything that is no weight."""
-        for path in self.source.iterdir():
-            if path.is_file() and path.suffix not in (".safetensors", ".bin") and "index.json" not in path.name:
-                shutil.copy2(path, self.output)
+        """Copy everything that is no weight, and write the index, which makes the output a checkpoint, last."""
+        for path in _beside_weights(self.source):
+            shutil.copy2(path, self.output)
         index = {"metadata": {"total_size": self.bytes}, "weight_map": self.written}
-        (self.output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        unfinished = self.output / _UNFINISHED_INDEX
+        unfinished.write_text(json.dumps(index, indent=2) + "\n")
+        unfinished.replace(self.output / SAFE_WEIGHTS_INDEX_NAME)
 
     def _write(self, part: str, tensors: dict[str, Tensor]) -> None:
         number = list(self.parts).index(part) + 1
@@ -233,6 +235,20 @@ class StreamedModel:
         save_file(tensors, self.output / name, metadata={"format": "pt"})
         self.written |= dict.fromkeys(tensors, name)
         self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _beside_weights(source: Path) -> list[Path]:
+    """Return the files of a checkpoint that hold no weights and no index of them."""
+    files = [path for path in source.iterdir() if path.is_file()]
+    return [path for path in files if path.suffix not in (".safetensors", ".bin") and "index.json" not in path.name]
+
+
+def _left_by_a_killed_run(output: Path, source: Path) -> bool:
+    """Tell whether `output` holds nothing but what a run on `source` writes before its index."""
+    names = {path.name for path in output.iterdir()}
+    shards = {name for name in names if _SHARD.fullmatch(name)}
+    copied = {path.name for path in _beside_weights(source)} | {_UNFINISHED_INDEX} if shards else set()
+    return names <= shards | copied
 
 
 def _files_by_name(source: Path) -> dict[str, Path]:

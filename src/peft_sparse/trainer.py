@@ -24,6 +24,7 @@ from .masks import SemiStructured
 from .prune import sparsity
 from .reconstruction import reconstruct
 from .reconstruction.as_training import TrainingLog, optimizer_of, schedule_of
+from .reconstruction.progress import is_progress
 from .reconstruction.report import ReconstructionReport
 from .report import PruningReport
 from .schedules import norm_drop, retraining_schedule
@@ -204,7 +205,8 @@ class SparseTrainer(Trainer):
 
     def _reconstruct(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         args: Any = self.args
-        logged = TrainingLog(self, args.region_size())
+        state_dir = self._state_dir(resume_from_checkpoint)
+        logged = TrainingLog(self, args.region_size(), kept=state_dir is not None)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
         report = reconstruct(
             self.model,
@@ -228,7 +230,7 @@ class SparseTrainer(Trainer):
             seed=args.seed,
             activations=args.activations,
             device=args.device,
-            state_dir=self._state_dir(resume_from_checkpoint),
+            state_dir=state_dir,
             on_start=logged.start,
             on_step=logged.step,
             on_region=logged.region,
@@ -237,16 +239,21 @@ class SparseTrainer(Trainer):
         return logged.finish(report)
 
     def _state_dir(self, resume_from_checkpoint: str | bool | None) -> Path | None:
-        if isinstance(resume_from_checkpoint, str):
-            return Path(resume_from_checkpoint)
         if self.args.save_strategy == "no" and not resume_from_checkpoint:
             return None
-        folder = Path(self.args.output_dir) / "reconstruction"
+        folder = Path(str(self.args.output_dir)) / "reconstruction"
+        if isinstance(resume_from_checkpoint, str):
+            folder = Path(resume_from_checkpoint)
         if not resume_from_checkpoint:
             if self.is_world_process_zero():
                 shutil.rmtree(folder, ignore_errors=True)
             # Nobody writes before it is gone.
             self.accelerator.wait_for_everyone()
+        elif not is_progress(folder):
+            raise ValueError(
+                f"Expected {str(folder)!r} to hold what a reconstruction kept, found nothing of it. Resume with the "
+                "`output_dir` of that run, or leave `resume_from_checkpoint` out to start anew."
+            )
         return folder
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:

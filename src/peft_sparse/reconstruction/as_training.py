@@ -32,11 +32,16 @@ def schedule_of(
 
 
 class TrainingLog:
-    """Makes of a reconstruction what the callbacks and loggers of `trainer` take for one training run."""
+    """Makes of a reconstruction what the callbacks and loggers of `trainer` take for one training run.
 
-    def __init__(self, trainer: Trainer, size: RegionSize) -> None:
+    Args:
+        kept: whether finished regions are, to go on from.
+    """
+
+    def __init__(self, trainer: Trainer, size: RegionSize, kept: bool) -> None:
         self.trainer: Any = trainer
         self.size = size
+        self.kept = kept
         self.sums: dict[str, Tensor | float] = {"run": 0.0, "log": 0.0}
         self.counts = {"run": 0, "log": 0, "region": 0}
         self.regions = 0
@@ -51,6 +56,7 @@ class TrainingLog:
             regions = sum(2 if all(attention_and_mlp(block)) else 1 for stack in stacks for block in stack)
         else:
             regions = 0 if size == "matrix" else sum(map(len, stacks))
+        trainer.control.should_training_stop = False
         trainer.state.is_world_process_zero = trainer.is_world_process_zero()
         trainer.state.is_local_process_zero = trainer.is_local_process_zero()
         trainer.state.global_step, trainer.state.max_steps = 0, regions * steps
@@ -58,7 +64,11 @@ class TrainingLog:
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
     def step(self, step: Step) -> None:
-        """Count an optimiser step, and log when the arguments say so."""
+        """Count an optimiser step, and log when the arguments say so.
+
+        Raises:
+            RuntimeError: a callback stopped the run, whose model is half dense.
+        """
         trainer = self.trainer
         trainer.state.global_step += 1
         for what in self.sums:
@@ -69,6 +79,17 @@ class TrainingLog:
         if control.should_log:
             loss = self._mean("log")
             trainer.log({"loss": loss, "learning_rate": step.learning_rate, "region": self.regions})
+        # After the last step Transformers' own callback says so.
+        if control.should_training_stop and trainer.state.global_step < trainer.state.max_steps:
+            how = (
+                "Go on where it stopped with `train(resume_from_checkpoint=True)` in a new process."
+                if self.kept
+                else 'Nothing was kept, as `save_strategy="no"`: load the model again.'
+            )
+            raise RuntimeError(
+                f"A callback stopped reconstruction in {step.region!r}: the {self.regions} regions before are "
+                f"finished, the others are not. {how}"
+            )
 
     def region(self, report: RegionReport) -> None:
         """Log the errors of a finished region."""

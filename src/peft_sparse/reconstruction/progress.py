@@ -13,6 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
+_FINGERPRINT = "fingerprint.json"
+
+
+def is_progress(folder: Path) -> bool:
+    """Tell whether a run began to keep its regions in `folder`."""
+    return (folder / _FINGERPRINT).is_file()
+
+
 class Progress:
     """A folder with one file per finished region, and the fingerprint of the run that wrote them.
 
@@ -21,45 +29,63 @@ class Progress:
     Args:
         folder: where; None keeps nothing.
         fingerprint: what must be the same for the results to be reused, by name.
+        by_region: compare the dense weights of each finished region too, which `fingerprint` does not know.
 
     Raises:
         ValueError: the folder was written by another run.
     """
 
-    def __init__(self, folder: str | Path | None, fingerprint: Mapping[str, str]) -> None:
+    def __init__(self, folder: str | Path | None, fingerprint: Mapping[str, str], by_region: bool = False) -> None:
         self.folder = None if folder is None else Path(folder)
+        self.by_region = by_region and folder is not None
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        written = self.folder / "fingerprint.json"
+        written = self.folder / _FINGERPRINT
         if written.exists():
             found = json.loads(written.read_text())
             differing = [name for name in fingerprint if found.get(name) != fingerprint[name]]
             if differing:
-                raise ValueError(
-                    f"{str(self.folder)!r} holds the state of a run with another {', '.join(differing)}. Resume with "
-                    "the same model, data and arguments, or delete the folder to start again."
-                )
+                raise ValueError(self._of_another(differing))
         else:
             _write_whole(written, json.dumps(dict(fingerprint), indent=2).encode())
 
-    def load(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the tensors and notes of region `number` if it was finished, else None."""
+    def of_region(self, parameters: Mapping[str, Tensor]) -> str | None:
+        """Return what `load` and `save` know a region by before it is pruned; None if they need not."""
+        return fingerprint_of_tensors(parameters.items()) if self.by_region else None
+
+    def load(self, number: int, as_read: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the tensors and notes of region `number` if it was finished, else None.
+
+        Raises:
+            ValueError: it was finished from other weights than those that `as_read` tells of.
+        """
         path = self._path(number)
         if path is None or not path.exists():
             return None
-        return load_file(path), json.loads(path.with_suffix(".json").read_text())
+        notes = json.loads(path.with_suffix(".json").read_text())
+        if notes.pop("as_read") != as_read:
+            raise ValueError(self._of_another(["model"]))
+        return load_file(path), notes
 
-    def save(self, number: int, tensors: Mapping[str, Tensor], notes: dict[str, Any]) -> None:
-        """Keep the tensors and notes of region `number`."""
+    def save(
+        self, number: int, tensors: Mapping[str, Tensor], notes: dict[str, Any], as_read: str | None = None
+    ) -> None:
+        """Keep the tensors and notes of region `number`, which was made from the weights that `as_read` tells of."""
         path = self._path(number)
         if path is None:
             return
-        _write_whole(path.with_suffix(".json"), json.dumps(notes).encode())
+        _write_whole(path.with_suffix(".json"), json.dumps(notes | {"as_read": as_read}).encode())
         unfinished = _unfinished(path)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
         # Renamed last: whoever finds it finds the notes too.
         os.replace(unfinished, path)
+
+    def _of_another(self, differing: list[str]) -> str:
+        return (
+            f"{str(self.folder)!r} holds the state of a run with another {', '.join(differing)}. Resume with the same "
+            "model, data and arguments, or delete the folder to start again."
+        )
 
     def _path(self, number: int) -> Path | None:
         return None if self.folder is None else self.folder / f"{number:05d}.safetensors"
@@ -67,8 +93,13 @@ class Progress:
 
 def fingerprint_of_model(model: nn.Module) -> str:
     """Return a hash of names, shapes and sums of all parameters that are loaded, the same on every device."""
+    return fingerprint_of_tensors(model.named_parameters())
+
+
+def fingerprint_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of names, shapes and sums of `tensors`, of those on the meta device without sums."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
+    for name, parameter in tensors:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta and parameter.numel():
             # Sums of integers: those of floats depend on the order, and so on the number of threads.

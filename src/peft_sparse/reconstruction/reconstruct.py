@@ -141,9 +141,9 @@ def reconstruct(
         "data": fingerprint_of_inputs(inputs),
         "arguments": " ".join(map(str, choices)),
     }  # fmt: skip
-    work = Reconstruction(
-        model, dense, task, recipe, region, mode, holdout, activations, Progress(state_dir, fingerprint), on_region
-    )
+    # What streaming reads block by block, the fingerprint of the model does not know.
+    progress = Progress(state_dir, fingerprint, by_region=streamed is not None)
+    work = Reconstruction(model, dense, task, recipe, region, mode, holdout, activations, progress, on_region)
     with evaluation_mode(model), evaluation_mode(model if dense is None else dense), frozen(model):
         if on_start is not None:
             on_start(recipe.steps(len(inputs) - held_out_batches(holdout, len(inputs))))

@@ -116,7 +116,8 @@ class Reconstruction:
             if self._shared:
                 self.regions.append(region)
             weights = {name: weight for name, weight in self.task.weights.items() if region.holds(weight.storage)}
-            finished = self.progress.load(number)
+            as_read = self.progress.of_region(region.parameters)
+            finished = self.progress.load(number, as_read)
             mine = finished is None and self._mine(number)
             store = ActivationStore(self.activations)
             targets: list[Tensor | Path] = []
@@ -138,7 +139,7 @@ class Reconstruction:
             if finished is not None:
                 self._take(number, region, *finished)
             elif mine:
-                self._region(number, region, window, weights, target, measured)
+                self._region(number, region, window, weights, target, measured, as_read)
             if self.on_region is not None:
                 for report in self.reports.get(number, []):
                     self.on_region(report)
@@ -163,6 +164,7 @@ class Reconstruction:
         weights: dict[str, WeightView],
         target: Callable[[int], Tensor],
         measured: BlockStatistics | None,
+        as_read: str | None,
     ) -> None:
         """Prune and fit one region, and keep what came of it."""
         started = time.perf_counter()
@@ -183,7 +185,7 @@ class Reconstruction:
                     reports = [self._fit(number, region, window, weights, target)]
         seconds = (time.perf_counter() - started) / len(reports)
         self.reports[number] = [replace(report, seconds=seconds) for report in reports]
-        self.progress.save(number, region.parameters, self._notes(number, weights))
+        self.progress.save(number, region.parameters, self._notes(number, weights), as_read)
 
     def _measure(
         self,
@@ -287,6 +289,9 @@ class Reconstruction:
                 torch.distributed.broadcast(value, number % state.num_processes)
                 parameter.data.copy_(value)
             self._take(number, region, {}, everything[number])
+            if self.on_region is not None and not self._mine(number):
+                for report in self.reports[number]:
+                    self.on_region(report)
 
 
 def showing_loss(bar: Any, on_step: Callable[[Step], None] | None) -> Callable[[Step], None] | None:
