@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from peft_sparse.calibration import fingerprint_of_inputs
 from peft_sparse.reconstruction import progress
-from peft_sparse.reconstruction.progress import Progress, fingerprint_of_inputs, fingerprint_of_model
+from peft_sparse.reconstruction.progress import Progress, fingerprint_of_model
 
 
 OWN = {"model": "a", "data": "b", "arguments": "c"}

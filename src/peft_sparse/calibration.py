@@ -5,6 +5,7 @@ disk; the arguments the model passes its blocks, once where batches share them; 
 """
 
 import contextlib
+import hashlib
 import inspect
 import shutil
 import tempfile
@@ -282,6 +283,25 @@ def as_inputs(model: nn.Module, calibration: Calibration, batch_size: int = 1) -
 def sequences_in(batch: Mapping[str, Any]) -> int:
     """Return how many sequences the model inputs `batch` hold."""
     return next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+
+
+def in_words(inputs: list[dict[str, Any]]) -> str:
+    """Return how much data model inputs are and, for other processes to compare theirs, which."""
+    amount = f"{sum(map(sequences_in, inputs))} sequences in {len(inputs)} batches"
+    return amount if place()[1] == 1 else f"{amount}, of hash {fingerprint_of_inputs(inputs)}"
+
+
+def fingerprint_of_inputs(inputs: Iterable[Mapping[str, Any]]) -> str:
+    """Return a hash of model inputs."""
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in inputs:
+        for name, value in sorted(batch.items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(f"{name} {value!r}".encode())
+    return digest.hexdigest()
 
 
 def check_activations(activations: str) -> None:

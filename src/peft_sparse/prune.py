@@ -22,6 +22,7 @@ from .calibration import (
     as_inputs,
     check_activations,
     evaluation_mode,
+    in_words,
     on_device,
     stack_runners,
 )
@@ -181,8 +182,8 @@ def _together(task: PruningTask, inputs: list[dict[str, Any]] | None) -> context
     """Return the context of the processes' common work; without calibration each works on its own."""
     if inputs is None:
         return contextlib.nullcontext()
-    data = f"{task.sequences} sequences in {len(inputs)} batches"
-    return working_together(f"{task.criterion} to {task.pattern} of {len(task.weights)} weights by {data}")
+    what = f"{task.criterion} to {task.pattern} of {len(task.weights)} weights by {in_words(inputs)}"
+    return working_together(what)
 
 
 def _saying_where(block: str) -> contextlib.AbstractContextManager[None]:

@@ -112,19 +112,6 @@ def fingerprint_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def fingerprint_of_inputs(inputs: Iterable[Mapping[str, Any]]) -> str:
-    """Return a hash of model inputs."""
-    digest = hashlib.blake2b(digest_size=16)
-    for batch in inputs:
-        for name, value in sorted(batch.items()):
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            else:
-                digest.update(f"{name} {value!r}".encode())
-    return digest.hexdigest()
-
-
 def _unfinished(path: Path) -> Path:
     # Processes that share the folder may write the same file at once.
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")

@@ -13,7 +13,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_linear_schedule_with_warmup
 
 from ..blocks import Targets
-from ..calibration import Activations, Calibration, as_inputs, check_activations, evaluation_mode, on_device
+from ..calibration import (
+    Activations,
+    Calibration,
+    as_inputs,
+    check_activations,
+    evaluation_mode,
+    fingerprint_of_inputs,
+    on_device,
+)
 from ..criteria import Criterion, Score
 from ..gradients import gradient_sums
 from ..masks import Group
@@ -21,7 +29,7 @@ from ..streaming import StreamedModel
 from ..tasks import PatternLike, check_calibration, check_finite, count_sequences, plan_pruning
 from .checks import check_amounts, check_choices, check_models, check_task, spell
 from .fitting import Loss, Recipe, Step, held_out_batches
-from .progress import Progress, fingerprint_of_inputs, fingerprint_of_model
+from .progress import Progress, fingerprint_of_model
 from .regions import RegionSize
 from .report import ReconstructionReport, RegionReport
 from .work import Mode, Reconstruction

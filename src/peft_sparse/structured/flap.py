@@ -19,13 +19,14 @@ from ..calibration import (
     as_inputs,
     check_activations,
     evaluation_mode,
+    in_words,
     on_device,
 )
 from ..criteria import Statistics
 from ..processes import working_together
 from ..report import peak_memory
 from ..statistics import measured_blocks
-from ..tasks import check_finite, count_sequences
+from ..tasks import check_finite
 from ..units import Units, check_loaded, find_units
 from ..weights import WeightView
 from .metrics import METRICS, unit_scores
@@ -129,7 +130,7 @@ def _measured(
     def inside(block: str) -> dict[str, WeightView]:
         return {units.output_name: WeightView(units.output) for units in sets if units.block == block}
 
-    what = f"{len(sets)} layers' units by {count_sequences(inputs)} sequences in {len(inputs)} batches"
+    what = f"{len(sets)} layers' units by {in_words(inputs)}"
     with evaluation_mode(model), working_together(what):
         measured = measured_blocks(model, inputs, inside, ("inputs", "moments"), activations, residence)
         return {name: block.of(name) for name, block in measured}
