@@ -235,6 +235,13 @@ def reconstructed_by_trainer(**resuming):
     SparseTrainer(llama(), arguments(**options), train_dataset=data, callbacks=[StopAt(1)]).train(**resuming)
 
 
+def changed_of_mind():
+    data = [{"input_ids": row, "labels": row} for row in TOKENS]
+    trainer = SparseTrainer(llama(), arguments(sparsity=0.5, max_steps=1, save_strategy="no"), train_dataset=data)
+    trainer.args.sparsity = 0.6
+    trainer.train()
+
+
 def nan_hessian():
     masked_least_squares(torch.ones(2, 2), torch.eye(2).bool(), torch.full((2, 2), torch.nan))
 
@@ -848,6 +855,12 @@ REFUSALS = [
         lambda: arguments(recovery="reconstruct", sparsity=0.5, save_on_sigterm=True),
         ValueError,
         "goes on after any kill, SIGTERM too, .* Drop `save_on_sigterm`",
+    ),
+    (lambda: reconstructed_by_trainer(trial={}), ValueError, "Hyperparameter search sets the arguments of a training"),
+    (
+        changed_of_mind,
+        ValueError,
+        "now ask for another `pattern`, 0.6, than when this SparseTrainer was made, 0.5, by which it pruned. Make",
     ),
     (nan_hessian, ValueError, "Expected a finite solution of the masked least squares, got NaN or infinity"),
     (

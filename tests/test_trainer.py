@@ -15,7 +15,7 @@ from peft_sparse import (
 )
 from peft_sparse.criteria import CRITERIA
 
-from checks import assert_same_zeros, zeros_of
+from checks import assert_same_weights, assert_same_zeros, zeros_of
 from conftest import Samples, tiny
 from training import StopAt, arguments
 
@@ -149,6 +149,59 @@ def test_the_callback_serves_a_plain_trainer(tmp_path):
     callback = PruningCallback("2:4", criterion="wanda", calibration=Samples().tokens)
     Trainer(model, args, train_dataset=Samples(), callbacks=[callback, ZeroGuardCallback()]).train()
     assert sparsity(model) == callback.report.sparsity == 0.5
+
+
+def by_model_init(path, made=adapted, callbacks=None, **options):
+    models = []
+
+    def model_init():
+        torch.manual_seed(0)
+        models.append(made())
+        return models[-1]
+
+    kind = SparseTrainer if callbacks is None else Trainer
+    args = arguments(path, max_steps=3, **options)
+    return kind(model_init=model_init, args=args, train_dataset=Samples(), callbacks=callbacks), models
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 0.5, "criterion": "wanda", "calibration_samples": 4},
+        {"sparsity": 0.5, "pruning_schedule": "cubic", "pruning_rounds": 2},
+        {"callbacks": [PruningCallback(0.5), ZeroGuardCallback()]},
+    ],
+    ids=["once", "cubic", "a plain trainer"],
+)
+def test_each_model_that_model_init_makes_is_pruned(tmp_path, options):
+    trainer, models = by_model_init(tmp_path, **options)
+    for _ in range(2):
+        trainer.train()
+        assert trainer.model is models[-1]
+        assert sparsity(models[-1]) == 0.5
+    assert_same_zeros(models[-1], zeros_of(models[-2]))
+
+
+def test_a_resumed_run_with_model_init_ends_as_an_uninterrupted_one(tmp_path):
+    options = {"sparsity": 0.5, "save_strategy": "steps", "save_steps": 1}
+    whole, _ = by_model_init(tmp_path / "whole", **options)
+    whole.train()
+    first, _ = by_model_init(tmp_path / "halves", **options)
+    first.add_callback(StopAt(1))
+    first.train()
+    resumed, _ = by_model_init(tmp_path / "halves", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(resumed.model.merge_and_unload(), whole.model.merge_and_unload())
+
+
+def test_each_model_that_model_init_makes_is_reconstructed(tmp_path):
+    options = {"sparsity": 0.5, "recovery": "reconstruct", "calibration_samples": 4}
+    trainer, models = by_model_init(tmp_path, made=lambda: tiny("llama"), **options)
+    for _ in range(2):
+        trainer.train()
+        assert sparsity(trainer.model) == 0.5
+    assert_same_weights(models[-1], models[-2])
+    assert trainer.model is models[-1]
 
 
 def test_the_callback_takes_what_prune_takes_and_nothing_else():

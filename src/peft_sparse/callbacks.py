@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class PruningCallback(TrainerCallback):
         self.options: dict[str, Any] = {"pattern": pattern, **options}
         self.schedule = schedule
         self.report: PruningReport | None = None
+        self._pruned: weakref.ref[nn.Module] | None = None
         # ||W||² and nonzero entries, before and after the last pruning.
         self.norms: list[tuple[float, float]] = []
         self._drops: dict[int, float] = {}
@@ -101,7 +103,7 @@ class PruningCallback(TrainerCallback):
                     "`load_best_model_at_end` may go back to a checkpoint of a lower sparsity, which the schedule "
                     "left behind. Set it to False."
                 )
-        elif self.report is not None:
+        elif self.has_pruned(model):
             return
         self._drops = {e["step"]: e["norm_drop"] for e in state.log_history if "norm_drop" in e}
         past = [step for step in self._due if step <= state.global_step]
@@ -152,6 +154,10 @@ class PruningCallback(TrainerCallback):
         steps = sorted(self._due)
         return self._drops.get(steps[cycle], 1.0) if cycle < len(steps) else 1.0
 
+    def has_pruned(self, model: nn.Module) -> bool:
+        """Tell whether `model` is the one that this callback pruned last."""
+        return self._pruned is not None and self._pruned() is base_model(model)
+
     def prune(self, model: nn.Module, seed: int) -> None:
         """Prune now instead of when training begins."""
         # The seed is set aside and put back: every process draws the same random scores, and the order of the data
@@ -164,6 +170,8 @@ class PruningCallback(TrainerCallback):
                 self.report = prune(model, **self.options)
                 self.norms = [before, self._norm(model)]
             self._prune_copies(model)
+        # Only referred to: a `model_init` makes others.
+        self._pruned = weakref.ref(base_model(model))
         note_pruning(model)
 
     def _prune_copies(self, model: nn.Module) -> None:

@@ -60,17 +60,20 @@ class SparseTrainer(Trainer):
         teacher: the dense model that `distillation` learns from, of any dtype, with the same tokeniser. By default a
             copy of the model, without adapters, made before it is pruned here: as much memory again. It is moved to
             the device, not trained and not saved.
-        everything else: as in `Trainer`.
+        everything else: as in `Trainer`. What a `model_init` makes is pruned each time.
 
     Raises:
         TypeError: `args` is another kind of arguments.
         ValueError: calibration is needed and the training set is shorter than `calibration_samples`; `peft_config`
             without reconstruction, or reconstruction of a model with adapters; "allr" without pruning here; no
-            teacher where one is needed, or one that does not fit.
+            teacher where one is needed, or one that does not fit. In `train`: arguments that ask for another pruning
+            than when the trainer was made; a trial of a hyperparameter search that is to reconstruct.
         RuntimeError: while training, a pruned weight lost a zero.
     """
 
     args: SparseTrainingArguments
+    # None while `Trainer` makes itself, and from a `model_init` a model that is not trained.
+    _pruning: PruningCallback | None = None
 
     def __init__(
         self,
@@ -98,7 +101,7 @@ class SparseTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.peft_config = peft_config
         self.reconstruction_report: ReconstructionReport | None = None
-        self._pruning: PruningCallback | None = None
+        self._asked = self._pruning_options()
         if args.pruning_pattern() is not None and not reconstructs:
             beside: dict[str, Any] = {
                 "allocation": args.allocation,
@@ -123,17 +126,38 @@ class SparseTrainer(Trainer):
             return self.reconstruction_report.pruning
         return self._pruning.report if self._pruning else None
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Prune if asked and not done yet, then train as `Trainer.train` does; or reconstruct."""
         if self.args.recovery == "reconstruct":
+            if trial is not None:
+                raise ValueError(
+                    "Hyperparameter search sets the arguments of a training, which reconstruction is none of. Make a "
+                    "SparseTrainer for each trial, and search with the library itself."
+                )
             return self._reconstruct(resume_from_checkpoint)
-        if self._pruning and self._pruning.schedule is None and self._pruning.report is None:
-            # Before a checkpoint is loaded: on the weights that the first run pruned, trained biases included.
-            self._pruning.prune(self.model, self.args.seed)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.model_init is None:
+            self._prune_first(self.model)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return a new model, as `Trainer` does for each training, pruned if asked."""
+        model: nn.Module = super().call_model_init(trial)
+        self._prune_first(model)
+        return model
+
+    def _prune_first(self, model: nn.Module) -> None:
+        # Before a checkpoint is loaded: on the weights that the first run pruned, trained biases included.
+        if self._pruning and self._pruning.schedule is None and not self._pruning.has_pruned(model):
+            self._pruning.prune(model, self.args.seed)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         trainer: Any = self
+        self._check_unchanged()
         method = self.args.retraining_schedule
         if method is not None and trainer.lr_scheduler is None:
             cycles = self.args.pruning_rounds if self.args.pruning_schedule == "cycles" else None
@@ -205,6 +229,8 @@ class SparseTrainer(Trainer):
 
     def _reconstruct(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         args: Any = self.args
+        if self.model_init is not None:
+            self.model = self.callback_handler.model = self.call_model_init()
         state_dir = self._state_dir(resume_from_checkpoint)
         logged = TrainingLog(self, args.region_size(), kept=state_dir is not None)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
@@ -270,6 +296,15 @@ class SparseTrainer(Trainer):
             "target_modules": args.target_modules,
             "exclude_modules": args.exclude_modules,
         }
+
+    def _check_unchanged(self) -> None:
+        for name, value in self._pruning_options().items():
+            if value != self._asked[name]:
+                raise ValueError(
+                    f"The arguments now ask for another `{name}`, {value}, than when this SparseTrainer was made, "
+                    f"{self._asked[name]}, by which it pruned. Make a new one; to search over pruning, call `prune` "
+                    "in `model_init`."
+                )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         guard = self._guard()
