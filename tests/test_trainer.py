@@ -1,5 +1,6 @@
 import copy
 
+import datasets
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -64,6 +65,28 @@ def test_the_first_training_samples_are_measured(tmp_path, criterion):
     expected = tiny("llama")
     prune(expected, 0.5, criterion=criterion, calibration=samples.tokens[:5])
     assert_same_zeros(model, zeros_of(expected))
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    """A training set whose length nobody knows."""
+
+    def __iter__(self):
+        samples = Samples()
+        return (samples[index] for index in range(len(samples)))
+
+
+@pytest.mark.parametrize("kind", ["torch", "datasets"])
+def test_the_first_samples_of_a_stream_are_measured(tmp_path, kind):
+    samples, model = Samples(), adapted()
+    dataset = Streamed() if kind == "torch" else datasets.IterableDataset.from_generator(lambda: iter(Streamed()))
+    args = arguments(tmp_path, sparsity=0.5, criterion="wanda", calibration_samples=5, max_steps=1)
+    SparseTrainer(model, args, train_dataset=dataset).train()
+    expected = tiny("llama")
+    prune(expected, 0.5, criterion="wanda", calibration=samples.tokens[:5])
+    assert_same_zeros(model, zeros_of(expected))
+    args = arguments(tmp_path, sparsity=0.5, criterion="wanda", calibration_samples=25, max_steps=1)
+    with pytest.raises(ValueError, match="`calibration_samples=25`, but the training set has only 24 samples"):
+        SparseTrainer(model, args, train_dataset=dataset)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

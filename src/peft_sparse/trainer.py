@@ -1,5 +1,6 @@
 """SparseTrainer: the Trainer of transformers, pruning when asked, logging sparsity, losing no zero silently."""
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -11,6 +12,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
@@ -350,13 +352,16 @@ class SparseTrainer(Trainer):
         if self.train_dataset is None:
             purpose = "Reconstruction" if self.args.recovery == "reconstruct" else f"Criterion {self.args.criterion!r}"
             raise ValueError(f"{purpose} is calibrated on `train_dataset`, which is missing.")
-        if len(self.train_dataset) < self.args.calibration_samples:
+        dataset, count = self.train_dataset, self.args.calibration_samples
+        if isinstance(dataset, IterableDataset):
+            dataset = list(itertools.islice(dataset, count))
+        if len(dataset) < count:
             raise ValueError(
-                f"`calibration_samples={self.args.calibration_samples}`, but the training set has only "
-                f"{len(self.train_dataset)} samples. Ask for fewer, or bring more text."
+                f"`calibration_samples={count}`, but the training set has only {len(dataset)} samples. Ask for fewer, "
+                "or bring more text."
             )
         collator = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
-        return _FirstSamples(self.train_dataset, collator, self.args.calibration_samples, batch_size)
+        return _FirstSamples(dataset, collator, count, batch_size)
 
 
 class _FirstSamples:
