@@ -3,7 +3,7 @@ import copy
 import datasets
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_sparse import (
@@ -152,6 +152,17 @@ def test_a_lost_zero_is_never_silent(tmp_path, options):
     with pytest.raises(RuntimeError, match="'model.layers.1.mlp.down_proj' lost zeros .* Train with MaskLoRAConfig"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*/adapter_model.safetensors"))
+
+
+def test_lora_on_pruned_weights_is_told_of(tmp_path, caplog):
+    for config, told in ((LoraConfig, True), (HiraConfig, False), (MaskLoRAConfig, False)):
+        model = tiny("llama")
+        prune(model, 0.5, target_modules=["q_proj"])
+        model = get_peft_model(model, config(r=2, target_modules=["q_proj", "v_proj"]))
+        caplog.clear()
+        SparseTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=Samples()).train()
+        said = "LoRA trains 3 pruned weights (first 'model.layers.0.self_attn.q_proj'): their zeros are kept below it"
+        assert (said in caplog.text) == told, config
 
 
 def test_a_weight_becoming_zero_is_no_loss(tmp_path):

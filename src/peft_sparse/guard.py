@@ -1,10 +1,12 @@
 """The guard that no zero is lost while training, whoever holds the weights: one process or parts of them many."""
 
+import logging
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -12,13 +14,15 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .blocks import Targets, base_model, prunable_weights
+from .blocks import Targets, base_layer, base_model, prunable_weights
 from .masks import fingerprint, mask_, mask_of, pack, unpack
 from .sharding import deepspeed_copies, has_shards, is_sharded, own_part, reshard, totals, whole, whole_shape
 from .tasks import share
 from .tuners import remember_proof
 from .weights import WeightView
 
+
+logger = logging.getLogger(__name__)
 
 # How often a callback pruned each model: what tells guards, whatever the order of callbacks, that there are new zeros.
 _prunings: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -41,6 +45,8 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
     Of weights that FSDP2 or ZeRO-3 shard each process remembers its own part. DeepSpeed steps on copies of its own,
     which stay zero where the gradient and the momentum are, so under any optimiser that treats entries one by one.
 
+    LoRA on a pruned weight is told of once: training loses no zero, merging will.
+
     A fingerprint of each mask travels in `trainer_state.json`, so that a run resumed on other zeros is refused.
     """
 
@@ -51,6 +57,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         # By the first weight that each is the storage of: of fused experts, one parameter holds several weights.
         self.parameters: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
+        self.pruned: list[str] = []
         self.trained: dict[str, Tensor] = {}
         self.fingerprints: dict[str, str] = {}
         self._hooks: list[RemovableHandle] = []
@@ -75,6 +82,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         if state.global_step and isinstance(saved, dict):
             _compare(saved["attributes"]["fingerprints"], self.fingerprints)
         self._remember(kwargs.get("optimizer"))
+        self._warn_of_dense_adapters()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,10 +156,11 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         # What the optimiser has is trained too while it is frozen: it may thaw.
         groups = [] if optimizer is None else optimizer.param_groups
         optimised = {id(parameter) for group in groups for parameter in group["params"]}
+        self.pruned = [name for name, (zeros, _) in self._counts().items() if zeros]
         self.trained = {
             name: self.parameters[name]
-            for name, (zeros, _) in self._counts().items()
-            if zeros and (self.parameters[name].requires_grad or id(self.parameters[name]) in optimised)
+            for name in self.pruned
+            if self.parameters[name].requires_grad or id(self.parameters[name]) in optimised
         }
         for parameter in self.trained.values():
             frozen = not parameter.requires_grad
@@ -159,6 +168,18 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
             self._hooks.append(keep_gradients_masked(parameter.requires_grad_(True)))
             parameter.requires_grad_(not frozen)
             _clear_state(optimizer, parameter)
+
+    def _warn_of_dense_adapters(self) -> None:
+        pruned = {id(self.weights[name].layer): name for name in self.pruned}
+        adapted = [m for m in self._model.modules() if isinstance(m, LoraLayer)] if self._model is not None else []
+        dense = [pruned[id(base_layer(layer))] for layer in adapted if id(base_layer(layer)) in pruned]
+        if dense:
+            logger.warning(
+                "LoRA trains %d pruned weights (first %r): their zeros are kept below it, and filled when it is "
+                "merged. Train MaskLoRAConfig instead, or never merge.",
+                len(dense),
+                dense[0],
+            )
 
     def _counts(self) -> dict[str, tuple[int, int]]:
         """Return (zeros, entries) of each parameter."""
