@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .blocks import base_model, called_layers
 from .calibration import Batch, Call, EnoughSeen
-from .weights import PRUNABLE_LAYERS, WeightView, input_rows
+from .weights import PRUNABLE_LAYERS, WeightView, input_rows, input_view
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def observed(
     """
     batch: Batch
     contexts: list[Tensor] = []
-    seen: list[tuple[Tensor, str]] = []
+    seen: list[tuple[Tensor, tuple[Any, ...], str]] = []
 
     def before_batch(next_batch: Batch, call: Call) -> None:
         nonlocal batch
@@ -45,9 +45,10 @@ def observed(
         seen.clear()
 
     def see(name: str, layer: nn.Module, inputs: Tensor) -> None:
-        leader = next((other for known, other in seen if known is inputs), None)
+        view = input_view(layer)
+        leader = next((other for known, same, other in seen if known is inputs and same == view), None)
         if leader is None:
-            seen.append((inputs, name))
+            seen.append((inputs, view, name))
         keep = batch.keep_context if any(inputs is context for context in contexts) else batch.keep
 
         def rows() -> Tensor:

@@ -129,6 +129,13 @@ def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     return patches.mT.flatten(0, 1)
 
 
+def input_view(layer: nn.Module) -> tuple[Any, ...]:
+    """Return what `input_rows` depends on beside the inputs: layers of one view and one input have the same rows."""
+    if not isinstance(layer, nn.Conv2d):
+        return ()
+    return layer.kernel_size, layer.dilation, layer.padding, layer.stride
+
+
 def to_host(scalars: list[Tensor]) -> list[Any]:
     """Return the values of `scalars`."""
     # Stacked on one device first, so that the host waits once and not once per layer.
