@@ -10,9 +10,11 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MambaConfig, TrainingArguments
 
 import peft_sparse
@@ -233,6 +235,19 @@ def reconstructed_by_trainer(**resuming):
     options = {"recovery": "reconstruct", "sparsity": 0.5, "calibration_samples": 2, "save_strategy": "no"}
     data = [{"input_ids": row, "labels": row} for row in TOKENS]
     SparseTrainer(llama(), arguments(**options), train_dataset=data, callbacks=[StopAt(1)]).train(**resuming)
+
+
+def flattened():
+    model = llama()
+    model.model.layers[0] = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    torch.nn.Module.__init__(model.model.layers[0])
+    ZeroGuardCallback().on_train_begin(arguments(), _State(), None, model=model)
+
+
+def flattening_trainer():
+    plugin = SimpleNamespace(fsdp_version=1, activation_checkpointing=False)
+    with mock.patch.object(AcceleratorState, "fsdp_plugin", plugin, create=True):
+        SparseTrainer(llama(), arguments())
 
 
 def changed_of_mind():
@@ -857,6 +872,8 @@ REFUSALS = [
         "goes on after any kill, SIGTERM too, .* Drop `save_on_sigterm`",
     ),
     (lambda: reconstructed_by_trainer(trial={}), ValueError, "Hyperparameter search sets the arguments of a training"),
+    (flattened, ValueError, "FSDP1 flattens weights, .* Set `fsdp_version: 2` in the configuration of accelerate"),
+    (flattening_trainer, ValueError, "FSDP1 flattens weights, .* Set `fsdp_version: 2` in the configuration"),
     (
         changed_of_mind,
         ValueError,

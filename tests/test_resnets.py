@@ -73,6 +73,25 @@ def test_every_criterion_prunes_it_exactly(resnet, images, criterion):
     assert all(0 < weight.error < 1 for weight in report.weights)
 
 
+class Plain(nn.Module):
+    """A model of nobody's class, whose loss comes in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(2))
+
+    def forward(self, pixel_values, labels=None):
+        for block in self.blocks:
+            pixel_values = block(pixel_values)
+        return {"loss": nn.functional.cross_entropy(pixel_values.mean((2, 3)), labels)}
+
+
+def test_a_loss_in_a_dict_is_found(images):
+    model = Plain()
+    prune(model, 0.5, criterion="gblm", calibration=images)
+    assert sparsity(model) == pytest.approx(0.5, abs=0.04)
+
+
 @pytest.mark.parametrize("region", ["submodule", "block", "matrix"])
 def test_it_is_reconstructed(resnet, images, region):
     report = reconstruct(resnet, images, pattern=0.5, criterion="wanda", region=region, learning_rate=1e-3, holdout=0)

@@ -1,6 +1,7 @@
 """Gradients of the weights on calibration data, summed without a second copy of the model."""
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -92,7 +93,9 @@ def _single_sequences(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     if "labels" not in batch and "input_ids" in batch:
         batch = {**batch, "labels": _labels(batch)}
-    loss = getattr(model(**batch), "loss", None)
+    outputs = model(**batch)
+    # As `Trainer`, which takes plain dicts too.
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if not isinstance(loss, Tensor):
         raise ValueError(
             f'Criterion "gblm" needs a loss, and {type(base_model(model)).__name__} returned none. Give calibration '

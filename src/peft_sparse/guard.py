@@ -16,7 +16,17 @@ from transformers.trainer_callback import ExportableState
 
 from .blocks import Targets, base_layer, base_model, prunable_weights
 from .masks import fingerprint, mask_, mask_of, pack, unpack
-from .sharding import deepspeed_copies, has_shards, is_sharded, own_part, reshard, totals, whole, whole_shape
+from .sharding import (
+    check_strategy,
+    deepspeed_copies,
+    has_shards,
+    is_sharded,
+    own_part,
+    reshard,
+    totals,
+    whole,
+    whole_shape,
+)
 from .tasks import share
 from .tuners import remember_proof
 from .weights import WeightView
@@ -74,6 +84,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        check_strategy(kwargs["model"])
         self._model = base_model(kwargs["model"])
         self.weights = prunable_weights(kwargs["model"], self.target_modules, self.exclude_modules)
         self.fingerprints = _fingerprints(self.weights)

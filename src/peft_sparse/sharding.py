@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -22,6 +22,18 @@ def is_sharded(parameter: Tensor) -> bool:
 def is_partitioned(parameter: Tensor) -> bool:
     """Return whether ZeRO-3 has taken `parameter` apart."""
     return hasattr(parameter, "ds_tensor")
+
+
+FSDP1 = (
+    "FSDP1 flattens weights, and their zeros could not be guarded. Set `fsdp_version: 2` in the configuration of "
+    'accelerate, as in examples/accelerate_configs/fsdp2.yaml, or `fsdp_config={"version": 2}`.'
+)
+
+
+def check_strategy(model: nn.Module) -> None:
+    """Raise ValueError if FSDP1 holds weights of `model`, flattened so that nobody can tell which entry is where."""
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(FSDP1)
 
 
 def has_shards(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ from .reconstruction.progress import is_progress
 from .reconstruction.report import ReconstructionReport
 from .report import PruningReport
 from .schedules import norm_drop, retraining_schedule
+from .sharding import FSDP1
 from .termination import TerminationCallback
 from .tuners import merged_state_dict
 
@@ -68,8 +69,8 @@ class SparseTrainer(Trainer):
         TypeError: `args` is another kind of arguments.
         ValueError: calibration is needed and the training set is shorter than `calibration_samples`; `peft_config`
             without reconstruction, or reconstruction of a model with adapters; "allr" without pruning here; no
-            teacher where one is needed, or one that does not fit. In `train`: arguments that ask for another pruning
-            than when the trainer was made; a trial of a hyperparameter search that is to reconstruct.
+            teacher where one is needed, or one that does not fit; FSDP1. In `train`: arguments that ask for another
+            pruning than when the trainer was made; a trial of a hyperparameter search that is to reconstruct.
         RuntimeError: while training, a pruned weight lost a zero.
     """
 
@@ -101,6 +102,8 @@ class SparseTrainer(Trainer):
                 "configuration as `peft_config`."
             )
         super().__init__(model, args, **kwargs)
+        if getattr(getattr(self.accelerator.state, "fsdp_plugin", None), "fsdp_version", None) == 1:
+            raise ValueError(FSDP1)
         self.peft_config = peft_config
         self.reconstruction_report: ReconstructionReport | None = None
         self._asked = self._pruning_options()
