@@ -21,6 +21,7 @@ from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import Cache
 
 from .blocks import base_model, find_stacks
 from .processes import place, share_of
@@ -98,6 +99,9 @@ class BlockRunner:
         activations: where hidden states wait between blocks: "device" leaves them where the model computes them.
         residence: (name, block) -> a context within which the block's weights are where they can be computed with.
         batches_in_all: how many batches all processes have, if `inputs` are this one's share of them.
+
+    Raises:
+        ValueError: none of `inputs` comes to the stack.
     """
 
     def __init__(
@@ -164,6 +168,7 @@ class BlockRunner:
                 if index == 0:
                     keep, keep_context = masks
                     captured.append(Batch(self.store.put(str(len(captured)), hidden), keep, keep_context))
+                args, kwargs = tuple(map(_no_cache, args)), {name: _no_cache(value) for name, value in kwargs.items()}
                 captured[-1].calls.append(Call(args, kwargs))
                 if index == len(self.blocks) - 1:
                     raise _CaptureComplete
@@ -185,7 +190,14 @@ class BlockRunner:
                 masks = _masks(model, self.names[0], batch)
                 with contextlib.suppress(_CaptureComplete):
                     model(**send_to_device(dict(batch), device), **extra)
-                self._share_arguments(captured[0], captured[-1])
+                if captured:
+                    self._share_arguments(captured[0], captured[-1])
+        # Of a share, other processes may have what reaches these blocks.
+        if not captured and not self.shared:
+            raise ValueError(
+                f"No calibration batch runs the blocks of {self.names[0].rpartition('.')[0]!r}. Give batches that do, "
+                "such as some with images, or leave these layers out by `target_modules` or `exclude_modules`."
+            )
         return captured
 
     def _share_arguments(self, first: Batch, batch: Batch) -> None:
@@ -210,6 +222,7 @@ class BlockRunner:
 def stack_runners(
     model: nn.Module,
     inputs: list[dict[str, Any]],
+    wanted: Callable[[str], Any] = bool,
     *,
     activations: Activations = "device",
     residence: Residence | None = None,
@@ -217,9 +230,15 @@ def stack_runners(
     """Yield a runner for each stack of `model` in turn; each is captured when the one before was worked through.
 
     Several processes, which are given the same `inputs`, share them out.
+
+    Args:
+        wanted: block -> whether there is anything to measure in it; stacks without such a block are left out. By
+            default there is.
     """
     in_all = len(inputs) if place()[1] > 1 else None
     for stack in find_stacks(model):
+        if not any(map(wanted, stack)):
+            continue
         yield BlockRunner(
             model, stack, share_of(inputs), activations=activations, residence=residence, batches_in_all=in_all
         )
@@ -325,6 +344,11 @@ def _masks(model: nn.Module, first_block: str, batch: dict[str, Any]) -> tuple[T
 
 def _kept(mask: Any) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _no_cache(argument: Any) -> Any:
+    # It would remember every run of a block, and the next would attend to what it left.
+    return None if isinstance(argument, Cache) else argument
 
 
 def _same(old: Tensor, new: Tensor) -> bool:

@@ -99,9 +99,9 @@ def prune(
 
     Raises:
         ValueError: bad pattern, criterion, group or targets; a tied weight without `prune_tied`; an n:m whose m does
-            not divide the inputs; a weight, a statistic or a score that is not finite; merged adapters; processes
-            that were not called alike. Raised midway, the error's note names the block: those before it are pruned,
-            those after are not.
+            not divide the inputs; calibration that never runs a target's blocks, such as a vision tower's; a weight, a
+            statistic or a score that is not finite; merged adapters; processes that were not called alike. Raised
+            midway, the error's note names the block: those before it are pruned, those after are not.
         RuntimeError: another process failed.
     """
     started = time.perf_counter()
@@ -131,7 +131,7 @@ def prune(
         if task.group == "model":
             prune_across(model, task, inputs, activations, residence)
         elif inputs is not None:
-            for runner in stack_runners(model, inputs, activations=activations, residence=residence):
+            for runner in stack_runners(model, inputs, task.inside, activations=activations, residence=residence):
                 prune_stack(model, runner, task)
         else:
             prune_blocks(task, find_blocks(model), residence)

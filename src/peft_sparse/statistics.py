@@ -162,7 +162,7 @@ def measured_blocks(
     Raises:
         ValueError: as `measure_inputs`.
     """
-    for runner in stack_runners(model, inputs, activations=activations, residence=residence):
+    for runner in stack_runners(model, inputs, inside, activations=activations, residence=residence):
         for index, block in enumerate(tqdm(runner.names, desc="measuring", unit="block", disable=None)):
             weights = inside(block)
             with runner.resident(index):

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import TrainOutput
 
-from ..blocks import attention_and_mlp, find_stacks
+from ..blocks import attention_and_mlp, block_of, find_stacks, prunable_weights
 from .fitting import Step
 from .regions import RegionSize
 from .report import ReconstructionReport, RegionReport
@@ -49,7 +49,12 @@ class TrainingLog:
     def start(self, steps: int) -> None:
         """Begin the run, of so many optimiser steps for each region."""
         trainer, size = self.trainer, self.size
-        stacks = [list(stack.values()) for stack in find_stacks(trainer.model)]
+        targets = prunable_weights(trainer.model, trainer.args.target_modules, trainer.args.exclude_modules)
+        stacks = [
+            list(stack.values())
+            for stack in find_stacks(trainer.model)
+            if any(block_of(name, stack) is not None for name in targets)
+        ]
         if isinstance(size, int):
             regions = sum(-(-len(stack) // size) for stack in stacks)
         elif size == "submodule":

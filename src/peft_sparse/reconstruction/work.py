@@ -55,19 +55,25 @@ class Reconstruction:
     def run(
         self, inputs: list[dict[str, Any]], residence: Residence, after_block: Callable[[str], None] | None = None
     ) -> None:
-        """Work through all stacks of the model; `after_block` is called while a finished block is there."""
+        """Work through all stacks that are pruned; `after_block` is called while a finished block is there."""
 
         def stream(model: nn.Module, stack: dict[str, nn.Module]) -> Stream:
             runner = BlockRunner(model, stack, inputs, activations=self.activations, residence=residence)
             return Stream(runner, self.activations)
 
         dense = self.model if self.dense is None else self.dense
+        stacks, teachers = find_stacks(self.model), find_stacks(dense)
+        pruned = [any(map(self.task.inside, stack)) for stack in stacks]
+        # Where targets are those of the dense model, what follows a pruned stack corrects what has drifted.
+        drifted = [self.mode == "SD" and any(pruned[:number]) for number in range(len(stacks))]
+        numbers = [number for number in range(len(stacks)) if pruned[number] or drifted[number]]
         # All of them before anything is pruned: what an encoder hands its decoder is to be dense as well.
-        untouched = [] if self.mode == "SS" else [stream(dense, stack) for stack in find_stacks(dense)]
-        for number, stack in enumerate(find_stacks(self.model)):
+        untouched = {} if self.mode == "SS" else {number: stream(dense, teachers[number]) for number in numbers}
+        for number in numbers:
+            stack = stacks[number]
             main = untouched[number] if self.mode == "DD" else stream(self.model, stack)
             other = untouched[number] if self.mode == "SD" else main
-            teacher = None if self.dense is None else find_stacks(self.dense)[number]
+            teacher = None if self.dense is None else teachers[number]
             step = self.size if isinstance(self.size, int) else 1
             bar = tqdm(range(0, len(stack), step), desc="reconstructing", unit="window", disable=None)
             self.on_step = showing_loss(bar, self.recipe.on_step)
