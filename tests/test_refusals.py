@@ -250,6 +250,19 @@ def flattening_trainer():
         SparseTrainer(llama(), arguments())
 
 
+class TwoTowers(torch.nn.Module):
+    """Of which no input comes to the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (
+            torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(4, 4))]) for _ in range(2)
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.one[0](x)
+
+
 def changed_of_mind():
     data = [{"input_ids": row, "labels": row} for row in TOKENS]
     trainer = SparseTrainer(llama(), arguments(sparsity=0.5, max_steps=1, save_strategy="no"), train_dataset=data)
@@ -872,6 +885,11 @@ REFUSALS = [
         "goes on after any kill, SIGTERM too, .* Drop `save_on_sigterm`",
     ),
     (lambda: reconstructed_by_trainer(trial={}), ValueError, "Hyperparameter search sets the arguments of a training"),
+    (
+        lambda: wanda(TwoTowers(), calibration=[{"x": torch.ones(1, 2, 4)}]),
+        ValueError,
+        "No calibration batch runs the blocks of 'two'. Give batches that do, .* or leave these layers out",
+    ),
     (flattened, ValueError, "FSDP1 flattens weights, .* Set `fsdp_version: 2` in the configuration of accelerate"),
     (flattening_trainer, ValueError, "FSDP1 flattens weights, .* Set `fsdp_version: 2` in the configuration"),
     (

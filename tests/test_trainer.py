@@ -198,14 +198,19 @@ def by_model_init(path, made=adapted, callbacks=None, **options):
     return kind(model_init=model_init, args=args, train_dataset=Samples(), callbacks=callbacks), models
 
 
+def one_by_one():
+    return ({"input_ids": row[None]} for row in Samples(4).tokens)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"sparsity": 0.5, "criterion": "wanda", "calibration_samples": 4},
         {"sparsity": 0.5, "pruning_schedule": "cubic", "pruning_rounds": 2},
         {"callbacks": [PruningCallback(0.5), ZeroGuardCallback()]},
+        {"callbacks": [PruningCallback(0.5, criterion="wanda", calibration=one_by_one())]},
     ],
-    ids=["once", "cubic", "a plain trainer"],
+    ids=["once", "cubic", "a plain trainer", "a generator"],
 )
 def test_each_model_that_model_init_makes_is_pruned(tmp_path, options):
     trainer, models = by_model_init(tmp_path, **options)

@@ -196,7 +196,8 @@ class BlockRunner:
         if not captured and not self.shared:
             raise ValueError(
                 f"No calibration batch runs the blocks of {self.names[0].rpartition('.')[0]!r}. Give batches that do, "
-                "such as some with images, or leave these layers out by `target_modules` or `exclude_modules`."
+                "such as some with images, or leave these layers out: by `target_modules` or `exclude_modules`, or by "
+                "giving the language model alone."
             )
         return captured
 

@@ -71,6 +71,9 @@ class PruningCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         inspect.signature(prune).bind(None, pattern, **options)
+        if isinstance(options.get("calibration"), Iterator):
+            # A second pruning, or a second model, is measured on it too.
+            options["calibration"] = list(options["calibration"])
         self.options: dict[str, Any] = {"pattern": pattern, **options}
         self.schedule = schedule
         self.report: PruningReport | None = None
