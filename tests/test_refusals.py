@@ -263,6 +263,21 @@ class TwoTowers(torch.nn.Module):
         return self.one[0](x)
 
 
+class Stairs(torch.nn.Module):
+    """Does something between its blocks."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.steps = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(3))
+        self.in_place = in_place
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+            x = x.add_(1) if self.in_place else x + 1
+        return x
+
+
 def changed_of_mind():
     data = [{"input_ids": row, "labels": row} for row in TOKENS]
     trainer = SparseTrainer(llama(), arguments(sparsity=0.5, max_steps=1, save_strategy="no"), train_dataset=data)
@@ -889,6 +904,16 @@ REFUSALS = [
         lambda: wanda(TwoTowers(), calibration=[{"x": torch.ones(1, 2, 4)}]),
         ValueError,
         "No calibration batch runs the blocks of 'two'. Give batches that do, .* or leave these layers out",
+    ),
+    (
+        lambda: wanda(Stairs(in_place=False), calibration=[{"x": torch.ones(1, 2, 4)}]),
+        ValueError,
+        "Between 'steps.0' and 'steps.1' the model changes the hidden states, .* Prune by a criterion that needs no",
+    ),
+    (
+        lambda: wanda(Stairs(in_place=True), calibration=[{"x": torch.ones(1, 2, 4)}]),
+        ValueError,
+        "Between 'steps.0' and 'steps.1' the model changes the hidden states, .* or give batches without what is add",
     ),
     (flattened, ValueError, "FSDP1 flattens weights, .* Set `fsdp_version: 2` in the configuration of accelerate"),
     (flattening_trainer, ValueError, "FSDP1 flattens weights, .* Set `fsdp_version: 2` in the configuration"),

@@ -101,7 +101,7 @@ class BlockRunner:
         batches_in_all: how many batches all processes have, if `inputs` are this one's share of them.
 
     Raises:
-        ValueError: none of `inputs` comes to the stack.
+        ValueError: none of `inputs` comes to the stack, or the model does something to it between two blocks.
     """
 
     def __init__(
@@ -161,22 +161,32 @@ class BlockRunner:
         extra = {"use_cache": False} if "use_cache" in accepts else {}
         identities: dict[type, bool] = {}
         captured: list[Batch] = []
+        handed_on: tuple[Tensor, int] | None = None
 
         def stand_in(index: int, block: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal handed_on
                 hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
                 if index == 0:
                     keep, keep_context = masks
                     captured.append(Batch(self.store.put(str(len(captured)), hidden), keep, keep_context))
+                elif handed_on is not None and _is_changed(hidden, *handed_on):
+                    raise ValueError(
+                        f"Between {self.names[index - 1]!r} and {self.names[index]!r} the model changes the hidden "
+                        "states, which running block by block leaves out. Prune by a criterion that needs no "
+                        "calibration, or give batches without what is added there."
+                    )
                 args, kwargs = tuple(map(_no_cache, args)), {name: _no_cache(value) for name, value in kwargs.items()}
                 captured[-1].calls.append(Call(args, kwargs))
                 if index == len(self.blocks) - 1:
                     raise _CaptureComplete
+                handed_on = hidden, _version(hidden)
                 if identities.get(type(block)):
                     return hidden
                 with self.resident(index):
                     output = run(hidden, *args, **kwargs)
                 identities[type(block)] = isinstance(output, Tensor)
+                handed_on = (first := output if isinstance(output, Tensor) else output[0]), _version(first)
                 return output
 
             return forward
@@ -350,6 +360,15 @@ def _kept(mask: Any) -> Tensor | None:
 def _no_cache(argument: Any) -> Any:
     # It would remember every run of a block, and the next would attend to what it left.
     return None if isinstance(argument, Cache) else argument
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_changed(tensor: Tensor, before: Tensor, version: int) -> bool:
+    """Tell whether `tensor` is another than `before`, or the same and written to since it had `version`."""
+    return _version(tensor) != version if tensor is before else not _same(before, tensor)
 
 
 def _same(old: Tensor, new: Tensor) -> bool:
