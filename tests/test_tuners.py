@@ -20,7 +20,7 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM
 
-from peft_sparse import MaskLoRAConfig, prune, sparsity
+from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune, sparsity
 from peft_sparse.tuners import MaskLoraLinear
 
 from checks import assert_same_zeros, assert_zeros_kept, train_some, zeros_of
@@ -179,6 +179,33 @@ def test_two_adapters_share_the_mask(sparse_llama, tokens):
     torch.testing.assert_close(wrapped(tokens).logits, first)
     with wrapped.disable_adapter():
         torch.testing.assert_close(wrapped(tokens).logits, sparse_llama(tokens).logits)
+
+
+class Doubling(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("config", [MaskLoRAConfig, ScaledLoRAConfig])
+@pytest.mark.parametrize("kind", ["subclass", "hook", "own forward"])
+def test_whatever_a_base_layer_does_besides_its_product_is_done(config, kind):
+    layer = (Doubling if kind == "subclass" else torch.nn.Linear)(8, 8)
+    prune_matrix(layer.weight)
+    if kind == "hook":
+        layer.register_forward_hook(lambda module, args, output: 2 * output)
+    if kind == "own forward":
+        layer.forward = lambda x: 2 * torch.nn.Linear.forward(layer, x)
+    model, x = torch.nn.Sequential(layer), torch.randn(3, 8)
+    expected = model(x)
+    wrapped = get_peft_model(model, config(r=2, target_modules=["0"]))
+    torch.testing.assert_close(wrapped(x), expected)
+    wrapped(x).square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for name, p in wrapped.named_parameters() if "_lora_" in name)
+
+
+def prune_matrix(weight):
+    with torch.no_grad():
+        weight[:, ::2] = 0
 
 
 def test_a_dense_layer_gets_plain_lora(llama, tokens):

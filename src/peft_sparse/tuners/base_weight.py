@@ -9,6 +9,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..functional import Factor, Weight
 from ..masks import mask_of, pack, unpack
@@ -20,6 +21,9 @@ from .config import SparseLoraConfig
 # A dense checkpoint has a few zeros: below this share a weight is not called pruned, and zeros that an adapter's saved
 # mask keeps are no contradiction.
 STRAY_ZEROS = 0.01
+
+
+_FORWARDS = {nn.Linear.forward, Conv1D.forward, nn.Conv2d.forward}
 
 
 class BaseWeight(nn.Module, BaseTunerLayer):
@@ -84,6 +88,19 @@ class BaseWeight(nn.Module, BaseTunerLayer):
     def _readable(self) -> bool:
         """Whether the base weight can be read: some quantised kernels do not give it back."""
         return self.quantization_backend is None or self.quantization_backend.supports_merge
+
+    def _is_plain(self) -> bool:
+        """Whether running the base layer is no more than a product with its weight, and nobody waits for it to run."""
+        layer = self.get_base_layer()
+        if self.quantization_backend is None:
+            if is_partitioned(stored_weight(layer)):
+                # The hooks are those of ZeRO-3, for whom the weight is gathered here.
+                return True
+            if type(layer).forward not in _FORWARDS:
+                return False
+        return "forward" not in vars(layer) and not (
+            layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        )
 
     # -- while merged ------------------------------------------------------------------------------------------------
 

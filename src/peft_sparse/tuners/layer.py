@@ -215,7 +215,7 @@ class SparseLoraLayer(BaseWeight):
         return None
 
     def _fuses(self, name: str) -> bool:
-        """Whether base and adapter share one product: not under dropout, LoRA-Prune, or another tuner in between."""
+        """Whether base and adapter share one product: not under dropout, LoRA-Prune, or where a base does more."""
         dropout = getattr(self, f"{self.prefix}dropout")[name]
         drops = self.training and isinstance(dropout, nn.Dropout)
         return (
@@ -223,6 +223,7 @@ class SparseLoraLayer(BaseWeight):
             and self.masking[name] == "always"
             and self.base_layer is self.get_base_layer()
             and self._readable()
+            and self._is_plain()
         )
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
