@@ -9,9 +9,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import TrainOutput
 
-from ..blocks import attention_and_mlp, block_of, find_stacks, prunable_weights
+from ..blocks import block_of, find_stacks, prunable_weights
 from .fitting import Step
-from .regions import RegionSize
+from .regions import RegionSize, regions_in
 from .report import ReconstructionReport, RegionReport
 
 
@@ -50,17 +50,8 @@ class TrainingLog:
         """Begin the run, of so many optimiser steps for each region."""
         trainer, size = self.trainer, self.size
         targets = prunable_weights(trainer.model, trainer.args.target_modules, trainer.args.exclude_modules)
-        stacks = [
-            list(stack.values())
-            for stack in find_stacks(trainer.model)
-            if any(block_of(name, stack) is not None for name in targets)
-        ]
-        if isinstance(size, int):
-            regions = sum(-(-len(stack) // size) for stack in stacks)
-        elif size == "submodule":
-            regions = sum(2 if all(attention_and_mlp(block)) else 1 for stack in stacks for block in stack)
-        else:
-            regions = 0 if size == "matrix" else sum(map(len, stacks))
+        stacks = [stack for stack in find_stacks(trainer.model) if any(block_of(name, stack) for name in targets)]
+        regions = 0 if size == "matrix" else sum(regions_in(stack, size) for stack in stacks)
         trainer.control.should_training_stop = False
         trainer.state.is_world_process_zero = trainer.is_world_process_zero()
         trainer.state.is_local_process_zero = trainer.is_local_process_zero()

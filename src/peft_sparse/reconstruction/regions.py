@@ -57,6 +57,15 @@ class Region:
         return any(weight is parameter for parameter in self.parameters.values())
 
 
+def regions_in(stack: dict[str, nn.Module], size: RegionSize) -> int:
+    """Return how many regions of `size` a stack of blocks has; single matrices of a block count as one."""
+    if isinstance(size, int):
+        return -(-len(stack) // size)
+    if size != "submodule":
+        return len(stack)
+    return sum(2 if all(attention_and_mlp(block)) else 1 for block in stack.values())
+
+
 def regions_of_blocks(blocks: dict[str, nn.Module], first: int, label: str | None = None) -> list[Region]:
     """Return the one region that consists of `blocks`, the first of which is number `first`."""
     names = list(blocks)

@@ -26,7 +26,7 @@ from ..weights import WeightView
 from .fitting import Recipe, Step, fit, held_out_batches, relative_error_of, seed_of, trainable
 from .matrices import solve_matrices
 from .progress import Progress
-from .regions import Region, RegionSize, regions_of_blocks, regions_of_submodules
+from .regions import Region, RegionSize, regions_in, regions_of_blocks, regions_of_submodules
 from .report import ReconstructionReport, RegionReport
 from .streams import Stream, Window, held_wide
 
@@ -47,6 +47,7 @@ class Reconstruction:
     progress: Progress
     on_region: Callable[[RegionReport], None] | None
     reports: dict[int, list[RegionReport]] = field(default_factory=dict)
+    told: set[int] = field(default_factory=set)
     count: int = 0
     # Only where processes share them: a region holds its weights, which streaming is to drop.
     regions: list[Region] = field(default_factory=list)
@@ -69,8 +70,11 @@ class Reconstruction:
         numbers = [number for number in range(len(stacks)) if pruned[number] or drifted[number]]
         # All of them before anything is pruned: what an encoder hands its decoder is to be dense as well.
         untouched = {} if self.mode == "SS" else {number: stream(dense, teachers[number]) for number in numbers}
-        for number in numbers:
-            stack = stacks[number]
+        for number, stack in enumerate(stacks):
+            if number not in numbers:
+                # A region's number is what its seed is drawn by, whatever else is left out.
+                self.count += regions_in(stack, self.size)
+                continue
             main = untouched[number] if self.mode == "DD" else stream(self.model, stack)
             other = untouched[number] if self.mode == "SD" else main
             teacher = None if self.dense is None else teachers[number]
@@ -146,15 +150,21 @@ class Reconstruction:
                 self._take(number, region, *finished)
             elif mine:
                 self._region(number, region, window, weights, target, measured, as_read)
-            if self.on_region is not None:
-                for report in self.reports.get(number, []):
-                    self.on_region(report)
+            self._tell(number)
             with torch.no_grad():
                 for i in range(len(window.batches)):
                     if self.mode != "SS":
                         other.advance(region, i, target(i))
                     if self.mode != "DD":
                         window.stream.advance(region, i, window.outputs(region, i))
+
+    def _tell(self, number: int) -> None:
+        """Hand the reports of region `number` to `on_region`, once they are there, and once only."""
+        if number in self.reports and number not in self.told:
+            self.told.add(number)
+            for report in self.reports[number]:
+                if self.on_region is not None:
+                    self.on_region(report)
 
     def _regions_of(self, window: Window, blocks: dict[str, nn.Module]) -> list[Region]:
         if self.size != "submodule":
@@ -295,9 +305,7 @@ class Reconstruction:
                 torch.distributed.broadcast(value, number % state.num_processes)
                 parameter.data.copy_(value)
             self._take(number, region, {}, everything[number])
-            if self.on_region is not None and not self._mine(number):
-                for report in self.reports[number]:
-                    self.on_region(report)
+            self._tell(number)
 
 
 def showing_loss(bar: Any, on_step: Callable[[Step], None] | None) -> Callable[[Step], None] | None:
