@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_sparse import pack_sequences, perplexity, prune, sample_sequences
-from peft_sparse.criteria import CRITERIA
-from peft_sparse.report import environment
+from peft_sparse.model.environment import environment
+from peft_sparse.pruning.criteria import CRITERIA
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))

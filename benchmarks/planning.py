@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, MixtralConfig
 
 from peft_sparse import MaskLoRAConfig, plan_reconstruction, plan_training
-from peft_sparse.report import environment
+from peft_sparse.model.environment import environment
 
 
 LLAMA: dict[str, Any] = {

@@ -34,9 +34,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_sparse import prune, sample_sequences
-from peft_sparse.masks import Pattern, SemiStructured, Unstructured, select
-from peft_sparse.report import environment
-from peft_sparse.sparsegpt import sparsegpt
+from peft_sparse.model.environment import environment
+from peft_sparse.pruning.patterns import Pattern, SemiStructured, Unstructured, select
+from peft_sparse.pruning.sparsegpt import sparsegpt
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))

@@ -49,8 +49,8 @@ from peft_sparse import (
     reconstruct_checkpoint,
     sample_sequences,
 )
+from peft_sparse.model.environment import environment
 from peft_sparse.reconstruction.regions import RegionSize
-from peft_sparse.report import environment
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

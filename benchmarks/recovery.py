@@ -28,7 +28,7 @@ from peft_sparse import (
     prune,
     sparsity,
 )
-from peft_sparse.report import environment
+from peft_sparse.model.environment import environment
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))

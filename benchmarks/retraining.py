@@ -43,8 +43,8 @@ from peft_sparse import (
     prune,
     sparsity,
 )
-from peft_sparse.blocks import norm_names
-from peft_sparse.report import environment
+from peft_sparse.model.blocks import norm_names
+from peft_sparse.model.environment import environment
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -22,15 +22,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_sparse import (
-    compact,
-    pack_sequences,
-    perplexity,
-    prune_structured,
-    reconstruct,
-    sample_sequences,
-)
-from peft_sparse.report import environment
+from peft_sparse import compact, pack_sequences, perplexity, prune_structured, reconstruct, sample_sequences
+from peft_sparse.model.environment import environment
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

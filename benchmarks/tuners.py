@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM
 
 import peft_sparse.tuners.layer
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune
-from peft_sparse.masks import Unstructured, select
-from peft_sparse.report import environment
-from peft_sparse.weights import WeightView
+from peft_sparse.model.environment import environment
+from peft_sparse.model.weights import WeightView
+from peft_sparse.pruning.patterns import Unstructured, select
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))

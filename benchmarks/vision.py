@@ -40,7 +40,7 @@ from peft_sparse import (
     reconstruct,
     sparsity,
 )
-from peft_sparse.report import environment
+from peft_sparse.model.environment import environment
 
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -27,8 +27,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, default_data_collator
 
 from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, perplexity, sparsity
-from peft_sparse.report import environment, peak_memory
-from peft_sparse.sharding import has_shards
+from peft_sparse.model.environment import environment, peak_memory
+from peft_sparse.model.sharding import has_shards
 
 from demo import digest, python_documents, smollm2_dir
 

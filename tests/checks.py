@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from peft_sparse.blocks import prunable_weights
+from peft_sparse.model.blocks import prunable_weights
 
 
 def zeros_of(model) -> dict[str, torch.Tensor]:

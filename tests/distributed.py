@@ -30,7 +30,7 @@ from peft_sparse import (
 from peft_sparse.tuners import merged_state_dict
 
 from conftest import Samples, tiny
-from training import arguments
+from trainers import arguments
 
 
 ADAPTERS = {"MaskLoRA": MaskLoRAConfig, "ScaledLoRA": ScaledLoRAConfig, "cycles": MaskLoRAConfig}
@@ -182,6 +182,7 @@ class Mark(TrainerCallback):
 
 def measure(strategy, folder, mode):
     """Save the most memory that this process had in a step."""
+    sys.path.insert(0, str(Path(__file__).parent / "planning"))
     from test_training_plan import BATCH, MASK_LORA, allocated, dataset, loaded
 
     options = {"max_steps": 5, "per_device_train_batch_size": BATCH}

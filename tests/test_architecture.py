@@ -14,23 +14,12 @@ PACKAGE = Path(peft_sparse.__file__).parent
 
 # Each may import from those above it and from its own folder; a set holds siblings that must not know each other.
 ORDER = [
-    {"weights", "processes"},
-    {"masks", "sharding"},
-    {"criteria", "sparsegpt", "least_squares", "functional"},
-    {"blocks", "allocation", "refinement"},
-    {"calibration", "units"},
-    {"observing", "gradients"},
-    {"statistics", "report", "text"},
-    {"tasks", "tuners", "evaluation"},
-    {"selection"},
-    {"whole_model"},
-    {"prune"},
-    {"streaming", "structured"},
-    {"reconstruction", "schedules", "distillation"},
-    {"guard"},
-    {"plan"},
-    {"callbacks", "freezing", "termination", "arguments"},
-    {"trainer"},
+    {"model"},
+    {"calibration", "tuners"},
+    {"pruning", "structured", "evaluation"},
+    {"reconstruction"},
+    {"training"},
+    {"planning"},
     {"__init__"},
 ]
 

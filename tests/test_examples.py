@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from peft_sparse import sparsity
-from peft_sparse.report import PACKAGES
+from peft_sparse.model.environment import PACKAGES
 
 from checks import assert_zeros_kept, zeros_of
 from conftest import tiny

@@ -33,34 +33,34 @@ from peft_sparse import (
     perplexity,
     plan,
     plan_training,
-    processes,
     prune,
     prune_checkpoint,
     prune_structured,
     reconstruct,
     sample_sequences,
-    streaming,
 )
-from peft_sparse.allocation import allocate
-from peft_sparse.criteria import magnitude
-from peft_sparse.distillation import check_teacher, hidden_states_loss, logits_loss, predictions
-from peft_sparse.guard import ZeroGuardCallback, _compare
-from peft_sparse.least_squares import masked_least_squares
-from peft_sparse.masks import SemiStructured, Unstructured, parse_pattern
+from peft_sparse.model import processes
+from peft_sparse.model.weights import WeightView, as_matrix
+from peft_sparse.pruning import checkpoint as streaming
+from peft_sparse.pruning.allocation import allocate
+from peft_sparse.pruning.criteria import magnitude
+from peft_sparse.pruning.least_squares import masked_least_squares
+from peft_sparse.pruning.patterns import SemiStructured, Unstructured, parse_pattern
+from peft_sparse.pruning.refinement import find_refinement
+from peft_sparse.pruning.report import PruningReport
+from peft_sparse.pruning.sparsegpt import sparsegpt
 from peft_sparse.reconstruction.progress import Progress
-from peft_sparse.refinement import find_refinement
-from peft_sparse.report import PruningReport
-from peft_sparse.schedules import norm_drop, retraining_schedule
-from peft_sparse.sparsegpt import sparsegpt
 from peft_sparse.structured import saving
 from peft_sparse.structured.saving import CompactConfig
+from peft_sparse.training.distillation import check_teacher, hidden_states_loss, logits_loss, predictions
+from peft_sparse.training.learning_rates import norm_drop, retraining_schedule
+from peft_sparse.training.zero_guard import ZeroGuardCallback, _compare
 from peft_sparse.tuners import MaskLoraModel, merged_state_dict
 from peft_sparse.tuners.proof import check_masks
 from peft_sparse.tuners.registration import register
-from peft_sparse.weights import WeightView, as_matrix
 
 from conftest import CONFIGS, tiny
-from training import StopAt
+from trainers import StopAt
 
 
 TOKENS = torch.randint(0, 61, (4, 8))

@@ -8,21 +8,22 @@
 Importing the package registers its tuners with PEFT.
 """
 
-from .arguments import SparseTrainingArguments
-from .callbacks import PruningCallback
-from .criteria import Criterion, Statistics
-from .evaluation import perplexity
-from .freezing import FreezingCallback
-from .guard import ZeroGuardCallback
-from .masks import SemiStructured, Unstructured
-from .plan import plan, plan_reconstruction, plan_training
-from .prune import prune, sparsity
+from .calibration.statistics import Statistics
+from .calibration.text import pack_sequences, sample_sequences
+from .evaluation.perplexity import perplexity
+from .planning import plan, plan_reconstruction, plan_training
+from .pruning.checkpoint import prune_checkpoint
+from .pruning.criteria import Criterion
+from .pruning.patterns import SemiStructured, Unstructured
+from .pruning.prune import prune, sparsity
 from .reconstruction import reconstruct, reconstruct_checkpoint
-from .schedules import CubicSchedule, PruningCycles
-from .streaming import prune_checkpoint
 from .structured import compact, prune_structured
-from .text import pack_sequences, sample_sequences
-from .trainer import SparseTrainer
+from .training.arguments import SparseTrainingArguments
+from .training.freezing import FreezingCallback
+from .training.pruning_callback import PruningCallback
+from .training.pruning_schedules import CubicSchedule, PruningCycles
+from .training.trainer import SparseTrainer
+from .training.zero_guard import ZeroGuardCallback
 from .tuners import MaskLoRAConfig, ScaledLoRAConfig
 
 

@@ -7,8 +7,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..blocks import find_blocks
-from ..tasks import PruningTask
+from ..model.blocks import find_blocks
+from ..pruning.task import PruningTask
 from .fitting import Loss, adapted_weights, check_tuner
 from .work import Mode
 

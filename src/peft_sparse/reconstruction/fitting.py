@@ -17,9 +17,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..blocks import is_norm
-from ..masks import mask_of
-from ..weights import WeightView
+from ..model.blocks import is_norm
+from ..model.masks import mask_of
+from ..model.weights import WeightView
 from .regions import Region
 
 

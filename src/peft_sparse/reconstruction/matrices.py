@@ -6,13 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..least_squares import masked_least_squares
-from ..masks import mask_of
-from ..refinement import row_error
-from ..selection import prune_weights
-from ..statistics import BlockStatistics
-from ..tasks import PruningTask
-from ..weights import WeightView
+from ..calibration.statistics import BlockStatistics
+from ..model.masks import mask_of
+from ..model.weights import WeightView
+from ..pruning.least_squares import masked_least_squares
+from ..pruning.one_weight import prune_weights
+from ..pruning.refinement import row_error
+from ..pruning.task import PruningTask
 from .report import RegionReport
 
 

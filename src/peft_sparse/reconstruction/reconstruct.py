@@ -12,21 +12,16 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_linear_schedule_with_warmup
 
-from ..blocks import Targets
-from ..calibration import (
-    Activations,
-    Calibration,
-    as_inputs,
-    check_activations,
-    evaluation_mode,
-    fingerprint_of_inputs,
-    on_device,
-)
-from ..criteria import Criterion, Score
-from ..gradients import gradient_sums
-from ..masks import Group
-from ..streaming import StreamedModel
-from ..tasks import PatternLike, check_calibration, check_finite, count_sequences, plan_pruning
+from ..calibration.activations import Activations, check_activations
+from ..calibration.gradients import gradient_sums
+from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, fingerprint_of_inputs
+from ..calibration.runner import on_device
+from ..model.blocks import Targets
+from ..model.weights import check_finite
+from ..pruning.checkpoint import StreamedModel
+from ..pruning.criteria import Criterion, Score
+from ..pruning.patterns import Group
+from ..pruning.task import PatternLike, check_calibration, count_sequences, plan_pruning
 from .checks import check_amounts, check_choices, check_models, check_task, spell
 from .fitting import Loss, Recipe, Step, held_out_batches
 from .progress import Progress, fingerprint_of_model

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..blocks import attention_and_mlp
-from ..calibration import Call, restore_forward
-from ..weights import PRUNABLE_LAYERS
+from ..calibration.runner import Call, restore_forward
+from ..model.blocks import attention_and_mlp
+from ..model.weights import PRUNABLE_LAYERS
 
 
 RegionSize = Literal["matrix", "submodule", "block"] | int

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..report import PruningReport
+from ..pruning.report import PruningReport
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from ..calibration import Activations, ActivationStore, BlockRunner, Call
+from ..calibration.activations import Activations, ActivationStore
+from ..calibration.runner import BlockRunner, Call
 from .regions import Region, widened, widened_call
 
 

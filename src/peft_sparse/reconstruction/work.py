@@ -14,15 +14,16 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..blocks import find_stacks
-from ..calibration import Activations, ActivationStore, Batch, BlockRunner, Call, Residence, on_device
-from ..criteria import Need
-from ..masks import mask_of
-from ..report import peak_memory
-from ..selection import prune_weights
-from ..statistics import BlockStatistics, measure_inputs
-from ..tasks import PruningTask
-from ..weights import WeightView
+from ..calibration.activations import Activations, ActivationStore
+from ..calibration.measure import measure_inputs
+from ..calibration.runner import Batch, BlockRunner, Call, Residence, on_device
+from ..calibration.statistics import BlockStatistics, Need
+from ..model.blocks import find_stacks
+from ..model.environment import peak_memory
+from ..model.masks import mask_of
+from ..model.weights import WeightView
+from ..pruning.one_weight import prune_weights
+from ..pruning.task import PruningTask
 from .fitting import Recipe, Step, fit, held_out_batches, relative_error_of, seed_of, trainable
 from .matrices import solve_matrices
 from .progress import Progress

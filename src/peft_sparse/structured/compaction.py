@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..blocks import base_model
-from ..units import Units, check_loaded, find_units
+from ..model.blocks import base_model
 from .saving import make_savable
+from .units import Units, check_loaded, find_units
 
 
 def compact(model: nn.Module) -> nn.Module:

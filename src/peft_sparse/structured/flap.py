@@ -11,28 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..blocks import base_model
-from ..calibration import (
-    Activations,
-    Calibration,
-    Residence,
-    as_inputs,
-    check_activations,
-    evaluation_mode,
-    in_words,
-    on_device,
-)
-from ..criteria import Statistics
-from ..processes import working_together
-from ..report import peak_memory
-from ..statistics import measured_blocks
-from ..tasks import check_finite
-from ..units import Units, check_loaded, find_units
-from ..weights import WeightView
+from ..calibration.activations import Activations, check_activations
+from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, in_words
+from ..calibration.measure import measured_blocks
+from ..calibration.runner import Residence, on_device
+from ..calibration.statistics import Statistics
+from ..model.blocks import base_model
+from ..model.environment import peak_memory
+from ..model.processes import working_together
+from ..model.weights import WeightView, check_finite
 from .metrics import METRICS, unit_scores
 from .report import StructuredReport, UnitsReport
 from .saving import make_savable
 from .selection import ScoredUnits, Structure, check_structure, select_units
+from .units import Units, check_loaded, find_units
 
 
 Target = Literal["all", "attention", "mlp"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..criteria import Statistics
+from ..calibration.statistics import Statistics
 
 
 def ifv(weight: Tensor, statistics: Statistics) -> Tensor:

@@ -35,7 +35,7 @@ class StructuredReport:
         parameters_added: parameters of the biases that compensation created, with zeros beside them where a family has
             biases in all layers of an attention or MLP or in none.
         seconds: wall-clock time.
-        peak_memory: bytes, as `peft_sparse.report.peak_memory` tells.
+        peak_memory: bytes, as `peft_sparse.model.environment.peak_memory` tells.
         layers: one entry per attention and MLP.
     """
 

@@ -14,8 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..blocks import find_blocks
-from ..units import Units, find_units
+from ..model.blocks import find_blocks
+from .units import Units, find_units
 
 
 # Not Transformers' own `per_layer_config`: few models build their layers by it, and none of those that are cut here.

@@ -11,11 +11,11 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..functional import Factor, Weight
-from ..masks import mask_of, pack, unpack
-from ..sharding import is_partitioned
-from ..weights import as_matrix, as_stored, stored_weight, undo_cpu_packing
+from ..model.masks import mask_of, pack, unpack
+from ..model.sharding import is_partitioned
+from ..model.weights import as_matrix, as_stored, stored_weight, undo_cpu_packing
 from .config import SparseLoraConfig
+from .functional import Factor, Weight
 
 
 # A dense checkpoint has a few zeros: below this share a weight is not called pruned, and zeros that an adapter's saved

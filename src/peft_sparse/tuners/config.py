@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 
-from ..masks import sparsity_of_fingerprint
+from ..model.masks import sparsity_of_fingerprint
 from .card import complete_card
 from .registration import add_peft_type
 

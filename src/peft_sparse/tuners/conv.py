@@ -5,8 +5,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import Convolution, Operation, Weight
-from ..weights import stored_weight
+from ..model.weights import stored_weight
+from .functional import Convolution, Operation, Weight
 from .layer import SparseLoraLayer
 
 

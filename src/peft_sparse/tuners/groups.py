@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from ..blocks import base_model, norm_names, output_head, tied_to_embedding
-from ..weights import WeightView
+from ..model.blocks import base_model, norm_names, output_head, tied_to_embedding
+from ..model.weights import WeightView
 from .config import SparseLoraConfig
 
 

@@ -11,10 +11,10 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from ..functional import LINEAR, Operation, Weight, effective_weight, sparse_lora
-from ..weights import stored_weight
+from ..model.weights import stored_weight
 from .base_weight import BaseWeight
 from .config import SparseLoraConfig
+from .functional import LINEAR, Operation, Weight, effective_weight, sparse_lora
 
 
 # What a layer remembers of each adapter beside its tensors; PEFT deletes it with the adapter.

@@ -1,7 +1,7 @@
 """MaskLoRA: W + s · M ⊙ (BA). Zimmer et al. 2023, arXiv:2312.15230v3."""
 
-from ..functional import Factor
 from .conv import Conv2dMixin
+from .functional import Factor
 from .layer import STATE_NAMES, SparseLoraLayer
 from .model import SparseLoraModel
 from .parameter import ParameterMixin

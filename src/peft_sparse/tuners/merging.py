@@ -7,8 +7,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..blocks import active_copy, base_model
-from ..sharding import whole
+from ..model.blocks import active_copy, base_model
+from ..model.sharding import whole
 from .layer import SparseLoraLayer
 
 

@@ -9,10 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..functional import stacked_effective_weight
-from ..sharding import whole_shape
-from ..weights import stored_weight
+from ..model.sharding import whole_shape
+from ..model.weights import stored_weight
 from .config import SparseLoraConfig
+from .functional import stacked_effective_weight
 from .layer import SparseLoraLayer
 
 

@@ -8,10 +8,10 @@ from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..blocks import base_layer, base_model
-from ..masks import fingerprint, mask_of, sparsity_of_fingerprint
-from ..sharding import has_shards, whole
-from ..weights import PRUNABLE_LAYERS, as_matrix, undo_cpu_packing
+from ..model.blocks import base_layer, base_model
+from ..model.masks import fingerprint, mask_of, sparsity_of_fingerprint
+from ..model.sharding import has_shards, whole
+from ..model.weights import PRUNABLE_LAYERS, as_matrix, undo_cpu_packing
 from .base_weight import STRAY_ZEROS
 from .config import SparseLoraConfig
 from .layer import SparseLoraLayer

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..functional import Factor, scale_rows_and_columns
-from ..weights import stored_weight
+from ..model.weights import stored_weight
 from .conv import Conv2dMixin
+from .functional import Factor, scale_rows_and_columns
 from .layer import STATE_NAMES, SparseLoraLayer
 from .model import SparseLoraModel
 from .parameter import ParameterMixin

@@ -1,0 +1,198 @@
+"""Measures what criteria need to know of a block's weights, while a `BlockRunner` runs it on calibration data.
+
+Inputs that several weights share, such as those of the query, key and value projections, are measured once. Processes
+that share the batches out add up what they measure, once per block.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..model.processes import add_up, exchange
+from ..model.weights import WeightView
+from .activations import Activations
+from .observing import observed
+from .runner import Batch, BlockRunner, Call, Residence, stack_runners
+from .statistics import BlockStatistics, InputStatistics, Need, Statistics, _spread, sampled_per_batch
+
+
+def measure(
+    model: nn.Module, runner: BlockRunner, index: int, weights: dict[str, WeightView], needs: tuple[Need, ...]
+) -> BlockStatistics:
+    """Run block `index` of `runner` and return the statistics of the inputs of `weights`, which lie inside it.
+
+    Raises:
+        ValueError: as `measure_inputs`.
+    """
+    return measure_inputs(
+        model, weights, needs, runner.batches_in_all, partial(runner.run, index), runner.shared, runner.blocks[index]
+    )
+
+
+def measured_blocks(
+    model: nn.Module,
+    inputs: list[dict[str, Any]],
+    inside: Callable[[str], dict[str, WeightView]],
+    needs: tuple[Need, ...],
+    activations: Activations,
+    residence: Residence,
+) -> Iterator[tuple[str, BlockStatistics]]:
+    """Yield each weight's name with the statistics of its block, block by block, measured on the model as it is.
+
+    Args:
+        inside: block -> the weights to measure in it.
+
+    Raises:
+        ValueError: as `measure_inputs`.
+    """
+    for runner in stack_runners(model, inputs, inside, activations=activations, residence=residence):
+        for index, block in enumerate(tqdm(runner.names, desc="measuring", unit="block", disable=None)):
+            weights = inside(block)
+            with runner.resident(index):
+                if weights:
+                    measured = measure(model, runner, index, weights, needs)
+                    yield from ((name, measured) for name in weights)
+                if index < len(runner.names) - 1:
+                    runner.advance(index)
+
+
+def measure_inputs(
+    model: nn.Module,
+    weights: dict[str, WeightView],
+    needs: tuple[Need, ...],
+    batches: int,
+    run: Callable[[Callable[[Batch, Call], None]], None],
+    shared: bool = False,
+    stopping: nn.Module | None = None,
+) -> BlockStatistics:
+    """Return the statistics of the inputs that `weights` get while `run(before_batch)` runs all batches.
+
+    Args:
+        batches: how many there are, in all processes if `shared`.
+        shared: whether `run` runs this process's share of them; the statistics are those of all.
+        stopping: the block that `run` runs, if what comes out of it is not needed.
+
+    Raises:
+        ValueError: a weight received no input, inputs that are all zero, or inputs that are not finite.
+    """
+    leaders: dict[str, str] = {}
+    measured: dict[str, InputStatistics] = {}
+    quota = sampled_per_batch(batches)
+
+    def record(name: str, leader: str, rows: Callable[[], Tensor]) -> None:
+        _note_leader(leaders, name, leader)
+        if name == leader:
+            if name not in measured:
+                measured[name] = InputStatistics("hessian" in needs, quota, "moments" in needs)
+            measured[name].update(rows())
+
+    def record_outputs(name: str, rows: Callable[[], Tensor]) -> None:
+        squares.setdefault(name, []).append(_square_of_product(weights[name], _spread(rows(), quota)))
+
+    squares: dict[str, list[Tensor]] = {}
+    with observed(model, weights, record, record_outputs, stopping) as before_batch:
+        run(before_batch)
+    # Of some, the last that a block runs, not all outputs are seen.
+    seen = {n: torch.stack(found).sum() for n, found in squares.items() if len(found) == measured[leaders[n]].updates}
+    if shared:
+        leaders, measured = _over_processes(weights, leaders, measured, needs)
+    for statistics in measured.values():
+        statistics.finish()
+    _check(weights, leaders, measured)
+    # In the order in which the inputs came, those with shared inputs together.
+    inputs = {n: measured[leader] for leader in measured for n in weights if leaders[n] == leader}
+    return BlockStatistics(inputs, seen, shared)
+
+
+def _note_leader(leaders: dict[str, str], name: str, leader: str) -> None:
+    known = leaders.setdefault(name, leader)
+    if known != leader:
+        raise RuntimeError(
+            f"Expected the inputs of {name!r} to be those of {known!r} on every batch, got those of {leader!r}. "
+            "Prune these layers in separate calls with `target_modules`."
+        )
+
+
+def _over_processes(
+    weights: dict[str, WeightView],
+    leaders: dict[str, str],
+    measured: dict[str, InputStatistics],
+    needs: tuple[Need, ...],
+) -> tuple[dict[str, str], dict[str, InputStatistics]]:
+    """Return both arguments as they are over all processes, in the same order in each. In place where they are known.
+
+    A process may have seen nothing of some inputs, be it that there are fewer batches than processes, or that none of
+    its tokens was sent to an expert.
+    """
+    own = {name: (s.sums[-1].shape[0], s.sums[-1].dtype, s.tokens) for name, s in measured.items()}
+    layouts = exchange((leaders, own))
+    everywhere: dict[str, str] = {}
+    complete: dict[str, InputStatistics] = {}
+    for own_leaders, own_layouts in layouts:
+        for name, leader in own_leaders.items():
+            _note_leader(everywhere, name, leader)
+        for name, (columns, dtype, _) in own_layouts.items():
+            if name not in complete:
+                statistics = measured.get(name) or InputStatistics("hessian" in needs, 0, "moments" in needs)
+                statistics.start(columns, dtype, weights[name].storage.device)
+                complete[name] = statistics
+    for name, statistics in complete.items():
+        statistics.tokens = sum(own_layouts[name][2] for _, own_layouts in layouts if name in own_layouts)
+    add_up([sums for statistics in complete.values() for sums in statistics.sums])
+    return everywhere, complete
+
+
+def relative_error(lost: Tensor, whole: Tensor) -> Tensor:
+    """Return ||(W - W')X|| / ||WX|| from the squares of both, elementwise; 0 where WX is 0."""
+    return torch.where(whole > 0, (lost / whole).sqrt(), whole)
+
+
+def _square_of_product(weight: WeightView, outputs: Tensor) -> Tensor:
+    """Return ||W X||² from outputs (tokens, out) of the layer, which may have a bias."""
+    bias: Tensor | None = getattr(weight.layer, "bias", None)
+    outputs = outputs.float()
+    return (outputs if bias is None else outputs - bias.detach().float()).square().sum()
+
+
+def warn_of_few_tokens(name: str, statistics: Statistics) -> bool:
+    """Warn if X has fewer rows than columns, which leaves XᵀX singular; tell whether a warning was given."""
+    assert statistics.hessian is not None
+    columns = statistics.hessian.shape[0]
+    if statistics.tokens >= columns:
+        return False
+    warnings.warn(
+        f"The Hessian of {name!r} has {columns} columns and was measured on {statistics.tokens} tokens: it is "
+        f"singular, and only damping makes it solvable. Use at least {columns} tokens, better ten times as many.",
+        stacklevel=2,
+    )
+    return True
+
+
+def _check(weights: dict[str, WeightView], leaders: dict[str, str], measured: dict[str, InputStatistics]) -> None:
+    for name, weight in weights.items():
+        if name not in leaders or measured[leaders[name]].tokens == 0:
+            # Experts are left out together.
+            listed = name if weight.expert is None else name.rpartition(".")[0]
+            raise ValueError(
+                f"Layer {name!r} saw no calibration token, so its inputs cannot be measured. Use more calibration "
+                f"sequences, or add {listed!r} to `exclude_modules`."
+            )
+    totals = [statistics.input_norm.sum() for statistics in measured.values()]
+    for name, total in zip(
+        measured, torch.stack([total.to(totals[0].device) for total in totals]).tolist(), strict=True
+    ):
+        if not total < float("inf"):
+            raise ValueError(
+                f"Expected finite inputs, but those of layer {name!r} hold NaN or infinity. Check the calibration "
+                "data, or run the model in float32 or bfloat16."
+            )
+        if total == 0:
+            raise ValueError(
+                f"All inputs of layer {name!r} are zero, so no input can be told from another. Check the calibration "
+                "data and the layer before it, or add it to `exclude_modules`."
+            )

@@ -1,0 +1,41 @@
+"""Versions, hardware, command and peak memory of this process, for reports."""
+
+import importlib.metadata
+import platform
+import resource
+import sys
+from typing import Any
+
+import torch
+
+
+PACKAGES = ("peft_sparse", "torch", "transformers", "peft", "accelerate")
+
+
+def environment() -> dict[str, Any]:
+    """Return the command, the versions and the hardware of this process, as plain values."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "hardware": _hardware(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory() -> int:
+    """Return the most memory this process held so far, in bytes: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo") as cpuinfo:
+            names = {line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")}
+        return f"{', '.join(sorted(names)) or platform.machine()}, CPU"
+    return f"{platform.processor() or platform.machine()}, CPU"

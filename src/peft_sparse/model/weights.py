@@ -1,0 +1,194 @@
+"""One view of every prunable weight: a 2-D matrix whose rows are outputs and whose columns are inputs.
+
+No other module asks how a layer stores its weight.
+
+| layer                 | stored as            | matrix              |
+| --------------------- | -------------------- | ------------------- |
+| `nn.Linear`           | (out, in)            | (out, in)           |
+| transformers `Conv1D` | (in, out)            | (out, in)           |
+| `nn.Conv2d`           | (out, in/groups, k, k) | (out, in/groups·k·k) |
+| fused experts         | (experts, out, in), or (experts, in, out) if `is_transposed` | (out, in) for each expert |
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .masks import mask_of
+
+
+PRUNABLE_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
+
+
+def as_matrix(layer: nn.Module, stored: Tensor) -> Tensor:
+    """Return `stored`, a tensor laid out as `layer.weight`, as a matrix (out, in).
+
+    A view wherever the memory allows one: write through `as_stored`, never into the result.
+
+    Raises:
+        TypeError: the layer has no matrix view.
+    """
+    if isinstance(layer, Conv1D):
+        return stored.T
+    if isinstance(layer, nn.Conv2d):
+        return stored.flatten(1)
+    if isinstance(layer, nn.Linear):
+        return stored
+    raise TypeError(f"Expected one of {_names()}, got {type(layer).__name__}, whose weight has no matrix view.")
+
+
+def as_stored(layer: nn.Module, matrix: Tensor) -> Tensor:
+    """Return `matrix` (out, in), be it a weight, a mask or an update, laid out as `layer.weight`.
+
+    Inverse of `as_matrix`.
+    """
+    if isinstance(layer, Conv1D):
+        return matrix.T
+    if isinstance(layer, nn.Conv2d):
+        return matrix.view(stored_weight(layer).shape)
+    return matrix
+
+
+def stored_weight(layer: nn.Module) -> Tensor:
+    """Return the weight parameter of `layer`, as it is stored."""
+    return cast(Tensor, layer.weight)
+
+
+def weight_matrix(layer: nn.Module) -> Tensor:
+    """Return the weight of `layer` as a detached matrix (out, in)."""
+    return as_matrix(layer, stored_weight(layer).detach())
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """One prunable weight seen as a matrix (out, in): that of `layer`, or that of one of its fused experts.
+
+    Args:
+        layer: a layer of `PRUNABLE_LAYERS`, or the module that holds the experts.
+        parameter: name of the parameter in `layer`.
+        expert: index of the expert, for a parameter that holds those of all experts.
+    """
+
+    layer: nn.Module
+    parameter: str = "weight"
+    expert: int | None = None
+
+    @property
+    def storage(self) -> Tensor:
+        """The parameter the weight is stored in, which holds other experts' weights too."""
+        return cast(Tensor, getattr(self.layer, self.parameter))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.matrix().shape
+        return rows, columns
+
+    def matrix(self) -> Tensor:
+        """Return the weight as a detached matrix (out, in), a view where the memory allows one; not for writing."""
+        return self.matrix_of(self.storage.detach())
+
+    def matrix_of(self, stored: Tensor) -> Tensor:
+        """Return the part of `stored`, a tensor laid out as the parameter, that is this weight's, as (out, in)."""
+        if self.expert is None:
+            return as_matrix(self.layer, stored)
+        return stored[self.expert].T if getattr(self.layer, "is_transposed", False) else stored[self.expert]
+
+    @torch.no_grad()
+    def write(self, matrix: Tensor) -> None:
+        """Replace the weight by `matrix` (out, in), cast to the weight's dtype. In place."""
+        if self.expert is None:
+            self.storage.copy_(as_stored(self.layer, matrix))
+        else:
+            self.matrix().copy_(matrix)
+
+    @torch.no_grad()
+    def write_zeros(self, mask: Tensor) -> None:
+        """Set the weight to zero wherever `mask` (out, in) is False. In place."""
+        if self.expert is None:
+            self.storage.masked_fill_(as_stored(self.layer, ~mask), 0)
+        else:
+            self.matrix().masked_fill_(~mask, 0)
+
+
+def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Return what the weight matrix of `layer` is multiplied by, (tokens, in): a convolution's are its patches.
+
+    Raises:
+        TypeError: a convolution with groups or with padding that is no number of zeros.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return inputs.flatten(0, -2)
+    if layer.groups > 1 or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        raise TypeError(
+            "Expected a Conv2d without groups and with padding by a number of zeros, got "
+            f"groups={layer.groups}, padding={layer.padding!r}, padding_mode={layer.padding_mode!r}, whose inputs "
+            'cannot be measured. Leave it out, or prune it with `criterion="magnitude"`.'
+        )
+    patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    return patches.mT.flatten(0, 1)
+
+
+def input_view(layer: nn.Module) -> tuple[Any, ...]:
+    """Return what `input_rows` depends on beside the inputs: layers of one view and one input have the same rows."""
+    if not isinstance(layer, nn.Conv2d):
+        return ()
+    return layer.kernel_size, layer.dilation, layer.padding, layer.stride
+
+
+def to_host(scalars: list[Tensor]) -> list[Any]:
+    """Return the values of `scalars`."""
+    # Stacked on one device first, so that the host waits once and not once per layer.
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []
+
+
+def check_finite(weights: dict[str, WeightView]) -> None:
+    """Raise ValueError if a weight holds NaN or infinity."""
+    finite = to_host([weight.matrix().isfinite().all() for weight in weights.values()])
+    if not all(finite):
+        name = list(weights)[finite.index(False)]
+        raise ValueError(f"The weight of {name!r} holds NaN or infinity. Mend the checkpoint before pruning it.")
+
+
+def zero_counts(weights: dict[str, WeightView]) -> dict[str, tuple[int, int]]:
+    """Return (zeros, entries) of each weight, with one wait for the device in all."""
+    matrices = [weight.matrix() for weight in weights.values()]
+    kept = to_host([mask_of(matrix).sum() for matrix in matrices])
+    return {
+        name: (matrix.numel() - nonzero, matrix.numel())
+        for name, matrix, nonzero in zip(weights, matrices, kept, strict=True)
+    }
+
+
+def share(counts: Iterable[tuple[int, int]]) -> float:
+    """Return the fraction of zeros that (zeros, entries) pairs tell."""
+    zeros, sizes = zip(*counts, strict=True)
+    return sum(zeros) / sum(sizes)
+
+
+def undo_cpu_packing(layer: nn.Module) -> None:
+    """Keep a bitsandbytes 4-bit layer in the layout that can be dequantised.
+
+    On CPUs with AVX512-BF16 it repacks its weight when it first runs without gradients, and what it repacked
+    dequantises to noise.
+    """
+    if not getattr(layer, "support_avx512bf16_for_cpu", False):
+        return
+    packed: Any = layer
+    packed.support_avx512bf16_for_cpu = False
+    weight = packed.weight
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+        if not state.nested:
+            # The inverse leaves single scales transposed.
+            state.absmax = state.absmax.T.reshape(-1).float()
+        weight.quant_state = state
+
+
+def _names() -> str:
+    return ", ".join(f"`{cls.__name__}`" for cls in PRUNABLE_LAYERS)

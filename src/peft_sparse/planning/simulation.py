@@ -1,0 +1,188 @@
+"""Runs a model on tensors that have shapes and no values, and counts the bytes that live at once.
+
+A model whose parameters are fake tensors of the CPU runs the code, and chooses the kernels, that it runs with values;
+so what lives when is what will live, and nothing is said in formulas here. Only token ids are real: what a model asks
+them, whether sequences were packed above all, gets its answer.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, PretrainedConfig
+
+from ..pruning.checkpoint import empty_model
+
+
+Described: TypeAlias = nn.Module | PretrainedConfig | str | Path
+Whole = TypeVar("Whole")
+GIB = 2**30
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of what operations make within the context, from when it is made until it is freed.
+
+    Args:
+        known: tensors that were there before and do not count; views of them do not either.
+        gradient_share: divisor of a finished gradient, of which a device keeps only its part.
+        units: parameters whose gradients wait for each other to become parts, by way of a copy, which lives until
+            the next unit's.
+    """
+
+    def __init__(
+        self, known: Iterable[Tensor] = (), gradient_share: int = 1, units: Iterable[list[nn.Parameter]] = ()
+    ) -> None:
+        super().__init__()
+        self.live = self.peak = self.gradients = self.peak_beside_gradients = 0
+        self.gradient_share = gradient_share
+        self._units = {id(parameter): unit for unit in units for parameter in unit}
+        self._waiting: dict[int, list[Tensor]] = {}
+        self._underway = 0
+        self._sizes: dict[int, int] = {}
+        self._references: dict[int, Any] = {}
+        self._finished: set[int] = set()
+        self._known: dict[int, Any] = {}
+        self.know(known)
+
+    def know(self, tensors: Iterable[Tensor]) -> None:
+        """Leave `tensors` out from here on."""
+        # Held, so that no other storage comes to their ids.
+        self._known |= {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output = _run(func, args, dict(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return output
+
+    def finished(self, parameter: Tensor) -> None:
+        """Take the gradient of `parameter` for one that stays; a hook for after it is accumulated."""
+        if id(parameter) not in self._units:
+            self._reduce([parameter])
+            return
+        unit = self._units[id(parameter)]
+        waiting = self._waiting.setdefault(id(unit), [])
+        waiting.append(parameter)
+        if len(waiting) == len(unit):
+            self._reduce(waiting)
+
+    def finish(self) -> None:
+        """Take the gradients that wait for parameters without one as they are; for the end of backward."""
+        for waiting in self._waiting.values():
+            self._reduce(waiting)
+
+    def _reduce(self, waiting: list[Tensor]) -> None:
+        if len(waiting) > 1:
+            copied = sum(tensor.nbytes for tensor in waiting)
+            # Accumulated gradients are parts already, to which those of this step are added.
+            again = sum(tensor.nbytes for tensor in waiting if self._storage_of(tensor) in self._finished)
+            self.peak = max(self.peak, self.live + self._underway + copied + again)
+            self._underway = copied
+        for tensor in waiting:
+            self._shard(self._storage_of(tensor))
+        waiting.clear()
+
+    def _storage_of(self, parameter: Tensor) -> int:
+        assert parameter.grad is not None
+        return id(parameter.grad.untyped_storage())
+
+    def _shard(self, key: int) -> None:
+        if key in self._finished or key not in self._sizes:
+            return
+        self._finished.add(key)
+        size = self._sizes[key]
+        self._sizes[key] = size // self.gradient_share
+        self.live -= size - self._sizes[key]
+        self.gradients += self._sizes[key]
+
+    def _add(self, storage: Any) -> None:
+        key = id(storage)
+        if key in self._known or key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self._references[key] = weakref.ref(storage, lambda _: self._free(key))
+        self.live += self._sizes[key]
+        self.peak = max(self.peak, self.live)
+        self.peak_beside_gradients = max(self.peak_beside_gradients, self.live - self.gradients)
+
+    def _free(self, key: int) -> None:
+        self.live -= self._sizes[key]
+        if key in self._finished:
+            self.gradients -= self._sizes[key]
+            self._finished.remove(key)
+        del self._sizes[key], self._references[key]
+
+
+def described(model: Described, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return a model on the meta device: of a configuration, of a saved model, or a copy of one that is loaded.
+
+    Raises:
+        ValueError: as `empty_model`; parameters that are quantised.
+    """
+    if isinstance(model, nn.Module):
+        copied = replaced(model, [model], lambda tensor: tensor.to("meta"), {})
+    else:
+        copied = empty_model(model if isinstance(model, PretrainedConfig) else AutoConfig.from_pretrained(model))
+    for name, parameter in copied.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"The parameter {name!r} is {parameter.dtype}: what quantised layers compute with cannot be "
+                "simulated. Plan the model in half precision, which is an upper bound."
+            )
+    return copied if dtype is None else copied.to(dtype)
+
+
+class Simulation:
+    """Turns modules and tensors into fakes of one kind, and what was turned once into the same fake again."""
+
+    def __init__(self, mode: FakeTensorMode | None = None) -> None:
+        self.mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+        self.memo: dict[int, Any] = {}
+
+    def of(self, whole: Whole, *modules: nn.Module) -> Whole:
+        """Return a copy of `whole`, in which the tensors of `modules` are fake."""
+        return replaced(whole, modules, self.fake, self.memo)
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """Return a fake of the shape and dtype of `tensor`, on the CPU."""
+        with self.mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+def replaced(
+    whole: Whole, modules: Iterable[nn.Module], by: Callable[[Tensor], Tensor], memo: dict[int, Any]
+) -> Whole:
+    """Return a copy of `whole` with `by(tensor)` for every parameter and buffer of `modules`; what is tied stays so.
+
+    `memo` takes what each tensor and module became, by id.
+    """
+    for module in modules:
+        for parameter in module.parameters():
+            if id(parameter) not in memo:
+                memo[id(parameter)] = nn.Parameter(by(parameter.detach()), requires_grad=parameter.requires_grad)
+        for buffer in module.buffers():
+            if id(buffer) not in memo:
+                memo[id(buffer)] = by(buffer)
+    return copy.deepcopy(whole, memo)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return how many bytes `tensors` hold, counting none twice."""
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # torch knows the shapes of grouped products in bfloat16 alone; in other precisions they are the same.
+    if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+        return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)

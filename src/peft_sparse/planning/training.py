@@ -1,0 +1,304 @@
+"""What a training run will take, per device: one optimiser step simulated, and shared out by strategy."""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from ..calibration.text import SEQUENCE_LENGTH
+from ..model.blocks import base_model, find_blocks, prunable_weights
+from ..training.zero_guard import keep_gradients_masked, packed_mask, put_zeros_back
+from .simulation import GIB, Described, LiveBytes, Simulation, bytes_of, described
+
+
+Strategy = Literal["ddp", "fsdp", "zero2", "zero3"]
+Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+# DeepSpeed's defaults, in elements: `reduce_bucket_size` and `stage3_max_live_parameters`.
+_BUCKET, _LIVE_PARAMETERS = 5 * 10**8, 10**9
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Memory in bytes of one device in a training run: simulated on one device, shared out by arithmetic among more.
+
+    Args:
+        strategy, devices: how many share what.
+        parameters, trained: how many there are in all, and how many are trained.
+        parameter_bytes: those of this device between steps.
+        gradient_bytes: all gradients of this device.
+        optimizer_bytes: what the optimiser remembers.
+        mask_bytes: what `ZeroGuardCallback` remembers, 1/8 byte per prunable weight.
+        activation_bytes: all that forward and backward hold beside gradients at their fullest: what is kept for
+            backward, logits and loss, and temporaries.
+        gathered_bytes: parameters of other devices that are here while they are computed with.
+        buffer_bytes: gradients on their way between devices.
+        peak_bytes: the fullest moment of a step. Less than the sum, since gradients grow while activations go.
+    """
+
+    strategy: Strategy
+    devices: int
+    parameters: int
+    trained: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    mask_bytes: int
+    activation_bytes: int
+    gathered_bytes: int
+    buffer_bytes: int
+    peak_bytes: int
+
+    def __str__(self) -> str:
+        parts = {
+            "parameters": self.parameter_bytes,
+            "gradients": self.gradient_bytes,
+            "optimizer": self.optimizer_bytes,
+            "masks": self.mask_bytes,
+            "activations": self.activation_bytes,
+            "gathered parameters": self.gathered_bytes,
+            "buffers": self.buffer_bytes,
+        }
+        where = "one device" if self.devices == 1 else f"each of {self.devices} devices ({self.strategy})"
+        return (
+            f"{self.trained:,} of {self.parameters:,} parameters trained; on {where}:\n"
+            + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items() if size)
+            + f"\npeak {self.peak_bytes / GIB:.2f} GiB"
+        )
+
+
+@dataclass
+class _Step:
+    """What one simulated optimiser step held, beside parameters."""
+
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    backward_peak: int = 0
+    optimizer_peak: int = 0
+
+
+def plan_training(
+    model: Described,
+    peft_config: PeftConfig | None = None,
+    *,
+    batch_size: int = 1,
+    length: int = SEQUENCE_LENGTH,
+    gradient_accumulation_steps: int = 1,
+    activation_checkpointing: bool = False,
+    dtype: torch.dtype | None = None,
+    autocast: torch.dtype | None = None,
+    optimizer: Optimizer | None = None,
+    strategy: Strategy = "ddp",
+    devices: int = 1,
+) -> TrainingPlan:
+    """Return what retraining with `SparseTrainer` will take on each device, before a weight is loaded.
+
+    Forward, backward and optimiser step are run on tensors without values, so kept activations, the loss and
+    temporaries are those of the model's own code. Sequences are taken to be without padding, as `pack_sequences` makes
+    them.
+
+    Args:
+        model: a language model, also one on the meta device or with adapters; a configuration; or the folder or name
+            of a saved one. It is not changed.
+        peft_config: adapters to attach, such as `MaskLoRAConfig`; None trains what the model trains, by default all.
+        batch_size: sequences of one device in one forward pass (`per_device_train_batch_size`).
+        length: tokens of a sequence.
+        gradient_accumulation_steps, activation_checkpointing: as in `TrainingArguments`.
+        dtype: of the base parameters; by default the model's, or what its configuration says.
+        autocast: dtype of mixed precision; `torch.bfloat16` for `TrainingArguments(bf16=True)`.
+        optimizer: parameters -> optimizer; by default AdamW.
+        strategy: what `devices` share: "ddp" nothing; "zero2" gradients and optimiser; "zero3" and "fsdp" parameters
+            too. Of DeepSpeed's, the float32 copies of parameters in half precision count as part of the optimiser.
+
+    Raises:
+        ValueError: an unknown strategy; numbers below 1; a model with adapters and a `peft_config`; quantised
+            parameters; a model that computes no loss from tokens, or that cannot be run without values.
+    """
+    _check(strategy, batch_size, length, gradient_accumulation_steps, devices)
+    whole = _attached(described(model, dtype), peft_config)
+    whole.train()
+    if activation_checkpointing:
+        checkpointed: Any = whole
+        # Older versions of Transformers know the other name only.
+        getattr(checkpointed, "activation_checkpointing_enable", checkpointed.gradient_checkpointing_enable)()
+    simulated = Simulation().of(whole, whole)
+    with refusing(simulated):
+        step = _step(
+            simulated,
+            lambda: _loss(simulated, torch.zeros(batch_size, length, dtype=torch.long), autocast),
+            gradient_accumulation_steps,
+            optimizer or partial(torch.optim.AdamW, fused=True),
+            gradient_share=1 if strategy == "ddp" else devices,
+            units=_units(simulated) if strategy == "fsdp" and devices > 1 else [],
+            masters=strategy in ("zero2", "zero3"),
+        )
+    return _shared_out(simulated, step, strategy, devices)
+
+
+def _check(strategy: str, *numbers: int) -> None:
+    if strategy not in get_args(Strategy):
+        choices = ", ".join(map(repr, get_args(Strategy)))
+        raise ValueError(f"`strategy` must be one of {choices}, got {strategy!r}.")
+    names = ("batch_size", "length", "gradient_accumulation_steps", "devices")
+    for name, value in zip(names, numbers, strict=True):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
+
+
+def _attached(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
+    if peft_config is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise ValueError("The model has adapters already. Leave `peft_config` out, or pass the model without them.")
+    adapted: nn.Module = get_peft_model(model, copy.deepcopy(peft_config), low_cpu_mem_usage=True)
+    return adapted
+
+
+def _loss(model: nn.Module, tokens: Tensor, autocast: torch.dtype | None) -> Tensor:
+    # As `Trainer` does: the loss alone outlives the forward pass, and nothing is cached for generation.
+    accepts = inspect.signature(base_model(model).forward).parameters
+    extra = {"use_cache": False} if "use_cache" in accepts else {}
+    with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+        output = model(input_ids=tokens, labels=tokens, **extra)
+    loss: Tensor = output.loss
+    return loss
+
+
+def _step(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    accumulated: int,
+    optimizer: Optimizer,
+    *,
+    gradient_share: int,
+    units: list[list[nn.Parameter]],
+    masters: bool,
+) -> _Step:
+    """Simulate a step of training, with the guard of the zeros of what is trained.
+
+    Args:
+        gradient_share, units: as in `LiveBytes`.
+        masters: the optimiser works on float32 copies of the parameters.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    waiting = [[parameter for parameter in unit if parameter.requires_grad] for unit in units]
+    live = LiveBytes([*model.parameters(), *model.buffers()], gradient_share, waiting)
+    stored = {id(weight.storage): weight.storage for weight in prunable_weights(model).values()}
+    guarded = [parameter for parameter in stored.values() if parameter.requires_grad]
+    # The guard's hook comes first, on what is not accumulated yet.
+    for parameter in guarded:
+        keep_gradients_masked(parameter)
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(live.finished)
+    with live:
+        # More than two add nothing that the second does not.
+        for _ in range(min(accumulated, 2)):
+            loss().backward()
+            live.finish()
+        step = _Step(gradients=live.gradients, activations=live.peak_beside_gradients, backward_peak=live.peak)
+        updated = [_master(parameter) for parameter in trained] if masters else trained
+        copies = sum(new.nbytes for new, old in zip(updated, trained, strict=True) if new is not old)
+        live.peak = live.live
+        before = live.live
+        remembering = optimizer(updated)
+        remembering.step()
+        step.optimizer = bytes_of(t for state in remembering.state.values() for t in _tensors(state)) + copies
+        temporary = live.peak - before - step.optimizer + copies
+        step.optimizer_peak = step.gradients + max(temporary, _guarding(live, guarded))
+    return step
+
+
+def _guarding(live: LiveBytes, guarded: list[Tensor]) -> int:
+    """Return the most that `ZeroGuardCallback` holds while it puts zeros back after a step."""
+    if not guarded:
+        return 0
+    largest = max(guarded, key=Tensor.numel)
+    kept = packed_mask(largest)
+    live.peak = before = live.live
+    put_zeros_back(largest, kept)
+    return live.peak - before
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    copied = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+    copied.grad = torch.zeros_like(copied)
+    return copied
+
+
+def _tensors(state: dict[str, Any]) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor)]
+
+
+def _shared_out(model: nn.Module, step: _Step, strategy: Strategy, devices: int) -> TrainingPlan:
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    sharded = devices if strategy in ("fsdp", "zero3") else 1
+    shared_state = 1 if strategy == "ddp" else devices
+    masks = sum(-(-weight.matrix().numel() // 8) for weight in prunable_weights(model).values())
+    gathered, buffers = _between_devices(model, strategy) if devices > 1 else (0, 0)
+    resident = [bytes_of(parameters) // sharded, step.optimizer // shared_state, masks // sharded]
+    optimizer_peak = step.gradients + (step.optimizer_peak - step.gradients) // shared_state
+    # ZeRO-3 has room for all gradients at all times.
+    backward_peak = step.gradients + step.activations if strategy == "zero3" else step.backward_peak
+    return TrainingPlan(
+        strategy=strategy,
+        devices=devices,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trained=sum(parameter.numel() for parameter in trained),
+        parameter_bytes=resident[0],
+        gradient_bytes=step.gradients,
+        optimizer_bytes=resident[1],
+        mask_bytes=resident[2],
+        activation_bytes=step.activations,
+        gathered_bytes=gathered,
+        buffer_bytes=buffers,
+        peak_bytes=sum(resident) + buffers + max(gathered + backward_peak, optimizer_peak),
+    )
+
+
+def _between_devices(model: nn.Module, strategy: Strategy) -> tuple[int, int]:
+    """Return the bytes of gathered parameters, and of gradients on their way, beside those of the simulated step."""
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    outside, *blocks = map(bytes_of, _units(model))
+    if strategy == "ddp":
+        return 0, bytes_of(trained)
+    if strategy == "fsdp":
+        # Two blocks, since the next is fetched while one computes.
+        return 2 * max(blocks) + outside, 0
+    bucket = _BUCKET * max((p.element_size() for p in trained), default=0)
+    live = min(bytes_of(parameters), _LIVE_PARAMETERS * max(parameter.element_size() for parameter in parameters))
+    return max(*blocks, live) if strategy == "zero3" else 0, bucket
+
+
+def _units(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the parameters outside the blocks, and those of each block."""
+    blocks = [list(block.parameters()) for block in find_blocks(model).values()]
+    inside = {id(parameter) for block in blocks for parameter in block}
+    return [[parameter for parameter in model.parameters() if id(parameter) not in inside], *blocks]
+
+
+@contextlib.contextmanager
+def refusing(model: nn.Module) -> Iterator[None]:
+    """Say of what fails in the context that it cannot be simulated.
+
+    Raises:
+        ValueError: something failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+        raise ValueError(
+            f"{type(base_model(model)).__name__} cannot be run on tokens without values, from loss to gradients: "
+            f"{reason} Pass a language model with its head; of several implementations of attention or experts choose "
+            'one that does not read values, such as `experts_implementation="grouped_mm"`.'
+        ) from error

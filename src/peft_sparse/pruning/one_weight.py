@@ -1,0 +1,131 @@
+"""What becomes of one weight: scores, mask, refinement, update, and the zeros written."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..calibration.measure import relative_error, warn_of_few_tokens
+from ..calibration.statistics import BlockStatistics, InputStatistics, Statistics
+from ..model.masks import mask_of
+from ..model.processes import add_up
+from ..model.weights import WeightView, zero_counts
+from .criteria import CRITERIA, Criterion
+from .least_squares import masked_least_squares
+from .patterns import select
+from .refinement import find_refinement
+from .sparsegpt import sparsegpt
+from .task import PruningTask
+
+
+@torch.no_grad()
+def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: BlockStatistics | None) -> None:
+    """Prune `weights`, of whose inputs `measured` tells; note the relative output error of each."""
+    errors = None if measured is None else _OutputErrors(measured)
+    for name, weight in weights.items():
+        matrix, pattern, statistics = weight.matrix(), task.patterns[name], task.statistics(name, measured)
+        if errors is not None:
+            errors.before(name, matrix)
+        with noting(f"At {name!r}: the weights before it are pruned."):
+            if task.rule.score is None or task.update:
+                task.warned = task.warned or warn_of_few_tokens(name, statistics)
+            solution, mask = _selected(name, matrix, task, statistics)
+            if (task.refinement or task.update) and errors is not None:
+                errors.selected(matrix * mask if solution is None else solution)
+            if task.refinement is not None:
+                mask = find_refinement(task.refinement).function(matrix, mask, statistics, pattern)
+            if task.update:
+                assert statistics.hessian is not None
+                solution = masked_least_squares(matrix, mask, statistics.hessian, start=solution)
+            if solution is None:
+                weight.write_zeros(mask)
+            else:
+                weight.write(solution)
+        if errors is not None:
+            errors.after(weight.matrix())
+    if errors is not None and weights:
+        errors.note(task)
+    # Counted here, while they are where they can be read.
+    task.counts |= zero_counts(weights)
+
+
+class _OutputErrors:
+    """||W X||² and ||(W - W')X||² of one weight after the other, on the rows of X that were kept of its inputs."""
+
+    def __init__(self, measured: BlockStatistics) -> None:
+        self.measured = measured
+        self.whole: dict[str, Tensor] = {}
+        self.lost: dict[str, Tensor] = {}
+        self.lost_selected: dict[str, Tensor] = {}
+        self.inputs: InputStatistics | None = None
+
+    def before(self, name: str, matrix: Tensor) -> None:
+        self.name, self.dense = name, matrix.to(torch.float32, copy=True)
+        inputs = self.measured.inputs[name]
+        if inputs is not self.inputs:
+            # Those that share inputs mostly come one after the other.
+            self.inputs, self.rows = inputs, self.measured.sample(name).float()
+        known = self.measured.output_squares.get(name)
+        self.whole[name] = self._square(self.dense) if known is None else known.to(matrix.device)
+
+    def selected(self, matrix: Tensor) -> None:
+        self.lost_selected[self.name] = self._square(self.dense - matrix)
+
+    def after(self, matrix: Tensor) -> None:
+        self.lost[self.name] = self._square(self.dense.sub_(matrix))
+
+    def note(self, task: PruningTask) -> None:
+        """Write down the errors of all weights, over the rows of all processes."""
+        parts = (self.whole, self.lost, self.lost_selected)
+        squares = [torch.stack([s.to(self.rows.device) for s in part.values()]) for part in parts if part]
+        if self.measured.shared:
+            add_up(squares)
+        whole = dict(zip(self.whole, squares[0], strict=True))
+        for found, sums, errors in zip(parts[1:], squares[1:], (task.errors, task.errors_selected), strict=False):
+            errors |= {name: relative_error(lost, whole[name]) for name, lost in zip(found, sums, strict=True)}
+
+    def _square(self, matrix: Tensor) -> Tensor:
+        return (self.rows @ matrix.T.float()).square_().sum()
+
+
+def _selected(name: str, matrix: Tensor, task: PruningTask, statistics: Statistics) -> tuple[Tensor | None, Tensor]:
+    """Return the mask of what the criterion keeps, and the updated weight where the criterion updates it."""
+    if task.rule.score is None:
+        assert statistics.hessian is not None
+        return sparsegpt(matrix, statistics.hessian, task.patterns[name])
+    return None, select(scores_of(name, matrix, task.rule, statistics), task.patterns[name], task.group)
+
+
+def scores_of(name: str, matrix: Tensor, rule: Criterion, statistics: Statistics) -> Tensor:
+    """Return the scores of the weight called `name`, -inf where it is zero already.
+
+    Raises:
+        ValueError: scores of another shape, or that are not finite.
+    """
+    assert rule.score is not None
+    if statistics.gradient is not None:
+        # It may wait elsewhere.
+        statistics = replace(statistics, gradient=statistics.gradient.to(matrix.device))
+    scores = rule.score(matrix, statistics)
+    if scores.shape != matrix.shape:
+        raise ValueError(
+            f"Expected scores of shape {tuple(matrix.shape)} for {name!r}, got {tuple(scores.shape)}. A criterion "
+            "returns one score per entry of the weight (out, in)."
+        )
+    if rule not in CRITERIA.values() and not scores.isfinite().all():
+        raise ValueError(
+            f"Expected finite scores for {name!r}, got NaN or infinity. Mend the criterion, or clamp what it returns."
+        )
+    return scores.masked_fill(~mask_of(matrix), -torch.inf)
+
+
+@contextlib.contextmanager
+def noting(note: str) -> Iterator[None]:
+    """Add `note` to whatever error leaves the context."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise

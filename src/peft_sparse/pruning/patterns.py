@@ -1,0 +1,268 @@
+"""Patterns, and the step from scores to a mask: True = kept. Pure functions on tensors, no layers, no criteria."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+Group = Literal["row", "matrix", "model"]
+GROUPS: tuple[Group, ...] = ("row", "matrix", "model")
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any entry may go; `sparsity` is the fraction, in [0, 1), of each comparison group that is pruned.
+
+    Args:
+        sparsity: the fraction; a group of k entries loses floor(sparsity · k).
+        exact: with group "row" prune floor(sparsity · numel) entries of the whole matrix, rows losing the same number
+            or one more: the extra ones where the next lowest score is lowest. By default each row loses
+            floor(sparsity · k), which may add up to less. The other groups are exact as they are.
+
+    Raises:
+        ValueError: `sparsity` outside [0, 1).
+    """
+
+    sparsity: float
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"`sparsity` must be in [0, 1), got {self.sparsity}. Use 0.5 to prune half.")
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:g}"
+
+
+@dataclass(frozen=True)
+class SemiStructured:
+    """n kept of every m consecutive entries along the inputs: `SemiStructured(2, 4)` is NVIDIA's 2:4.
+
+    Where m does not divide the inputs, `allow_ragged=True` keeps min(n, rest) entries of the last, shorter group; the
+    result has at most n of every m, but no N:M kernel runs it, so it must be asked for.
+
+    Raises:
+        ValueError: not 1 <= n <= m.
+    """
+
+    n: int
+    m: int
+    allow_ragged: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= self.m:
+            raise ValueError(
+                f"`n:m` keeps n of every m inputs and needs 1 <= n <= m, got {self.n}:{self.m}. Use 2:4 to keep half."
+            )
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+Pattern = Unstructured | SemiStructured
+
+
+def parse_pattern(pattern: float | str | Pattern) -> Pattern:
+    """Return the pattern meant by a sparsity (0.5 or "0.5"), by "n:m", or by a pattern itself.
+
+    Raises:
+        ValueError: neither a number in [0, 1) nor n:m with 1 <= n <= m.
+    """
+    if isinstance(pattern, (Unstructured, SemiStructured)):
+        return pattern
+    if isinstance(pattern, str) and (match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", pattern)):
+        return SemiStructured(int(match[1]), int(match[2]))
+    try:
+        return Unstructured(float(pattern))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and "`sparsity` must be" in str(error):
+            raise
+        raise ValueError(f'A pattern is a sparsity such as 0.5 or an "n:m" such as "2:4", got {pattern!r}.') from None
+
+
+def select(scores: Tensor, pattern: Pattern, group: Group) -> Tensor:
+    """Return the mask that keeps the highest of `scores` (out, in) under `pattern`.
+
+    The count is exact whatever the ties: of equal scores, those of lower index are pruned first. A group of k entries
+    loses floor(sparsity · k); `Unstructured.exact` says how rows share out what that leaves of the matrix.
+
+    Args:
+        scores: finite or -inf; -inf marks what must go first.
+        pattern: `SemiStructured` compares within each m entries and ignores `group`.
+        group: `"row"` or `"matrix"`. For `"model"`, which needs all scores at once, see `select_across`.
+    """
+    if isinstance(pattern, SemiStructured):
+        return _select_semi_structured(scores, pattern)
+    if group == "row" and pattern.exact:
+        return ~_lowest_by_rows(scores, number_to_prune(pattern.sparsity, scores.numel()))
+    if group == "row":
+        return ~lowest(scores, number_to_prune(pattern.sparsity, scores.shape[1]))
+    flat = scores.reshape(1, -1)
+    return ~lowest(flat, number_to_prune(pattern.sparsity, flat.shape[1])).view(scores.shape)
+
+
+def select_across(scores: Sequence[Callable[[], Tensor]], sparsity: float) -> list[Tensor]:
+    """Return one mask per entry of `scores`, keeping the highest scores of all of them together.
+
+    Never holds more than one score matrix: two passes count the 16 high, then the 16 low bits of the scores (an
+    order-preserving integer image of float32), which gives the k-th lowest exactly; a third selects. Ties go by index,
+    earlier matrices first.
+
+    Args:
+        scores: functions that compute one matrix of scores each; each is called three times and must repeat itself.
+        sparsity: fraction of all entries to prune, in [0, 1).
+    """
+    high, total = _histogram(scores, _high_bits)
+    count = number_to_prune(sparsity, total)
+    if count == 0:
+        return [torch.ones_like(score(), dtype=torch.bool) for score in scores]
+    threshold, ties_left = _threshold(scores, high, count)
+    masks = []
+    for score in scores:
+        key = _sortable_bits(score())
+        prune = key < threshold
+        ties = (key == threshold).flatten()
+        of_ties = ties & (ties.cumsum(0) <= ties_left)
+        ties_left -= int(of_ties.sum())
+        masks.append(~(prune | of_ties.view_as(prune)))
+    return masks
+
+
+def count_across(scores: Sequence[Callable[[], Tensor]], count: int) -> list[int]:
+    """Return how many entries of each of `scores` are among the `count` lowest of all of them together.
+
+    The entries that `select_across` would prune, counted without masks. Scores may be of any shape, and inf.
+    """
+    if count == 0:
+        return [0] * len(scores)
+    high, _ = _histogram(scores, _high_bits)
+    threshold, ties_left = _threshold(scores, high, count)
+    counts = []
+    for score in scores:
+        key = _sortable_bits(score())
+        below, ties = torch.stack([(key < threshold).sum(), (key == threshold).sum()]).tolist()
+        counts.append(below + min(ties, ties_left))
+        ties_left -= min(ties, ties_left)
+    return counts
+
+
+def number_to_prune(sparsity: float, size: int) -> int:
+    """Return how many of `size` entries a sparsity prunes."""
+    # Rounded first, or 0.29 of 100 entries would be 28: 0.29 * 100 is 28.999999999999996.
+    return math.floor(round(sparsity * size, 6))
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Return True at the `count` lowest entries of each row, ties by index."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = _kth_lowest(scores, count)
+    chosen = scores <= threshold
+    surplus = _count_by_row(chosen) - count
+    rows = surplus.nonzero().squeeze(1)
+    if len(rows):
+        ties = scores[rows] == threshold[rows]
+        wanted = _count_by_row(ties) - surplus[rows]
+        chosen[rows] &= ~ties | (ties.cumsum(1, dtype=torch.int32) <= wanted[:, None])
+    return chosen
+
+
+def _lowest_by_rows(scores: Tensor, count: int) -> Tensor:
+    """Return True at `count` entries of the matrix, the lowest of each row, rows differing by one at most."""
+    each, extra = divmod(count, len(scores))
+    chosen = lowest(scores, each)
+    if extra:
+        following, column = scores.masked_fill(chosen, torch.inf).min(dim=1)
+        chosen[torch.arange(len(scores), device=scores.device), column] |= lowest(following[None], extra)[0]
+    return chosen
+
+
+# On CPUs, one thread of numpy selects and counts faster than several of torch, which moves indices and sums integers.
+
+
+def _kth_lowest(scores: Tensor, k: int) -> Tensor:
+    if scores.device.type != "cpu":
+        return scores.kthvalue(k, dim=1, keepdim=True).values
+    numbers = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).numpy()
+    return torch.from_numpy(np.partition(numbers, k - 1, axis=1)[:, k - 1 : k]).to(scores.dtype)
+
+
+def _count_by_row(mask: Tensor) -> Tensor:
+    if mask.device.type != "cpu":
+        return mask.count_nonzero(1)
+    return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+
+
+def _select_semi_structured(scores: Tensor, pattern: SemiStructured) -> Tensor:
+    rows, columns = scores.shape
+    whole = columns - columns % pattern.m
+    groups = scores[:, :whole].reshape(-1, pattern.m)
+    # In parts that caches hold.
+    mask = torch.cat([keep_highest(part, pattern.n) for part in groups.split(1 << 18)]).view(rows, whole)
+    if whole == columns:
+        return mask
+    return torch.cat([mask, keep_highest(scores[:, whole:], min(pattern.n, columns - whole))], dim=1)
+
+
+def keep_highest(groups: Tensor, n: int) -> Tensor:
+    """Return True at the `n` highest entries of each row of `groups` (groups, m), ties by index."""
+    m = groups.shape[1]
+    if m > 16:
+        kept = groups.argsort(dim=1, stable=True)[:, m - n :]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, kept, True)
+    # Comparing every pair, over all groups at once, beats sorting short groups.
+    entries = groups.unbind(1)
+    lower = [torch.full_like(entry, m - 1 - i, dtype=torch.int8) for i, entry in enumerate(entries)]
+    for j in range(1, m):
+        for i in range(j):
+            i_first = (entries[i] <= entries[j]).view(torch.int8)
+            lower[j] += i_first
+            lower[i] -= i_first
+    mask = torch.empty_like(groups, dtype=torch.bool)
+    for before, kept in zip(lower, mask.unbind(1), strict=True):
+        torch.ge(before, m - n, out=kept)
+    return mask
+
+
+def _sortable_bits(scores: Tensor) -> Tensor:
+    """Integers that order as the float32 `scores` do, with -0.0 equal to 0.0."""
+    bits = (scores.float() + 0.0).view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _high_bits(key: Tensor) -> Tensor:
+    return (key >> 16) + 0x8000
+
+
+def _histogram(scores: Sequence[Callable[[], Tensor]], bucket_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
+    counts, total = torch.zeros(1 << 16, dtype=torch.int64), 0
+    for score in scores:
+        key = _sortable_bits(score())
+        total += key.numel()
+        counts += torch.bincount(bucket_of(key).flatten(), minlength=1 << 16).cpu()
+    return counts, total
+
+
+def _locate(counts: Tensor, k: int) -> tuple[int, int]:
+    """Return how many entries lie below the bucket of the k-th lowest entry (k from 1), and that bucket."""
+    upto = counts.cumsum(0)
+    bucket = int(torch.searchsorted(upto, torch.tensor(k)))
+    return int(upto[bucket] - counts[bucket]), bucket
+
+
+def _threshold(scores: Sequence[Callable[[], Tensor]], high: Tensor, count: int) -> tuple[int, int]:
+    """Return the `count`-th lowest of all scores as sortable bits, and how many that equal it are among the lowest."""
+    below_bucket, bucket = _locate(high, count)
+    low, _ = _histogram(scores, lambda key: (key & 0xFFFF)[_high_bits(key) == bucket])
+    below_value, value = _locate(low, count - below_bucket)
+    return ((bucket - 0x8000) << 16) | value, count - below_bucket - below_value

@@ -1,0 +1,1 @@
+"""`SparseTrainer`, its arguments and its callbacks."""

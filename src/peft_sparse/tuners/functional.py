@@ -1,0 +1,248 @@
+"""The mathematics of the adapters, on plain tensors: no PEFT, no modules.
+
+Letters: W (out, in) frozen weight, M its mask (out, in), A (r, in), B (out, r), s scaling, x (..., in), y (..., out).
+Both adapters have the effective weight c · W + s · H ⊙ (BA) with a fixed matrix H, their `Factor`:
+
+| adapter    | H | c     | effective weight           |
+| ---------- | - | ----- | -------------------------- |
+| MaskLoRA   | M | 1     | W + s · M ⊙ (BA)           |
+| ScaledLoRA | W | 1 - s | W ⊙ (1 + s · (BA - 1))     |
+
+One autograd function serves both: with D = dL/dy and G = D^T x it computes dA = s B^T (H ⊙ G), dB = s (H ⊙ G) A^T and
+dx = D (c · W + s · H ⊙ (BA)).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..model.masks import mask_
+
+
+Factor = Literal["mask", "weight"]
+
+# Where W is costly to hold, as dequantised weights are, a function computes it, once in forward and again in backward.
+Weight = Tensor | Callable[[], Tensor]
+
+
+@torch.no_grad()
+def effective_weight(weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: float, s: float) -> Tensor:
+    """Return c · W + s · H ⊙ (BA), computed in A's dtype and rounded once to W's.
+
+    Forward and merge share this line, so a merged model computes what was trained, in any dtype. Zeros of W stay
+    zeros.
+
+    Args:
+        weight: W, (out, in), or any number of them stacked: (..., out, in).
+        A: (..., r, in).
+        B: (..., out, r).
+        factor: H, "mask" for the mask of W, "weight" for W itself.
+    """
+    exact = weight.to(A.dtype)
+    add_product = torch.addmm if exact.dim() == 2 else torch.baddbmm
+    if factor == "mask":
+        return mask_(add_product(exact, B, A, beta=c, alpha=s), exact).to(weight.dtype)
+    multiplier = add_product(exact, B, A, beta=0, alpha=s)
+    if c:
+        multiplier.add_(c)
+    return multiplier.mul_(exact).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Geometry of a 2-D convolution whose kernel, seen as a matrix, is the weight of `sparse_lora`."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        kernel = weight.view(self.kernel)
+        return F.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def grad_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return self._backward(grad, x, weight, (True, False, False))[0]
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return self._backward(grad, x, weight, (False, True, False))[1].flatten(1)
+
+    def grad_bias(self, grad: Tensor) -> Tensor:
+        return grad.sum((0, 2, 3)) if grad.dim() == 4 else grad.sum((1, 2))
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
+        return torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight.to(grad.dtype).reshape(self.kernel),
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            (0, 0),
+            self.groups,
+            wanted,
+        )
+
+
+class _Linear:
+    """The same four operations for y = x W^T + b."""
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def grad_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad @ weight
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+    def grad_bias(self, grad: Tensor) -> Tensor:
+        return grad.flatten(0, -2).sum(0)
+
+
+LINEAR = _Linear()
+Operation = Convolution | _Linear
+
+
+def sparse_lora(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    *,
+    factor: Factor,
+    c: float,
+    s: float,
+    operation: Operation = LINEAR,
+) -> Tensor:
+    """Return x applied to c · W + s · H ⊙ (BA), plus the bias: MaskLoRA and ScaledLoRA, linear or convolution.
+
+    PERP, Zimmer et al. 2023, arXiv:2312.15230v3. Keeps only references to x, W, A, B until backward and builds the
+    effective weight anew there, so no second copy of W outlives a call. Works in any dtype without autocast: A and B
+    may be float32 beside a half-precision W. Under autocast x and the effective weight take autocast's dtype; a weight
+    that a function returns is rounded to x's.
+
+    Args:
+        x: (..., in); for a convolution (batch, channels, height, width).
+        weight: W as a matrix (out, in), or a function that returns it; gets no gradient.
+        A: (r, in).
+        B: (out, r).
+        bias: (out,) or None.
+        factor, c, s: as in `effective_weight`.
+        operation: what W is applied by.
+
+    Returns:
+        (..., out).
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    elif not isinstance(weight, Tensor):
+        # Each scheme dequantises to a dtype of its own choice, whatever the activations are.
+        dtype = x.dtype
+    else:
+        return _SparseLora.apply(x, weight, A, B, bias, factor, c, s, operation, None)
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _SparseLora.apply(x, weight, A, B, bias, factor, c, s, operation, dtype)
+
+
+def scale_rows_and_columns(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ((x ⊙ a) W^T) ⊙ b + bias: ScaledLoRA of rank 1, W ⊙ (b a^T), without any matrix of W's size.
+
+    Args:
+        x: (..., in).
+        weight: W, (out, in); gets no gradient.
+        a: (in,).
+        b: (out,).
+        bias: (out,) or None.
+    """
+    y = F.linear(x * a.to(x.dtype), weight)
+    y = y * b.to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def stacked_effective_weight(weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: float, s: float) -> Tensor:
+    """Return `effective_weight` with gradients for A and B, keeping W, A and B only: for weights used by foreign code.
+
+    Gradients, with G = dL/d(result): dA = s B^T (H ⊙ G), dB = s (H ⊙ G) A^T.
+    """
+    return _EffectiveWeight.apply(weight, A, B, factor, c, s)
+
+
+def _factor_gradients(
+    G: Tensor, weight: Tensor, A: Tensor, B: Tensor, factor: Factor, s: float
+) -> tuple[Tensor, Tensor]:
+    """Return dA and dB from G, which is used up."""
+    G = (mask_(G, weight) if factor == "mask" else G.mul_(weight)).to(A.dtype)
+    # Not B^T G, the same product, which CPUs take up to 1.7 times as long for.
+    return (G.mT @ B).mT.mul_(s), (G @ A.mT).mul_(s)
+
+
+class _EffectiveWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: float, s: float) -> Tensor:
+        return effective_weight(weight, A, B, factor, c, s)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, A, B, ctx.factor, _, ctx.s = inputs
+        ctx.save_for_backward(weight, A, B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, A, B = ctx.saved_tensors
+        grad_A, grad_B = _factor_gradients(grad.clone(), weight, A, B, ctx.factor, ctx.s)
+        return None, grad_A, grad_B, None, None, None
+
+
+class _SparseLora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Weight,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        factor: Factor,
+        c: float,
+        s: float,
+        operation: Operation,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        W = weight if isinstance(weight, Tensor) else weight()
+        return operation.apply(x, effective_weight(W, A, B, factor, c, s).to(dtype or W.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, A, B, _, ctx.factor, ctx.c, ctx.s, ctx.operation, _ = inputs
+        ctx.weight = None if isinstance(weight, Tensor) else weight
+        ctx.save_for_backward(x, A, B, *([weight] if isinstance(weight, Tensor) else []))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, *kept = ctx.saved_tensors
+        W = ctx.weight() if ctx.weight else kept[0]
+        needs_x, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:5]
+        operation = ctx.operation
+        grad_x = grad_A = grad_B = None
+        if needs_x:
+            effective = effective_weight(W, A, B, ctx.factor, ctx.c, ctx.s).to(grad.dtype)
+            grad_x = operation.grad_input(grad, x, effective)
+            del effective
+        if needs_A or needs_B:
+            G = operation.grad_weight(grad, x, W)
+            grad_A, grad_B = _factor_gradients(G, W, A, B, ctx.factor, ctx.s)
+        grad_bias = operation.grad_bias(grad) if needs_bias else None
+        return grad_x, None, grad_A, grad_B, grad_bias, None, None, None, None, None

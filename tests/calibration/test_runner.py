@@ -1,0 +1,276 @@
+import contextlib
+import gc
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from peft_sparse import prune
+from peft_sparse.calibration.inputs import as_inputs, evaluation_mode
+from peft_sparse.calibration.runner import BlockRunner, on_device, stack_runners
+from peft_sparse.model.blocks import find_blocks, find_stacks
+
+from checks import assert_same_weights, inputs_by_hooks
+from conftest import ENCODER_DECODERS, FAMILIES, VOCABULARY, inputs_of, tiny
+
+
+@torch.no_grad()
+def states_by_hooks(model, batches):
+    """What goes into every block, and what comes out of every stack, while the whole model runs."""
+    states = {}
+
+    def into(name):
+        def hook(module, args, kwargs):
+            states.setdefault(name, []).append((args or [kwargs.get("hidden_states")])[0])
+
+        return hook
+
+    def out_of(name):
+        return lambda module, args, output: states.setdefault(name, []).append(
+            output if isinstance(output, torch.Tensor) else output[0]
+        )
+
+    hooks = [b.register_forward_pre_hook(into(n), with_kwargs=True) for n, b in find_blocks(model).items()]
+    for stack in find_stacks(model):
+        name, block = list(stack.items())[-1]
+        hooks.append(block.register_forward_hook(out_of(f"after {name}")))
+    for batch in batches:
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
+def states_by_the_engine(model, batches, **options):
+    states = {}
+    for runner in stack_runners(model, batches, **options):
+        for index, name in enumerate(runner.names):
+            states[name] = [runner.store.get(batch.hidden) for batch in runner.batches]
+            runner.advance(index)
+        states[f"after {name}"] = [runner.store.get(batch.hidden) for batch in runner.batches]
+    return states
+
+
+def padded(family, batch):
+    """The batch with its last tokens marked as padding, another number of them in every sequence and on every side."""
+    masks = {}
+    for number, (name, rows) in enumerate(batch.items()):
+        kept = torch.tensor([rows.shape[1] - (row + number) % 4 for row in range(len(rows))])
+        masks[name.replace("input_ids", "attention_mask")] = (torch.arange(rows.shape[1]) < kept[:, None]).long()
+    return batch | masks
+
+
+# -- the engine and the model's own pass -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activations", ["device", "cpu", "disk"])
+def test_what_comes_out_of_the_engine_is_what_the_model_computes(family, activations):
+    model, batch = tiny(family), inputs_of(family)
+    batches = [{name: rows[:4] for name, rows in batch.items()}, {name: rows[4:] for name, rows in batch.items()}]
+    if family != "vit":
+        batches[1] = padded(family, batches[1])
+    found, expected = states_by_the_engine(model, batches, activations=activations), states_by_hooks(model, batches)
+    assert found.keys() == expected.keys()
+    assert sum(name.startswith("after") for name in found) == (2 if family in ENCODER_DECODERS else 1)
+    for name, states in expected.items():
+        for state, own in zip(found[name], states, strict=True):
+            assert torch.equal(state, own), name
+
+
+def test_blocks_are_left_as_they_were(family):
+    model, batch = tiny(family).train(), inputs_of(family)
+    expected = {name: (id(module), module.training) for name, module in model.named_modules()}
+    with evaluation_mode(model):
+        before = model(**batch)[0]
+        states_by_the_engine(model, [batch])
+        assert torch.equal(model(**batch)[0], before)
+    assert_same_weights(model, tiny(family))
+    assert {name: (id(module), module.training) for name, module in model.named_modules()} == expected
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_blocks_own_forward_comes_back(llama, tokens):
+    block = llama.model.layers[1]
+    own = block.forward
+    block.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    patched = block.__dict__["forward"]
+    prune(llama, 0.5, criterion="wanda", calibration=tokens)
+    assert block.__dict__["forward"] is patched
+
+
+def test_a_stack_that_hands_on_more_than_hidden_states_is_run(tokens):
+    """Blocks that return more than hidden states, as T5's do, cannot be stood in for and still calibrate."""
+    stack, batches = HandsOnStack(), [{"input_ids": tokens}]
+    expected = states_by_hooks(stack, batches)
+    for name, states in states_by_the_engine(stack, batches).items():
+        assert torch.equal(states[0], expected[name][0])
+
+
+class HandsOn(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(8, 8)
+
+    def forward(self, hidden, bias=None):
+        bias = hidden.mean(-1, keepdim=True) if bias is None else bias
+        return self.inner(hidden) + bias, bias
+
+
+class HandsOnStack(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(VOCABULARY, 8)
+        self.block = torch.nn.ModuleList(HandsOn() for _ in range(3))
+
+    def forward(self, input_ids):
+        hidden, bias = self.embed(input_ids), None
+        for block in self.block:
+            hidden, bias = block(hidden, bias)
+        return hidden
+
+
+def test_only_one_block_of_a_class_runs_to_learn_how_blocks_are_called(llama, tokens):
+    ran = []
+    for name, block in find_blocks(llama).items():
+        block.mlp.register_forward_pre_hook(lambda module, args, name=name: ran.append(name))
+    next(stack_runners(llama, [{"input_ids": row[None]} for row in tokens]))
+    assert ran == ["model.layers.0"]
+
+
+def test_a_later_block_sees_its_pruned_predecessors(llama, tokens):
+    seen = {}
+
+    def spy(weight, statistics):
+        seen[tuple(weight.flatten()[:3].tolist())] = statistics.input_norm
+        return weight.abs()
+
+    dense = tiny("llama")
+    prune(llama, 0.5, criterion=spy, calibration=tokens)
+    # The first two blocks as they are now, the third as it was: what the third was measured on.
+    dense.model.layers[0], dense.model.layers[1] = llama.model.layers[0], llama.model.layers[1]
+    name = "model.layers.2.mlp.down_proj"
+    expected = inputs_by_hooks(dense, [{"input_ids": tokens}])[name].norm(dim=0)
+    found = seen[tuple(dense.get_submodule(name).weight.flatten()[:3].tolist())]
+    torch.testing.assert_close(found, expected)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_batches_share_what_they_have_in_common(family):
+    model, batch = tiny(family), inputs_of(family)
+    runner = next(stack_runners(model, [{"input_ids": row[None]} for row in batch["input_ids"]]))
+    tensors = {id(leaf) for b in runner.batches for c in b.calls for leaf in tree_leaves((c.args, c.kwargs))}
+    one = {id(leaf) for call in runner.batches[0].calls for leaf in tree_leaves((call.args, call.kwargs))}
+    assert tensors == one
+
+
+def test_arguments_of_batches_that_differ_are_kept_apart(llama, tokens):
+    batches = [padded("llama", {"input_ids": rows}) for rows in tokens.split(3)]
+    batches[1]["attention_mask"] = batches[1]["attention_mask"].flip(0)
+    first, second = next(stack_runners(llama, batches)).batches
+    one, other = first.calls[0].kwargs, second.calls[2].kwargs
+    assert not torch.equal(one["attention_mask"], other["attention_mask"])
+    assert all(a is b for a, b in zip(one["position_embeddings"], other["position_embeddings"], strict=True))
+
+
+def test_files_of_hidden_states_are_removed(llama, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    runner = next(stack_runners(llama, as_inputs(llama, tokens, 2), activations="disk"))
+    assert all(isinstance(batch.hidden, Path) for batch in runner.batches)
+    assert len(list(tmp_path.glob("*/*"))) == 3
+    runner.advance(0)
+    assert len(list(tmp_path.glob("*/*"))) == 3
+    del runner
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+    prune(llama, 0.5, criterion="wanda", calibration=tokens, activations="disk")
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+# -- residence -------------------------------------------------------------------------------------------------------
+
+
+def test_each_block_is_where_it_is_computed_for_its_turn_only(llama, tokens):
+    inside, turns, ran = [], [], []
+
+    @contextlib.contextmanager
+    def residence(name, block):
+        inside.append(name)
+        turns.append(name)
+        yield
+        inside.remove(name)
+
+    for name, block in find_blocks(llama).items():
+        block.mlp.register_forward_pre_hook(lambda module, args, name=name: ran.append((name, *inside)))
+    runner = BlockRunner(llama, find_blocks(llama), [{"input_ids": tokens}], residence=residence)
+    for index in range(3):
+        with runner.resident(index):
+            runner.run(index, lambda batch, call: None)
+            runner.advance(index)
+    names = [f"model.layers.{index}" for index in range(3)]
+    assert turns == names[:1] + names
+    assert list(dict.fromkeys(ran)) == [(name, name) for name in names]
+
+
+def test_a_block_is_moved_to_the_device_and_back(llama, monkeypatch):
+    block, moves = llama.model.layers[0], []
+    monkeypatch.setattr(block, "to", moves.append)
+    with contextlib.suppress(ZeroDivisionError), on_device("meta")("model.layers.0", block):
+        assert moves == ["meta"]
+        raise ZeroDivisionError
+    assert moves == ["meta", torch.device("cpu")]
+    for stays in (None, "cpu"):
+        with on_device(stays)("model.layers.0", block):
+            assert len(moves) == 2
+
+
+# -- calibration data ------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_is_split_into_batches(llama, tokens):
+    batches = as_inputs(llama, tokens, 4)
+    assert [list(batch) for batch in batches] == [["input_ids"]] * 2
+    assert [len(batch["input_ids"]) for batch in batches] == [4, 2]
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), tokens)
+
+
+def test_model_inputs_come_as_they_are(llama, tokens):
+    assert as_inputs(llama, iter([{"input_ids": tokens}]), 4) == [{"input_ids": tokens}]
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_tokens_go_to_both_sides_of_an_encoder_decoder(family, tokens):
+    model = tiny(family)
+    assert list(as_inputs(model, tokens)[0]) == ["input_ids", "decoder_input_ids"]
+    by_tensor, by_batch = tiny(family), tiny(family)
+    prune(by_tensor, 0.5, criterion="wanda", calibration=tokens, batch_size=6)
+    prune(by_batch, 0.5, criterion="wanda", calibration=[{"input_ids": tokens, "decoder_input_ids": tokens}])
+    assert_same_weights(by_tensor, by_batch)
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_an_error_of_the_model_is_reported_as_itself(llama, tokens, block):
+    class OwnError(Exception):
+        pass
+
+    def fail(*args, **kwargs):
+        raise OwnError("the model's own words")
+
+    llama.model.layers[block].mlp.forward = fail
+    with pytest.raises(OwnError, match="the model's own words"):
+        prune(llama, 0.5, criterion="wanda", calibration=tokens)
+    assert not any("forward" in layer.__dict__ for layer in llama.model.layers)
+
+
+def test_every_family_of_the_issue_is_here():
+    named = "llama mistral qwen2 qwen3 gemma2 gemma3 opt gpt2 gpt_neox phi mixtral qwen2_moe gpt_oss t5 bart vit"
+    assert set(named.split()) == set(FAMILIES)

@@ -1,0 +1,237 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from peft_sparse import MaskLoRAConfig
+from peft_sparse.model.blocks import (
+    active_experts,
+    base_layer,
+    block_of,
+    find_blocks,
+    find_stacks,
+    fused_experts,
+    hidden_size,
+    norm_names,
+    prunable_layers,
+    prunable_weights,
+    tied_to_embedding,
+)
+
+from conftest import CONFIGS, EXPERTS, tiny
+
+
+ATTENTION = {f"self_attn.{kind}_proj" for kind in "qkvo"}
+GATED = ATTENTION | {f"mlp.{kind}_proj" for kind in ("gate", "up", "down")}
+FUSED = {f"mlp.experts.{kind}.{expert}" for kind in ("gate_up_proj", "down_proj") for expert in range(4)}
+T5 = {f"layer.0.SelfAttention.{kind}" for kind in "qkvo"}
+T5_CROSS = {f"layer.1.EncDecAttention.{kind}" for kind in "qkvo"}
+OPT = {f"self_attn.{kind}_proj" for kind in "qkv"} | {"self_attn.out_proj", "fc1", "fc2"}
+BART_CROSS = {name.replace("self_attn", "encoder_attn") for name in OPT if "attn" in name}
+# The stacks of every family: where they are, how many blocks they have, which weights each of these holds.
+STACKS = dict.fromkeys(("llama", "qwen3", "gemma3"), {"model.layers": (3, GATED)})
+STACKS |= dict.fromkeys(("mistral", "qwen2", "gemma2"), {"model.layers": (2, GATED)})
+STACKS |= dict.fromkeys(("mixtral", "gpt_oss"), {"model.layers": (2, ATTENTION | FUSED)})
+STACKS |= {
+    "opt": {"model.decoder.layers": (3, OPT)},
+    "gpt2": {"transformer.h": (3, {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"})},
+    "gpt_neox": {
+        "gpt_neox.layers": (
+            2,
+            {"attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
+        )
+    },
+    "phi": {"model.layers": (2, ATTENTION - {"self_attn.o_proj"} | {"self_attn.dense", "mlp.fc1", "mlp.fc2"})},
+    "qwen2_moe": {
+        "model.layers": (2, ATTENTION | FUSED | {f"mlp.shared_expert.{kind}_proj" for kind in ("gate", "up", "down")})
+    },
+    "t5": {
+        "encoder.block": (2, T5 | {"layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wo"}),
+        "decoder.block": (2, T5 | T5_CROSS | {"layer.2.DenseReluDense.wi", "layer.2.DenseReluDense.wo"}),
+    },
+    "bart": {"model.encoder.layers": (2, OPT), "model.decoder.layers": (2, OPT | BART_CROSS)},
+    "vit": {"vit.layers": (2, {f"attention.{kind}_proj" for kind in "qkvo"} | {"mlp.fc1", "mlp.fc2"})},
+}
+
+
+def test_blocks_and_weights_of_every_family(family):
+    model = tiny(family)
+    stacks = STACKS[family]
+    blocks = [[f"{place}.{index}" for index in range(count)] for place, (count, _) in stacks.items()]
+    assert [list(stack) for stack in find_stacks(model)] == blocks
+    assert list(find_blocks(model)) == sum(blocks, [])
+    assert set(prunable_weights(model)) == {
+        f"{place}.{index}.{kind}"
+        for place, (count, kinds) in stacks.items()
+        for index in range(count)
+        for kind in kinds
+    }
+
+
+def test_weights_are_every_matrix_in_a_block_but_routers_and_tables(family):
+    model = tiny(family)
+    taken = {id(weight.storage) for weight in prunable_weights(model).values()}
+    blocks = find_blocks(model)
+    left = {
+        name.rpartition(".")[0].rpartition(".")[2] if name.endswith("weight") else name.rpartition(".")[2]
+        for name, parameter in model.named_parameters()
+        if block_of(name, blocks) and parameter.dim() > 1 and id(parameter) not in taken
+    }
+    expected = {
+        "mixtral": {"gate"},
+        "qwen2_moe": {"gate", "shared_expert_gate"},
+        "gpt_oss": {"router", "gate_up_proj_bias", "down_proj_bias"},
+        "t5": {"relative_attention_bias"},
+    }
+    assert left == expected.get(family, set())
+
+
+def test_every_expert_is_a_matrix_of_outputs_by_inputs():
+    for family, inner in (("mixtral", 24), ("qwen2_moe", 8), ("gpt_oss", 24)):
+        weights = prunable_weights(tiny(family))
+        for expert in range(4):
+            assert weights[f"model.layers.1.mlp.experts.gate_up_proj.{expert}"].shape == (2 * inner, 16)
+            assert weights[f"model.layers.1.mlp.experts.down_proj.{expert}"].shape == (16, inner)
+
+
+def test_only_stacks_of_matrices_are_experts():
+    """Not the short convolutions of state-space models, as torch's own layers or as bare parameters."""
+
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.conv = nn.Linear(8, 8), nn.Conv1d(8, 8, 4)
+            self.kernel = nn.Parameter(torch.randn(8, 1, 4))
+            self.experts = nn.Parameter(torch.randn(3, 8, 8))
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([Mixer()])})
+    assert list(fused_experts(model)) == ["layers.0.experts"]
+    assert list(prunable_weights(model)) == ["layers.0.proj", *(f"layers.0.experts.{expert}" for expert in range(3))]
+
+
+def test_experts_are_chosen_by_their_parameter():
+    model = tiny("mixtral")
+    down = [f"model.layers.{block}.mlp.experts.down_proj.{expert}" for block in range(2) for expert in range(4)]
+    assert list(prunable_weights(model, ["down_proj"])) == down
+    assert list(prunable_weights(model, r".*experts\.down_proj")) == down
+    assert not set(down) & set(prunable_weights(model, None, ["down_proj"]))
+    assert {name.rpartition(".")[2] for name in prunable_weights(model, "all-linear")} == {
+        f"{kind}_proj" for kind in "qkvo"
+    }
+    assert len(prunable_weights(model, ["lm_head", "gate_up_proj"])) == 1 + 8
+
+
+def test_weights_are_found_below_an_adapter():
+    for family in ("gpt2", "qwen2_moe"):
+        plain = tiny(family)
+        names = {name: weight.matrix().clone() for name, weight in prunable_weights(plain).items()}
+        config = MaskLoRAConfig(target_modules=["c_attn", "c_fc"], r=2)
+        if family in EXPERTS:
+            config = MaskLoRAConfig(target_modules=["q_proj"], target_parameters=["down_proj"], r=2)
+        found = prunable_weights(get_peft_model(plain, config))
+        assert list(found) == list(names)
+        assert all(torch.equal(weight.matrix(), names[name]) for name, weight in found.items())
+
+
+def test_of_a_module_that_an_adapter_copies_the_one_that_runs_is_found(llama):
+    original = llama.model.layers[0].mlp.down_proj
+    model = get_peft_model(llama, MaskLoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"]))
+    name = "model.layers.0.mlp.down_proj"
+    copy = llama.model.layers[0].mlp.modules_to_save["default"].down_proj
+    assert prunable_weights(model)[name].layer is copy
+    with model.disable_adapter():
+        assert prunable_weights(model)[name].layer is original
+    model.add_adapter("other", MaskLoRAConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    assert prunable_weights(model)[name].layer is original
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, "t5", "vit", "phi", "gpt_neox"])
+def test_hidden_states_between_blocks_are_as_wide_as_told(family):
+    assert hidden_size(tiny(family)) == 16
+
+
+def test_active_experts_are_the_share_that_sees_a_token():
+    assert active_experts(tiny("llama")) == 1
+    assert active_experts(tiny("mixtral")) == active_experts(tiny("gpt_oss")) == 2 / 4
+
+
+def test_names_lie_in_the_block_whose_name_they_begin_with():
+    blocks = dict.fromkeys(["layers.1", "layers.11"])
+    assert block_of("layers.11.mlp.up", blocks) == "layers.11"
+    assert block_of("layers.1.mlp.up", blocks) == block_of("layers.1", blocks) == "layers.1"
+    assert block_of("layers.2.mlp.up", blocks) is block_of("head", blocks) is None
+
+
+def test_weights_that_are_embeddings_too_are_told():
+    gpt2, llama = (prunable_weights(tiny(family), ["lm_head"]) for family in ("gpt2", "llama"))
+    assert tied_to_embedding(tiny("llama"), llama) == []
+    model = tiny("gpt2")
+    assert tied_to_embedding(model, prunable_weights(model, ["lm_head"])) == ["lm_head"]
+    assert tied_to_embedding(model, gpt2) == []
+
+
+def test_names_do_not_change_when_adapters_are_attached(llama):
+    before = list(prunable_layers(llama))
+    wrapped = get_peft_model(llama, MaskLoRAConfig(target_modules="all-linear", train_norms=True))
+    assert list(prunable_layers(wrapped)) == before
+    assert all(isinstance(base_layer(layer), nn.Linear) for layer in prunable_layers(wrapped).values())
+    assert len(norm_names(wrapped)) == 7
+
+
+def test_adapters_are_no_prunable_layers(llama):
+    wrapped = get_peft_model(llama, LoraConfig(target_modules=["q_proj"]))
+    assert not [name for name in prunable_layers(wrapped) if "lora" in name]
+
+
+def test_targets_follow_peft(llama):
+    assert set(prunable_layers(llama, ["q_proj"])) == {f"model.layers.{i}.self_attn.q_proj" for i in range(3)}
+    assert len(prunable_layers(llama, r".*\.1\..*", ["down_proj"])) == 6
+    assert prunable_layers(llama, "all-linear").keys() == prunable_layers(llama).keys()
+    assert list(prunable_layers(llama, ["lm_head"])) == ["lm_head"]
+    assert len(prunable_layers(llama, None, r".*mlp.*")) == 12
+
+
+def test_every_norm_is_recognised(model):
+    expected = {name for name, module in model.named_modules() if "norm" in name.rpartition(".")[2] or "ln_" in name}
+    assert set(norm_names(model)) == expected
+
+
+def test_norms_are_recognised_by_what_they_are():
+    class StrangeRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+    class NormedMixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4))
+
+    tree = nn.ModuleDict(
+        {"a": StrangeRMSNorm(), "b": NormedMixer(), "c": nn.BatchNorm2d(4), "d": nn.GroupNorm(2, 4), "e": nn.PReLU(4)}
+    )
+    assert norm_names(tree) == ["a", "c", "d"]
+
+
+def test_routers_are_left_alone_and_fused_experts_are_seen():
+    mixtral, qwen = tiny("mixtral"), tiny("qwen2_moe")
+    assert {name.rpartition(".")[2] for name in prunable_layers(mixtral)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not [name for name in prunable_layers(qwen) if "gate" in name.rpartition(".")[2] and "proj" not in name]
+    assert len(fused_experts(mixtral)) == 4
+
+
+def test_a_router_beside_a_list_of_experts_is_left_alone():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(8, 4)
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(4))
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])})
+    assert len(prunable_layers(model)) == 8
+    assert not [name for name in prunable_layers(model) if name.endswith("gate")]
+
+
+def test_tiny_models_start_equal():
+    assert torch.equal(tiny("llama").lm_head.weight, tiny("llama").lm_head.weight)

@@ -1,0 +1,297 @@
+"""compact: the same outputs from fewer parameters, and back from disk with Transformers alone wherever it can."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+
+from peft_sparse import SparseTrainer, SparseTrainingArguments, compact, prune, prune_structured, sparsity
+from peft_sparse.structured.saving import MODEL_TYPE
+from peft_sparse.structured.units import find_units
+
+from conftest import GATED, SIZES, tiny
+from test_flap import SUPPORTED, grouped, with_biases
+
+
+# Whose configuration says what compensated layers of one width need, with nothing of ours imported.
+PLAIN_IF_UNIFORM = {"llama", "phi"}
+PLAIN_WITHOUT_COMPENSATION = PLAIN_IF_UNIFORM | {"qwen3", "gemma3", "mistral", "qwen2", "gemma2"}
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops(model, tokens):
+    with FlopCounterMode(display=False) as counter:
+        model(tokens)
+    return counter.get_total_flops()
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def load_elsewhere(folder, tokens):
+    """Logits of the saved model in a process that knows transformers alone."""
+    torch.save(tokens, folder / "tokens.pt")
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        "model, folder = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval(), sys.argv[1]\n"
+        "torch.save(model(torch.load(f'{folder}/tokens.pt')).logits.detach(), f'{folder}/logits.pt')\n"
+        "assert 'peft_sparse' not in sys.modules"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return torch.load(folder / "logits.pt")
+
+
+@pytest.mark.parametrize("structure", ["al-am", "ul-um"])
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_outputs_stay_and_the_model_shrinks_and_reloads(family, structure, tokens, tmp_path):
+    model = with_biases(family)
+    dense_flops = flops(model, tokens)
+    report = prune_structured(model, 0.4, structure=structure, calibration=tokens)
+    expected, masked_parameters = logits(model, tokens), parameters(model)
+    assert compact(model) is model
+    assert torch.allclose(logits(model, tokens), expected, atol=1e-6)
+    # Zeros that fill up the biases of q, k, v, gate and up go with their units.
+    assert masked_parameters - parameters(model) >= report.parameters_removed
+    assert flops(model, tokens) < 0.85 * dense_flops
+    assert (type(model).__name__.startswith("Compact")) == (structure == "al-am" or family not in PLAIN_IF_UNIFORM)
+    model.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(back) is type(model)
+    assert torch.equal(logits(back, tokens), logits(model, tokens))
+    prompt = tokens[:2, :4]
+    cached = back.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=True)
+    assert torch.equal(cached, model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_without_compensation_equal_widths_need_nothing_of_ours(family, tokens):
+    model = with_biases(family)
+    prune_structured(model, 0.4, structure="ul-um", calibration=tokens, compensate=False)
+    expected = logits(model, tokens)
+    compact(model)
+    assert (type(model) is type(tiny(family))) == (family in PLAIN_WITHOUT_COMPENSATION)
+    assert torch.allclose(logits(model, tokens), expected, atol=1e-6)
+
+
+PLAIN, BIASES, OWN = "Transformers alone", "`import peft_sparse` for biases", "`import peft_sparse`"
+OTHERS = {
+    "Granite": PLAIN,
+    "SmolLM3": PLAIN,
+    "Starcoder2": PLAIN,
+    "Nemotron": PLAIN,
+    "Gemma": BIASES,
+    "Cohere": BIASES,
+    "Olmo": BIASES,
+    "Ernie4_5": BIASES,
+    "SeedOss": BIASES,
+    "StableLm": OWN,
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_the_documented_families_load_as_documented(family, tokens, tmp_path):
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, f"{family}Config")(**SIZES, **GATED, **special)
+    for compensate in (True, False):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+        prune_structured(model, 0.3, structure="ul-um", calibration=tokens, compensate=compensate)
+        expected = logits(model, tokens)
+        compact(model)
+        assert torch.allclose(logits(model, tokens), expected, atol=1e-6)
+        assert type(model).__name__.startswith("Compact") == (
+            OTHERS[family] == OWN or (OTHERS[family] == BIASES and compensate)
+        )
+        model.save_pretrained(tmp_path / str(compensate))
+        back = AutoModelForCausalLM.from_pretrained(tmp_path / str(compensate)).eval()
+        assert torch.equal(logits(back, tokens), logits(model, tokens))
+
+
+def test_transformers_alone_loads_equal_widths(tokens, tmp_path):
+    model = tiny("llama")
+    prune_structured(model, 0.4, structure="ul-um", calibration=tokens)
+    masked = logits(model, tokens)
+    model.save_pretrained(tmp_path / "masked")
+    compact(model)
+    model.save_pretrained(tmp_path / "compact")
+    saved = json.loads((tmp_path / "compact" / "config.json").read_text())
+    assert (saved["model_type"], saved["num_attention_heads"], saved["num_key_value_heads"]) == ("llama", 2, 1)
+    assert (saved["head_dim"], saved["attention_bias"], saved["mlp_bias"]) == (4, True, True)
+    assert torch.allclose(load_elsewhere(tmp_path / "masked", tokens), masked, atol=1e-6)
+    assert torch.allclose(load_elsewhere(tmp_path / "compact", tokens), masked, atol=1e-6)
+
+
+def test_opt_without_neurons_needs_nothing_of_ours(tokens, tmp_path):
+    model = with_biases("opt")
+    prune_structured(model, 0.4, structure="ul-um", target="mlp", calibration=tokens)
+    compact(model).save_pretrained(tmp_path)
+    assert model.config.ffn_dim == 14
+    assert torch.allclose(load_elsewhere(tmp_path, tokens), logits(model, tokens), atol=1e-6)
+
+
+def test_other_widths_name_the_package_they_need(tokens, tmp_path):
+    model = tiny("llama")
+    prune_structured(model, 0.4, calibration=tokens)
+    compact(model).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == MODEL_TYPE == "peft_sparse_compact"
+    widths = [(units.count, units.count * units.heads_per_unit) for units in find_units(model)]
+    assert [entry["neurons"] for entry in saved["layer_widths"]] == [count for count, _ in widths[1::2]]
+    assert [entry["heads"] for entry in saved["layer_widths"]] == [heads for _, heads in widths[::2]]
+    with pytest.raises(AssertionError, match=MODEL_TYPE):
+        load_elsewhere(tmp_path, tokens)
+
+
+def test_masks_with_new_biases_survive_saving_in_every_family(tokens, tmp_path):
+    for family in SUPPORTED:
+        model = tiny(family)
+        prune_structured(model, 0.3, calibration=tokens)
+        model.save_pretrained(tmp_path / family)
+        back = AutoModelForCausalLM.from_pretrained(tmp_path / family).eval()
+        assert torch.equal(logits(back, tokens), logits(model, tokens)), family
+        assert sparsity(back) == sparsity(model)
+
+
+def test_a_compact_model_is_pruned_and_compacted_again(tokens, tmp_path):
+    model = tiny("qwen3")
+    for ratio in (0.2, 0.3):
+        prune_structured(model, ratio, calibration=tokens)
+        masked = logits(model, tokens)
+        compact(model)
+        assert torch.allclose(logits(model, tokens), masked, atol=1e-6)
+        assert type(model).__name__ == "CompactQwen3ForCausalLM"
+        model.save_pretrained(tmp_path, max_shard_size="5KB")
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), logits(model, tokens))
+
+
+def test_other_heads_of_the_model_load_too(tokens, tmp_path):
+    model = tiny("llama")
+    prune_structured(model, 0.4, calibration=tokens)
+    compact(model).save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(base(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+    assert AutoConfig.from_pretrained(tmp_path).hidden_size == 16
+    assert type(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))) is type(model)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+@torch.no_grad()
+def test_single_query_heads_go_where_every_key_head_loses_as_many(kv_heads, tokens):
+    model = grouped(kv_heads)
+    group = 6 // kv_heads
+    first = find_units(model)[0]
+    dead = torch.zeros(kv_heads, group, dtype=torch.bool)
+    dead[:, 0] = group > 1
+    dead[0] |= kv_heads > 1
+    first.output.weight[:, dead.flatten().repeat_interleave(4)] = 0
+    before = logits(model, tokens)
+    compact(model)
+    assert torch.allclose(logits(model, tokens), before, atol=1e-6)
+    kept = find_units(model)[0]
+    assert kept.count == max(kv_heads - 1, 1)
+    assert kept.heads_per_unit == max(group - 1, 1)
+
+
+@torch.no_grad()
+def test_heads_that_cannot_go_alone_stay(tokens):
+    model = grouped(2)
+    find_units(model)[0].output.weight[:, :4] = 0
+    before, size = logits(model, tokens), parameters(model)
+    compact(model)
+    assert torch.equal(logits(model, tokens), before)
+    assert parameters(model) == size
+
+
+@torch.no_grad()
+def test_a_layer_without_any_head_or_neuron_keeps_one(tokens):
+    model = tiny("llama")
+    for units in find_units(model)[:2]:
+        units.output.weight.zero_()
+    before = logits(model, tokens)
+    compact(model)
+    assert torch.allclose(logits(model, tokens), before, atol=1e-6)
+    assert [(units.count, units.heads_per_unit) for units in find_units(model)[:2]] == [(1, 1), (1, 1)]
+
+
+def test_heads_that_do_not_divide_the_hidden_size_are_beyond_llamas_configuration(tokens, tmp_path):
+    # LlamaConfig refuses 5 heads of hidden size 24, whatever `head_dim`.
+    model = grouped(6)
+    prune_structured(model, 0.1, structure="ul-um", target="attention", calibration=tokens, compensate=False)
+    compact(model).save_pretrained(tmp_path)
+    assert type(model) is not LlamaForCausalLM
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), logits(model, tokens))
+
+
+def test_compact_changes_nothing_without_dead_units(tokens):
+    model = tiny("llama")
+    prune(model, 0.3)
+    before, config = copy.deepcopy(model), model.config.to_dict()
+    compact(model)
+    assert type(model) is LlamaForCausalLM
+    assert model.config.to_dict() == config
+    assert torch.equal(logits(model, tokens), logits(before, tokens))
+
+
+def test_another_model_of_the_same_configuration_is_left_alone(tokens):
+    config = tiny("llama").config
+    one, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    for structure in ("ul-um", "al-am"):
+        prune_structured(one, 0.3, structure=structure, calibration=tokens)
+        compact(one)
+    assert other.config is config
+    assert type(config).__name__ == "LlamaConfig"
+    assert (config.attention_bias, config.num_attention_heads) == (False, 4)
+    assert all(module.config is one.config for module in one.modules() if hasattr(module, "config"))
+
+
+def test_compact_models_are_pickled(tokens):
+    model = tiny("qwen3")
+    prune_structured(model, 0.4, calibration=tokens)
+    back = pickle.loads(pickle.dumps(compact(model)))
+    assert type(back) is type(model)
+    assert torch.equal(logits(back, tokens), logits(model, tokens))
+
+
+def test_gradients_and_frozen_parameters_survive(tokens):
+    model = tiny("llama").requires_grad_(False)
+    prune_structured(model, 0.4, calibration=tokens)
+    compact(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_trainer_trains_and_saves_a_compact_model(tokens, tmp_path):
+    model = tiny("qwen3")
+    prune_structured(model, 0.4, calibration=tokens)
+    compact(model)
+    arguments = SparseTrainingArguments(tmp_path, max_steps=2, use_cpu=True, report_to="none", learning_rate=1e-2)
+    samples = [{"input_ids": row, "labels": row} for row in tokens]
+    trainer = SparseTrainer(model, arguments, train_dataset=samples)
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert torch.equal(logits(back.eval(), tokens), logits(model.eval(), tokens))
+
+
+def test_a_static_cache_generates_the_same(tokens):
+    model = tiny("llama")
+    prune_structured(model, 0.4, calibration=tokens)
+    compact(model)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    dynamic = model.generate(tokens[:1], **options)
+    assert torch.equal(
+        model.generate(tokens[:1], cache_implementation="static", disable_compile=True, **options), dynamic
+    )
