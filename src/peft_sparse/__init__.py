@@ -11,11 +11,16 @@ Importing the package registers its tuners with PEFT.
 from .calibration.statistics import Statistics
 from .calibration.text import pack_sequences, sample_sequences
 from .evaluation.perplexity import perplexity
-from .planning import plan, plan_reconstruction, plan_training
+from .planning import plan_pruning, plan_reconstruction, plan_training
+from .pruning.allocation import ERK, LAMP, OWL, GlobalMagnitude, Uniform, UniformPlus
 from .pruning.checkpoint import prune_checkpoint
-from .pruning.criteria import Criterion
+from .pruning.criteria import GBLM, RIA, Criterion, Magnitude, Random, Wanda
+from .pruning.least_squares import LeastSquares
 from .pruning.patterns import SemiStructured, Unstructured
 from .pruning.prune import prune, sparsity
+from .pruning.refinement import DSnoT, Swap
+from .pruning.report import PruningReport
+from .pruning.sparsegpt import SparseGPT
 from .reconstruction import reconstruct, reconstruct_checkpoint
 from .structured import compact, prune_structured
 from .training.arguments import SparseTrainingArguments
@@ -28,23 +33,39 @@ from .tuners import MaskLoRAConfig, ScaledLoRAConfig
 
 
 __all__ = [
+    "ERK",
+    "GBLM",
+    "LAMP",
+    "OWL",
+    "RIA",
     "Criterion",
     "CubicSchedule",
+    "DSnoT",
     "FreezingCallback",
+    "GlobalMagnitude",
+    "LeastSquares",
+    "Magnitude",
     "MaskLoRAConfig",
     "PruningCallback",
     "PruningCycles",
+    "PruningReport",
+    "Random",
     "ScaledLoRAConfig",
     "SemiStructured",
+    "SparseGPT",
     "SparseTrainer",
     "SparseTrainingArguments",
     "Statistics",
+    "Swap",
+    "Uniform",
+    "UniformPlus",
     "Unstructured",
+    "Wanda",
     "ZeroGuardCallback",
     "compact",
     "pack_sequences",
     "perplexity",
-    "plan",
+    "plan_pruning",
     "plan_reconstruction",
     "plan_training",
     "prune",

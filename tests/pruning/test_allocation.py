@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.model.weights import WeightView
-from peft_sparse.pruning.allocation import METHODS, allocate, apportion, owl_semi_structured
+from peft_sparse.pruning.allocation import ALLOCATIONS, OWL, Budget, allocate, apportion
 from peft_sparse.pruning.patterns import SemiStructured, number_to_prune, select_across
 
 
@@ -60,7 +60,7 @@ def entries_and_zeros(weights):
     return [m.numel() for m in matrices], [int((m == 0).sum()) for m in matrices]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALLOCATIONS)
 @settings(max_examples=60)
 @given(weights=models(), sparsity=st.floats(0, 0.999), seed=st.integers(0, 99))
 def test_the_total_is_exact_and_no_weight_leaves_its_bounds(method, weights, sparsity, seed):
@@ -233,7 +233,7 @@ def test_every_weight_keeps_one_entry_whatever_the_scores(method, dtype):
 def test_a_weight_of_zeros_alone_changes_nothing_for_the_others():
     layers = [weight([[1, -8], [3, 4]]), weight([[0, 0, 0]]), weight([[-2, 5, 6, 7]])]
     assert counts("global", layers, 7 / 11) == [3, 3, 1]
-    for method in METHODS:
+    for method in ALLOCATIONS:
         assert sum(counts(method, layers, 7 / 11)) == 7
         assert counts(method, layers, 7 / 11)[1] == 3
 
@@ -252,9 +252,9 @@ def test_owl_by_hand():
     blocks = {name: name[0] for name in layers}
     # D is 10 and 0 percent, r 0.16 and 0, density 0.5 ± 0.08.
     assert counts("owl", layers, 0.5, blocks) == [42, 42, 58, 58]
-    assert counts("owl", layers, 0.5, blocks, spread=0.2) == [30, 30, 70, 70]
+    assert counts(OWL(spread=0.2), layers, 0.5, blocks) == [30, 30, 70, 70]
     # Beyond 1.9 · 6 nothing is an outlier.
-    assert counts("owl", layers, 0.5, blocks, outlier_factor=6.0) == [50, 50, 50, 50]
+    assert counts(OWL(outlier_factor=6.0), layers, 0.5, blocks) == [50, 50, 50, 50]
     # Each in its own block outside of all.
     assert counts("owl", layers, 0.5, dict.fromkeys(layers)) == [42, 42, 58, 58]
 
@@ -332,7 +332,7 @@ def test_fewer_zeros_than_there_are_are_refused():
 
 def n_of(layers, pattern, blocks, **options):
     norms = {name: torch.ones(layer.shape[1]) for name, layer in layers.items()}
-    found = owl_semi_structured(layers, pattern, blocks=blocks, input_norms=norms, **options)
+    found = OWL(**options).mixed(Budget(layers, [], [], 0, blocks, norms), pattern)
     assert {(p.m, p.allow_ragged) for p in found.values()} == {(pattern.m, pattern.allow_ragged)}
     return [p.n for p in found.values()]
 
@@ -382,6 +382,6 @@ def test_scores_of_one_weight_are_read_at_a_time():
             return matrix
 
     layers = [Counted(linear(4, 6).layer) for _ in range(5)]
-    for method in METHODS:
+    for method in ALLOCATIONS:
         counts(method, layers, 0.5)
     assert most[0] == 1

@@ -7,7 +7,7 @@ import torch
 
 from peft_sparse import SemiStructured, prune, sparsity
 from peft_sparse.model.blocks import prunable_weights
-from peft_sparse.pruning.allocation import METHODS
+from peft_sparse.pruning.allocation import ALLOCATIONS
 from peft_sparse.pruning.patterns import number_to_prune
 from peft_sparse.pruning.refinement import REFINEMENTS
 
@@ -31,7 +31,7 @@ def calibration_of(family):
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
-@pytest.mark.parametrize("allocation", METHODS)
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_every_allocation_prunes_exactly_what_was_asked_in_all(llama, tokens, allocation, criterion):
     size = sum(weight.matrix().numel() for weight in prunable_weights(llama).values())
     report = prune(llama, 0.617, criterion=criterion, allocation=allocation, calibration=tokens)

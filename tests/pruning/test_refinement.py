@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_sparse.calibration.statistics import Statistics
-from peft_sparse.pruning.criteria import wanda
+from peft_sparse.pruning.criteria import Wanda
 from peft_sparse.pruning.patterns import SemiStructured, Unstructured, select
-from peft_sparse.pruning.refinement import REFINEMENTS, dsnot, find_refinement, row_error, swap
+from peft_sparse.pruning.refinement import REFINEMENTS, DSnoT, Swap, dsnot, find_refinement, row_error, swap
 
 
 PATTERNS = [
@@ -37,7 +37,7 @@ def problem(rows=6, columns=8, seed=0, pattern=PATTERNS[0], group="row", dtype=t
         tokens=40,
         sequences=4,
     )
-    return W, select(wanda(W, statistics), pattern, group), statistics
+    return W, select(Wanda().score(W, statistics), pattern, group), statistics
 
 
 def error_by_definition(w, kept, hessian):
@@ -71,7 +71,7 @@ def counts(mask, pattern):
 
 
 REFINE = {
-    **{name: refinement.function for name, refinement in REFINEMENTS.items()},
+    **{name: refinement().refine for name, refinement in REFINEMENTS.items()},
     "swap, few candidates": lambda W, mask, s, pattern: swap(W, mask, s.hessian, pattern, candidates=2)[0],
     "dsnot, threshold 0": lambda W, mask, s, pattern: dsnot(W, mask, s, pattern, threshold=0.0),
 }
@@ -343,5 +343,14 @@ def test_dsnot_brings_most_rows_below_the_threshold():
 
 
 def test_refinements_are_found_by_name():
-    assert find_refinement("dsnot").needs == ("inputs", "moments")
-    assert find_refinement("swap").needs == ("hessian",)
+    assert find_refinement("dsnot")[1].needs == ("inputs", "moments")
+    assert find_refinement("swap")[1].needs == ("hessian",)
+    assert find_refinement(Swap(max_swaps=3)) == ("swap(max_swaps=3)", Swap(max_swaps=3))
+
+
+def test_the_numbers_of_a_refinement_are_used():
+    W, mask, statistics = problem(rows=8, columns=32)
+    moved = [(r.refine(W, mask, statistics, PATTERNS[0]) != mask).sum(1).max() for r in (DSnoT(2), Swap(2))]
+    assert moved == [4, 4]
+    assert torch.equal(DSnoT(threshold=1e9).refine(W, mask, statistics, PATTERNS[0]), mask)
+    assert torch.equal(Swap(tolerance=1.0).refine(W, mask, statistics, PATTERNS[0]), mask)

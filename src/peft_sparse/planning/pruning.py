@@ -1,9 +1,8 @@
-"""What a pruning run will take, from names and shapes alone."""
+"""Estimates memory and time of a pruning run from names and shapes, without loading a weight."""
 
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -14,33 +13,35 @@ from ..calibration.statistics import Need, sampled_per_batch
 from ..calibration.text import SEQUENCE_LENGTH
 from ..model.blocks import Targets, active_experts, find_blocks, hidden_size, prunable_weights
 from ..model.weights import WeightView
+from ..pruning.allocation import Allocation
 from ..pruning.checkpoint import empty_model
-from ..pruning.criteria import Criterion, Score
-from ..pruning.least_squares import MAX_ITERATIONS
+from ..pruning.criteria import CriterionLike
+from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import Group, Pattern, SemiStructured
-from ..pruning.refinement import CANDIDATES, MAX_CYCLES, MAX_SWAPS, rows_of_chunk
-from ..pruning.task import PatternLike, PruningTask, plan_pruning
+from ..pruning.refinement import DSnoT, Refinement, Swap, rows_of_chunk
+from ..pruning.task import PatternLike, PruningTask
 from .simulation import GIB, Described
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Memory in bytes and time in seconds that a pruning run will take: estimates from above, not measurements.
+    """The memory in bytes and the time in seconds that a pruning run will take. Both are upper estimates.
 
     Args:
-        blocks, weights: how many there are to prune.
-        model_bytes: all parameters.
-        block_bytes: parameters of the largest block.
-        outside_bytes: parameters outside the blocks.
-        activation_bytes: hidden states between blocks, of all calibration sequences.
-        activations: where these wait; on disk they take no memory.
-        statistics_bytes: what is measured for the weights of one block, inputs kept to report errors on included;
-            inputs that weights share are counted for each.
-        gradient_bytes: sums of gradients, and the largest gradient.
-        working_bytes: outputs of one block's layers on one batch, and scores, refinement, update or solver of the
-            weight that takes most.
-        flops: floating-point operations.
-        seconds: at the speed given or measured.
+        blocks: the number of blocks of the model.
+        weights: the number of weights that are pruned.
+        model_bytes: the parameters of the model.
+        block_bytes: the parameters of the largest block.
+        outside_bytes: the parameters outside of the blocks.
+        activation_bytes: the hidden states of all calibration sequences between two blocks.
+        activations: where the hidden states wait. On disk they take no memory.
+        statistics_bytes: the statistics of the weights of one block, and the sampled inputs that output errors are
+            reported on. Inputs that several weights share are counted for each of them.
+        gradient_bytes: the sums of gradients, and the largest gradient.
+        working_bytes: the outputs of one block's layers on one batch; and the scores, refinement, update or solver of
+            the weight that takes most.
+        flops: the number of floating-point operations.
+        seconds: the time at the given or the measured speed.
     """
 
     blocks: int
@@ -58,12 +59,12 @@ class PruningPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """`prune` on a loaded model."""
+        """The peak of `prune` on a loaded model."""
         return self.model_bytes + self._beside_weights()
 
     @property
     def streamed_bytes(self) -> int:
-        """`prune_checkpoint`."""
+        """The peak of `prune_checkpoint`."""
         return self.outside_bytes + self.block_bytes + self._beside_weights()
 
     def _beside_weights(self) -> int:
@@ -82,49 +83,81 @@ class PruningPlan:
         )
 
 
-def plan(
+def plan_pruning(
     model: Described,
-    pattern: PatternLike | Mapping[str, PatternLike],
+    pattern: PatternLike | Mapping[str, PatternLike] | None = None,
     *,
-    criterion: str | Score | Criterion = "magnitude",
+    sparsity: float | None = None,
+    criterion: CriterionLike = "magnitude",
     group: Group | None = None,
-    refinement: Literal["dsnot", "swap"] | None = None,
-    update: bool = False,
+    allocation: str | Allocation | Mapping[str, float] | None = None,
+    refinement: str | Refinement | None = None,
+    update: bool | LeastSquares = False,
     target_modules: Targets = None,
     exclude_modules: Targets = None,
+    prune_tied: bool = False,
     sequences: int = 128,
     length: int = SEQUENCE_LENGTH,
     batch_size: int = 1,
     activations: Activations = "device",
     flops_per_second: float | None = None,
 ) -> PruningPlan:
-    """Return what `prune` or `prune_checkpoint` will take, before a weight is loaded.
+    """Estimate the memory and time of `prune` and `prune_checkpoint` before a weight is loaded.
 
     Args:
-        model: a model, also one on the meta device; a configuration; or the folder or name of a saved one.
-        sequences, length: the calibration data, in sequences and tokens of each.
-        flops_per_second: speed of matrix products; by default measured here, on the CPU in float32, for half a second.
-        everything else: as in `prune`.
+        model: a model, which may be on the meta device; a configuration; or the folder or name of a saved model.
+        pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
+            `Unstructured` or `SemiStructured`. A dict gives one of these per layer: its keys are names, name endings
+            or regular expressions for the whole name, the first key that matches counts, and a layer that no key
+            matches is not pruned.
+        sparsity: another way to write a `pattern` that is a number.
+        criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; or one of these as a value with its
+            numbers, such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores
+            (out, in), higher = kept; or a `Criterion`, which also says what the function needs.
+        group: which entries are compared with each other: "row" (one output), "matrix" or "model". By default the
+            group of the criterion's paper. n:m compares within each m entries and SparseGPT within blocks of columns,
+            so these take no group.
+        allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
+            "owl"; or one of these as a value, such as `OWL(spread=0.1)`; or a dict of sparsities, with keys as in
+            `pattern`, that together give the requested total. The total is exact to the entry. n:m works with "owl",
+            which mixes several n.
+        refinement: "dsnot" or "swap", or a value such as `Swap(max_swaps=100)`: exchange pruned entries for kept ones
+            after the criterion has selected.
+        update: True, or a `LeastSquares` with its numbers: set the kept weights to the solution of a regularised
+            least-squares problem, see `masked_least_squares`.
+        target_modules: which layers are pruned: a list of names or name endings, or a regular expression for the whole
+            name, as in PEFT. By default every linear layer and every fused expert inside the blocks.
+        exclude_modules: which layers are not pruned, in the same form.
+        prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
+        sequences: the number of calibration sequences.
+        length: the number of tokens of a calibration sequence.
+        batch_size: how many sequences of a tensor of token ids run together.
+        activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
+        flops_per_second: the speed of matrix products. By default it is measured on this machine's CPU in float32,
+            which takes half a second.
 
     Raises:
-        ValueError: as `prune`, for what does not depend on the weights' values.
+        TypeError: `update` is neither a bool nor a `LeastSquares`.
+        ValueError: an argument is invalid, see `prune`.
     """
     check_activations(activations)
     if not isinstance(model, nn.Module):
         model = empty_model(model if isinstance(model, PretrainedConfig) else AutoConfig.from_pretrained(model))
-    task = plan_pruning(
+    task = PruningTask.of(
         model,
         pattern,
-        criterion,
-        group,
-        target_modules,
-        exclude_modules,
-        True,
+        sparsity=sparsity,
+        criterion=criterion,
+        group=group,
+        allocation=allocation,
         refinement=refinement,
         update=update,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        prune_tied=prune_tied,
         loaded=False,
     )
-    blocks = find_blocks(model)
+    blocks = task.blocks
     per_block = {name: _bytes(block) for name, block in blocks.items()}
     total, inside = _bytes(model), sum(per_block.values())
     calibrated = bool(task.needs)
@@ -152,18 +185,18 @@ def plan(
 
 
 def batch_tokens(sequences: int, length: int, batch_size: int) -> list[int]:
-    """Return how many tokens each batch of the calibration data has."""
+    """Return the number of tokens of each batch of the calibration data."""
     return [length * min(batch_size, sequences - first) for first in range(0, sequences, batch_size)]
 
 
 def measured_bytes(
     weights: dict[str, WeightView], needs: Collection[Need], batches: list[int], item: int
 ) -> tuple[int, int]:
-    """Return the bytes of what is measured for `weights`, and of their outputs on one batch.
+    """Return the bytes of the statistics of `weights`, and the bytes of their outputs on one batch.
 
     Args:
-        batches: tokens of each batch.
-        item: bytes of an activation.
+        batches: the number of tokens of each batch.
+        item: the bytes of one activation.
     """
     shapes = [weight.shape for weight in weights.values()]
     sampled = sum(min(rows, sampled_per_batch(len(batches))) for rows in batches)
@@ -173,14 +206,16 @@ def measured_bytes(
 
 
 def selecting_bytes(weight: WeightView, task: PruningTask, pattern: Pattern) -> int:
-    """Return the most that scores, refinement, update or solver of one weight take, beside its statistics."""
+    """Return the bytes that scores, refinement, update or solver of one weight take in addition to its statistics."""
     m, n = weight.shape
     taken = [12 * m * n + (4 * n * n if "hessian" in task.rule.needs else 0)]
-    if task.refinement == "dsnot":
-        taken.append(2 * m * n + min(m, rows_of_chunk(weight.matrix(), n)) * (28 * n + 48 * min(MAX_CYCLES, n)))
-    if task.refinement == "swap":
+    refinement = None if task.refinement is None else task.refinement[1]
+    if isinstance(refinement, DSnoT):
+        rows = min(m, rows_of_chunk(weight.matrix(), n))
+        taken.append(2 * m * n + rows * (28 * n + 48 * min(refinement.max_cycles, n)))
+    if isinstance(refinement, Swap):
         group = pattern.m if isinstance(pattern, SemiStructured) else None
-        listed = min(CANDIDATES, -(-n // (group or 1)))
+        listed = min(refinement.candidates, -(-n // (group or 1)))
         widest = n * (group or (listed + 1) // 2)
         rows = min(m, rows_of_chunk(weight.matrix(), max(4 * listed**2, widest)))
         taken.append(2 * m * n + rows * (max(64 * listed**2, 4 * widest * (2 if group else 1)) + 40 * n))
@@ -190,11 +225,11 @@ def selecting_bytes(weight: WeightView, task: PruningTask, pattern: Pattern) -> 
 
 
 def _flops(model: nn.Module, task: PruningTask, tokens: int, length: int) -> float:
-    """Two passes through the blocks, a Hessian and solvers for each weight, forward and backward for gradients."""
+    """Return the operations of two passes through the blocks, and of statistics, gradients and solvers."""
     if not task.needs:
         return 10.0 * sum(rows * columns for rows, columns in _shapes(task))
     share = active_experts(model)
-    # Whatever is pruned, the blocks run whole.
+    # The blocks run as a whole, also if only some of their weights are pruned.
     multiplied = sum(w.matrix().numel() * (1 if w.expert is None else share) for w in prunable_weights(model).values())
     attention = len(find_blocks(model)) * length * hidden_size(model)
     forward = 2.0 * tokens * (multiplied + attention)
@@ -202,9 +237,10 @@ def _flops(model: nn.Module, task: PruningTask, tokens: int, length: int) -> flo
     if "gradients" in task.needs:
         flops += 3 * forward
     if "hessian" in task.needs:
-        # As many as are taken at most.
-        rounds = -(-MAX_SWAPS // CANDIDATES) if task.refinement == "swap" else 0
-        products = 2 * (rounds + MAX_ITERATIONS * task.update)
+        # Solvers and swaps are counted with the largest number of iterations that they may take.
+        swaps = task.refinement[1] if task.refinement else None
+        rounds = -(-swaps.max_swaps // swaps.candidates) if isinstance(swaps, Swap) else 0
+        products = 2 * (rounds + (task.update.max_iterations if task.update else 0))
         for weight in task.weights.values():
             rows, columns = weight.shape
             seen = tokens * (1 if weight.expert is None else share)

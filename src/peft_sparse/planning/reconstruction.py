@@ -21,8 +21,9 @@ from ..model.blocks import Targets, attention_and_mlp, find_stacks
 from ..model.masks import mask_of
 from ..model.weights import WeightView
 from ..pruning.criteria import Criterion, Score
+from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import Group
-from ..pruning.task import PatternLike, PruningTask, plan_pruning
+from ..pruning.task import PatternLike, PruningTask
 from ..reconstruction.checks import check_amounts, check_choices, check_models, check_task
 from ..reconstruction.fitting import Loss, Recipe, fit, trainable
 from ..reconstruction.regions import Region, RegionSize, regions_of_blocks, widened, widened_call
@@ -128,8 +129,14 @@ def plan_reconstruction(
     check_activations(activations)
     whole = described(model, dtype)
     check_models(whole, None)
-    task = plan_pruning(
-        whole, pattern, criterion, group, target_modules, exclude_modules, prune_tied=False, loaded=False
+    task = PruningTask.of(
+        whole,
+        pattern,
+        criterion=criterion,
+        group=group,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        loaded=False,
     )
     check_task(task, tuner)
     recipe = Recipe(
@@ -239,7 +246,7 @@ class _Work:
         weights = {name: weight for name, weight in self.task.weights.items() if region.holds(weight.storage)}
         if self.size == "matrix":
             # Solved from Hessians, whatever the criterion.
-            task, fitting = replace(self.task, update=True), 0
+            task, fitting = replace(self.task, update=LeastSquares()), 0
         else:
             task, fitting = self.task, self._fitting(region, weights, hidden, calls)
         if not weights:

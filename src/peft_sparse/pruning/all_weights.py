@@ -1,4 +1,4 @@
-"""What needs all weights at once: sparsity shared out among them, and one comparison over all of them."""
+"""What needs all weights at once: dividing a sparsity among them, and comparing the scores of all of them."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -10,40 +10,51 @@ from torch import Tensor, nn
 from ..calibration.activations import Activations
 from ..calibration.measure import measured_blocks
 from ..calibration.runner import Residence
-from ..model.blocks import block_of, find_blocks
+from ..model.blocks import block_of
 from ..model.weights import WeightView
-from .allocation import Allocation, allocate, owl_semi_structured
+from .allocation import OWL, Budget, Reading, allocate, in_memory
 from .one_weight import scores_of
 from .patterns import Pattern, SemiStructured, Unstructured, select_across
+from .sparsegpt import SparseGPT
 from .task import PruningTask, values_by_name
 
 
 def allocated_patterns(
     model: nn.Module,
     task: PruningTask,
-    allocation: Allocation | Mapping[str, float],
     inputs: list[dict[str, Any]] | None,
     activations: Activations,
     residence: Residence,
+    reading: Reading = in_memory,
 ) -> dict[str, Pattern]:
-    """Return the pattern of each weight of `task`, whose one pattern is shared out by `allocation`.
+    """Return the pattern of each weight of `task`: its one pattern, divided among the weights by `task.allocation`.
+
+    Args:
+        inputs: the calibration data as model inputs; `OWL` measures input norms on the model as it is now.
+        activations: where hidden states wait between blocks.
+        residence: (block name, block) -> a context within which the block can run.
+        reading: weight name -> a context within which the weight is in memory.
 
     Raises:
-        ValueError: as `allocate`.
+        ValueError: see `allocate`.
     """
-    pattern = next(iter(task.patterns.values()))
+    pattern, allocation = next(iter(task.patterns.values())), task.allocation
+    assert allocation is not None, "the caller asks only if there is an allocation"
     place = {name: block for block, names in task.by_block.items() for name in names}
     norms: dict[str, Tensor] | None = None
-    if allocation == "owl" and inputs is not None:
+    if not isinstance(allocation, Mapping) and "inputs" in allocation.needs and inputs is not None:
         measured = measured_blocks(model, inputs, task.inside, ("inputs",), activations, residence)
         norms = {name: block.inputs[name].input_norm for name, block in measured}
     if isinstance(pattern, SemiStructured):
-        return dict(owl_semi_structured(task.weights, pattern, blocks=place, input_norms=norms))
-    method = allocation if isinstance(allocation, str) else values_by_name(allocation, task.weights, "allocation")
-    counts = allocate(method, task.weights, pattern.sparsity, blocks=place, input_norms=norms)
-    # Zeros / entries is a sparsity that prunes exactly that many. What is zero as a whole is so without being pruned.
+        assert isinstance(allocation, OWL), "the task refuses other allocations of n:m"
+        return dict(allocation.mixed(Budget(task.weights, [], [], 0, place, norms, reading), pattern))
+    if isinstance(allocation, Mapping):
+        allocation = values_by_name(allocation, task.weights, "allocation")
+    counts = allocate(allocation, task.weights, pattern.sparsity, blocks=place, input_norms=norms, reading=reading)
+    # Zeros / entries is a sparsity that prunes exactly this number. A sparsity of 1 is not allowed: a weight that has
+    # only zeros gets 0, which prunes nothing more.
     shares = {name: counts[name] / weight.matrix().numel() for name, weight in task.weights.items()}
-    return {name: Unstructured(share if share < 1 else 0.0, exact=True) for name, share in shares.items()}
+    return {name: Unstructured(share if share < 1 else 0.0) for name, share in shares.items()}
 
 
 def prune_across(
@@ -53,24 +64,24 @@ def prune_across(
     activations: Activations,
     residence: Residence,
 ) -> None:
-    """Prune by one comparison over all weights, measured on the model as it is."""
-    blocks = find_blocks(model)
+    """Prune by one comparison of the scores of all weights, which are measured on the model as it is now."""
     known = {name: task.statistics(name, None) for name in task.weights}
     if inputs is not None:
         measured = measured_blocks(model, inputs, task.inside, task.needs, activations, residence)
         known |= {name: task.statistics(name, block) for name, block in measured}
-    pattern = next(iter(task.patterns.values()))
+    pattern, rule = next(iter(task.patterns.values())), task.rule
     assert isinstance(pattern, Unstructured)
+    assert not isinstance(rule, SparseGPT), "SparseGPT takes no group"
     seed = torch.initial_seed()
 
     def score_of(name: str, weight: WeightView, index: int) -> Callable[[], Tensor]:
         def score() -> Tensor:
-            # Scores are computed thrice and must come out the same, also those of a criterion that draws them.
-            with _resident(name, residence, blocks):
+            # Scores are computed three times and must be equal, also those of a criterion that draws random numbers.
+            with _resident(name, residence, task.blocks):
                 matrix = weight.matrix()
                 with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
                     torch.manual_seed(seed + index)
-                    return scores_of(name, matrix, task.rule, known[name])
+                    return scores_of(name, matrix, rule, known[name])
 
         return score
 

@@ -1,42 +1,49 @@
-"""How many entries each weight loses, adding up to exactly what one sparsity of all of them asks for.
+"""Allocation: how many entries each weight loses. All weights together lose exactly what one sparsity asks for.
 
-Knows weights and counts, no model and no masks. Add a method by writing its function, its row in `METHODS` and its
-name in `Allocation`.
+Allocation knows weights and counts, no model and no masks. To add a method, write its class and its row in
+`ALLOCATIONS`.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..calibration.statistics import Statistics
+from ..calibration.statistics import Need, Statistics
 from ..model.masks import mask_of
 from ..model.weights import WeightView, to_host
-from .criteria import wanda
+from .choices import check_numbers, chosen, spelled
+from .criteria import Wanda
 from .patterns import SemiStructured, Unstructured, count_across, number_to_prune
 
 
-Allocation = Literal["uniform", "uniform+", "global", "erk", "lamp", "owl"]
+Reading = Callable[[str], AbstractContextManager[Any]]
 
-# What uniform+ prunes of the last linear layer at most.
-LAST_LINEAR = 0.8
+
+def in_memory(name: str) -> AbstractContextManager[Any]:
+    """Return the context within which the weight called `name` can be read, if all weights are in memory."""
+    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a method divides; lists are in the order of `weights`.
+    """What an allocation divides. Lists are in the order of `weights`.
 
     Args:
         weights: the weights by name.
-        sizes: entries of each.
-        zeros: entries of each that are zero already.
-        total: entries that are to be zero in all.
-        blocks, input_norms, outlier_factor, spread: as in `allocate`.
+        sizes: the number of entries of each weight.
+        zeros: how many entries of each weight are zero already.
+        total: how many entries of all weights together are to be zero.
+        blocks: the name of the block that each weight lies in, None outside of blocks.
+        input_norms: ‖X_j‖₂ of each weight's inputs, (in,), if they were measured.
+        reading: weight name -> a context within which the weight is in memory.
     """
 
     weights: Mapping[str, WeightView]
@@ -44,239 +51,321 @@ class Budget:
     zeros: list[int]
     total: int
     blocks: Mapping[str, str | None]
-    input_norms: Mapping[str, Tensor] | None
-    outlier_factor: float
-    spread: float
+    input_norms: Mapping[str, Tensor] | None = None
+    reading: Reading = field(default=in_memory)
 
     @property
     def most(self) -> list[int]:
-        """Zeros that leave each weight one entry, if it has one."""
+        """The largest number of zeros of each weight that leaves it one entry."""
         return [max(size - 1, zeros) for size, zeros in zip(self.sizes, self.zeros, strict=True)]
 
     def apportion(self, wishes: Sequence[float], most: Sequence[int] | None = None) -> dict[str, int]:
-        """Return whole numbers of zeros near `wishes`, within `zeros` and `most`, as `apportion` does."""
+        """Return whole numbers of zeros near `wishes`, between `zeros` and `most`; see the function `apportion`."""
         counts = apportion(wishes, self.total, self.zeros, self.most if most is None else most)
         return dict(zip(self.weights, counts, strict=True))
 
+    @contextlib.contextmanager
+    def matrix(self, name: str) -> Iterator[Tensor]:
+        """Hold the weight called `name` in memory within the context, as a matrix (out, in)."""
+        with self.reading(name):
+            yield self.weights[name].matrix()
+
+
+class Allocation(Protocol):
+    """What every allocation has: `needs`, the statistics that calibration has to measure, and `divide`."""
+
+    @property
+    def needs(self) -> tuple[Need, ...]: ...
+
+    def divide(self, budget: Budget) -> dict[str, int]:
+        """Return how many entries of each weight are to be zero, by name."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The same sparsity for every weight."""
+
+    needs: ClassVar[tuple[Need, ...]] = ()
+
+    def divide(self, budget: Budget) -> dict[str, int]:
+        """Return how many entries of each weight are to be zero, by name."""
+        rate = budget.total / sum(budget.sizes)
+        return budget.apportion([rate * size for size in budget.sizes])
+
+
+@dataclass(frozen=True)
+class UniformPlus:
+    """The same sparsity for all weights, except the first convolution and the last linear layer.
+
+    The first convolution stays dense, and the last linear layer loses at most the fraction `last_linear`. First and
+    last refer to the weights that are pruned, in the order of the model. The blocks of a language model have no
+    convolution, and their last linear layer takes the place of the output head. For a language model the method
+    therefore differs from `Uniform` only at a sparsity above `last_linear`. The experts that one parameter holds count
+    as one layer. Gale et al. 2019, arXiv:1902.09574.
+
+    Args:
+        last_linear: the largest sparsity of the last linear layer, in [0, 1]. The paper uses 0.8.
+
+    Raises:
+        ValueError: `last_linear` is outside [0, 1]; in `divide`, the sparsity cannot be reached.
+    """
+
+    last_linear: float = 0.8
+
+    needs: ClassVar[tuple[Need, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_numbers(self, last_linear=(0 <= self.last_linear <= 1, "in [0, 1]"))
+
+    def divide(self, budget: Budget) -> dict[str, int]:
+        """Return how many entries of each weight are to be zero, by name."""
+        views = list(budget.weights.values())
+        convolutions = [i for i, view in enumerate(views) if isinstance(view.layer, nn.Conv2d)]
+        linears = [i for i, view in enumerate(views) if not isinstance(view.layer, nn.Conv2d)]
+        most = budget.most
+        for i in convolutions[:1]:
+            most[i] = budget.zeros[i]
+        for i in linears:
+            if views[i].storage is views[linears[-1]].storage:
+                most[i] = max(budget.zeros[i], min(most[i], number_to_prune(self.last_linear, budget.sizes[i])))
+        return budget.apportion(_fill(budget.total, budget.sizes, most), most)
+
+
+@dataclass(frozen=True)
+class GlobalMagnitude:
+    """One threshold on |W| for all weights. The largest entry of each weight is kept.
+
+    Han et al. 2015, arXiv:1506.02626, with one threshold for all layers.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ()
+
+    def divide(self, budget: Budget) -> dict[str, int]:
+        """Return how many entries of each weight are to be zero, by name."""
+        return _across(budget, _magnitudes)
+
+
+@dataclass(frozen=True)
+class ERK:
+    """Erdős-Rényi-Kernel: density_l = min(1, ε · Σ dims_l / Π dims_l), with the same ε for all weights l.
+
+    dims are (out, in) of a matrix, and (out, in, height, width) of a convolution. A weight whose density would exceed
+    1 is dense, and ε is computed again for the other weights. Evci et al. 2020, arXiv:1911.11134, section 3.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ()
+
+    def divide(self, budget: Budget) -> dict[str, int]:
+        """Return how many entries of each weight are to be zero, by name."""
+        shapes = [
+            view.storage.shape if isinstance(view.layer, nn.Conv2d) else view.shape for view in budget.weights.values()
+        ]
+        # Π dims is the number of entries, so the number of kept entries is proportional to Σ dims.
+        kept = _fill(sum(budget.sizes) - budget.total, [sum(shape) for shape in shapes], budget.sizes)
+        return budget.apportion([size - own for size, own in zip(budget.sizes, kept, strict=True)])
+
+
+@dataclass(frozen=True)
+class LAMP:
+    """One threshold on LAMP scores for all weights. The largest entry of each weight is kept.
+
+    score(u) = W_u² / Σ_{v ≥ u} W_v², where u and v index the entries of one weight in the order of ascending |W|.
+    Entries that are zero already are left out. Lee et al. 2020, arXiv:2010.07611, section 3.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ()
+
+    def divide(self, budget: Budget) -> dict[str, int]:
+        """Return how many entries of each weight are to be zero, by name."""
+        return _across(budget, _lamp_scores)
+
+
+@dataclass(frozen=True)
+class OWL:
+    """Outlier-weighed sparsity: all weights of a block get one sparsity, which is lower if more scores are outliers.
+
+    D_l = 100 · mean(S > M · mean(S)) over the Wanda scores S of all weights of block l, in percent. With
+    r_l = 2λ · (D_l - min D) / (max D - min D),
+
+        density_l = r_l - mean(r) + 1 - sparsity.
+
+    The mean of r weighs each block by its entries, so that the total is exact. For blocks of equal size it is the mean
+    of the paper. Densities are limited to [0, 1]. A weight outside of blocks is treated as a block of its own.
+
+    With an n:m pattern, blocks get different n (`mixed`). Yin et al. 2023, arXiv:2310.05175, section 3.
+
+    Args:
+        outlier_factor: M, above 0. None means the paper's value: 5 for a sparsity, 6 for n:m.
+        spread: λ, at least 0. None means the paper's value: 0.08 for a sparsity, 2 for n:m. For n:m it is the largest
+            difference between two n before rounding.
+
+    Raises:
+        ValueError: a number is outside its range; in `divide` and `mixed`, an input norm is missing.
+    """
+
+    outlier_factor: float | None = None
+    spread: float | None = None
+
+    needs: ClassVar[tuple[Need, ...]] = ("inputs",)
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            outlier_factor=(self.outlier_factor is None or self.outlier_factor > 0, "None or above 0"),
+            spread=(self.spread is None or self.spread >= 0, "None or at least 0"),
+        )
+
+    def divide(self, budget: Budget) -> dict[str, int]:
+        """Return how many entries of each weight are to be zero, by name."""
+        factor = 5.0 if self.outlier_factor is None else self.outlier_factor
+        spread = 0.08 if self.spread is None else self.spread
+        of_block = _stretch(_outlier_ratios(budget, factor), 2 * spread)
+        shares = [of_block[_place(name, budget.blocks)] for name in budget.weights]
+        entries = sum(budget.sizes)
+        mean = sum(share * size for share, size in zip(shares, budget.sizes, strict=True)) / entries
+        sparsity = budget.total / entries
+        return budget.apportion(
+            [size * (sparsity - share + mean) for share, size in zip(shares, budget.sizes, strict=True)]
+        )
+
+    def mixed(self, budget: Budget, pattern: SemiStructured) -> dict[str, SemiStructured]:
+        """Return an n:m for each weight. The n of a block is higher if more of its Wanda scores are outliers.
+
+        n_l = n + r_l - mean(r) in whole numbers, with r_l = λ · (D_l - min D) / (max D - min D), and n counts the
+        kept entries. The paper rounds each n_l; here all n_l are rounded by largest remainder, so that they add up.
+
+        Blocks whose weights have the same shapes share a mean. They keep as many entries as with `pattern` everywhere,
+        exactly if m divides the inputs, and so does the model. A block of unique shapes therefore keeps `pattern`.
+        Zeros that are there already are not considered.
+
+        Args:
+            budget: uses `weights`, `blocks`, `input_norms` and `reading`.
+            pattern: its n is the mean of all n_l. Each n_l is in [1, m].
+        """
+        factor = 6.0 if self.outlier_factor is None else self.outlier_factor
+        spread = 2.0 if self.spread is None else self.spread
+        of_block = _stretch(_outlier_ratios(budget, factor), spread)
+        shapes: dict[str, list[tuple[int, int]]] = {}
+        for name, weight in budget.weights.items():
+            shapes.setdefault(_place(name, budget.blocks), []).append(weight.shape)
+        alike: dict[tuple[tuple[int, int], ...], list[str]] = {}
+        for block, own in shapes.items():
+            alike.setdefault(tuple(own), []).append(block)
+        kept: dict[str, int] = {}
+        for group in alike.values():
+            mean = sum(of_block[block] for block in group) / len(group)
+            wishes = [pattern.n + of_block[block] - mean for block in group]
+            count = len(group)
+            kept |= zip(group, apportion(wishes, pattern.n * count, [1] * count, [pattern.m] * count), strict=True)
+        return {
+            name: SemiStructured(kept[_place(name, budget.blocks)], pattern.m, pattern.allow_ragged)
+            for name in budget.weights
+        }
+
+
+ALLOCATIONS: dict[str, type] = {
+    "uniform": Uniform,
+    "uniform+": UniformPlus,
+    "global": GlobalMagnitude,
+    "erk": ERK,
+    "lamp": LAMP,
+    "owl": OWL,
+}
+
+
+def find_allocation(allocation: str | Allocation) -> tuple[str, Allocation]:
+    """Return what reports call an allocation, and its value.
+
+    Args:
+        allocation: a name of `ALLOCATIONS`, or a value of one of its classes.
+
+    Raises:
+        ValueError: there is no such allocation.
+    """
+    value = chosen("allocation", ALLOCATIONS, allocation, also=" A dict of sparsities by layer is also accepted.")
+    return spelled(ALLOCATIONS, value), value
+
 
 def allocate(
-    method: Allocation | Mapping[str, float],
+    allocation: str | Allocation | Mapping[str, float],
     weights: Mapping[str, WeightView],
     sparsity: float,
     *,
     blocks: Mapping[str, str | None],
     input_norms: Mapping[str, Tensor] | None = None,
-    outlier_factor: float = 5.0,
-    spread: float = 0.08,
+    reading: Reading = in_memory,
 ) -> dict[str, int]:
-    """Return how many entries of each weight are to be zero at `sparsity`, counting those that are zero already.
+    """Return how many entries of each weight are to be zero at `sparsity`, including those that are zero already.
 
-    The numbers add up to floor(sparsity · entries of all weights). Each weight keeps its zeros, and one entry at
-    least; what a method wants beyond that goes to the others as in `apportion`. For matrices of less than 10^9
-    entries, zeros / entries is a sparsity that prunes exactly that many.
+    The numbers add up to floor(sparsity · entries of all weights). Each weight keeps its zeros and at least one entry.
+    What a method wants beyond these limits goes to the other weights, see `apportion`. For matrices of less than 10⁹
+    entries, zeros / entries is a sparsity that prunes exactly this number.
 
     Args:
-        method: "uniform", "uniform+", "global", "erk", "lamp" or "owl", as their functions say; or the sparsity of
-            every weight by name, which together must meet the total to within one entry per weight.
-        weights: the weights by name, finite; read one at a time, not changed.
-        sparsity: fraction of all entries that is to be zero, in [0, 1).
-        blocks: the block each weight lies in, by name of the weight; None outside of blocks. For "owl".
-        input_norms: ||X_j||_2, (in,), by name of the weight. For "owl".
-        outlier_factor: M of "owl".
-        spread: λ of "owl".
+        allocation: a name of `ALLOCATIONS`, a value of one of its classes, or the sparsity of every weight by name.
+            Given sparsities must meet the total to within one entry per weight.
+        weights: the weights by name, with finite entries. They are read one at a time and not changed.
+        sparsity: the fraction of all entries that is to be zero, in [0, 1).
+        blocks: the name of the block that each weight lies in, by the name of the weight; None outside of blocks.
+        input_norms: ‖X_j‖₂, (in,), by the name of the weight. `OWL` needs them.
+        reading: weight name -> a context within which the weight is in memory.
 
     Raises:
-        ValueError: no such method; a sparsity outside [0, 1), or one that zeros which are there, or entries which the
-            method keeps, rule out; "owl" without input norms; a mapping with other names or another total.
+        ValueError: the allocation is unknown; the sparsity is outside [0, 1), or cannot be reached because of zeros
+            that are there or of entries that the method keeps; `OWL` without input norms; given sparsities with other
+            names or another total.
     """
-    if isinstance(method, str) and method not in METHODS:
-        raise ValueError(
-            f"Unknown allocation {method!r}. Choose one of {', '.join(map(repr, METHODS))}, or give the sparsity of "
-            "every weight by name."
-        )
+    method = None if isinstance(allocation, Mapping) else find_allocation(allocation)[1]
+    total_asked = Unstructured(sparsity).sparsity
     sizes = [math.prod(weight.shape) for weight in weights.values()]
-    total = number_to_prune(Unstructured(sparsity).sparsity, sum(sizes))
-    kept = to_host([mask_of(weight.matrix()).sum() for weight in weights.values()])
-    zeros = [size - nonzero for size, nonzero in zip(sizes, kept, strict=True)]
-    budget = Budget(weights, sizes, zeros, total, blocks, input_norms, outlier_factor, spread)
-    # Before weights are scored, which takes time.
-    _check_reachable(total, zeros, budget.most)
-    return METHODS[method](budget) if isinstance(method, str) else given(budget, method)
-
-
-def uniform(budget: Budget) -> dict[str, int]:
-    """The same sparsity for every weight."""
-    rate = budget.total / sum(budget.sizes)
-    return budget.apportion([rate * size for size in budget.sizes])
-
-
-def uniform_plus(budget: Budget) -> dict[str, int]:
-    """The same sparsity for every weight but two: the first convolution is dense, the last linear layer at most 0.8.
-
-    First and last are those among the weights that are pruned, in the order of the model. The blocks of a language
-    model have no convolution, and their last linear layer stands in for an output head that is not pruned: there the
-    method differs from "uniform" only beyond a sparsity of 0.8. Fused experts count as one layer. Gale et al. 2019,
-    arXiv:1902.09574.
-
-    Raises:
-        ValueError: the sparsity is out of reach with these two kept.
-    """
-    views = list(budget.weights.values())
-    convolutions = [i for i, view in enumerate(views) if isinstance(view.layer, nn.Conv2d)]
-    linears = [i for i, view in enumerate(views) if not isinstance(view.layer, nn.Conv2d)]
-    most = budget.most
-    for i in convolutions[:1]:
-        most[i] = budget.zeros[i]
-    for i in linears:
-        if views[i].storage is views[linears[-1]].storage:
-            most[i] = max(budget.zeros[i], min(most[i], number_to_prune(LAST_LINEAR, budget.sizes[i])))
-    return budget.apportion(_fill(budget.total, budget.sizes, most), most)
-
-
-def global_magnitude(budget: Budget) -> dict[str, int]:
-    """What one threshold on |W| over all weights prunes of each, the largest entry of each excepted.
-
-    Han et al. 2015, arXiv:1506.02626, with one threshold for all layers.
-    """
-    return _across(budget, _magnitudes)
-
-
-def erk(budget: Budget) -> dict[str, int]:
-    """Erdős-Rényi-Kernel: density_l = min(1, ε · Σ dims_l / Π dims_l), one ε for all l.
-
-    dims are (out, in) of a matrix and (out, in, height, width) of a convolution. A weight that ε would make more than
-    dense is dense, and ε is computed anew for the others. Evci et al. 2020, arXiv:1911.11134, section 3.
-    """
-    shapes = [
-        view.storage.shape if isinstance(view.layer, nn.Conv2d) else view.shape for view in budget.weights.values()
-    ]
-    # Entries are Π dims, so those that are kept are in proportion to Σ dims.
-    kept = _fill(sum(budget.sizes) - budget.total, [sum(shape) for shape in shapes], budget.sizes)
-    return budget.apportion([size - own for size, own in zip(budget.sizes, kept, strict=True)])
-
-
-def lamp(budget: Budget) -> dict[str, int]:
-    """What one threshold on LAMP scores over all weights prunes of each, the largest entry of each excepted.
-
-    score(u) = W_u² / Σ_{v ≥ u} W_v², where u and v index the entries of one weight by ascending |W|. Entries that are
-    zero already do not enter. Lee et al. 2020, arXiv:2010.07611, section 3.
-    """
-    return _across(budget, _lamp_scores)
-
-
-def owl(budget: Budget) -> dict[str, int]:
-    """Outlier-weighed: the same sparsity for all weights of a block, lower where more scores are outliers.
-
-    D_l = 100 · mean(S > M · mean(S)) over the Wanda scores S of all weights of block l, and
-    density_l = r_l - mean(r) + 1 - sparsity with r_l = 2λ · (D_l - min D) / (max D - min D).
-
-    The mean of r counts each block by its entries, as it must for the total to come out; for blocks of one size it is
-    the paper's. Densities end at 0 and 1. A weight outside of blocks is a block of its own. Yin et al. 2023,
-    arXiv:2310.05175, section 3.
-
-    Raises:
-        ValueError: no `input_norms`, or none for one of the weights.
-    """
-    ratios = _outlier_ratios(budget.weights, budget.blocks, budget.input_norms, budget.outlier_factor)
-    of_block = _stretch(ratios, 2 * budget.spread)
-    shares = [of_block[_place(name, budget.blocks)] for name in budget.weights]
-    entries = sum(budget.sizes)
-    mean = sum(share * size for share, size in zip(shares, budget.sizes, strict=True)) / entries
-    sparsity = budget.total / entries
-    return budget.apportion(
-        [size * (sparsity - share + mean) for share, size in zip(shares, budget.sizes, strict=True)]
-    )
-
-
-METHODS: dict[str, Callable[[Budget], dict[str, int]]] = {
-    "uniform": uniform,
-    "uniform+": uniform_plus,
-    "global": global_magnitude,
-    "erk": erk,
-    "lamp": lamp,
-    "owl": owl,
-}
+    total = number_to_prune(total_asked, sum(sizes))
+    budget = Budget(weights, sizes, [], total, blocks, input_norms, reading)
+    budget.zeros.extend(_zeros(budget))
+    # Scoring takes time, so what cannot be reached is refused first.
+    _check_reachable(total, budget.zeros, budget.most)
+    if method is None:
+        assert isinstance(allocation, Mapping)
+        return given(budget, allocation)
+    return method.divide(budget)
 
 
 def given(budget: Budget, sparsities: Mapping[str, float]) -> dict[str, int]:
-    """The sparsities given by name of the weight, rounded so that the total comes out.
+    """Return the zeros of each weight for sparsities given by name, rounded so that the total is exact.
 
     Raises:
-        ValueError: other names than those of the weights, a sparsity outside [0, 1), or another total.
+        ValueError: the names are not those of the weights, a sparsity is outside [0, 1), or the total differs.
     """
     if odd := [name for name in (*budget.weights, *sparsities) if (name in sparsities) != (name in budget.weights)]:
         problem = "has none for" if odd[0] in budget.weights else "has one for"
         raise ValueError(
-            f"Expected a sparsity for each weight that is pruned, got a mapping that {problem} {odd[0]!r}. Give them "
-            "all, by their full names, and no others."
+            f"Expected a sparsity for each weight that is pruned, got a mapping that {problem} {odd[0]!r}. Give the "
+            "sparsity of all of them, by their full names, and of no others."
         )
     wishes = [
         Unstructured(sparsities[name]).sparsity * size for name, size in zip(budget.weights, budget.sizes, strict=True)
     ]
-    # Each of them may have been rounded to whole entries, up or down.
+    # The caller may have rounded each of them to whole entries, up or down.
     if abs(sum(wishes) - budget.total) > len(wishes):
         entries = sum(budget.sizes)
         raise ValueError(
-            f"Expected sparsities that give {budget.total} zeros in all, {budget.total / entries:.6f} of the entries, "
-            f"got sparsities that give {sum(wishes):.0f}, {sum(wishes) / entries:.6f}. Change one or the other."
+            f"Expected sparsities that give {budget.total} zeros in total, {budget.total / entries:.6f} of the "
+            f"entries, got sparsities that give {sum(wishes):.0f}, {sum(wishes) / entries:.6f}. Change the "
+            "sparsities, or the requested total."
         )
     return budget.apportion(wishes)
 
 
-def owl_semi_structured(
-    weights: Mapping[str, WeightView],
-    pattern: SemiStructured,
-    *,
-    blocks: Mapping[str, str | None],
-    input_norms: Mapping[str, Tensor] | None,
-    outlier_factor: float = 6.0,
-    spread: float = 2.0,
-) -> dict[str, SemiStructured]:
-    """Return n:m for each weight, one n per block, higher where more Wanda scores are outliers; the mean n is asked.
-
-    n_l = n + r_l - mean(r) in whole numbers, r_l = λ · (D_l - min D) / (max D - min D), D_l as in `owl`: the paper's
-    mixed N:M with n counting kept entries. Where it rounds each n_l, n_l are rounded by largest remainder to add up.
-
-    Blocks whose weights have the same shapes share a mean and keep as many entries as with `pattern` everywhere,
-    exactly if m divides the inputs; so does the model. A block like no other therefore keeps `pattern`. Zeros that are
-    there do not count. Yin et al. 2023, arXiv:2310.05175.
-
-    Args:
-        weights, blocks, input_norms: as in `allocate`.
-        pattern: the mean, n kept of every m; n_l is in [1, m].
-        outlier_factor: M.
-        spread: λ, the most by which two n_l differ before rounding.
-
-    Raises:
-        ValueError: no `input_norms`, or none for one of the weights.
-    """
-    of_block = _stretch(_outlier_ratios(weights, blocks, input_norms, outlier_factor), spread)
-    shapes: dict[str, list[tuple[int, int]]] = {}
-    for name, weight in weights.items():
-        shapes.setdefault(_place(name, blocks), []).append(weight.shape)
-    chosen: dict[str, int] = {}
-    alike: dict[tuple[tuple[int, int], ...], list[str]] = {}
-    for block, own in shapes.items():
-        alike.setdefault(tuple(own), []).append(block)
-    for group in alike.values():
-        mean = sum(of_block[block] for block in group) / len(group)
-        wishes = [pattern.n + of_block[block] - mean for block in group]
-        count = len(group)
-        chosen |= zip(group, apportion(wishes, pattern.n * count, [1] * count, [pattern.m] * count), strict=True)
-    return {name: SemiStructured(chosen[_place(name, blocks)], pattern.m, pattern.allow_ragged) for name in weights}
-
-
 def apportion(wishes: Sequence[float], total: int, least: Sequence[int], most: Sequence[int]) -> list[int]:
-    """Return whole numbers near `wishes` that add up to `total`, each within its `least` and `most`.
+    """Return whole numbers near `wishes` that add up to `total`, each between its `least` and its `most`.
 
-    Wishes are clamped to their bounds; what is then missing or too much is spread in proportion to each one's room up
-    to its bound, and the result rounded by largest remainder, ties by order.
+    Wishes are limited to their bounds. The difference to the total is then divided in proportion to the distance of
+    each number from its bound. The results are rounded by largest remainder; of equal remainders the first is larger.
 
     Raises:
-        ValueError: the bounds rule `total` out.
+        ValueError: the bounds exclude `total`.
     """
     _check_reachable(total, least, most)
-    # Fractions, or rounding errors of large numbers could leave the bounds and the total.
+    # Fractions are exact. Rounding errors of large floats could violate the bounds or the total.
     near = [
         min(max(Fraction(wish), Fraction(low)), Fraction(high))
         for wish, low, high in zip(wishes, least, most, strict=True)
@@ -288,7 +377,7 @@ def apportion(wishes: Sequence[float], total: int, least: Sequence[int], most: S
         near = [x + own * share for x, own in zip(near, room, strict=True)]
     counts = [math.floor(x) for x in near]
     remainders = [x - count for x, count in zip(near, counts, strict=True)]
-    # Rounded, or what is equal but for rounding errors of the wishes would not go by order.
+    # Remainders are rounded, so that those that differ by the rounding errors of the wishes count as equal.
     order = sorted((i for i, rest in enumerate(remainders) if rest), key=lambda i: -round(remainders[i], 6))
     for i in order[: total - sum(counts)]:
         counts[i] += 1
@@ -298,26 +387,42 @@ def apportion(wishes: Sequence[float], total: int, least: Sequence[int], most: S
 def _check_reachable(total: int, least: Sequence[int], most: Sequence[int]) -> None:
     if not sum(least) <= total <= sum(most):
         raise ValueError(
-            f"Expected a sparsity of {sum(least)} to {sum(most)} zeros in all, which the zeros that are there and the "
-            f"entries that are kept allow, got one of {total}. Choose another sparsity, or another allocation."
+            f"Expected a sparsity that gives between {sum(least)} and {sum(most)} zeros in total, because entries "
+            f"that are zero stay zero and the allocation keeps others; got one that gives {total}. Choose another "
+            "sparsity, or another allocation."
         )
 
 
+def _zeros(budget: Budget) -> list[int]:
+    """Return how many entries of each weight are zero."""
+    kept = []
+    for name in budget.weights:
+        with budget.matrix(name) as matrix:
+            kept.append(mask_of(matrix).sum())
+    return [size - nonzero for size, nonzero in zip(budget.sizes, to_host(kept), strict=True)]
+
+
 def _fill(total: float, shares: Sequence[int], limits: Sequence[int]) -> list[float]:
-    """Return min(c · share, limit) for each, with the one c at which they add up to `total`."""
+    """Return min(c · share, limit) for each, with the one c for which they add up to `total`."""
     level: dict[int, float] = {}
     while len(level) < len(shares):
         rest = [i for i in range(len(shares)) if i not in level]
         c = (total - sum(level.values())) / sum(shares[i] for i in rest)
-        # All that c overfills at once: without them c only rises.
+        # All that exceed their limit at this c can be fixed at once: without them c only rises.
         over = [i for i in rest if c * shares[i] > limits[i]]
         level |= {i: limits[i] for i in over} if over else {i: c * shares[i] for i in rest}
     return [level[i] for i in range(len(shares))]
 
 
 def _across(budget: Budget, scores_of: Callable[[Tensor], Tensor]) -> dict[str, int]:
-    scores = [lambda view=view: scores_of(view.matrix()) for view in budget.weights.values()]
-    return budget.apportion(count_across(scores, budget.total))
+    def score(name: str) -> Callable[[], Tensor]:
+        def compute() -> Tensor:
+            with budget.matrix(name) as matrix:
+                return scores_of(matrix)
+
+        return compute
+
+    return budget.apportion(count_across([score(name) for name in budget.weights], budget.total))
 
 
 def _magnitudes(matrix: Tensor) -> Tensor:
@@ -328,10 +433,10 @@ def _magnitudes(matrix: Tensor) -> Tensor:
 
 
 def _lamp_scores(matrix: Tensor) -> Tensor:
-    """LAMP scores by descending |W|: counting needs no order. -inf where W is zero, inf for the largest."""
+    """Return LAMP scores in the order of descending |W|: inf for the largest entry, -inf for zeros."""
     size = matrix.abs().float().flatten()
-    # numpy sorts several times faster than torch on CPUs. Sums are taken there in any case: on GPUs they differ from
-    # one call to the next, and scores must repeat themselves.
+    # On CPUs numpy sorts several times faster than torch. Sums are computed on the CPU in any case: on GPUs they
+    # differ from one call to the next, and scores must be the same in each call.
     ascending = torch.from_numpy(np.sort(size.numpy())) if size.device.type == "cpu" else size.sort().values.cpu()
     squares = ascending.flip(0).double().square_()
     scores = squares.div(squares.cumsum(0)).float()
@@ -339,48 +444,50 @@ def _lamp_scores(matrix: Tensor) -> Tensor:
     return scores.masked_fill_(squares == 0, -torch.inf)
 
 
-def _outlier_ratios(
-    weights: Mapping[str, WeightView],
-    blocks: Mapping[str, str | None],
-    input_norms: Mapping[str, Tensor] | None,
-    outlier_factor: float,
-) -> dict[str, float]:
+def _outlier_ratios(budget: Budget, outlier_factor: float) -> dict[str, float]:
     """Return D_l of each block, in percent."""
-    if missing := [name for name in weights if name not in (input_norms or {})]:
+    norms = budget.input_norms or {}
+    if missing := [name for name in budget.weights if name not in norms]:
         raise ValueError(
-            f"OWL counts outliers among Wanda scores and needs the input norms of each weight, got none for "
-            f"{missing[0]!r}. Pass calibration data, or choose an allocation that reads weights alone."
+            f"OWL counts outliers of Wanda scores and needs the input norms of each weight, got none for "
+            f"{missing[0]!r}. Pass calibration data, or choose an allocation that needs none."
         )
-    assert input_norms is not None
 
-    def scores(name: str) -> Tensor:
-        matrix = weights[name].matrix()
-        return wanda(matrix, Statistics(input_norm=input_norms[name].to(matrix.device)))
+    def of_scores(measure: Callable[[str, Tensor], Tensor]) -> list[Any]:
+        # Scores are computed twice, so that only one weight's scores are in memory at a time.
+        measured = []
+        for name in budget.weights:
+            with budget.matrix(name) as matrix:
+                statistics = Statistics(input_norm=norms[name].to(matrix.device))
+                measured.append(measure(name, Wanda().score(matrix, statistics)))
+        return to_host(measured)
 
-    # Scores are computed twice, so that those of one weight are in memory at a time.
-    sizes = {name: math.prod(weight.shape) for name, weight in weights.items()}
-    means = dict(zip(weights, to_host([scores(name).mean() for name in weights]), strict=True))
+    sizes = dict(zip(budget.weights, budget.sizes or map(_size, budget.weights.values()), strict=True))
+    means = of_scores(lambda name, scores: scores.mean())
     entries: dict[str, int] = {}
     sums: dict[str, float] = {}
-    for name in weights:
-        block = _place(name, blocks)
+    for name, mean in zip(budget.weights, means, strict=True):
+        block = _place(name, budget.blocks)
         entries[block] = entries.get(block, 0) + sizes[name]
-        sums[block] = sums.get(block, 0.0) + means[name] * sizes[name]
+        sums[block] = sums.get(block, 0.0) + mean * sizes[name]
     threshold = {block: outlier_factor * sums[block] / entries[block] for block in entries}
-    outliers = to_host([(scores(name) > threshold[_place(name, blocks)]).sum() for name in weights])
+    outliers = of_scores(lambda name, scores: (scores > threshold[_place(name, budget.blocks)]).sum())
     ratios = dict.fromkeys(entries, 0.0)
-    for name, count in zip(weights, outliers, strict=True):
-        ratios[_place(name, blocks)] += 100 * count / entries[_place(name, blocks)]
+    for name, count in zip(budget.weights, outliers, strict=True):
+        ratios[_place(name, budget.blocks)] += 100 * count / entries[_place(name, budget.blocks)]
     return ratios
 
 
+def _size(weight: WeightView) -> int:
+    return math.prod(weight.shape)
+
+
 def _stretch(ratios: dict[str, float], width: float) -> dict[str, float]:
-    """Map the ratios linearly onto [0, width]."""
+    """Map the ratios linearly onto [0, width]. If all ratios are equal, all become 0."""
     low, high = min(ratios.values()), max(ratios.values())
-    # Where all are alike there is nothing to tell blocks apart by.
     return {block: width * (ratio - low) / (high - low) if high > low else 0.0 for block, ratio in ratios.items()}
 
 
 def _place(name: str, blocks: Mapping[str, str | None]) -> str:
-    """The block of a weight; outside of blocks, its own name."""
+    """Return the block of a weight; outside of blocks, the weight's own name."""
     return blocks.get(name) or name

@@ -1,6 +1,6 @@
-"""Prunes a checkpoint on disk block by block, for models larger than memory.
+"""Prunes a checkpoint on disk block by block, for models that are larger than memory.
 
-One block's weights are in memory at a time, beside the embeddings and whatever else lies outside the blocks.
+The weights of one block are in memory at a time, and the weights outside of the blocks all the time.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 import transformers
@@ -27,16 +26,20 @@ from ..calibration.inputs import Calibration, as_inputs, evaluation_mode
 from ..calibration.runner import BlockRunner
 from ..model.blocks import Targets, block_of, find_blocks, find_stacks
 from ..model.weights import check_finite
-from .criteria import Criterion, Score
+from .all_weights import allocated_patterns
+from .allocation import Allocation
+from .criteria import CriterionLike
+from .least_squares import LeastSquares
 from .patterns import Group
 from .prune import prune_blocks, prune_stack
+from .refinement import Refinement
 from .report import PruningReport
-from .task import PatternLike, PruningTask, check_calibration, count_sequences, plan_pruning
+from .task import PatternLike, PruningTask, check_calibration, count_sequences
 
 
 OUTSIDE = "outside"
 
-# Shards without an index beside them are those of a run that did not come to its end.
+# Shards without an index belong to a run that did not finish.
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _UNFINISHED_INDEX = f"{SAFE_WEIGHTS_INDEX_NAME}.unfinished"
 
@@ -44,60 +47,101 @@ _UNFINISHED_INDEX = f"{SAFE_WEIGHTS_INDEX_NAME}.unfinished"
 def prune_checkpoint(
     source: str | Path,
     output: str | Path,
-    pattern: PatternLike | Mapping[str, PatternLike],
+    pattern: PatternLike | Mapping[str, PatternLike] | None = None,
+    calibration: Calibration | None = None,
     *,
-    criterion: str | Score | Criterion = "magnitude",
+    sparsity: float | None = None,
+    criterion: CriterionLike = "magnitude",
     group: Group | None = None,
-    refinement: Literal["dsnot", "swap"] | None = None,
-    update: bool = False,
+    allocation: str | Allocation | Mapping[str, float] | None = None,
+    refinement: str | Refinement | None = None,
+    update: bool | LeastSquares = False,
     target_modules: Targets = None,
     exclude_modules: Targets = None,
-    calibration: Calibration | None = None,
+    prune_tied: bool = False,
     batch_size: int = 1,
     activations: Activations = "cpu",
     device: torch.device | str = "cpu",
 ) -> PruningReport:
-    """Prune the model saved in `source` without loading it whole, and save it to `output` for `from_pretrained`.
+    """Prune a saved model without loading it as a whole, and save the result for `from_pretrained`.
 
-    Each block is read from safetensors, pruned as `prune` would, written, and dropped before the next is read. The
-    zeros are those of `prune` on the loaded model. Killed midway, `output` holds the finished blocks and no index, so
-    that nothing loads it by mistake; `source` is only read.
+    One block at a time is read from safetensors, pruned as `prune` does it, written and dropped. The zeros are the
+    same as those that `prune` writes into the loaded model. `source` is only read. If the run is killed, `output`
+    holds the finished blocks but no index, so no loader takes it for a complete checkpoint.
 
     Args:
-        source: a local folder as `save_pretrained` writes it: config.json and safetensors.
-        output: a folder that does not exist yet, is empty, or holds what a killed run left, which is overwritten.
-        activations: where hidden states wait between blocks: "cpu", "disk", or "device".
-        device: where each block is loaded to.
-        everything else: as in `prune`. There is no `allocation`, which reads all weights: give a dict as `pattern`.
+        source: a local folder as `save_pretrained` writes it, with config.json and safetensors.
+        output: a folder that does not exist, is empty, or holds what a killed run left. Such remains are overwritten.
+        pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
+            `Unstructured` or `SemiStructured`. A dict gives one of these per layer: its keys are names, name endings
+            or regular expressions for the whole name, the first key that matches counts, and a layer that no key
+            matches is not pruned.
+        calibration: token ids (sequences, tokens), or an iterable of model inputs. Tokens that an input's
+            `attention_mask` marks as padding are not counted. A criterion that needs no
+            calibration uses it to report output errors.
+        sparsity: another way to write a `pattern` that is a number.
+        criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; or one of these as a value with its
+            numbers, such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores
+            (out, in), higher = kept; or a `Criterion`, which also says what the function needs.
+        group: which entries are compared with each other: "row" (one output), "matrix" or "model". By default the
+            group of the criterion's paper. n:m compares within each m entries and SparseGPT within blocks of columns,
+            so these take no group. "model" is refused,
+            because it needs the whole model.
+        allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
+            "owl"; or one of these as a value, such as `OWL(spread=0.1)`; or a dict of sparsities, with keys as in
+            `pattern`, that together give the requested total. The total is exact to the entry. n:m works with "owl",
+            which mixes several n.
+        refinement: "dsnot" or "swap", or a value such as `Swap(max_swaps=100)`: exchange pruned entries for kept ones
+            after the criterion has selected.
+        update: True, or a `LeastSquares` with its numbers: set the kept weights to the solution of a regularised
+            least-squares problem, see `masked_least_squares`.
+        target_modules: which layers are pruned: a list of names or name endings, or a regular expression for the whole
+            name, as in PEFT. By default every linear layer and every fused expert inside the blocks.
+        exclude_modules: which layers are not pruned, in the same form.
+        prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
+        batch_size: how many sequences of a tensor of token ids run together.
+        activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
+        device: where each block is loaded.
+
+    Returns:
+        A report with the sparsity and the relative output error of each weight.
 
     Raises:
-        ValueError: as `prune`; an `output` that holds something; a checkpoint whose tensors are named otherwise than
-            the model's parameters; more than one stack of blocks; a criterion or group that needs the whole model.
+        TypeError: see `prune`.
+        ValueError: see `prune`; `output` holds other files; the checkpoint's tensors do not have the names of the
+            model's parameters; the model has more than one stack of blocks; the criterion or `group` needs the whole
+            model; several processes run.
     """
     started = time.perf_counter()
     streamed = StreamedModel(source, output, device)
     model = streamed.model
-    task = plan_pruning(
+    task = PruningTask.of(
         model,
         pattern,
-        criterion,
-        group,
-        target_modules,
-        exclude_modules,
-        prune_tied=False,
+        sparsity=sparsity,
+        criterion=criterion,
+        group=group,
+        allocation=allocation,
         refinement=refinement,
         update=update,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        prune_tied=prune_tied,
         loaded=False,
     )
     check_activations(activations)
     check_calibration(task, calibration)
+    inputs = None if calibration is None else as_inputs(model, calibration, batch_size)
+    task.sequences = count_sequences(inputs or [])
     streamed.start(task)
     with evaluation_mode(model):
-        if calibration is None:
+        if task.allocation is not None:
+            task.patterns = allocated_patterns(
+                model, task, inputs, activations, streamed.resident, streamed.weight_in_memory
+            )
+        if inputs is None:
             prune_blocks(task, streamed.blocks, streamed.resident, streamed.save)
         else:
-            inputs = as_inputs(model, calibration, batch_size)
-            task.sequences = count_sequences(inputs)
             runner = BlockRunner(model, streamed.blocks, inputs, activations=activations, residence=streamed.resident)
             prune_stack(model, runner, task, streamed.save)
     streamed.finish()
@@ -105,10 +149,10 @@ def prune_checkpoint(
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the model of `config` with parameters on the meta device: names and shapes, no memory.
+    """Return the model of `config` with parameters on the meta device, which have shapes and take no memory.
 
     Raises:
-        ValueError: the configuration does not name a class of transformers.
+        ValueError: the configuration does not name exactly one class of transformers.
     """
     names = config.architectures or []
     if len(names) != 1 or not hasattr(transformers, names[0]):
@@ -118,27 +162,30 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         )
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = getattr(transformers, names[0])._from_config(config)
-    # Moving to the meta device one by one has parted what was tied.
+    # Parameters were moved to the meta device one by one, which untied them.
     model.tie_weights()
     return model
 
 
 class StreamedModel:
-    """A model whose blocks are read from `source` for their turn, and written to `output` when they are finished.
+    """A model whose blocks are read from a folder when they are processed, and written when they are finished.
 
     Args:
-        source, output, device: as in `prune_checkpoint`.
+        source: the folder to read from.
+        output: the folder to write to.
+        device: where each block is loaded.
 
     Raises:
-        ValueError: an `output` that holds something; a configuration that names no class; no safetensors.
+        ValueError: `output` holds other files, the configuration names no class of transformers, or `source` holds no
+            safetensors.
     """
 
     def __init__(self, source: str | Path, output: str | Path, device: torch.device | str) -> None:
         self.source, self.output, self.device = Path(source), Path(output), device
         if self.output.exists() and not _left_by_a_killed_run(self.output, self.source):
             raise ValueError(
-                f"Expected {str(self.output)!r} not to exist, to be empty, or to hold what a killed run left. Give "
-                "another `output`."
+                f"Expected {str(self.output)!r} not to exist, to be empty, or to hold only what a killed run left. "
+                "Give another `output`."
             )
         self.model = empty_model(AutoConfig.from_pretrained(self.source))
         self.blocks = find_blocks(self.model)
@@ -147,25 +194,27 @@ class StreamedModel:
         for name in self.files:
             self.parts[block_of(name, self.blocks) or OUTSIDE].append(name)
         parameters = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
-        # Where a tensor of a checkpoint may go; the buffers that no checkpoint holds came with the empty model.
+        # The names that a tensor of a checkpoint may have. Buffers that no checkpoint holds are in the empty model.
         self.places = {*parameters, *(name for name, _ in self.model.named_buffers())}
         self.parameters = set(parameters)
         self.task: PruningTask | None = None
+        # The parameter that `weight_in_memory` holds.
+        self.held: str | None = None
         self.written: dict[str, str] = {}
         self.bytes = 0
 
     def start(self, task: PruningTask) -> None:
-        """Check that `task` can be done block by block, and load what lies outside the blocks.
+        """Check that `task` can be done block by block, and load the weights outside of the blocks.
 
         Raises:
-            ValueError: a checkpoint that lacks a parameter of a block under the model's name; a task that needs the
-                whole model; more than one stack of blocks; more than one process.
+            ValueError: the checkpoint has no tensor with the name of a block's parameter; the task needs the whole
+                model; the model has more than one stack of blocks; several processes run.
         """
         _check_streamable(self.model, task)
         if PartialState().num_processes > 1:
             raise ValueError(
-                f"Streaming writes one output, got {PartialState().num_processes} processes that would write it. Run "
-                "it in one process; what it saves loads in any number."
+                f"Expected one process, because one output is written, got {PartialState().num_processes}. Start it "
+                "in one process. The saved model can be loaded in any number of processes."
             )
         missing = [n for n in self.parameters if block_of(n, self.blocks) and n not in self.files]
         if missing:
@@ -175,7 +224,10 @@ class StreamedModel:
                 "save_original_format=False)`, or use `prune`."
             )
         if outside := task.by_block.get(None):
-            raise ValueError(f"{outside[0]!r} lies outside the blocks, where nothing is streamed. Leave it out.")
+            raise ValueError(
+                f"{outside[0]!r} lies outside the blocks, which are all that is pruned on disk. Add it to "
+                "`exclude_modules`, or use `prune` on the loaded model."
+            )
         self.task = task
         self.output.mkdir(parents=True, exist_ok=True)
         self.load(OUTSIDE)
@@ -184,6 +236,7 @@ class StreamedModel:
     def resident(self, name: str, block: nn.Module) -> Iterator[None]:
         """Hold the weights of a block in memory within the context."""
         assert self.task is not None, "start comes first"
+        self._drop_held()
         self.load(name)
         try:
             check_finite(self.task.inside(name))
@@ -193,8 +246,33 @@ class StreamedModel:
                 if held in self.places:
                     set_module_tensor_to_device(self.model, held, "meta")
 
+    @contextlib.contextmanager
+    def weight_in_memory(self, name: str) -> Iterator[None]:
+        """Hold one weight of the task in memory within the context. The parameter of experts is read once for all."""
+        assert self.task is not None, "start comes first"
+        weight = self.task.weights[name]
+        parameter = f"{name}.{weight.parameter}" if weight.expert is None else name.rpartition(".")[0]
+        if self.held != parameter:
+            self._drop_held()
+            with safe_open(self.files[parameter], framework="pt") as file:
+                value = file.get_tensor(parameter)
+            set_module_tensor_to_device(self.model, parameter, self.device, value=value, dtype=value.dtype)
+            self.held = parameter
+            check_finite({name: weight})
+        try:
+            yield
+        finally:
+            # The next weight is often an expert of the same parameter.
+            if weight.expert is None:
+                self._drop_held()
+
+    def _drop_held(self) -> None:
+        if self.held is not None:
+            set_module_tensor_to_device(self.model, self.held, "meta")
+            self.held = None
+
     def read(self, part: str) -> dict[str, Tensor]:
-        """Return the tensors of one block, or of everything outside the blocks."""
+        """Return the tensors of one block, or those outside of all blocks."""
         tensors: dict[str, Tensor] = {}
         by_file: dict[Path, list[str]] = {}
         for name in self.parts[part]:
@@ -205,7 +283,7 @@ class StreamedModel:
         return tensors
 
     def load(self, part: str) -> None:
-        """Put the tensors of a part into the model; write those that lie outside the blocks."""
+        """Put the tensors of a part into the model. Those outside of the blocks are also written."""
         outside = part == OUTSIDE
         device = "cpu" if outside else self.device
         tensors = self.read(part)
@@ -219,12 +297,12 @@ class StreamedModel:
             set_module_tensor_to_device(self.model, name, device)
 
     def save(self, block: str) -> None:
-        """Write a block as it is now; tensors that the model has no place for are left out, as on loading."""
+        """Write a block as it is now, without tensors that the model does not have, as on loading."""
         state = self.blocks[block].state_dict(prefix=f"{block}.")
         self._write(block, {name: state[name].cpu().contiguous() for name in self.parts[block] if name in state})
 
     def finish(self) -> None:
-        """Copy everything that is no weight, and write the index, which makes the output a checkpoint, last."""
+        """Copy the other files of the checkpoint, and write the index last: it makes the output a checkpoint."""
         for path in _beside_weights(self.source):
             shutil.copy2(path, self.output)
         index = {"metadata": {"total_size": self.bytes}, "weight_map": self.written}
@@ -241,13 +319,13 @@ class StreamedModel:
 
 
 def _beside_weights(source: Path) -> list[Path]:
-    """Return the files of a checkpoint that hold no weights and no index of them."""
+    """Return the files of a checkpoint that hold neither weights nor an index of them."""
     files = [path for path in source.iterdir() if path.is_file()]
     return [path for path in files if path.suffix not in (".safetensors", ".bin") and "index.json" not in path.name]
 
 
 def _left_by_a_killed_run(output: Path, source: Path) -> bool:
-    """Tell whether `output` holds nothing but what a run on `source` writes before its index."""
+    """Return whether `output` holds only what a run on `source` writes before its index."""
     names = {path.name for path in output.iterdir()}
     shards = {name for name in names if _SHARD.fullmatch(name)}
     copied = {path.name for path in _beside_weights(source)} | {_UNFINISHED_INDEX} if shards else set()
@@ -270,9 +348,11 @@ def _files_by_name(source: Path) -> dict[str, Path]:
 def _check_streamable(model: nn.Module, task: PruningTask) -> None:
     if task.group == "model" or "gradients" in task.needs:
         raise ValueError(
-            'Streaming holds one block at a time: `group="model"` and criteria that need gradients see the whole '
-            'model. Use `prune` on a loaded model, or `group="row"` or "matrix" and another criterion.'
+            'One block at a time is in memory, but `group="model"` and criteria that need gradients need the whole '
+            'model. Use `prune` on the loaded model, or `group="row"` or "matrix" and another criterion.'
         )
     if len(find_stacks(model)) > 1:
         stacks = ", ".join(next(iter(stack)).rpartition(".")[0] for stack in find_stacks(model))
-        raise ValueError(f"Streaming takes one stack of blocks, this model has more: {stacks}. Use `prune`.")
+        raise ValueError(
+            f"Expected a model with one stack of blocks, got several: {stacks}. Use `prune` on the loaded model."
+        )

@@ -1,85 +1,167 @@
-"""Pruning criteria: (weight, statistics) -> scores, one pure function each, all of one signature. Higher = kept.
+"""Pruning criteria: (weight, statistics) -> scores of one weight. A higher score means: kept.
 
-No layers, no masks, nothing is written. Add a criterion by writing its function and its row
-in `CRITERIA`. SparseGPT is a solver, which chooses and updates at once: it has its row here and its own file.
+A criterion knows no layers and no masks, and writes nothing. To add one, write its class and its row in `CRITERIA`.
+SparseGPT is a solver: it selects and updates in one pass. It has its row here and its own file.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, ClassVar, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from ..calibration.statistics import Need, Statistics
+from .choices import check_numbers, chosen, spelled
 from .patterns import GROUPS, Group
+from .sparsegpt import SparseGPT
 
 
 Score = Callable[[Tensor, Statistics], Tensor]
 
-# What GBLM-Pruner multiplies gradients by before it adds them to the activations' term.
-GRADIENT_SCALE = 100.0
 
+class ScoringCriterion(Protocol):
+    """What every criterion that returns scores has.
 
-def magnitude(weight: Tensor, statistics: Statistics) -> Tensor:
-    """S = |W|, shape (out, in). Han et al. 2015, arXiv:1506.02626."""
-    return weight.abs()
-
-
-def random(weight: Tensor, statistics: Statistics) -> Tensor:
-    """S ~ U[0, 1) from torch's global generator: seed it with `torch.manual_seed` for a repeatable mask."""
-    return torch.rand(weight.shape, device=weight.device)
-
-
-def wanda(weight: Tensor, statistics: Statistics) -> Tensor:
-    """S_ij = |W_ij| · ||X_j||_2, shape (out, in). Sun et al. 2023, arXiv:2306.11695, section 3."""
-    return weight.abs().float() * _input_norm(statistics)
-
-
-def ria(weight: Tensor, statistics: Statistics) -> Tensor:
-    """S_ij = (|W_ij| / Σ_k |W_kj| + |W_ij| / Σ_k |W_ik|) · ||X_j||_2^a, a = 1/2, shape (out, in).
-
-    Relative importance and activations: Zhang et al. 2024, "Plug-and-Play", ICLR, section 3.
+    Attributes:
+        group: the entries that are compared with each other unless the caller chooses: "row", "matrix" or "model".
+        needs: which statistics calibration has to measure.
     """
-    size = weight.abs().float()
-    # A row or column of zeros has nothing to compare: its entries score zero.
-    tiny = torch.finfo(torch.float32).tiny
-    by_column = size.sum(0).clamp_min_(tiny).reciprocal_()
-    by_row = size.sum(1, keepdim=True).clamp_min_(tiny).reciprocal_()
-    return size.mul_(by_column + by_row).mul_(_input_norm(statistics).sqrt())
+
+    @property
+    def group(self) -> Group: ...
+
+    @property
+    def needs(self) -> tuple[Need, ...]: ...
+
+    def score(self, weight: Tensor, statistics: Statistics) -> Tensor:
+        """Return the scores of `weight`, both (out, in)."""
 
 
-def gblm(weight: Tensor, statistics: Statistics) -> Tensor:
-    """S_ij = |W_ij| · (||X_j||_2 / √N + 100 · Σ_n |∂L_n/∂W_ij|) over N sequences n, shape (out, in).
+@dataclass(frozen=True)
+class Magnitude:
+    """S = |W|, compared within each matrix by default. Han et al. 2015, arXiv:1506.02626."""
 
-    The paper's l1 variant with its α = 100; the two terms are weighed by these constants, so S depends on N and on the
-    length of the sequences, as it does there. Das et al. 2023, arXiv:2311.04902, section 3.
+    group: ClassVar[Group] = "matrix"
+    needs: ClassVar[tuple[Need, ...]] = ()
+
+    def score(self, weight: Tensor, statistics: Statistics) -> Tensor:
+        """Return |W|, (out, in)."""
+        return weight.abs()
+
+
+@dataclass(frozen=True)
+class Random:
+    """S ~ U[0, 1), drawn from torch's global generator. `torch.manual_seed` makes the mask repeatable."""
+
+    group: ClassVar[Group] = "matrix"
+    needs: ClassVar[tuple[Need, ...]] = ()
+
+    def score(self, weight: Tensor, statistics: Statistics) -> Tensor:
+        """Return random scores, (out, in)."""
+        return torch.rand(weight.shape, device=weight.device)
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """S_ij = |W_ij| · ‖X_j‖₂, compared within each row by default. Sun et al. 2023, arXiv:2306.11695, section 3."""
+
+    group: ClassVar[Group] = "row"
+    needs: ClassVar[tuple[Need, ...]] = ("inputs",)
+
+    def score(self, weight: Tensor, statistics: Statistics) -> Tensor:
+        """Return the scores from `statistics.input_norm`, (out, in)."""
+        return weight.abs().float() * _input_norm(statistics)
+
+
+@dataclass(frozen=True)
+class RIA:
+    """S_ij = (|W_ij| / Σ_k |W_kj| + |W_ij| / Σ_k |W_ik|) · ‖X_j‖₂^a, compared within each matrix by default.
+
+    Relative importance and activations. Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method
+    for Large Language Models", ICLR, section 3.
+
+    Args:
+        exponent: a, at least 0. The paper uses 1/2.
+
+    Raises:
+        ValueError: `exponent` is negative.
     """
-    assert statistics.gradient is not None, "the calibration engine supplies what a criterion needs"
-    norm = _input_norm(statistics) / statistics.sequences**0.5
-    return torch.add(norm, statistics.gradient, alpha=GRADIENT_SCALE).mul_(weight.abs())
+
+    exponent: float = 0.5
+
+    group: ClassVar[Group] = "matrix"
+    needs: ClassVar[tuple[Need, ...]] = ("inputs",)
+
+    def __post_init__(self) -> None:
+        check_numbers(self, exponent=(self.exponent >= 0, "at least 0"))
+
+    def score(self, weight: Tensor, statistics: Statistics) -> Tensor:
+        """Return the scores from `statistics.input_norm`, (out, in)."""
+        size = weight.abs().float()
+        # A row or column of zeros has no sum to divide by: its entries score zero.
+        tiny = torch.finfo(torch.float32).tiny
+        by_column = size.sum(0).clamp_min_(tiny).reciprocal_()
+        by_row = size.sum(1, keepdim=True).clamp_min_(tiny).reciprocal_()
+        return size.mul_(by_column + by_row).mul_(_input_norm(statistics).pow(self.exponent))
+
+
+@dataclass(frozen=True)
+class GBLM:
+    """S_ij = |W_ij| · (‖X_j‖₂ / √N + α · Σ_n |∂L_n/∂W_ij|) over N sequences n, compared within each row by default.
+
+    This is the l1 variant of GBLM-Pruner. S depends on N and on the length of the sequences, as in the paper, because
+    α is a constant. Das et al. 2023, arXiv:2311.04902, section 3.
+
+    Args:
+        gradient_scale: α, at least 0. The paper uses 100.
+
+    Raises:
+        ValueError: `gradient_scale` is negative.
+    """
+
+    gradient_scale: float = 100.0
+
+    group: ClassVar[Group] = "row"
+    needs: ClassVar[tuple[Need, ...]] = ("inputs", "gradients")
+
+    def __post_init__(self) -> None:
+        check_numbers(self, gradient_scale=(self.gradient_scale >= 0, "at least 0"))
+
+    def score(self, weight: Tensor, statistics: Statistics) -> Tensor:
+        """Return the scores from `statistics.input_norm`, `gradient` and `sequences`, (out, in)."""
+        assert statistics.gradient is not None, "calibration measures what a criterion needs"
+        norm = _input_norm(statistics) / statistics.sequences**0.5
+        return torch.add(norm, statistics.gradient, alpha=self.gradient_scale).mul_(weight.abs())
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """How a criterion is used.
+    """A criterion of your own, with what it needs to know.
 
     Args:
-        score: (weight (out, in), `Statistics`) -> scores (out, in), higher = kept, finite. None for SparseGPT, whose
-            solver chooses and updates at once.
-        group: the group that is compared unless the caller chooses: "row", "matrix" or "model".
-        needs: which statistics calibration has to measure: "inputs" (their norms), "moments" (mean and variance),
+        score: a function (weight (out, in), `Statistics`) -> scores (out, in). Scores are finite, and a higher score
+            means that the entry is kept.
+        group: the entries that are compared with each other unless the caller chooses: "row" (one output), "matrix"
+            or "model".
+        needs: which statistics calibration has to measure: "inputs" (norms), "moments" (mean and variance),
             "hessian", "gradients".
 
     Raises:
-        ValueError: another group, or another need.
+        TypeError: `score` is not callable.
+        ValueError: `group` or an entry of `needs` is unknown.
     """
 
-    score: Score | None
+    score: Score
     group: Group
     needs: tuple[Need, ...] = ()
 
     def __post_init__(self) -> None:
+        if not callable(self.score):
+            raise TypeError(
+                "`score` must be a function (weight, statistics) -> scores, got "
+                f"{type(self.score).__name__}. For SparseGPT use `SparseGPT()`."
+            )
         if self.group not in GROUPS:
             raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {self.group!r}.")
         if not set(self.needs) <= set(get_args(Need)):
@@ -87,36 +169,42 @@ class Criterion:
             raise ValueError(f'`needs` must be a tuple of {needs}, such as ("inputs",), got {self.needs!r}.')
 
 
-CRITERIA = {
-    "magnitude": Criterion(magnitude, group="matrix"),
-    "random": Criterion(random, group="matrix"),
-    "wanda": Criterion(wanda, group="row", needs=("inputs",)),
-    "ria": Criterion(ria, group="matrix", needs=("inputs",)),
-    "sparsegpt": Criterion(None, group="matrix", needs=("hessian",)),
-    "gblm": Criterion(gblm, group="row", needs=("inputs", "gradients")),
+CRITERIA: dict[str, type] = {
+    "magnitude": Magnitude,
+    "random": Random,
+    "wanda": Wanda,
+    "ria": RIA,
+    "sparsegpt": SparseGPT,
+    "gblm": GBLM,
 }
 
+CriterionLike = str | Score | ScoringCriterion | SparseGPT
 
-def find_criterion(criterion: str | Score | Criterion) -> tuple[str, Criterion]:
-    """Return the name and the use of a criterion: one of `CRITERIA` by name, a `Criterion`, or a function.
 
-    A plain function compares within each matrix, and is given the input norms if there is calibration.
+def find_criterion(criterion: CriterionLike) -> tuple[str, ScoringCriterion | SparseGPT]:
+    """Return what reports call a criterion, and its value.
+
+    Args:
+        criterion: a name of `CRITERIA`, a value of one of its classes, a `Criterion`, or a plain function. A plain
+            function compares within each matrix and is given the input norms if there is calibration.
 
     Raises:
-        ValueError: no such criterion.
+        ValueError: there is no such criterion.
     """
     if isinstance(criterion, Criterion):
-        return getattr(criterion.score, "__name__", type(criterion.score).__name__), criterion
+        return _name_of(criterion.score), criterion
     if callable(criterion):
-        return getattr(criterion, "__name__", type(criterion).__name__), Criterion(criterion, group="matrix")
-    if criterion not in CRITERIA:
-        raise ValueError(
-            f"Unknown criterion {criterion!r}. Choose one of {', '.join(map(repr, CRITERIA))}, or pass a function "
-            "(weight, statistics) -> scores."
-        )
-    return criterion, CRITERIA[criterion]
+        return _name_of(criterion), Criterion(criterion, group="matrix")
+    value = chosen(
+        "criterion", CRITERIA, criterion, also=" A function (weight, statistics) -> scores is also accepted."
+    )
+    return spelled(CRITERIA, value), value
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _input_norm(statistics: Statistics) -> Tensor:
-    assert statistics.input_norm is not None, "the calibration engine supplies what a criterion needs"
+    assert statistics.input_norm is not None, "calibration measures what a criterion needs"
     return statistics.input_norm

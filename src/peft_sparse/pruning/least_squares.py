@@ -1,10 +1,67 @@
-"""The best values of the kept weights for a fixed mask: masked least squares, all rows at once."""
+"""Masked least squares: the values of the kept weights that minimise the output error for a fixed mask."""
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..calibration.statistics import Need, Statistics
+from .choices import check_numbers
 
-MAX_ITERATIONS = 200
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """How the kept weights are updated once the mask is chosen, see `masked_least_squares`.
+
+    Args:
+        damping: λ, as a fraction of the mean of the diagonal of XᵀX, at least 0.
+        tolerance: the solver stops once the gradient of every row has fallen to this fraction of its first value.
+        max_iterations: the solver stops after this many iterations.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    damping: float = 0.01
+    tolerance: float = 1e-3
+    max_iterations: int = 200
+
+    needs: ClassVar[tuple[Need, ...]] = ("hessian",)
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            damping=(self.damping >= 0, "at least 0"),
+            tolerance=(self.tolerance >= 0, "at least 0"),
+            max_iterations=(self.max_iterations >= 1, "at least 1"),
+        )
+
+    def solve(self, weight: Tensor, mask: Tensor, statistics: Statistics, start: Tensor | None = None) -> Tensor:
+        """Return the updated weight (out, in) for the dense `weight` (out, in) and `mask` (out, in)."""
+        assert statistics.hessian is not None, "calibration measures what an update needs"
+        return masked_least_squares(
+            weight,
+            mask,
+            statistics.hessian,
+            start=start,
+            damping=self.damping,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+        )
+
+
+def find_update(update: bool | LeastSquares) -> LeastSquares | None:
+    """Return the value that `update` stands for: True is `LeastSquares()`, False is None.
+
+    Raises:
+        TypeError: `update` is neither a bool nor a `LeastSquares`.
+    """
+    if isinstance(update, LeastSquares):
+        return update
+    if not isinstance(update, bool):
+        raise TypeError(f"`update` must be True, False or a `LeastSquares`, got {update!r}.")
+    return LeastSquares() if update else None
 
 
 def masked_least_squares(
@@ -15,23 +72,24 @@ def masked_least_squares(
     start: Tensor | None = None,
     damping: float = 0.01,
     tolerance: float = 1e-3,
-    max_iterations: int = MAX_ITERATIONS,
+    max_iterations: int = 200,
 ) -> Tensor:
-    """Return argmin over W' of ||(W' - W)X||² + λ||W' - W||² with W' zero wherever `mask` is False, (out, in).
+    """Return W' near argmin ‖(W' - W)X‖² + λ‖W' - W‖², where W' is zero wherever `mask` is False, (out, in).
 
-    Every row is its own least-squares problem on its own kept columns. All are solved together by conjugate gradients
-    on M ⊙ ((W' - W)(XᵀX + λI)), preconditioned by the diagonal: one matrix product each step, no factorisation per
-    row, and but for rounding the error falls with every step. With λ = 0 and enough steps this is the exact minimiser;
-    in float32 on ill-conditioned inputs keep λ > 0.
+    Each row is a least-squares problem of its own on its kept columns. All rows are solved together by conjugate
+    gradients on M ⊙ ((W' - W)(XᵀX + λI)) with the diagonal as preconditioner. An iteration takes one matrix product,
+    and no row is factorised. Apart from rounding, the error falls with every iteration. `tolerance` and
+    `max_iterations` decide how near the result is to the minimiser. λ > 0 keeps the problem well conditioned in
+    float32.
 
     Args:
-        weight: dense W, (out, in).
+        weight: the dense W, (out, in).
         mask: True = kept, (out, in).
         hessian: XᵀX, (in, in), float32 or wider, of any scale.
-        start: W' to start from; by default M ⊙ W.
+        start: the first W', (out, in). By default M ⊙ W.
         damping: λ as a fraction of the mean of the diagonal of XᵀX.
-        tolerance: stop once every row's gradient has fallen to this fraction of what it was.
-        max_iterations: stop after this many steps at the latest.
+        tolerance: stop once the gradient of every row has fallen to this fraction of its first value.
+        max_iterations: stop after this many iterations.
 
     Raises:
         ValueError: the result is not finite.
@@ -42,7 +100,7 @@ def masked_least_squares(
     diagonal = hessian.diagonal()
     ridge = damping * diagonal.mean()
     inverse = (diagonal + ridge).clamp_min(torch.finfo(hessian.dtype).tiny).reciprocal()
-    # An input that was never active has no say: its weights stay as they are.
+    # The weights of an input that was never active do not change the error: they stay as they are.
     inverse = torch.where(diagonal > 0, inverse, torch.zeros_like(inverse))
 
     def product(matrix: Tensor) -> Tensor:
@@ -55,14 +113,14 @@ def masked_least_squares(
     for iteration in range(max_iterations):
         moved = product(step)
         length = energy / (step * moved).sum(1, keepdim=True)
-        # Rows that have arrived divide zero by zero.
+        # A row that has converged divides zero by zero.
         length = length.nan_to_num_(0.0, 0.0, 0.0)
         solution.addcmul_(length, step)
         residual.addcmul_(length, moved, value=-1)
         preconditioned = residual * inverse
         before, energy = energy, (residual * preconditioned).sum(1, keepdim=True)
         step = preconditioned.addcmul_((energy / before).nan_to_num_(0.0, 0.0, 0.0), step)
-        # Asked now and then only: the answer makes the host wait for the device.
+        # The host waits for the device here, so it asks only every tenth iteration.
         if iteration % 10 == 9 and bool((energy <= tolerance**2 * first).all()):
             break
     if not solution.isfinite().all():

@@ -1,4 +1,4 @@
-"""What becomes of one weight: scores, mask, refinement, update, and the zeros written."""
+"""How one weight is pruned: scores, mask, refinement, update, and the zeros that are written."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,38 +7,40 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..calibration.measure import relative_error, warn_of_few_tokens
-from ..calibration.statistics import BlockStatistics, InputStatistics, Statistics
+from ..calibration.measure import BlockStatistics, relative_error, warn_of_few_tokens
+from ..calibration.statistics import InputStatistics, Statistics
 from ..model.masks import mask_of
 from ..model.processes import add_up
 from ..model.weights import WeightView, zero_counts
-from .criteria import CRITERIA, Criterion
-from .least_squares import masked_least_squares
+from .criteria import CRITERIA, ScoringCriterion
 from .patterns import select
-from .refinement import find_refinement
-from .sparsegpt import sparsegpt
+from .sparsegpt import SparseGPT
 from .task import PruningTask
 
 
 @torch.no_grad()
 def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: BlockStatistics | None) -> None:
-    """Prune `weights`, of whose inputs `measured` tells; note the relative output error of each."""
+    """Prune `weights`, and note the relative output error of each in `task`.
+
+    Args:
+        weights: weights of one block, by name.
+        measured: the statistics of their inputs, None without calibration.
+    """
     errors = None if measured is None else _OutputErrors(measured)
     for name, weight in weights.items():
         matrix, pattern, statistics = weight.matrix(), task.patterns[name], task.statistics(name, measured)
         if errors is not None:
             errors.before(name, matrix)
         with noting(f"At {name!r}: the weights before it are pruned."):
-            if task.rule.score is None or task.update:
+            if isinstance(task.rule, SparseGPT) or task.update:
                 task.warned = task.warned or warn_of_few_tokens(name, statistics)
             solution, mask = _selected(name, matrix, task, statistics)
             if (task.refinement or task.update) and errors is not None:
                 errors.selected(matrix * mask if solution is None else solution)
             if task.refinement is not None:
-                mask = find_refinement(task.refinement).function(matrix, mask, statistics, pattern)
-            if task.update:
-                assert statistics.hessian is not None
-                solution = masked_least_squares(matrix, mask, statistics.hessian, start=solution)
+                mask = task.refinement[1].refine(matrix, mask, statistics, pattern)
+            if task.update is not None:
+                solution = task.update.solve(matrix, mask, statistics, start=solution)
             if solution is None:
                 weight.write_zeros(mask)
             else:
@@ -47,12 +49,12 @@ def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: B
             errors.after(weight.matrix())
     if errors is not None and weights:
         errors.note(task)
-    # Counted here, while they are where they can be read.
+    # Counted here, because a streamed weight is in memory only now.
     task.counts |= zero_counts(weights)
 
 
 class _OutputErrors:
-    """||W X||² and ||(W - W')X||² of one weight after the other, on the rows of X that were kept of its inputs."""
+    """Computes ‖W X‖² and ‖(W - W')X‖² of one weight after the other, on a sample of the rows of X."""
 
     def __init__(self, measured: BlockStatistics) -> None:
         self.measured = measured
@@ -65,7 +67,7 @@ class _OutputErrors:
         self.name, self.dense = name, matrix.to(torch.float32, copy=True)
         inputs = self.measured.inputs[name]
         if inputs is not self.inputs:
-            # Those that share inputs mostly come one after the other.
+            # Weights that share inputs mostly follow each other, so the rows are converted once.
             self.inputs, self.rows = inputs, self.measured.sample(name).float()
         known = self.measured.output_squares.get(name)
         self.whole[name] = self._square(self.dense) if known is None else known.to(matrix.device)
@@ -77,7 +79,7 @@ class _OutputErrors:
         self.lost[self.name] = self._square(self.dense.sub_(matrix))
 
     def note(self, task: PruningTask) -> None:
-        """Write down the errors of all weights, over the rows of all processes."""
+        """Write the errors of all weights into `task`, over the rows of all processes."""
         parts = (self.whole, self.lost, self.lost_selected)
         squares = [torch.stack([s.to(self.rows.device) for s in part.values()]) for part in parts if part]
         if self.measured.shared:
@@ -91,22 +93,20 @@ class _OutputErrors:
 
 
 def _selected(name: str, matrix: Tensor, task: PruningTask, statistics: Statistics) -> tuple[Tensor | None, Tensor]:
-    """Return the mask of what the criterion keeps, and the updated weight where the criterion updates it."""
-    if task.rule.score is None:
-        assert statistics.hessian is not None
-        return sparsegpt(matrix, statistics.hessian, task.patterns[name])
+    """Return the weight that the criterion updated, None if it only selects, and its mask."""
+    if isinstance(task.rule, SparseGPT):
+        return task.rule.solve(matrix, statistics, task.patterns[name])
     return None, select(scores_of(name, matrix, task.rule, statistics), task.patterns[name], task.group)
 
 
-def scores_of(name: str, matrix: Tensor, rule: Criterion, statistics: Statistics) -> Tensor:
-    """Return the scores of the weight called `name`, -inf where it is zero already.
+def scores_of(name: str, matrix: Tensor, rule: ScoringCriterion, statistics: Statistics) -> Tensor:
+    """Return the scores of the weight called `name`, -inf for entries that are zero already.
 
     Raises:
-        ValueError: scores of another shape, or that are not finite.
+        ValueError: the scores have another shape, or are not finite.
     """
-    assert rule.score is not None
     if statistics.gradient is not None:
-        # It may wait elsewhere.
+        # Sums of gradients may be stored on another device.
         statistics = replace(statistics, gradient=statistics.gradient.to(matrix.device))
     scores = rule.score(matrix, statistics)
     if scores.shape != matrix.shape:
@@ -114,16 +114,17 @@ def scores_of(name: str, matrix: Tensor, rule: Criterion, statistics: Statistics
             f"Expected scores of shape {tuple(matrix.shape)} for {name!r}, got {tuple(scores.shape)}. A criterion "
             "returns one score per entry of the weight (out, in)."
         )
-    if rule not in CRITERIA.values() and not scores.isfinite().all():
+    if not isinstance(rule, tuple(CRITERIA.values())) and not scores.isfinite().all():
         raise ValueError(
-            f"Expected finite scores for {name!r}, got NaN or infinity. Mend the criterion, or clamp what it returns."
+            f"Expected finite scores for {name!r}, got NaN or infinity. Correct the criterion, or clamp what it "
+            "returns."
         )
     return scores.masked_fill(~mask_of(matrix), -torch.inf)
 
 
 @contextlib.contextmanager
 def noting(note: str) -> Iterator[None]:
-    """Add `note` to whatever error leaves the context."""
+    """Add `note` to every error that leaves the context."""
     try:
         yield
     except Exception as error:

@@ -1,12 +1,9 @@
-"""prune: joins calibration, criteria and masks, and writes the zeros. sparsity: counts them.
-
-Knows nothing of adapters: what comes after reads the zeros off the weights.
-"""
+"""`prune` runs a pruning task block by block. `sparsity` counts the zeros of a model."""
 
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,88 +14,109 @@ from ..calibration.gradients import gradient_sums
 from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, in_words
 from ..calibration.measure import measure
 from ..calibration.runner import BlockRunner, Residence, on_device, stack_runners
-from ..model.blocks import Targets, find_blocks, prunable_weights
+from ..model.blocks import Targets, prunable_weights
 from ..model.processes import working_together
 from ..model.weights import check_finite, share, zero_counts
 from .all_weights import allocated_patterns, prune_across
 from .allocation import Allocation
-from .criteria import Criterion, Score
+from .criteria import CriterionLike
+from .least_squares import LeastSquares
 from .one_weight import noting, prune_weights
 from .patterns import Group
+from .refinement import Refinement
 from .report import PruningReport
-from .task import PatternLike, PruningTask, check_calibration, count_sequences, plan_pruning
+from .task import PatternLike, PruningTask, check_calibration, count_sequences
 
 
 def prune(
     model: nn.Module,
-    pattern: PatternLike | Mapping[str, PatternLike],
+    pattern: PatternLike | Mapping[str, PatternLike] | None = None,
+    calibration: Calibration | None = None,
     *,
-    criterion: str | Score | Criterion = "magnitude",
+    sparsity: float | None = None,
+    criterion: CriterionLike = "magnitude",
     group: Group | None = None,
-    allocation: Allocation | Mapping[str, float] | None = None,
-    refinement: Literal["dsnot", "swap"] | None = None,
-    update: bool = False,
+    allocation: str | Allocation | Mapping[str, float] | None = None,
+    refinement: str | Refinement | None = None,
+    update: bool | LeastSquares = False,
     target_modules: Targets = None,
     exclude_modules: Targets = None,
-    calibration: Calibration | None = None,
+    prune_tied: bool = False,
     batch_size: int = 1,
     activations: Activations = "device",
     device: torch.device | str | None = None,
-    prune_tied: bool = False,
 ) -> PruningReport:
-    """Write zeros into the linear weights of the model's blocks, fused experts' included. In place.
+    """Prune the linear weights inside the blocks of a model: write zeros into them, in place.
 
-    Of a model with adapters the weights below them, and of modules in `modules_to_save` the copies that are active.
-    Entries that are zero already go first, so pruning twice to one sparsity changes no mask, and pruning further only
-    adds zeros. With calibration the blocks are pruned in order, each on inputs that went through its pruned
-    predecessors; all weights of one block are scored on the block as it was.
+    Entries that are zero already are pruned first. Pruning twice to the same sparsity therefore changes no mask, and
+    pruning to a higher sparsity only adds zeros. If the model has more zeros than `pattern` asks for, they stay, and a
+    warning gives both numbers.
 
-    With calibration, the processes of a `torch.distributed` group share the batches out: each calls `prune` with the
-    same model, arguments and calibration, and gets the same zeros, by statistics of all batches.
+    With calibration, the blocks are pruned one after the other. The inputs of a block have passed through the pruned
+    blocks before it. All weights of one block are scored while the block is still dense.
+
+    If the model has adapters, their base weights are pruned. Of modules in PEFT's `modules_to_save`, the active copies
+    are pruned. If `torch.distributed` runs several processes and calibration is given, each process calls `prune` with
+    the same model, arguments and calibration. The processes share the batches, and all of them write the same zeros,
+    which depend on the statistics of all batches.
 
     Args:
-        pattern: a sparsity in [0, 1), or "n:m" = n kept of every m along the inputs, or an `Unstructured` or
-            `SemiStructured`; or one of these per layer: a dict whose keys are names, name endings or regular
-            expressions for the whole name, the first that matches counts, and what none matches is not pruned.
-        criterion: "magnitude", "random", "wanda", "ria", "sparsegpt", "gblm"; or a function (weight (out, in),
-            `Statistics`) -> scores (out, in), higher = kept; or a `Criterion`, which says what it needs besides.
-        group: which entries are compared: "row" (one output), "matrix" or "model"; by default that of the criterion's
-            paper. n:m compares within each m entries, SparseGPT within 128 columns; both take no group. For "model",
-            inputs are those of the unpruned model.
-        allocation: how the sparsity is shared out among the layers, by `allocation.allocate`: "uniform", "uniform+",
-            "global", "erk", "lamp" or "owl", or a dict of sparsities, keys as in `pattern`, that give the requested
-            total. The total is then exact to the weight. n:m goes with "owl", which mixes several n.
-        refinement: "dsnot" or "swap": exchange pruned entries for kept ones once they are selected.
-        update: set the kept weights to the exact solution of the masked least squares (`masked_least_squares`).
-        target_modules: as in PEFT; by default every linear layer and every fused expert inside the blocks.
-        exclude_modules: as in PEFT.
+        model: a model whose weights are in memory and not quantised.
+        pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
+            `Unstructured` or `SemiStructured`. A dict gives one of these per layer: its keys are names, name endings
+            or regular expressions for the whole name, the first key that matches counts, and a layer that no key
+            matches is not pruned.
         calibration: token ids (sequences, tokens), or an iterable of model inputs. Tokens that an input's
-            `attention_mask` marks as padding are not counted. With a criterion that needs none it serves to report
-            output errors.
+            `attention_mask` marks as padding are not counted. A criterion that needs no
+            calibration uses it to report output errors.
+        sparsity: another way to write a `pattern` that is a number.
+        criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; or one of these as a value with its
+            numbers, such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores
+            (out, in), higher = kept; or a `Criterion`, which also says what the function needs.
+        group: which entries are compared with each other: "row" (one output), "matrix" or "model". By default the
+            group of the criterion's paper. n:m compares within each m entries and SparseGPT within blocks of columns,
+            so these take no group. For
+            "model", the inputs are those of the unpruned model.
+        allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
+            "owl"; or one of these as a value, such as `OWL(spread=0.1)`; or a dict of sparsities, with keys as in
+            `pattern`, that together give the requested total. The total is exact to the entry. n:m works with "owl",
+            which mixes several n.
+        refinement: "dsnot" or "swap", or a value such as `Swap(max_swaps=100)`: exchange pruned entries for kept ones
+            after the criterion has selected.
+        update: True, or a `LeastSquares` with its numbers: set the kept weights to the solution of a regularised
+            least-squares problem, see `masked_least_squares`.
+        target_modules: which layers are pruned: a list of names or name endings, or a regular expression for the whole
+            name, as in PEFT. By default every linear layer and every fused expert inside the blocks.
+        exclude_modules: which layers are not pruned, in the same form.
+        prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
         batch_size: how many sequences of a tensor of token ids run together.
-        activations: where the hidden states of the calibration data wait between blocks: "device", "cpu", or "disk".
-        device: where a block is moved for its turn and back from; None computes where the block is.
-        prune_tied: allow a target whose weight is also an embedding; the embedding is then pruned with it.
+        activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
+        device: where each block is moved while it is processed. None computes where the block is.
+
+    Returns:
+        A report with the sparsity and the relative output error of each weight.
 
     Raises:
-        ValueError: bad pattern, criterion, group or targets; a tied weight without `prune_tied`; an n:m whose m does
-            not divide the inputs; calibration that never runs a target's blocks, such as a vision tower's; a weight, a
-            statistic or a score that is not finite; merged adapters; processes that were not called alike. Raised
-            midway, the error's note names the block: those before it are pruned, those after are not.
+        TypeError: `update` is neither a bool nor a `LeastSquares`, or a convolution's inputs cannot be measured.
+        ValueError: an argument is invalid, or does not go with another one; a target is tied to an embedding; n:m does
+            not divide the inputs; calibration is missing, or never reaches the block of a target; a weight, a
+            statistic or a score is not finite; adapters are merged; processes were called differently. If an error
+            occurs after some blocks were pruned, its note names the block.
         RuntimeError: another process failed.
     """
     started = time.perf_counter()
-    task = plan_pruning(
+    task = PruningTask.of(
         model,
         pattern,
-        criterion,
-        group,
-        target_modules,
-        exclude_modules,
-        prune_tied,
+        sparsity=sparsity,
+        criterion=criterion,
+        group=group,
         allocation=allocation,
         refinement=refinement,
         update=update,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        prune_tied=prune_tied,
     )
     check_activations(activations)
     check_calibration(task, calibration)
@@ -107,8 +125,8 @@ def prune(
     task.sequences = count_sequences(inputs or [])
     residence = on_device(device)
     with evaluation_mode(model), _together(task, inputs):
-        if allocation is not None:
-            task.patterns = allocated_patterns(model, task, allocation, inputs, activations, residence)
+        if task.allocation is not None:
+            task.patterns = allocated_patterns(model, task, inputs, activations, residence)
         if inputs is not None and "gradients" in task.needs:
             task.gradients = gradient_sums(model, task.weights, inputs, activations != "device", shared=True)
         if task.group == "model":
@@ -117,15 +135,24 @@ def prune(
             for runner in stack_runners(model, inputs, task.inside, activations=activations, residence=residence):
                 prune_stack(model, runner, task)
         else:
-            prune_blocks(task, find_blocks(model), residence)
+            prune_blocks(task, task.blocks, residence)
     return task.report(time.perf_counter() - started)
 
 
 def sparsity(model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None) -> float:
-    """Return the fraction of zeros among the prunable weights, by default the linear weights of the blocks.
+    """Return the fraction of zeros among the prunable weights of a model.
 
-    Adapters are looked through: the base weights are counted, merged ones as they are, and of modules in
-    `modules_to_save` the copies that are active.
+    Of a model with adapters, the zeros of the base weights are counted; merged weights are counted as they are. Of
+    modules in PEFT's `modules_to_save`, the active copies are counted.
+
+    Args:
+        model: any model, with or without adapters.
+        target_modules: which layers are counted: a list of names or name endings, or a regular expression for the
+            whole name, as in PEFT. By default every linear layer and every fused expert inside the blocks.
+        exclude_modules: which layers are not counted, in the same form.
+
+    Raises:
+        ValueError: no layer matches, or a listed name matches nothing.
     """
     return share(zero_counts(prunable_weights(model, target_modules, exclude_modules)).values())
 
@@ -133,7 +160,11 @@ def sparsity(model: nn.Module, target_modules: Targets = None, exclude_modules: 
 def prune_stack(
     model: nn.Module, runner: BlockRunner, task: PruningTask, after_block: Callable[[str], None] | None = None
 ) -> None:
-    """Measure, prune and advance through the blocks of `runner`; `after_block` as in `prune_blocks`."""
+    """Measure and prune the blocks of `runner` one after the other.
+
+    Args:
+        after_block: called with a block's name while its pruned weights are in memory.
+    """
     progress = tqdm(runner.names, desc="pruning", unit="block", disable=None)
     for index, block in enumerate(progress):
         weights = task.inside(block)
@@ -152,7 +183,11 @@ def prune_blocks(
     residence: Residence,
     after_block: Callable[[str], None] | None = None,
 ) -> None:
-    """Prune without calibration; `after_block` is called with a block's name while its pruned weights are there."""
+    """Prune `blocks` one after the other without calibration.
+
+    Args:
+        after_block: called with a block's name while its pruned weights are in memory.
+    """
     prune_weights(task.inside(None), task, None)
     for name, block in tqdm(blocks.items(), desc="pruning", unit="block", leave=False, disable=None):
         with _saying_where(name), residence(name, block):
@@ -162,12 +197,12 @@ def prune_blocks(
 
 
 def _together(task: PruningTask, inputs: list[dict[str, Any]] | None) -> contextlib.AbstractContextManager[None]:
-    """Return the context of the processes' common work; without calibration each works on its own."""
+    """Return the context in which the processes share the work. Without calibration each process does all of it."""
     if inputs is None:
         return contextlib.nullcontext()
-    what = f"{task.criterion} to {task.pattern} of {len(task.weights)} weights by {in_words(inputs)}"
-    return working_together(what)
+    how = f"{task.criterion}, {task.group}, {task.allocation}, {task.refinement}, {task.update}"
+    return working_together(f"{how} to {task.pattern} of {len(task.weights)} weights by {in_words(inputs)}")
 
 
 def _saying_where(block: str) -> contextlib.AbstractContextManager[None]:
-    return noting(f"While pruning block {block!r}: the blocks before it are pruned, those after are not.")
+    return noting(f"While pruning block {block!r}: the blocks before it are pruned, and the blocks after it are not.")

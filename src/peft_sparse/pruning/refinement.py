@@ -1,27 +1,123 @@
-"""Mask refinement: (weight, mask, statistics, pattern) -> mask. Entries change places, nothing else changes.
+"""Mask refinement: (weight, mask, statistics, pattern) -> mask. Pruned entries are exchanged for kept ones.
 
-Pure functions on tensors, on whatever device these are: no layers, no calibration, no weight is changed. A mask that
-is compared per matrix is refined row by row as well, so every row keeps as many entries as it had.
+Pure functions on tensors of any device: no layers, no calibration, and no weight is changed. Refinement works row by
+row, also on a mask that was selected by comparison per matrix. Every row keeps as many entries as before.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from ..calibration.statistics import Need, Statistics
 from ..model.masks import mask_of
-from .criteria import wanda
+from .choices import check_numbers, chosen, spelled
+from .criteria import Wanda
 from .patterns import Pattern, SemiStructured
 
 
-# Elements of the largest temporary tensor: rows are worked on in chunks that stay below. CPUs like what is small,
-# accelerators wait for launches.
+# Rows are processed in chunks, so that no temporary tensor has more elements than this. On CPUs small tensors stay in
+# the cache; on accelerators large tensors need fewer kernel launches.
 _CHUNK, _CHUNK_OF_ACCELERATORS = 1 << 22, 1 << 26
 
-# Exchanges of a row at most, by `dsnot` and by `swap`; entries that `swap` lists in a round.
-MAX_CYCLES, MAX_SWAPS, CANDIDATES = 50, 1000, 32
+
+class Refinement(Protocol):
+    """What every refinement has: `needs`, the statistics that calibration has to measure, and `refine`."""
+
+    @property
+    def needs(self) -> tuple[Need, ...]: ...
+
+    def refine(self, weight: Tensor, mask: Tensor, statistics: Statistics, pattern: Pattern) -> Tensor:
+        """Return a mask with as many kept entries in each row and each n:m group as `mask`, (out, in)."""
+
+
+@dataclass(frozen=True)
+class DSnoT:
+    """Dynamic sparse no training, see `dsnot`. Zhang et al. 2023, arXiv:2310.08915, section 3.
+
+    Args:
+        max_cycles: how many exchanges a row may make, at least 1.
+        threshold: a row is finished once its expected error is below this, in units of the layer's output summed over
+            one sequence; at least 0.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    max_cycles: int = 50
+    threshold: float = 0.1
+
+    needs: ClassVar[tuple[Need, ...]] = ("inputs", "moments")
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            max_cycles=(self.max_cycles >= 1, "at least 1"),
+            threshold=(self.threshold >= 0, "at least 0"),
+        )
+
+    def refine(self, weight: Tensor, mask: Tensor, statistics: Statistics, pattern: Pattern) -> Tensor:
+        """Return the refined mask, (out, in)."""
+        return dsnot(weight, mask, statistics, pattern, max_cycles=self.max_cycles, threshold=self.threshold)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Swaps that lower the output error exactly, see `swap`. Zimmer et al. 2025, arXiv:2512.10922 (SparseSwaps).
+
+    Args:
+        max_swaps: how many swaps a row may make, at least 1.
+        tolerance: a swap must lower the error of its row by at least this fraction of the error; at least 0.
+        candidates: how many entries of each kind are listed per round, at least 1.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    max_swaps: int = 1000
+    tolerance: float = 1e-5
+    candidates: int = 32
+
+    needs: ClassVar[tuple[Need, ...]] = ("hessian",)
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            max_swaps=(self.max_swaps >= 1, "at least 1"),
+            tolerance=(self.tolerance >= 0, "at least 0"),
+            candidates=(self.candidates >= 1, "at least 1"),
+        )
+
+    def refine(self, weight: Tensor, mask: Tensor, statistics: Statistics, pattern: Pattern) -> Tensor:
+        """Return the refined mask, (out, in)."""
+        assert statistics.hessian is not None, "calibration measures what a refinement needs"
+        refined, _ = swap(
+            weight,
+            mask,
+            statistics.hessian,
+            pattern,
+            max_swaps=self.max_swaps,
+            tolerance=self.tolerance,
+            candidates=self.candidates,
+        )
+        return refined
+
+
+REFINEMENTS: dict[str, type] = {"dsnot": DSnoT, "swap": Swap}
+
+
+def find_refinement(refinement: str | Refinement) -> tuple[str, Refinement]:
+    """Return what reports call a refinement, and its value.
+
+    Args:
+        refinement: a name of `REFINEMENTS`, or a value of one of its classes.
+
+    Raises:
+        ValueError: there is no such refinement.
+    """
+    value = chosen("refinement", REFINEMENTS, refinement)
+    return spelled(REFINEMENTS, value), value
 
 
 @torch.no_grad()
@@ -31,30 +127,34 @@ def dsnot(
     statistics: Statistics,
     pattern: Pattern,
     *,
-    max_cycles: int = MAX_CYCLES,
+    max_cycles: int = 50,
     threshold: float = 0.1,
 ) -> Tensor:
-    """Return `mask` with entries of each row exchanged until its expected error is near zero.
+    """Exchange entries of each row until its expected error is near zero, and return the new mask (out, in).
 
-    With S_j the sum of X_j over a sequence, averaged over sequences, the expected error of row i is
+    Let S_j be the sum of X_j over a sequence, averaged over the sequences. The expected error of row i is
 
         e_i = Σ_{j pruned} W_ij S_j.
 
-    Each cycle exchanges two entries of every row with |e_i| > threshold. Grown is, of the pruned entries whose
-    W_ij S_j has the sign of e_i, the one of highest |W_ij S_j| / v_j, where v_j is the variance of X_j. Pruned is, of
-    the kept entries of the other sign, the one of lowest |W_ij| · ||X_j||_2; under n:m it is the lowest of the same m
-    entries, whatever its sign, and the row stops before e_i would change sign. No entry is considered twice.
+    Each cycle exchanges two entries of every row with |e_i| > threshold:
 
-    Deviation from the paper: an exchange that would not lower |e_i| is passed over, so |e_i| never grows. Entries of
-    weight zero are neither grown nor pruned. Rows and groups keep as many entries as they had.
+    - It restores one pruned entry whose W_ij S_j has the sign of e_i: the one with the highest |W_ij S_j| / v_j, where
+      v_j is the variance of X_j.
+    - It prunes one kept entry whose W_ij S_j has the other sign: the one with the lowest |W_ij| · ‖X_j‖₂. Under n:m it
+      prunes the entry with the lowest |W_ij| · ‖X_j‖₂ of the same m entries, of either sign, and the row is finished
+      before e_i would change sign.
+
+    No entry is considered twice. One point differs from the paper: an exchange that would not lower |e_i| is skipped,
+    so |e_i| never grows. Entries of weight zero are neither restored nor pruned. Rows and n:m groups keep as many
+    entries as before.
 
     Args:
-        weight: W, (out, in); float64 is computed in float64, all others in float32.
-        mask: (out, in), True = kept. Not modified.
-        statistics: `input_norm`, `input_mean`, `input_variance`, `tokens` and `sequences`.
+        weight: W, (out, in). float64 is computed in float64, every other dtype in float32.
+        mask: True = kept, (out, in). It is not modified.
+        statistics: uses `input_norm`, `input_mean`, `input_variance`, `tokens` and `sequences`.
         pattern: `SemiStructured` exchanges within each m entries.
-        max_cycles: exchanges per row at most.
-        threshold: |e_i| at which a row is done, in units of the output summed over a sequence.
+        max_cycles: how many exchanges a row may make.
+        threshold: a row is finished once |e_i| is at most this, in units of the output summed over a sequence.
 
     Zhang et al. 2023, arXiv:2310.08915, section 3 (DSnoT).
     """
@@ -65,7 +165,7 @@ def dsnot(
 
 
 class _Cycles:
-    """DSnoT's cycles on some rows, all at once. Side 0 serves rows with e < 0, side 1 those with e > 0."""
+    """The cycles of DSnoT on several rows at once. Side 0 is for rows with e < 0, side 1 for rows with e > 0."""
 
     def __init__(self, weight: Tensor, kept: Tensor, statistics: Statistics, m: int | None, max_cycles: int) -> None:
         mean, variance = statistics.input_mean, statistics.input_variance
@@ -75,8 +175,8 @@ class _Cycles:
         self.kept, self.m, self.max_cycles = kept, m, max_cycles
         self.rows = torch.arange(len(kept), device=kept.device)
         self.contribution = weight.to(dtype) * mean.to(dtype).mul(statistics.tokens / statistics.sequences)
-        self.importance = wanda(weight, statistics)
-        # What never varied has all its contribution in the mean: it grows first.
+        self.importance = Wanda().score(weight, statistics)
+        # An input that never varies contributes to the mean alone, so its entries are restored first.
         growth = self.contribution.abs() / variance.to(dtype).clamp_min(torch.finfo(dtype).tiny)
         self.grow = self._lists(growth, ~kept, (-1, 1))
         if m is None:
@@ -85,8 +185,8 @@ class _Cycles:
             self.free = kept & mask_of(weight)
 
     def _lists(self, scores: Tensor, allowed: Tensor, signs: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return highest scores and their columns, (sides, rows, k), of the allowed entries of each side's sign."""
-        # No row gets further down a list than there are cycles.
+        """Return the highest scores and their columns, both (sides, rows, k), of the allowed entries of each side."""
+        # A cycle takes one entry of a list, so a list is never longer than the number of cycles.
         length = min(self.max_cycles, scores.shape[1])
         best = []
         for sign in signs:
@@ -101,7 +201,7 @@ class _Cycles:
         first = error.sign()
         active = error.abs() > threshold
         for cycle in range(self.max_cycles):
-            # Asked now and then only: the answer makes the host wait for the device.
+            # The host waits for the device here, so it asks only every tenth cycle.
             if cycle % 10 == 0 and not active.any():
                 break
             side = (error > 0).long()
@@ -120,13 +220,13 @@ class _Cycles:
         return mask
 
     def _next(self, scores: Tensor, columns: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the highest column in the list of each row's side, and whether there is one; cross it off."""
+        """Return the best entry left in the list of each row's side, and whether there is one. Remove it."""
         score, slot = scores[side, self.rows].max(1)
         scores[side, self.rows, slot] = -torch.inf
         return columns[side, self.rows, slot], score > -torch.inf
 
     def _partner(self, grown: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the least important entry that each row may still prune beside `grown`, and whether there is one."""
+        """Return the least important entry of the group of `grown` that each row may prune, and if there is one."""
         assert self.m is not None
         columns = self.kept.shape[1]
         members = (grown // self.m * self.m)[:, None] + torch.arange(self.m, device=grown.device)
@@ -149,36 +249,38 @@ def swap(
     hessian: Tensor,
     pattern: Pattern,
     *,
-    max_swaps: int = MAX_SWAPS,
+    max_swaps: int = 1000,
     tolerance: float = 1e-5,
-    candidates: int = CANDIDATES,
+    candidates: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """Return `mask` with entries swapped to lower each row's error, and the number of swaps of each row (out,).
+    """Swap entries of each row to lower its error. Return the new mask (out, in) and the number of swaps (out,).
 
-    With H = XᵀX, d = w ⊙ (1 - m) and G = H d, the error of a row is E = ||(w - w ⊙ m) X||² = dᵀ H d. Pruning the kept
-    entry p and restoring the pruned entry g changes it by exactly
+    Let H = XᵀX, d = w ⊙ (1 - m) and G = H d. The error of a row is E = ‖(w - w ⊙ m) X‖² = dᵀ H d. Pruning the kept
+    entry p and restoring the pruned entry g changes E by exactly
 
-        ΔE = 2 w_p G_p + w_p² H_pp - 2 w_g G_g + w_g² H_gg - 2 w_p w_g H_pg,
+        ΔE = 2 w_p G_p + w_p² H_pp - 2 w_g G_g + w_g² H_gg - 2 w_p w_g H_pg.
 
-    and the pair of lowest ΔE is swapped as long as that is negative. Under n:m both are of the same m entries.
+    The pair with the lowest ΔE is swapped as long as ΔE is negative. Under n:m, p and g are among the same m entries.
 
-    All pairs are too many to search for every swap. A round lists for each row the entries p and g that are best alone
-    and the best partner of each, among all entries. It swaps the best pairs of these until none lowers E, each entry
-    once, with G of the listed entries following every swap; then G is computed anew. A row is done when a round swaps
-    nothing. Under n:m a round lists the best pair of each of the best groups, so that then no swap at all lowers E;
-    without n:m this holds if `candidates` >= in, and else for the listed pairs.
+    There are too many pairs to search all of them for every swap. Therefore the search runs in rounds. A round lists,
+    for each row, the entries p and g that are best alone, and the best partner of each of these among all entries. It
+    swaps the best listed pairs until no pair lowers E. Each entry is swapped at most once per round, and G is updated
+    for the listed entries after every swap. Then G is computed again. A row is finished when a round swaps nothing.
+    Under n:m a round lists the best pair of each of the best groups, so no swap lowers E when a row is finished.
+    Without n:m this is true if `candidates` >= in; otherwise no listed swap lowers E.
 
-    Entries of weight zero are neither pruned nor restored. Rows and groups keep as many entries as they had.
+    Entries of weight zero are neither pruned nor restored. Rows and n:m groups keep as many entries as before.
 
     Args:
-        weight: W, (out, in); float64 is computed in float64, all others in float32.
-        mask: (out, in), True = kept. Not modified.
-        hessian: XᵀX, (in, in), on any scale.
+        weight: W, (out, in). float64 is computed in float64, every other dtype in float32.
+        mask: True = kept, (out, in). It is not modified.
+        hessian: XᵀX, (in, in), of any scale.
         pattern: `SemiStructured` swaps within each m entries.
-        max_swaps: swaps of one row at most.
-        tolerance: swaps that lower E by less than this fraction of it are not taken. In float32 this must stay above
-            the rounding of ΔE for E to fall with every swap.
-        candidates: entries p, and as many g, listed per round, half of them as partners; under n:m, groups.
+        max_swaps: how many swaps a row may make.
+        tolerance: a swap must lower E by at least this fraction of E. In float32 it must be larger than the rounding
+            error of ΔE, so that E falls with every swap.
+        candidates: how many entries p, and how many g, a round lists; half of them are partners. Under n:m, how many
+            groups a round lists.
 
     The exact 1-swap on XᵀX: Zimmer et al. 2025, arXiv:2512.10922 (SparseSwaps).
     """
@@ -195,7 +297,7 @@ def swap(
             flipped, count = _swap_round(w, own, hessian, m, candidates, left, tolerance)
             kept[live] = own ^ flipped
             taken[live] += count
-            # The host waits for the device here, once for up to `candidates` swaps of every row.
+            # The host waits for the device here: once per round, that is for up to `candidates` swaps of every row.
             live = live[(count > 0) & (count < left)]
     return refined, swaps
 
@@ -206,7 +308,7 @@ def _swap_round(
     """Return which entries change places, (rows, in), and the number of swaps of each row."""
     gradient = weight.masked_fill(mask, 0) @ hessian
     error = (weight.masked_fill(mask, 0) * gradient).sum(1)
-    # What d_j changes by if entry j changes sides, and what E then changes by.
+    # `step` is the change of d_j if entry j is pruned or restored, and `alone` the resulting change of E.
     step = torch.where(mask, weight, -weight)
     alone = step * (2 * gradient + step * hessian.diagonal())
     zero = ~mask_of(weight)
@@ -219,13 +321,14 @@ def _swap_round(
     second = restore.gather(1, g).masked_fill_(_repeated(g), torch.inf)
     listed = torch.cat([p, g], dim=1)
     steps = step.gather(1, listed)
-    # The change by i and j together is that by i, that by j, and `joint`. Read by flat index, because indexing by two
-    # tensors takes six times as long on CPUs.
+    # Two entries together change E by the sum of their own changes and `joint`. On CPUs, indexing by two tensors takes
+    # six times as long as reading by one flat index.
     flat = listed[:, :, None] * len(hessian) + listed[:, None, :]
     joint = hessian.reshape(-1).index_select(0, flat.flatten()).view(flat.shape)
     joint.mul_(2 * steps[:, :, None]).mul_(steps[:, None, :])
     chosen = _swap_listed(torch.cat([first, second], dim=1), joint, error, left, tolerance, by_group=m is not None)
-    # An entry without a role fills up short lists and may be listed twice: what was chosen is added, not written.
+    # A short list is filled up with entries that cannot be swapped, so an entry may be listed twice. Adding, unlike
+    # writing, is right for these.
     flipped = torch.zeros_like(weight).scatter_add_(1, listed, chosen.to(weight.dtype)).bool()
     return flipped, chosen.sum(1) // 2
 
@@ -233,10 +336,12 @@ def _swap_round(
 def _swap_listed(
     alone: Tensor, joint: Tensor, error: Tensor, left: Tensor, tolerance: float, *, by_group: bool
 ) -> Tensor:
-    """Return which of the listed entries change places, (rows, 2k): the first k are those to prune.
+    """Return which of the listed entries are swapped, (rows, 2k). The first k entries are the ones to prune.
 
-    `alone` (rows, 2k) is ΔE of each by itself, inf where it cannot; `joint` (rows, 2k, 2k) what pairs add. `by_group`
-    pairs the i-th of the first half with the i-th of the second only. `alone` is modified.
+    Args:
+        alone: ΔE of each entry by itself, (rows, 2k), inf for an entry that cannot be swapped. It is modified.
+        joint: what two entries together add to ΔE, (rows, 2k, 2k).
+        by_group: pair only the i-th entry of the first half with the i-th entry of the second half.
     """
     k = alone.shape[1] // 2
     rows = torch.arange(len(alone), device=alone.device)
@@ -250,7 +355,7 @@ def _swap_listed(
             change, pair = (across + alone[:, :k, None]).add_(alone[:, None, k:]).flatten(1).min(1)
             p, g = pair // k, pair % k
         take = (change < -tolerance * error) & (change < 0) & (swap < left)
-        # Asked now and then only: the answer makes the host wait for the device.
+        # The host waits for the device here, so it asks only every eighth swap.
         if swap % 8 == 0 and not take.any():
             break
         error = error + change.masked_fill(~take, 0)
@@ -264,9 +369,9 @@ def _swap_listed(
 def _best_of_row(
     prune: Tensor, restore: Tensor, step: Tensor, hessian: Tensor, candidates: int
 ) -> tuple[Tensor, Tensor]:
-    """Return entries p and g, two of (rows, candidates): half are the best alone, half the best partners of these.
+    """Return entries p and entries g, both (rows, candidates): half are best alone, half are the partners of these.
 
-    Partners, because where few inputs dominate H what is good alone goes too far, and pairs that cancel are needed.
+    If a few inputs dominate H, entries that are best alone overshoot. Then pairs that cancel each other are needed.
     """
     if candidates == step.shape[1]:
         every = torch.arange(candidates, device=step.device).expand_as(step)
@@ -278,14 +383,14 @@ def _best_of_row(
 
 
 def _partners(listed: Tensor, alone: Tensor, step: Tensor, hessian: Tensor) -> Tensor:
-    """Return the entry of lowest ΔE together with each of the `listed`, (rows, listed)."""
+    """Return for each of the `listed` entries the entry that has the lowest ΔE together with it, (rows, listed)."""
     joint = hessian[listed]
     joint.mul_(2 * step.gather(1, listed)[:, :, None]).mul_(step[:, None, :])
     return joint.add_(alone[:, None, :]).min(2).indices
 
 
 def _repeated(listed: Tensor) -> Tensor:
-    """Return True where an entry stands in the same row of `listed` before."""
+    """Return True where an entry already appears earlier in the same row of `listed`."""
     return (listed[:, :, None] == listed[:, None, :]).tril(-1).any(2)
 
 
@@ -307,7 +412,7 @@ def _best_of_groups(
     best, pair = change.flatten(2).min(2)
     group = best.topk(candidates, largest=False).indices
     pair = pair.gather(1, group)
-    # A group without a swap names any of its entries, which may lie outside.
+    # A group in which no swap is possible yields an arbitrary entry, whose index may be beyond the last column.
     return (group * m + pair // m).clamp_max_(columns - 1), (group * m + pair % m).clamp_max_(columns - 1)
 
 
@@ -317,7 +422,7 @@ def row_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> Tensor:
 
     Args:
         weight: W, (out, in).
-        pruned: W', (out, in), or as bool the mask that makes it W ⊙ M.
+        pruned: W', (out, in); or a mask M of dtype bool, (out, in), which stands for W' = W ⊙ M.
         hessian: H = XᵀX, (in, in).
     """
     dtype = _computed_in(weight)
@@ -327,48 +432,10 @@ def row_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> Tensor:
 
 
 def rows_of_chunk(weight: Tensor, elements_of_row: int) -> int:
-    """Return how many rows of `weight` are refined at once, if each takes so many elements."""
+    """Return how many rows of `weight` are refined at once if each row takes `elements_of_row` elements."""
     chunk = _CHUNK if weight.device.type == "cpu" else _CHUNK_OF_ACCELERATORS
     return max(1, chunk // elements_of_row)
 
 
 def _computed_in(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-Refine = Callable[[Tensor, Tensor, Statistics, Pattern], Tensor]
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """How a refinement is used.
-
-    Args:
-        function: (weight (out, in), mask (out, in), `Statistics`, pattern) -> mask with the same counts.
-        needs: which statistics calibration has to measure: "inputs", "moments", "hessian", "gradients".
-    """
-
-    function: Refine
-    needs: tuple[Need, ...]
-
-
-def _swap_by_statistics(weight: Tensor, mask: Tensor, statistics: Statistics, pattern: Pattern) -> Tensor:
-    assert statistics.hessian is not None, "the calibration engine supplies what a refinement needs"
-    return swap(weight, mask, statistics.hessian, pattern)[0]
-
-
-REFINEMENTS = {
-    "dsnot": Refinement(dsnot, needs=("inputs", "moments")),
-    "swap": Refinement(_swap_by_statistics, needs=("hessian",)),
-}
-
-
-def find_refinement(name: str) -> Refinement:
-    """Return the refinement of that name.
-
-    Raises:
-        ValueError: no such refinement.
-    """
-    if name not in REFINEMENTS:
-        raise ValueError(f"Unknown refinement {name!r}. Choose one of {', '.join(map(repr, REFINEMENTS))}.")
-    return REFINEMENTS[name]

@@ -1,14 +1,49 @@
-"""SparseGPT: which weights to prune, and how the kept ones make up for them.
+"""SparseGPT selects the entries to prune and updates the kept ones, column by column.
 
-Pure functions on tensors, on whatever device these are: no layers, no calibration.
+Pure functions on tensors of any device: no layers, no calibration.
 """
 
 import functools
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..calibration.statistics import Need, Statistics
+from .choices import check_numbers
 from .patterns import Pattern, SemiStructured, Unstructured, keep_highest, lowest, number_to_prune
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """SparseGPT as a criterion: it selects entries and updates the kept ones in one pass, see `sparsegpt`.
+
+    It compares within `block_size` columns of all rows, so it takes no comparison group. Frantar & Alistarh 2023,
+    arXiv:2301.00774, section 3.
+
+    Args:
+        damping: λ, as a fraction of the mean of the diagonal of XᵀX, above 0.
+        block_size: how many columns are compared with each other, at least 1.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    damping: float = 0.01
+    block_size: int = 128
+
+    needs: ClassVar[tuple[Need, ...]] = ("hessian",)
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self, damping=(self.damping > 0, "above 0"), block_size=(self.block_size >= 1, "a whole number from 1 on")
+        )
+
+    def solve(self, weight: Tensor, statistics: Statistics, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """Return the updated weight and the mask (True = kept), both (out, in)."""
+        assert statistics.hessian is not None, "calibration measures what a criterion needs"
+        return sparsegpt(weight, statistics.hessian, pattern, damping=self.damping, block_size=self.block_size)
 
 
 @torch.no_grad()
@@ -21,39 +56,41 @@ def sparsegpt(
     damping: float = 0.01,
     block_size: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """Return W with entries pruned and the kept ones updated to make up for them, and the mask (True = kept).
+    """Prune W and update the kept entries so that the outputs change little. Return the new weight and the mask.
 
-    With H = X^T X + λI and U upper triangular in H^-1 = U^T U, columns j go from left to right: M_j is 1 where
-    w_j² / U_jj² is highest, and the error of the pruned entries is carried to all columns on their right,
+    Let H = XᵀX + λI, and let U be upper triangular with H⁻¹ = UᵀU. The columns j are processed from left to right.
+    M_j is 1 where w_j² / U_jj² is highest. The error of the pruned entries is moved to all columns on their right:
 
         E_j = (1 - M_j) w_j / U_jj,    W_k -= E_j U_jk  for k > j.
 
-    Entries that are zero already stay zero and count as pruned. Those of inputs that were never active (H_jj = 0) go
-    first. Equal scores go by column, then by row.
+    Entries that are zero already stay zero and count as pruned. Entries of inputs that were never active (H_jj = 0)
+    are pruned first. Equal scores are pruned in the order of columns, then of rows.
 
     Args:
-        weight: W, (out, in), of any floating dtype; float64 is computed in float64, all others in float32.
-        hessian: X^T X over all calibration tokens, (in, in), on any scale. Neither tensor is modified; while it runs,
-            one more of the size of `hessian` is held.
-        pattern: `Unstructured` prunes floor(sparsity · numel) entries, compared within `block_size` columns over all
-            rows; `SemiStructured` keeps n of every m, compared when the columns before them are done.
-        mask: in place of `pattern`, the entries to keep, (out, in): only the update of the kept ones is computed.
-        damping: λ over the mean of diag(X^T X) of the active inputs. Where H is not positive definite with it, ten
+        weight: W, (out, in), of any floating dtype. float64 is computed in float64, every other dtype in float32.
+        hessian: XᵀX over all calibration tokens, (in, in), of any scale. Neither tensor is modified. The function
+            holds one more tensor of the size of `hessian`.
+        pattern: `Unstructured` prunes floor(sparsity · numel) entries, which it compares within `block_size` columns
+            over all rows. `SemiStructured` keeps n of every m entries, which it compares when the columns before
+            them are finished.
+        mask: the entries to keep, (out, in), in place of `pattern`. The function then only updates the kept entries.
+        damping: λ as a fraction of the mean of diag(XᵀX) over the active inputs. If H is not positive definite, ten
             times as much is tried, up to three times.
-        block_size: columns among which `Unstructured` compares.
+        block_size: how many columns `Unstructured` compares with each other.
 
     Returns:
-        The new weight, float32 (float64 if `weight` is), and the mask, both (out, in).
+        The new weight, float32 (float64 if `weight` is), and the mask (True = kept), both (out, in).
 
     Raises:
-        ValueError: not exactly one of `pattern` and `mask`; H not positive definite; the result not finite.
+        ValueError: both or neither of `pattern` and `mask` are given, H is not positive definite, or the result is
+            not finite.
 
     Frantar & Alistarh 2023, arXiv:2301.00774, section 3, algorithm 1.
     """
     if (pattern is None) == (mask is None):
         raise ValueError("Expected either a `pattern` to select by or a `mask` to keep, got both or neither.")
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    # Transposed, because the columns are what is worked on.
+    # The columns are processed one by one: in the transpose each is contiguous.
     change = weight.T.to(dtype, memory_format=torch.contiguous_format, copy=True)
     kept = change.bool() if mask is None else change.bool() & mask.T
     active = hessian.diagonal() != 0
@@ -73,9 +110,9 @@ def _reversed_factor(hessian: Tensor, active: Tensor, damping: float) -> Tensor:
     mean = hessian.diagonal().sum() / active.sum()
     for attempt in range(4):
         factor = hessian.flip(0, 1)
-        # An input that was never active is decoupled from the others: any diagonal does.
+        # An input that was never active has a zero row and column: any positive diagonal makes H invertible.
         factor.diagonal().add_((10**attempt * damping * mean + ~active).flip(0))
-        # The transpose is what LAPACK works on: the factor takes the place of the matrix, nothing else is held.
+        # LAPACK works on the transpose. The factor overwrites the matrix, so no second one is allocated.
         info = torch.empty((), dtype=torch.int32, device=factor.device)
         torch.linalg.cholesky_ex(factor.mT, out=(factor.mT, info))
         if info == 0 and mean > 0:
@@ -89,18 +126,18 @@ def _reversed_factor(hessian: Tensor, active: Tensor, damping: float) -> Tensor:
 def _prune_columns(
     change: Tensor, kept: Tensor, factor: Tensor, active: Tensor, pattern: Pattern | None, block_size: int
 ) -> None:
-    """Turn `change` (in, out) from W^T to (W - W')^T, and `kept` to the mask. In place.
+    """Turn `change` (in, out) from Wᵀ into (W - W')ᵀ, and `kept` into the mask. In place.
 
-    U is never formed as a whole, which would take two factorisations and an inverse. R = J L J, upper triangular in
-    H = R R^T, is its inverse, and E U = W - W', so a block of columns starts from
+    The whole of U would take two factorisations and an inverse. Instead, R = J L J is used: it is upper triangular
+    with H = R Rᵀ, so R is the inverse of U. Because E U = W - W', a block of columns starts from
     W_block + (W - W')_left R_left,block U_block, where U_block is the inverse of a diagonal block of R. Chee et al.
-    2023, arXiv:2307.13304, feed errors back in this way when they quantise (LDLQ).
+    2023, arXiv:2307.13304, use the same feedback of errors for quantisation (LDLQ).
     """
     size = len(change)
     if isinstance(pattern, SemiStructured):
         block_size = max(1, block_size // pattern.m) * pattern.m
     budgets = _budgets(kept, pattern.sparsity, block_size) if isinstance(pattern, Unstructured) else []
-    # Wider than a block, because thin products leave processors half idle.
+    # A panel is wider than a block, because a product with few columns does not use the processor fully.
     panel = max(1, 1024 // block_size) * block_size
     for left in range(0, size, panel):
         right = min(left + panel, size)
@@ -119,7 +156,7 @@ def _prune_columns(
 
 
 def _budgets(kept: Tensor, sparsity: float, block_size: int) -> list[int]:
-    """How many entries each block of columns loses: its zeros at least, and in all what `sparsity` asks for."""
+    """Return how many entries each block of columns loses: at least its zeros, and in total what `sparsity` asks."""
     columns, rows = kept.shape
     live = kept.sum(1).tolist()
     blocks = [live[start : start + block_size] for start in range(0, columns, block_size)]
@@ -135,13 +172,16 @@ def _budgets(kept: Tensor, sparsity: float, block_size: int) -> list[int]:
 def _prune_block(
     current: Tensor, U: Tensor, kept: Tensor, active: Tensor, pattern: Pattern | None, budget: int
 ) -> None:
-    """Select in a block of columns, and carry the errors of its pruned entries to those on their right. In place.
+    """Select entries of a block of columns, and move their errors to the columns on their right. In place.
 
-    `current` (columns, rows) goes from the weights as the columns left of the block made them to what kept entries
-    end with. `kept` loses what `pattern` selects, `budget` entries if it is unstructured.
+    Args:
+        current: the weights of the block after the columns on its left, (columns, rows). It ends as the values that
+            kept entries have in the result.
+        kept: the mask so far. The entries that `pattern` selects become False.
+        budget: how many entries an unstructured pattern selects here.
     """
     importance = (active / U.diagonal()).square()[:, None]
-    # What is zero already goes before everything else.
+    # Entries that are zero already are selected first.
     floor = torch.zeros_like(current).masked_fill_(~kept, -torch.inf)
     width, chunk = 16, 16
     if isinstance(pattern, Unstructured):
@@ -152,7 +192,7 @@ def _prune_block(
         chunk = max(1, chunk // width) * width
     errors = torch.empty_like(current)
     error_of_pruned = 1 / U.diagonal()[:, None]
-    # Enough columns for one product to carry most of the errors, few enough to go on one by one.
+    # A chunk moves its errors by one product. Within a chunk, errors move column by column, so it must be narrow.
     for start in range(0, len(current), chunk):
         own = slice(start, start + chunk)
         if start:
@@ -172,11 +212,12 @@ def _prune_block(
 
 
 def _keep_highest(scores: Tensor, n: int) -> Tensor:
-    """True at the `n` highest entries of each column of `scores` (m, rows), ties by index."""
+    """Return True at the `n` highest entries of each column of `scores` (m, rows). Of equal scores the last stay."""
     m = len(scores)
     if m > 16:
         return keep_highest(scores.T, n).T
-    # There is one call for every m columns, so it must be made of few kernels.
+    # Unlike `keep_highest`, which is called once per matrix, this is called once for every m columns of it: on so few
+    # entries the number of kernels decides.
     first, second, sums, constant = _pairs(m, scores.dtype, scores.device)
     first_goes = scores.index_select(0, first) <= scores.index_select(0, second)
     return torch.addmm(constant, sums, first_goes.to(scores.dtype)) >= m - n
@@ -184,7 +225,7 @@ def _keep_highest(scores: Tensor, n: int) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _pairs(m: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return i and j of all pairs i < j, and A and c such that A (s_i <= s_j) + c counts the entries below each."""
+    """Return the indices of all pairs i < j, and A and c: A (s_i <= s_j) + c counts the entries below each entry."""
     first, second = torch.triu_indices(m, m, 1, device=device)
     pairs = torch.arange(len(first), device=device)
     sums = torch.zeros(m, len(pairs), dtype=dtype, device=device)

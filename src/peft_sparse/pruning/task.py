@@ -1,6 +1,7 @@
-"""What is to be pruned and how: the arguments of pruning, checked against the model before anything is changed."""
+"""The task of one pruning run: what is pruned and how, checked against the model before anything is changed."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -9,15 +10,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..calibration.inputs import Calibration, sequences_in
-from ..calibration.statistics import BlockStatistics, Need, Statistics
+from ..calibration.measure import BlockStatistics
+from ..calibration.statistics import Need, Statistics
 from ..model.blocks import Targets, base_layer, base_model, block_of, find_blocks, prunable_weights, tied_to_embedding
 from ..model.environment import peak_memory
 from ..model.weights import WeightView, share, to_host, zero_counts
-from .allocation import Allocation
-from .criteria import Criterion, Score, find_criterion
-from .patterns import GROUPS, Group, Pattern, SemiStructured, parse_pattern
-from .refinement import find_refinement
+from .allocation import OWL, Allocation, find_allocation
+from .criteria import CriterionLike, ScoringCriterion, find_criterion
+from .least_squares import LeastSquares, find_update
+from .patterns import GROUPS, Group, Pattern, SemiStructured, Unstructured, number_to_prune, parse_pattern
+from .refinement import Refinement, find_refinement
 from .report import PruningReport, WeightReport
+from .sparsegpt import SparseGPT
 
 
 PatternLike = float | str | Pattern
@@ -26,18 +30,38 @@ Value = TypeVar("Value")
 
 @dataclass
 class PruningTask:
-    """What is to be pruned and how, checked against the model; and what was measured on the way."""
+    """What is to be pruned and how; and what was measured while it was done.
+
+    Args:
+        criterion, pattern: as reports call them.
+        rule: the criterion.
+        patterns: the pattern of each weight, by name.
+        group: the entries that are compared with each other.
+        weights: the weights to prune, by name.
+        blocks: all blocks of the model, by name.
+        by_block: the names of the weights in each block; None for those outside of all blocks.
+        allocation: how the sparsity is divided among the weights: a value, a dict by layer, or None.
+        refinement: how the mask is refined, with what reports call it.
+        update: how the kept weights are updated.
+        gradients: the sums of gradients, by weight name.
+        sequences: the number of calibration sequences.
+        counts: (zeros, entries) of each finished weight.
+        errors, errors_selected: relative output errors of finished weights; the second are before refinement and
+            update.
+        warned: whether a warning about few calibration tokens was given.
+    """
 
     criterion: str
-    rule: Criterion
+    rule: ScoringCriterion | SparseGPT
     pattern: str
     patterns: dict[str, Pattern]
     group: Group
     weights: dict[str, WeightView]
+    blocks: dict[str, nn.Module]
     by_block: dict[str | None, list[str]]
     allocation: Allocation | Mapping[str, float] | None = None
-    refinement: str | None = None
-    update: bool = False
+    refinement: tuple[str, Refinement] | None = None
+    update: LeastSquares | None = None
     gradients: dict[str, Tensor] = field(default_factory=dict)
     sequences: int = 0
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -45,14 +69,70 @@ class PruningTask:
     errors_selected: dict[str, Tensor] = field(default_factory=dict)
     warned: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        pattern: PatternLike | Mapping[str, PatternLike] | None,
+        *,
+        sparsity: float | None = None,
+        criterion: CriterionLike = "magnitude",
+        group: Group | None = None,
+        allocation: str | Allocation | Mapping[str, float] | None = None,
+        refinement: str | Refinement | None = None,
+        update: bool | LeastSquares = False,
+        target_modules: Targets = None,
+        exclude_modules: Targets = None,
+        prune_tied: bool = False,
+        loaded: bool = True,
+    ) -> "PruningTask":
+        """Return the task that the arguments of `prune` describe. Only names and shapes of the model are read.
+
+        Args:
+            loaded: whether the weights must be in memory. False is for a model on the meta device.
+
+        Raises:
+            ValueError: see `prune`.
+        """
+        pattern = one_pattern(pattern, sparsity)
+        if group is not None and group not in GROUPS:
+            raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {group!r}.")
+        name, rule = find_criterion(criterion)
+        weights = prunable_weights(model, target_modules, exclude_modules)
+        patterns = patterns_by_name(pattern, weights)
+        weights = {weight: weights[weight] for weight in patterns}
+        blocks = find_blocks(model)
+        by_block: dict[str | None, list[str]] = {}
+        for weight in weights:
+            by_block.setdefault(block_of(weight, blocks), []).append(weight)
+        task = cls(
+            criterion=name,
+            rule=rule,
+            pattern=_spelled(pattern),
+            patterns=patterns,
+            group=_chosen_group(group, patterns, name, rule, per_layer=isinstance(pattern, Mapping)),
+            weights=weights,
+            blocks=blocks,
+            by_block=by_block,
+            allocation=allocation if isinstance(allocation, Mapping | None) else find_allocation(allocation)[1],
+            refinement=None if refinement is None else find_refinement(refinement),
+            update=find_update(update),
+        )
+        _check_model(model, weights, prune_tied, loaded)
+        _check_adapters(model, task)
+        _check_patterns_fit(patterns, weights)
+        _check_allocation(task, per_layer=isinstance(pattern, Mapping))
+        _check_refinement_and_update(task)
+        return task
+
     @property
     def needs(self) -> tuple[Need, ...]:
-        """Which statistics criterion, refinement and update ask for."""
-        refined = () if self.refinement is None else find_refinement(self.refinement).needs
-        return tuple(dict.fromkeys((*self.rule.needs, *refined, *(("hessian",) if self.update else ()))))
+        """The statistics that criterion, refinement and update need of each weight."""
+        steps = (self.rule, self.refinement and self.refinement[1], self.update)
+        return tuple(dict.fromkeys(need for step in steps if step is not None for need in step.needs))
 
     def inside(self, block: str | None) -> dict[str, WeightView]:
-        """Return the weights that lie in the block called so; None for those outside all blocks."""
+        """Return the weights in the block called `block`, by name; None stands for those outside of all blocks."""
         return {name: self.weights[name] for name in self.by_block.get(block, ())}
 
     def statistics(self, name: str, measured: BlockStatistics | None) -> Statistics:
@@ -63,20 +143,23 @@ class PruningTask:
         return measured.of(name, gradient, self.sequences)
 
     def report(self, seconds: float) -> PruningReport:
-        """Return what was done."""
+        """Return the report, and warn if the weights have more zeros than were asked for."""
         counts = self.counts or zero_counts(self.weights)
+        self._warn_of_more_zeros(counts)
         errors, selected = (
             dict(zip(measured, to_host(list(measured.values())), strict=True))
             for measured in (self.errors, self.errors_selected)
         )
-        own_group = self.rule.score is None or any(isinstance(p, SemiStructured) for p in self.patterns.values())
+        own_group = isinstance(self.rule, SparseGPT) or any(
+            isinstance(pattern, SemiStructured) for pattern in self.patterns.values()
+        )
         return PruningReport(
             criterion=self.criterion,
             pattern=self.pattern,
             group=None if own_group else self.group,
-            allocation=self.allocation if isinstance(self.allocation, str | None) else "given",
-            refinement=self.refinement,
-            update=self.update,
+            allocation=self._spelled_allocation(),
+            refinement=None if self.refinement is None else self.refinement[0],
+            update=self.update is not None,
             sparsity=share(counts.values()),
             seconds=seconds,
             peak_memory=peak_memory(),
@@ -88,60 +171,48 @@ class PruningTask:
             ),
         )
 
+    def _spelled_allocation(self) -> str | None:
+        if self.allocation is None:
+            return None
+        return "given" if isinstance(self.allocation, Mapping) else find_allocation(self.allocation)[0]
 
-def plan_pruning(
-    model: nn.Module,
-    pattern: PatternLike | Mapping[str, PatternLike],
-    criterion: str | Score | Criterion,
-    group: Group | None,
-    target_modules: Targets,
-    exclude_modules: Targets,
-    prune_tied: bool,
-    *,
-    allocation: Allocation | Mapping[str, float] | None = None,
-    refinement: str | None = None,
-    update: bool = False,
-    loaded: bool = True,
-) -> PruningTask:
-    """Return the task that `prune`'s arguments describe; nothing is read but names and shapes.
+    def _warn_of_more_zeros(self, counts: dict[str, tuple[int, int]]) -> None:
+        """Warn if zeros that were there before make the result sparser than asked."""
+        zeros, entries = map(sum, zip(*counts.values(), strict=True))
+        asked = sum(
+            number_to_prune(pattern.sparsity, counts[name][1]) + _rounding(self.weights[name], pattern)
+            for name, pattern in self.patterns.items()
+        )
+        if zeros > asked:
+            wanted = sum(pattern.sparsity * counts[name][1] for name, pattern in self.patterns.items()) / entries
+            warnings.warn(
+                f"A sparsity of {wanted:.4f} was requested, and the weights now have {zeros / entries:.4f}: entries "
+                "that were zero before stay zero. Load the dense model to get a lower sparsity.",
+                stacklevel=3,
+            )
 
-    Args:
-        loaded: whether the weights must be there already; False for a model on the meta device.
+
+def one_pattern(
+    pattern: PatternLike | Mapping[str, PatternLike] | None, sparsity: float | None
+) -> PatternLike | Mapping[str, PatternLike]:
+    """Return the one of `pattern` and `sparsity` that is given.
 
     Raises:
-        ValueError: as `prune`.
+        ValueError: both or neither are given.
     """
-    if group is not None and group not in GROUPS:
-        raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {group!r}.")
-    name, rule = find_criterion(criterion)
-    if refinement is not None:
-        find_refinement(refinement)
-    weights = prunable_weights(model, target_modules, exclude_modules)
-    patterns = patterns_by_name(pattern, weights)
-    weights = {name: weights[name] for name in patterns}
-    chosen = _choose_group(group, patterns, name, rule, per_layer=isinstance(pattern, Mapping))
-    _check_model(model, weights, prune_tied, loaded)
-    _check_adapters(model, weights, name, rule)
-    _check_patterns_fit(patterns, weights)
-    blocks = find_blocks(model)
-    by_block: dict[str | None, list[str]] = {}
-    for weight in weights:
-        by_block.setdefault(block_of(weight, blocks), []).append(weight)
-    task = PruningTask(
-        name, rule, _spell(pattern), patterns, chosen, weights, by_block, allocation, refinement, update
-    )
-    _check_allocation(task, per_layer=isinstance(pattern, Mapping))
-    _check_afterwards(task)
-    return task
+    if (pattern is None) == (sparsity is None):
+        both = "neither" if pattern is None else f"pattern={pattern!r} and sparsity={sparsity!r}"
+        raise ValueError(f'Expected one of `pattern`, such as 0.5 or "2:4", and `sparsity`, such as 0.5; got {both}.')
+    return Unstructured(float(sparsity)) if sparsity is not None else pattern  # type: ignore[return-value]
 
 
 def patterns_by_name(
     pattern: PatternLike | Mapping[str, PatternLike], weights: dict[str, WeightView]
 ) -> dict[str, Pattern]:
-    """Return the pattern of each weight, by name; a mapping's keys match as `rank_pattern` does in PEFT.
+    """Return the pattern of each weight, by name. The keys of a mapping match as `rank_pattern` does in PEFT.
 
     Raises:
-        ValueError: a key that no weight takes or that is no regular expression, no key at all, or a bad pattern.
+        ValueError: a key matches no weight or is no regular expression, the mapping is empty, or a pattern is invalid.
     """
     if not isinstance(pattern, Mapping):
         return dict.fromkeys(weights, parse_pattern(pattern))
@@ -149,17 +220,17 @@ def patterns_by_name(
 
 
 def values_by_name(values: Mapping[str, Value], weights: Mapping[str, WeightView], argument: str) -> dict[str, Value]:
-    """Return the value of each of `weights` whose name a key matches, the first that does, as `rank_pattern` in PEFT.
+    """Return a value for each of `weights` whose name a key matches. The first matching key counts, as in PEFT.
 
     Raises:
-        ValueError: as `patterns_by_name`; the message names `argument`.
+        ValueError: see `patterns_by_name`. The message names `argument`.
     """
     if not values:
-        raise ValueError(f"`{argument}` is an empty dict, which prunes nothing. Give one layer at least.")
+        raise ValueError(f"`{argument}` is an empty dict, which prunes nothing. Give at least one layer.")
     keys = {key: _compiled(key, argument) for key in values}
     chosen: dict[str, Value] = {}
     used: set[str] = set()
-    # One key speaks for all experts of a parameter.
+    # One key is enough for all experts of a parameter.
     shared = {name: name if weight.expert is None else name.rpartition(".")[0] for name, weight in weights.items()}
     for name in weights:
         for key, expression in keys.items():
@@ -170,8 +241,8 @@ def values_by_name(values: Mapping[str, Value], weights: Mapping[str, WeightView
     if idle := [key for key in keys if key not in used]:
         endings = list(dict.fromkeys(name.rpartition(".")[2] for name in shared.values()))[:8]
         raise ValueError(
-            f"{idle[0]!r} in `{argument}` matches no weight that an earlier key leaves. Keys are names, name endings "
-            f"or regular expressions for the whole name; weights here end in {', '.join(endings)}."
+            f"{idle[0]!r} in `{argument}` matches no weight, or only weights that an earlier key matches. Keys are "
+            f"names, name endings or regular expressions for the whole name; weights here end in {', '.join(endings)}."
         )
     return chosen
 
@@ -181,25 +252,31 @@ def _compiled(key: str, argument: str) -> re.Pattern[str]:
         return re.compile(rf"(.*\.)?({key})")
     except re.error as error:
         raise ValueError(
-            f"{key!r} in `{argument}` is no regular expression ({error}). Write '.*' for any characters; a name or "
-            "name ending stands for itself."
+            f"{key!r} in `{argument}` is no regular expression ({error}). Write '.*' for any characters. A name or "
+            "name ending needs no special characters."
         ) from None
 
 
 def check_calibration(task: PruningTask, calibration: Calibration | None) -> None:
-    """Raise ValueError if calibration is needed and missing, or given for weights it cannot reach."""
+    """Raise ValueError if calibration is needed and missing, or cannot measure one of the weights."""
     if calibration is None:
-        if task.needs or task.allocation == "owl":
-            who = f"Criterion {task.criterion!r}" if task.rule.needs else "What was asked for beside the criterion"
+        needed = {
+            f"criterion {task.criterion!r}": task.rule,
+            f"allocation {task._spelled_allocation()!r}": task.allocation,
+            f"refinement {task.refinement and task.refinement[0]!r}": task.refinement and task.refinement[1],
+            "`update`": task.update,
+        }
+        measuring = [what for what, step in needed.items() if getattr(step, "needs", ())]
+        if measuring:
             raise ValueError(
-                f"{who} measures the inputs of each layer: pass `calibration`, token ids of shape (sequences, tokens) "
-                "or an iterable of model inputs."
+                f"Expected `calibration`, because {measuring[0]} measures the inputs of each layer. Pass token ids of "
+                "shape (sequences, tokens), or an iterable of model inputs."
             )
         return
     if outside := task.by_block.get(None):
         raise ValueError(
-            f"Calibration measures inputs block by block, and {outside[0]!r} lies outside the blocks. Leave it out, "
-            'or prune it on its own with `criterion="magnitude"` and no calibration.'
+            f"Calibration measures inputs block by block, and {outside[0]!r} lies outside the blocks. Exclude it, or "
+            'prune it in a call of its own with `criterion="magnitude"` and no calibration.'
         )
 
 
@@ -208,67 +285,73 @@ def count_sequences(inputs: list[dict[str, Any]]) -> int:
     return sum(map(sequences_in, inputs))
 
 
-def _spell(pattern: PatternLike | Mapping[str, PatternLike]) -> str:
+def _spelled(pattern: PatternLike | Mapping[str, PatternLike]) -> str:
     if isinstance(pattern, Mapping):
         return ", ".join(f"{key}: {parse_pattern(value)}" for key, value in pattern.items())
     return str(parse_pattern(pattern))
 
 
-def _choose_group(
-    group: Group | None, patterns: dict[str, Pattern], name: str, rule: Criterion, per_layer: bool
+def _chosen_group(
+    group: Group | None,
+    patterns: dict[str, Pattern],
+    name: str,
+    rule: ScoringCriterion | SparseGPT,
+    per_layer: bool,
 ) -> Group:
     structured = next((p for p in patterns.values() if isinstance(p, SemiStructured)), None)
     if group is not None and structured is not None:
-        raise ValueError(f"{structured} compares within each {structured.m} inputs. Drop `group={group!r}`.")
-    if group is not None and rule.score is None:
-        raise ValueError(
-            f"Criterion {name!r} compares within 128 columns, whose weights it updates as it goes. Drop "
-            f"`group={group!r}`."
-        )
+        raise ValueError(f"{structured} compares within each {structured.m} inputs. Remove `group={group!r}`.")
+    if isinstance(rule, SparseGPT):
+        if group is not None:
+            raise ValueError(
+                f"Criterion {name!r} compares within {rule.block_size} columns, because it updates the weights from "
+                f"left to right. Remove `group={group!r}`."
+            )
+        return "matrix"
     if all(isinstance(p, SemiStructured) for p in patterns.values()):
-        # Whatever the criterion's own group is.
+        # n:m patterns ignore the group of the criterion.
         return "matrix"
     chosen = group or rule.group
     if chosen == "model" and per_layer:
         raise ValueError(
-            '`group="model"` finds the sparsity of each layer itself, and `pattern` is a dict that gives them. Pass '
+            '`group="model"` finds the sparsity of each layer itself, but `pattern` is a dict that gives them. Pass '
             'one sparsity, or `group="row"` or "matrix".'
         )
     return chosen
 
 
 def _check_allocation(task: PruningTask, per_layer: bool) -> None:
-    """Raise ValueError if nothing is left for `allocation` to decide, or nothing of its kind."""
+    """Raise ValueError if `allocation` has nothing to decide, or cannot decide it."""
     if task.allocation is None:
         return
     if per_layer:
         raise ValueError(
-            "`pattern` is a dict that gives the sparsity of each layer, and `allocation` shares out one. Pass one "
-            "sparsity, or drop `allocation`."
+            "`allocation` divides one sparsity among the layers, but `pattern` is a dict that gives the sparsity of "
+            "each layer. Pass one sparsity, or remove `allocation`."
         )
     if task.group == "model":
         raise ValueError(
-            '`group="model"` finds the sparsity of each layer itself. Drop it, or `allocation`; `allocation="global"` '
-            "compares magnitudes across the model."
+            '`group="model"` finds the sparsity of each layer itself. Remove it, or remove `allocation`. '
+            '`allocation="global"` compares magnitudes across the model.'
         )
-    if task.allocation != "owl" and any(isinstance(pattern, SemiStructured) for pattern in task.patterns.values()):
+    if not isinstance(task.allocation, OWL) and any(isinstance(p, SemiStructured) for p in task.patterns.values()):
         raise ValueError(
             f'{task.pattern} fixes the sparsity of every group of inputs. Use `allocation="owl"`, which mixes several '
-            f"n, or one sparsity as `pattern`; got allocation {task.allocation!r}."
+            f"n, or one sparsity as `pattern`; got allocation {task._spelled_allocation()!r}."
         )
 
 
-def _check_afterwards(task: PruningTask) -> None:
-    """Raise ValueError if the selection cannot be refined, or the kept weights not be updated, as asked."""
+def _check_refinement_and_update(task: PruningTask) -> None:
+    """Raise ValueError if the selection cannot be refined, or the kept weights cannot be updated, as asked."""
     if task.group == "model" and (task.refinement or task.update):
         raise ValueError(
-            '`group="model"` selects everywhere at once, when no inputs are at hand any more to refine or update by. '
-            'Use `allocation="global"`, which gives each layer what that selection would.'
+            '`group="model"` selects in all layers at once, and the statistics for refinement and update are not kept '
+            'until then. Use `allocation="global"`, which gives each layer the sparsity that this selection would.'
         )
-    if task.refinement and task.rule.score is None:
+    if task.refinement and isinstance(task.rule, SparseGPT):
         raise ValueError(
-            f"Criterion {task.criterion!r} updates the weights as it selects, so its selection cannot be changed "
-            'afterwards. Drop `refinement`, or refine "wanda" and pass `update=True`.'
+            f"Criterion {task.criterion!r} updates the weights while it selects, so its mask cannot be refined "
+            'afterwards. Remove `refinement`, or use criterion "wanda" with `refinement` and `update=True`.'
         )
 
 
@@ -276,34 +359,34 @@ def _check_model(model: nn.Module, weights: dict[str, WeightView], prune_tied: b
     tied = tied_to_embedding(model, weights)
     if tied and not prune_tied:
         raise ValueError(
-            f"The weight of {tied[0]!r} is also the embedding: pruning it prunes every token's vector. Add it to "
-            "`exclude_modules`, or pass `prune_tied=True` if you mean it."
+            f"The weight of {tied[0]!r} is also the embedding, so pruning it prunes the vector of every token. Add it "
+            "to `exclude_modules`, or pass `prune_tied=True` to prune both."
         )
     for name, weight in weights.items():
         stored = weight.storage
         if (loaded and stored.is_meta) or not stored.is_floating_point():
             raise ValueError(
-                f"The weight of {name!r} is {stored.dtype} on {stored.device}; pruning needs loaded floating-point "
-                "weights. Prune before quantising, and load the model before pruning."
+                f"The weight of {name!r} is {stored.dtype} on {stored.device}, but pruning needs floating-point "
+                "weights in memory. Prune before quantising, and load the model before pruning."
             )
 
 
-def _check_adapters(model: nn.Module, weights: dict[str, WeightView], criterion: str, rule: Criterion) -> None:
-    targets = {id(weight.layer) for weight in weights.values()}
+def _check_adapters(model: nn.Module, task: PruningTask) -> None:
+    targets = {id(weight.layer) for weight in task.weights.values()}
     adapted = {
         name: module for name, module in base_model(model).named_modules() if isinstance(module, BaseTunerLayer)
     }
     merged = [name for name, module in adapted.items() if module.merged and id(base_layer(module)) in targets]
     if merged:
         raise ValueError(
-            f"Layer {merged[0]!r} has merged adapters, and unmerging would bring pruned entries back. Call "
+            f"Layer {merged[0]!r} has merged adapters, and unmerging would restore pruned entries. Call "
             "`unmerge_adapter()` or `merge_and_unload()` first."
         )
     active = [name for name, module in adapted.items() if not module.disable_adapters]
-    if "gradients" in rule.needs and active:
+    if "gradients" in task.rule.needs and active:
         raise ValueError(
-            f"Criterion {criterion!r} needs gradients of the weights themselves, and layer {active[0]!r} runs with an "
-            "adapter. Prune before attaching it, or within `with model.disable_adapter():`."
+            f"Criterion {task.criterion!r} needs gradients of the weights themselves, but layer {active[0]!r} runs "
+            "with an adapter. Prune before attaching it, or within `with model.disable_adapter():`."
         )
 
 
@@ -316,7 +399,14 @@ def _check_patterns_fit(patterns: dict[str, Pattern], weights: dict[str, WeightV
     if ragged:
         name, pattern = ragged[0]
         raise ValueError(
-            f"{pattern} needs inputs divisible by {pattern.m}, but {name!r} has {weights[name].shape[1]} "
+            f"{pattern} needs a number of inputs divisible by {pattern.m}, but {name!r} has {weights[name].shape[1]} "
             f"({len(ragged)} such layers). Exclude them, or pass SemiStructured({pattern.n}, {pattern.m}, "
             "allow_ragged=True), for which no N:M kernel exists."
         )
+
+
+def _rounding(weight: WeightView, pattern: Pattern) -> int:
+    """Return by how many entries the pattern's count may differ from sparsity · entries."""
+    rows, columns = weight.shape
+    # The last, shorter group of each row loses a fraction of its own.
+    return rows * pattern.m if isinstance(pattern, SemiStructured) and columns % pattern.m else 1

@@ -21,7 +21,7 @@ from ..model.weights import check_finite
 from ..pruning.checkpoint import StreamedModel
 from ..pruning.criteria import Criterion, Score
 from ..pruning.patterns import Group
-from ..pruning.task import PatternLike, check_calibration, count_sequences, plan_pruning
+from ..pruning.task import PatternLike, PruningTask, check_calibration, count_sequences
 from .checks import check_amounts, check_choices, check_models, check_task, spell
 from .fitting import Loss, Recipe, Step, held_out_batches
 from .progress import Progress, fingerprint_of_model
@@ -124,8 +124,14 @@ def reconstruct(
     check_models(model, dense)
     check_activations(activations)
     given = 0.0 if pattern is None else pattern
-    task = plan_pruning(
-        model, given, criterion, group, target_modules, exclude_modules, prune_tied=False, loaded=streamed is None
+    task = PruningTask.of(
+        model,
+        given,
+        criterion=criterion,
+        group=group,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        loaded=streamed is None,
     )
     check_task(task, tuner)
     check_calibration(task, calibration)

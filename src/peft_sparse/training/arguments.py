@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
 
 from ..calibration.activations import check_activations
-from ..pruning.allocation import METHODS
+from ..pruning.allocation import ALLOCATIONS
 from ..pruning.criteria import CRITERIA, find_criterion
 from ..pruning.patterns import GROUPS, Pattern, parse_pattern
 from ..pruning.refinement import REFINEMENTS, find_refinement
@@ -42,7 +42,8 @@ class SparseTrainingArguments(TrainingArguments):
         default=None, metadata={"help": 'What is compared: "row", "matrix", "model"; default: as in the paper.'}
     )
     allocation: str | None = field(
-        default=None, metadata={"help": f"How layers share the sparsity: {', '.join(METHODS)}; default: all the same."}
+        default=None,
+        metadata={"help": f"How layers share the sparsity: {', '.join(ALLOCATIONS)}; default: all the same."},
     )
     refinement: str | None = field(
         default=None, metadata={"help": f"Exchange pruned for kept weights once selected: {', '.join(REFINEMENTS)}."}
@@ -130,8 +131,10 @@ class SparseTrainingArguments(TrainingArguments):
         find_criterion(self.criterion)
         if self.group is not None and self.group not in GROUPS:
             raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {self.group!r}.")
-        if self.allocation is not None and self.allocation not in METHODS:
-            raise ValueError(f"`allocation` must be one of {', '.join(map(repr, METHODS))}, got {self.allocation!r}.")
+        if self.allocation is not None and self.allocation not in ALLOCATIONS:
+            raise ValueError(
+                f"`allocation` must be one of {', '.join(map(repr, ALLOCATIONS))}, got {self.allocation!r}."
+            )
         if self.refinement is not None:
             find_refinement(self.refinement)
         beside = self.allocation or self.refinement or self.update_kept
