@@ -22,16 +22,18 @@ from peft_sparse import (
     Criterion,
     CubicSchedule,
     FreezingCallback,
+    Magnitude,
     MaskLoRAConfig,
     PruningCallback,
     PruningCycles,
     ScaledLoRAConfig,
+    SparseGPT,
     SparseTrainer,
     SparseTrainingArguments,
     compact,
     pack_sequences,
     perplexity,
-    plan,
+    plan_pruning,
     plan_training,
     prune,
     prune_checkpoint,
@@ -43,7 +45,8 @@ from peft_sparse.model import processes
 from peft_sparse.model.weights import WeightView, as_matrix
 from peft_sparse.pruning import checkpoint as streaming
 from peft_sparse.pruning.allocation import allocate
-from peft_sparse.pruning.criteria import magnitude
+from peft_sparse.pruning.choices import chosen
+from peft_sparse.pruning.criteria import CRITERIA
 from peft_sparse.pruning.least_squares import masked_least_squares
 from peft_sparse.pruning.patterns import SemiStructured, Unstructured, parse_pattern
 from peft_sparse.pruning.refinement import find_refinement
@@ -145,7 +148,7 @@ def headless_gradients():
 
 def no_norms():
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])})
-    plan(model, 0.5, criterion="wanda", flops_per_second=1)
+    plan_pruning(model, 0.5, criterion="wanda", flops_per_second=1)
 
 
 def wanda(model, pattern=0.5, **options):
@@ -465,23 +468,62 @@ REFUSALS = [
     (lambda: SemiStructured(5, 4), ValueError, "needs 1 <= n <= m, got 5:4. Use 2:4"),
     (lambda: parse_pattern("0:4"), ValueError, "needs 1 <= n <= m, got 0:4"),
     (lambda: parse_pattern("half"), ValueError, "A pattern is a sparsity such as 0.5 .* got 'half'"),
-    (lambda: find_refinement("swaps"), ValueError, "Unknown refinement 'swaps'. Choose one of 'dsnot', 'swap'"),
+    (
+        lambda: find_refinement("swaps"),
+        ValueError,
+        "`refinement` must be one of 'dsnot', 'swap', or a value .* got 'swaps'",
+    ),
     (lambda: as_matrix(nn.Embedding(3, 3), torch.zeros(3, 3)), TypeError, "one of `Linear`.* got Embedding"),
-    (lambda: prune(llama(), 0.5, criterion="wand"), ValueError, "Unknown criterion 'wand'. Choose one of 'magnitude'"),
+    (lambda: prune(llama()), ValueError, "Expected one of `pattern`, .* and `sparsity`, .* got neither"),
+    (lambda: prune(llama(), 0.5, sparsity=0.4), ValueError, "got pattern=0.5 and sparsity=0.4"),
+    (
+        lambda: prune(llama(), 0.5, update="yes"),
+        TypeError,
+        "`update` must be True, False or a `LeastSquares`, got 'yes'",
+    ),
+    (lambda: SparseGPT(damping=0), ValueError, "`damping` of SparseGPT must be above 0, got 0"),
+    (
+        lambda: chosen("criterion", CRITERIA, "ria", {"power": 2}),
+        ValueError,
+        "`criterion='ria'` has no option 'power'. Its options are 'exponent'",
+    ),
+    (
+        lambda: chosen("criterion", CRITERIA, SparseGPT(), {"damping": 0.1}),
+        ValueError,
+        "`criterion_options` goes with a name, but `criterion` is the value SparseGPT.* Put the options into the value",
+    ),
+    (
+        lambda: Criterion(None, group="matrix"),
+        TypeError,
+        "`score` must be a function .* got NoneType. For SparseGPT use",
+    ),
+    (
+        lambda: prune(llama(), 0.5, criterion="wand"),
+        ValueError,
+        "`criterion` must be one of 'magnitude', .* got 'wand'. A function",
+    ),
     (lambda: prune(llama(), 0.5, group="column"), ValueError, "`group` must be one of 'row', .* got 'column'"),
-    (lambda: prune(llama(), "2:4", group="row"), ValueError, "2:4 compares within each 4 inputs. Drop `group='row'`"),
-    (lambda: Criterion(magnitude, group="rows"), ValueError, "`group` must be one of 'row', .* got 'rows'"),
-    (lambda: Criterion(magnitude, group="row", needs="inputs"), ValueError, "`needs` must be a tuple .* got 'inputs'"),
+    (
+        lambda: prune(llama(), "2:4", group="row"),
+        ValueError,
+        "2:4 compares within each 4 inputs. Remove `group='row'`",
+    ),
+    (lambda: Criterion(Magnitude().score, group="rows"), ValueError, "`group` must be one of 'row', .* got 'rows'"),
+    (
+        lambda: Criterion(Magnitude().score, group="row", needs="inputs"),
+        ValueError,
+        "`needs` must be a tuple .* got 'inputs'",
+    ),
     (
         lambda: prune(llama(), 0.5, criterion="sparsegpt", group="row", calibration=TOKENS),
         ValueError,
-        "'sparsegpt' compares within 128 columns, .* Drop `group='row'`",
+        "'sparsegpt' compares within 128 columns, .* Remove `group='row'`",
     ),
     (lambda: prune(llama(), {"q_proj": 0.5}, group="model"), ValueError, "`pattern` is a dict that gives them"),
     (
         lambda: prune(llama(), {"q_proj": 0.5}, allocation="erk"),
         ValueError,
-        "`pattern` is a dict that gives the sparsity of each layer, and `allocation` shares out one",
+        "`allocation` divides one sparsity among the layers, but `pattern` is a dict",
     ),
     (
         lambda: prune(llama(), 0.5, allocation="erk", group="model"),
@@ -496,7 +538,7 @@ REFUSALS = [
     (
         lambda: prune(llama(), 0.5, allocation="owl"),
         ValueError,
-        "What was asked for beside the criterion measures the inputs of each layer: pass `calibration`",
+        "Expected `calibration`, because allocation 'owl' measures the inputs of each layer. Pass token ids",
     ),
     (
         lambda: prune(llama(), 0.5, allocation={"q_prj": 0.5}),
@@ -507,17 +549,17 @@ REFUSALS = [
     (
         lambda: prune(llama(), 0.5, group="model", update=True, calibration=TOKENS),
         ValueError,
-        '`group="model"` selects everywhere at once.* Use `allocation="global"`',
+        '`group="model"` selects in all layers at once.* Use `allocation="global"`',
     ),
     (
         lambda: prune(llama(), 0.5, criterion="sparsegpt", refinement="swap", calibration=TOKENS),
         ValueError,
-        "'sparsegpt' updates the weights as it selects, .* Drop `refinement`",
+        "'sparsegpt' updates the weights while it selects, .* Remove `refinement`",
     ),
     (
         lambda: prune(llama(), 0.5, refinement="swap"),
         ValueError,
-        "What was asked for beside the criterion measures the inputs of each layer: pass `calibration`",
+        "Expected `calibration`, because refinement 'swap' measures the inputs of each layer. Pass token ids",
     ),
     (
         lambda: arguments(sparsity=0.5, allocation="best"),
@@ -529,28 +571,32 @@ REFUSALS = [
         ValueError,
         "Reconstruction prunes region by region, by the criterion alone. Drop `allocation`",
     ),
-    (lambda: beside("magnitude"), ValueError, "Expected the same call in all 2 processes, got 'wanda to 0.5 .* Give"),
+    (
+        lambda: beside("magnitude"),
+        ValueError,
+        "Expected the same call in all 2 processes, got 'wanda, row, .* to 0.5 .* Give",
+    ),
     (lambda: beside("", "OSError: full"), RuntimeError, "process 1 stopped with OSError: full. Mend that; nothing is"),
-    (streamed_by_two, ValueError, "Streaming writes one output, got 2 processes .* Run it in one process"),
+    (streamed_by_two, ValueError, "Expected one process, because one output is written, got 2. Start it in one"),
     (lambda: prune(llama(), {}), ValueError, "`pattern` is an empty dict, which prunes nothing"),
     (lambda: prune(llama(), {"*.q_proj": 0.5}), ValueError, r"'\*.q_proj' in `pattern` is no regular expression"),
-    (lambda: prune(llama(), {"x_proj": 0.5}), ValueError, "'x_proj' in `pattern` matches no weight .* end in q_proj"),
+    (lambda: prune(llama(), {"x_proj": 0.5}), ValueError, "'x_proj' in `pattern` matches no weight, .* end in q_proj"),
     (
         lambda: prune(llama(), {"q_proj|k_proj": 0.5, "k_proj": 0.25}),
         ValueError,
-        "'k_proj' in `pattern` matches no weight that an earlier key leaves",
+        "'k_proj' in `pattern` matches no weight, or only weights that an earlier key matches",
     ),
     (
         lambda: prune(tiny("mixtral"), {"experts": 0.5}),
         ValueError,
-        "'experts' in `pattern` matches no weight .* end in q_proj, k_proj, v_proj, o_proj, gate_up_proj, down_proj.$",
+        "'experts' in `pattern` matches no weight, .* end in q_proj, k_proj, v_proj, o_proj, gate_up_proj, down_proj.$",
     ),
     (lambda: prune(llama(), {"q_proj": 1.5}), ValueError, r"`sparsity` must be in \[0, 1\), got 1.5"),
     (lambda: prune(llama(), {"q_proj": "5:4"}), ValueError, "needs 1 <= n <= m, got 5:4"),
     (
         lambda: prune(llama(), {"q_proj": "2:4", "k_proj": 0.5}, group="row"),
         ValueError,
-        "2:4 compares within each 4 inputs. Drop `group='row'`",
+        "2:4 compares within each 4 inputs. Remove `group='row'`",
     ),
     (
         lambda: prune(llama(), {"q_proj": "2:4", "k_proj": "2:5"}),
@@ -561,8 +607,16 @@ REFUSALS = [
     (lambda: prune(llama(), 0.5, exclude_modules=["x"]), ValueError, "'x' in `exclude_modules` .* end in q_proj, k_"),
     (lambda: prune(llama(), 0.5, target_modules="nothing.*"), ValueError, "`target_modules='nothing.*'` .* leaves no"),
     (lambda: prune(nn.Sequential(nn.Linear(2, 2)), 0.5), ValueError, "Expected a model with blocks"),
-    (lambda: prune(llama(), "2:5"), ValueError, "2:5 needs inputs divisible by 5, but .*q_proj' has 16 .21 such"),
-    (lambda: prune(llama(), 0.5, criterion="wanda"), ValueError, "'wanda' measures the inputs .* pass `calibration`"),
+    (
+        lambda: prune(llama(), "2:5"),
+        ValueError,
+        "2:5 needs a number of inputs divisible by 5, but .*q_proj' has 16 .21 such",
+    ),
+    (
+        lambda: prune(llama(), 0.5, criterion="wanda"),
+        ValueError,
+        "Expected `calibration`, because criterion 'wanda' measures the inputs .* Pass token ids",
+    ),
     (
         lambda: prune(llama(), 0.5, criterion="wanda", target_modules=["lm_head"], calibration=TOKENS),
         ValueError,
@@ -661,36 +715,44 @@ REFUSALS = [
         "Expected a text of at least one sequence of 4 tokens, got 3 tokens",
     ),
     (no_norms, ValueError, "Expected blocks with a normalisation layer, which tells the hidden size"),
-    (lambda: plan(LlamaConfig(), 0.5), ValueError, r"names one class of transformers in `architectures`, got \[\]"),
+    (
+        lambda: plan_pruning(LlamaConfig(), 0.5),
+        ValueError,
+        r"names one class of transformers in `architectures`, got \[\]",
+    ),
     (lambda: streamed(edit=forget_the_class), ValueError, "names one class of transformers in `architectures`, got"),
     (
         lambda: streamed(edit=occupy),
         ValueError,
-        "pruned' not to exist, to be empty, or to hold what a killed run left. Give another `output`",
+        "pruned' not to exist, to be empty, or to hold only what a killed run left. Give another `output`",
     ),
     (lambda: streamed(edit=remove_weights), ValueError, "Expected model.safetensors or model.safetensors.index.json"),
-    (lambda: streamed(group="model"), ValueError, "Streaming holds one block at a time: .* Use `prune`"),
+    (lambda: streamed(group="model"), ValueError, "One block at a time is in memory, .* Use `prune`"),
     (
         lambda: streamed(criterion="gblm", calibration=TOKENS),
         ValueError,
-        "criteria that need gradients see the whole model",
+        "criteria that need gradients need the whole model",
     ),
-    (lambda: streamed(tiny("t5")), ValueError, "one stack of blocks, this model has more: encoder.block, decoder.blo"),
+    (lambda: streamed(tiny("t5")), ValueError, "one stack of blocks, got several: encoder.block, decoder.blo"),
     (
         lambda: streamed(tiny("mixtral"), original=True),
         ValueError,
         "The checkpoint has no tensor 'model.layers.0.mlp.experts.down_proj' .* `save_pretrained.*save_original_form",
     ),
-    (lambda: streamed(target_modules=["lm_head"]), ValueError, "'lm_head' lies outside the blocks, where nothing is"),
+    (
+        lambda: streamed(target_modules=["lm_head"]),
+        ValueError,
+        "'lm_head' lies outside the blocks, which are all that is pruned on disk. Add it",
+    ),
     (
         lambda: allocated("layerwise"),
         ValueError,
-        "Unknown allocation 'layerwise'. Choose one of 'uniform', .*, or give the sparsity of every weight",
+        "`allocation` must be one of 'uniform', .* got 'layerwise'. A dict of sparsities by layer",
     ),
     (
         lambda: allocated("erk", 0.99),
         ValueError,
-        "Expected a sparsity of 4 to 30 zeros in all, .* allow, got one of 31. Choose another sparsity",
+        "between 4 and 30 zeros in total, .* got one that gives 31. Choose another sparsity",
     ),
     (
         lambda: allocated("owl"),
@@ -700,16 +762,20 @@ REFUSALS = [
     (
         lambda: allocated({"one": 0.5}),
         ValueError,
-        "Expected a sparsity for each weight that is pruned, got a mapping that has none for 'two'. Give them all",
+        "Expected a sparsity for each weight that is pruned, got a mapping that has none for 'two'. Give the sparsity of all",
     ),
     (
         lambda: allocated({"one": 0.5, "two": 0.75}),
         ValueError,
-        "give 16 zeros in all, 0.500000 of the entries, got sparsities that give 20, 0.625000. Change one",
+        "give 16 zeros in total, 0.500000 of the entries, got .* 20, 0.625000. Change the sparsities",
     ),
-    (lambda: prune(merged(), 0.5), ValueError, "has merged adapters, and unmerging would bring"),
+    (lambda: prune(merged(), 0.5), ValueError, "has merged adapters, and unmerging would restore"),
     (lambda: prune(tiny("gpt2"), 0.5, target_modules=["lm_head"]), ValueError, "'lm_head' is also the embedding"),
-    (lambda: prune(llama().to("meta"), 0.5), ValueError, "is torch.float32 on meta; pruning needs loaded"),
+    (
+        lambda: prune(llama().to("meta"), 0.5),
+        ValueError,
+        "is torch.float32 on meta, but pruning needs floating-point weights in memory",
+    ),
     (lambda: perplexity(llama(nan_norm), TOKENS), ValueError, "Expected a finite loss, got nan"),
     (lambda: MaskLoRAConfig(r=0), ValueError, "`r` must be a positive integer, got 0"),
     (lambda: MaskLoRAConfig(rank_pattern={"q": -1}), ValueError, r"`rank_pattern\['q'\]` must be a positive integer"),
@@ -1127,9 +1193,9 @@ def test_the_refusal_says_what_to_do(refused, error, words):
 
 
 def raise_statements(package):
-    """(file, first line, last line) of every `raise` that makes an error; a bare re-raise makes none."""
+    """(path, first line, last line) of every `raise` that makes an error; a bare re-raise makes none."""
     return {
-        (path.name, node.lineno, node.end_lineno)
+        (path.relative_to(package), node.lineno, node.end_lineno)
         for path in package.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
@@ -1144,7 +1210,7 @@ def test_no_refusal_goes_untested():
             refused()
         frames = traceback.extract_tb(caught.value.__traceback__)
         last = [frame for frame in frames if Path(frame.filename).is_relative_to(package)][-1]
-        reached.add((Path(last.filename).name, last.lineno))
+        reached.add((Path(last.filename).relative_to(package), last.lineno))
     missed = [
         f"{name}:{first}"
         for name, first, end in raise_statements(package)

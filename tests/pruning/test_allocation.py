@@ -80,7 +80,7 @@ def test_the_total_is_exact_and_no_weight_leaves_its_bounds(method, weights, spa
         for i in linears[-1:]:
             most[i] = max(zeros[i], min(most[i], number_to_prune(0.8, sizes[i])))
     if not sum(zeros) <= total <= sum(most):
-        with pytest.raises(ValueError, match="zeros in all"):
+        with pytest.raises(ValueError, match="zeros in total"):
             counts(method, weights, sparsity, blocks, norms)
         return
     found = counts(method, weights, sparsity, blocks, norms)
@@ -310,12 +310,16 @@ def test_the_users_own_sparsities_are_rounded_to_the_total():
     [
         ({"a": 0.5, "b": 0.5, "c": 0.5}, 0.5, "has one for 'c'"),
         ({"a": 0.5, "b": 1.0}, 0.5, r"`sparsity` must be in \[0, 1\), got 1.0"),
-        ({"a": 0.5, "b": 0.5}, 0.6, "give 21 zeros in all, 0.583333 of the entries, got sparsities that give 18, 0.5"),
+        (
+            {"a": 0.5, "b": 0.5},
+            0.6,
+            "give 21 zeros in total, 0.583333 of the entries, got sparsities that give 18, 0.5",
+        ),
         ("uniform", 1.0, r"`sparsity` must be in \[0, 1\), got 1.0"),
         # One entry of each may not go.
-        ("global", 35 / 36, "0 to 34 zeros in all, .* got one of 35"),
+        ("global", 35 / 36, "between 0 and 34 zeros in total, .* got one that gives 35"),
         # A last layer that keeps a fifth.
-        ("uniform+", 33 / 36, "0 to 31 zeros in all, .* got one of 33"),
+        ("uniform+", 33 / 36, "between 0 and 31 zeros in total, .* got one that gives 33"),
     ],
 )
 def test_what_cannot_be_met_is_refused(method, sparsity, words):
@@ -326,7 +330,7 @@ def test_what_cannot_be_met_is_refused(method, sparsity, words):
 def test_fewer_zeros_than_there_are_are_refused():
     layers = [weight([[0, 0, 0, 1]]), weight([[1, 1, 1, 1]])]
     assert counts("uniform", layers, 3 / 8) == [3, 0]
-    with pytest.raises(ValueError, match="3 to 6 zeros in all, .* got one of 2"):
+    with pytest.raises(ValueError, match="between 3 and 6 zeros in total, .* got one that gives 2"):
         counts("uniform", layers, 2 / 8)
 
 

@@ -6,10 +6,11 @@ Allocation knows weights and counts, no model and no masks. To add a method, wri
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -64,11 +65,10 @@ class Budget:
         counts = apportion(wishes, self.total, self.zeros, self.most if most is None else most)
         return dict(zip(self.weights, counts, strict=True))
 
-    @contextlib.contextmanager
-    def matrix(self, name: str) -> Iterator[Tensor]:
-        """Hold the weight called `name` in memory within the context, as a matrix (out, in)."""
+    def of_matrix(self, name: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return `compute` of the weight called `name` as a matrix (out, in), which is in memory for this long."""
         with self.reading(name):
-            yield self.weights[name].matrix()
+            return compute(self.weights[name].matrix())
 
 
 class Allocation(Protocol):
@@ -395,10 +395,7 @@ def _check_reachable(total: int, least: Sequence[int], most: Sequence[int]) -> N
 
 def _zeros(budget: Budget) -> list[int]:
     """Return how many entries of each weight are zero."""
-    kept = []
-    for name in budget.weights:
-        with budget.matrix(name) as matrix:
-            kept.append(mask_of(matrix).sum())
+    kept = [budget.of_matrix(name, lambda matrix: mask_of(matrix).sum()) for name in budget.weights]
     return [size - nonzero for size, nonzero in zip(budget.sizes, to_host(kept), strict=True)]
 
 
@@ -415,14 +412,8 @@ def _fill(total: float, shares: Sequence[int], limits: Sequence[int]) -> list[fl
 
 
 def _across(budget: Budget, scores_of: Callable[[Tensor], Tensor]) -> dict[str, int]:
-    def score(name: str) -> Callable[[], Tensor]:
-        def compute() -> Tensor:
-            with budget.matrix(name) as matrix:
-                return scores_of(matrix)
-
-        return compute
-
-    return budget.apportion(count_across([score(name) for name in budget.weights], budget.total))
+    scores = [partial(budget.of_matrix, name, scores_of) for name in budget.weights]
+    return budget.apportion(count_across(scores, budget.total))
 
 
 def _magnitudes(matrix: Tensor) -> Tensor:
@@ -455,12 +446,10 @@ def _outlier_ratios(budget: Budget, outlier_factor: float) -> dict[str, float]:
 
     def of_scores(measure: Callable[[str, Tensor], Tensor]) -> list[Any]:
         # Scores are computed twice, so that only one weight's scores are in memory at a time.
-        measured = []
-        for name in budget.weights:
-            with budget.matrix(name) as matrix:
-                statistics = Statistics(input_norm=norms[name].to(matrix.device))
-                measured.append(measure(name, Wanda().score(matrix, statistics)))
-        return to_host(measured)
+        return to_host([budget.of_matrix(name, partial(of_matrix, name, measure)) for name in budget.weights])
+
+    def of_matrix(name: str, measure: Callable[[str, Tensor], Tensor], matrix: Tensor) -> Tensor:
+        return measure(name, Wanda().score(matrix, Statistics(input_norm=norms[name].to(matrix.device))))
 
     sizes = dict(zip(budget.weights, budget.sizes or map(_size, budget.weights.values()), strict=True))
     means = of_scores(lambda name, scores: scores.mean())

@@ -1,0 +1,57 @@
+"""Public docstrings stand alone: every argument is described, and shared arguments have one text everywhere."""
+
+import inspect
+import re
+
+import pytest
+
+import peft_sparse
+from peft_sparse import prune, prune_checkpoint
+
+
+PUBLIC = {name: getattr(peft_sparse, name) for name in peft_sparse.__all__}
+# What describes the pruning: the same arguments, in the same order, wherever something is pruned.
+PRUNING = [
+    "pattern",
+    "calibration",
+    "sparsity",
+    "criterion",
+    "group",
+    "allocation",
+    "refinement",
+    "update",
+    "target_modules",
+    "exclude_modules",
+    "prune_tied",
+    "batch_size",
+    "activations",
+]
+PRUNERS = [prune, prune_checkpoint]
+
+
+def described(thing):
+    """{argument: text} of the Args section of a docstring."""
+    section = re.search(r"\nArgs:\n(.*?)(?=\n\S|\Z)", inspect.getdoc(thing) or "", flags=re.DOTALL)
+    if section is None:
+        return {}
+    entries = re.findall(r"^    (\w[\w, ]*): (.*?)(?=^    \w|\Z)", section[1] + "\n", flags=re.DOTALL | re.MULTILINE)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+
+
+@pytest.mark.parametrize("function", PRUNERS, ids=lambda function: function.__name__)
+def test_the_arguments_of_pruning_are_the_same_everywhere(function):
+    names = list(inspect.signature(function).parameters)
+    assert [name for name in names if name in PRUNING] == PRUNING
+    texts, expected = described(function), described(prune)
+    for name in set(PRUNING) - {"calibration", "group"}:
+        assert texts[name] == expected[name], name
+
+
+@pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if inspect.isfunction(thing)])
+def test_every_argument_of_a_public_function_is_described(name):
+    assert set(described(PUBLIC[name])) == set(inspect.signature(PUBLIC[name]).parameters)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_no_docstring_sends_the_reader_elsewhere_for_its_arguments(name):
+    assert not re.search(r"everything else|every other argument|as in `prune`\.$", inspect.getdoc(PUBLIC[name]))
