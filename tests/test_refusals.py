@@ -490,7 +490,7 @@ REFUSALS = [
     (
         lambda: chosen("criterion", CRITERIA, SparseGPT(), {"damping": 0.1}),
         ValueError,
-        "`criterion_options` goes with a name, but `criterion` is the value SparseGPT.* Put the options into the value",
+        "`criterion_options` goes with a name, but `criterion` is the value SparseGPT.* Put the options into",
     ),
     (
         lambda: Criterion(None, group="matrix"),
@@ -589,7 +589,7 @@ REFUSALS = [
     (
         lambda: prune(tiny("mixtral"), {"experts": 0.5}),
         ValueError,
-        "'experts' in `pattern` matches no weight, .* end in q_proj, k_proj, v_proj, o_proj, gate_up_proj, down_proj.$",
+        "'experts' in `pattern` matches no weight, .* k_proj, v_proj, o_proj, gate_up_proj, down_proj.$",
     ),
     (lambda: prune(llama(), {"q_proj": 1.5}), ValueError, r"`sparsity` must be in \[0, 1\), got 1.5"),
     (lambda: prune(llama(), {"q_proj": "5:4"}), ValueError, "needs 1 <= n <= m, got 5:4"),
@@ -703,7 +703,7 @@ REFUSALS = [
         ValueError,
         "Expected finite weights from SparseGPT, got NaN",
     ),
-    (unpicturable, ImportError, "A picture needs matplotlib. Install it with: pip install matplotlib"),
+    (unpicturable, ImportError, "A picture needs matplotlib, which is not installed. Run: pip install matplotlib"),
     (
         lambda: sample_sequences(["a b c", "a b"], words, count=2, length=2),
         ValueError,
@@ -762,7 +762,7 @@ REFUSALS = [
     (
         lambda: allocated({"one": 0.5}),
         ValueError,
-        "Expected a sparsity for each weight that is pruned, got a mapping that has none for 'two'. Give the sparsity of all",
+        "Expected a sparsity for each weight .* got a mapping that has none for 'two'. Give the sparsity of all",
     ),
     (
         lambda: allocated({"one": 0.5, "two": 0.75}),

@@ -4,6 +4,7 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -355,7 +356,7 @@ def test_a_run_that_died_while_it_finished_is_run_again(llama, tmp_path, monkeyp
     prune(llama, 0.5)
     assert_same_weights(load("llama", tmp_path / "pruned"), llama)
     assert not list((tmp_path / "pruned").glob("*.unfinished"))
-    with pytest.raises(ValueError, match="not to exist, to be empty, or to hold what a killed run left. Give"):
+    with pytest.raises(ValueError, match="not to exist, to be empty, or to hold only what a killed run left. Give"):
         prune_checkpoint(source, tmp_path / "pruned", 0.5)
 
 
@@ -365,7 +366,7 @@ def test_what_is_somebodys_own_is_not_overwritten(llama, tmp_path, theirs):
     (tmp_path / "output").mkdir()
     for name in theirs:
         (tmp_path / "output" / name).write_text("mine")
-    with pytest.raises(ValueError, match="to hold what a killed run left. Give another `output`"):
+    with pytest.raises(ValueError, match="to hold only what a killed run left. Give another `output`"):
         prune_checkpoint(source, tmp_path / "output", 0.5)
     assert all((tmp_path / "output" / name).read_text() == "mine" for name in theirs)
 
@@ -402,3 +403,37 @@ def test_renamed_tensors_are_refused_with_what_helps(family, tmp_path):
     tiny(family).save_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match=r"save_original_format=False"):
         prune_checkpoint(tmp_path / "source", tmp_path / "pruned", 0.5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("allocation", ["uniform", "erk", "global", "lamp", "owl", "a dict"])
+def test_a_sparsity_is_divided_as_if_the_model_were_loaded(family, allocation, tmp_path):
+    source, calibration = saved(tiny(family), tmp_path / "source"), calibration_of(family)
+    options = {"criterion": "wanda", "refinement": "swap", "update": True}
+    options["allocation"] = {".*": 0.55} if allocation == "a dict" else allocation
+    report = prune_checkpoint(source, tmp_path / "pruned", 0.55, calibration, **options)
+    expected = load(family, source)
+    plain = prune(expected, 0.55, calibration, **options)
+    assert report.weights == plain.weights
+    assert_same_weights(load(family, tmp_path / "pruned"), expected)
+
+
+def test_weights_are_in_memory_one_at_a_time_while_the_sparsity_is_divided(tmp_path, monkeypatch):
+    source = saved(tiny("mixtral"), tmp_path / "source")
+    held, read = [], []
+    plain = streaming.set_module_tensor_to_device
+
+    def recorded(model, name, device, **options):
+        plain(model, name, device, **options)
+        if "experts" in name or "proj" in name:
+            read.append(name) if device != "meta" else None
+            held.append(sum(not p.is_meta for n, p in model.named_parameters() if "layers" in n))
+
+    monkeypatch.setattr(streaming, "set_module_tensor_to_device", recorded)
+    monkeypatch.setattr(streaming, "prune_blocks", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(source, tmp_path / "pruned", 0.5, allocation="global")
+    assert max(held) == 1
+    # The parameter of all experts is read once for each of the passes, not once for each expert.
+    passes = {name: read.count(name) for name in set(read)}
+    assert set(passes.values()) == {4}

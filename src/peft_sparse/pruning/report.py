@@ -1,4 +1,4 @@
-"""What makes a number believable: what was done to each weight, versions, hardware, command, peak memory."""
+"""The report of a pruning run: what was done to each weight."""
 
 import math
 import re
@@ -10,15 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class WeightReport:
-    """One pruned weight.
+    """What was done to one weight.
 
     Args:
-        name: name of its layer.
+        name: the name of its layer, or of its expert.
         shape: (out, in).
-        sparsity: fraction of its entries that are zero now.
-        error: ||(W - W')X|| / ||WX|| on the inputs X the layer had when it was pruned, some 1,024 calibration tokens;
-            None without calibration and where all weights were compared at once.
-        error_selected: the same of what the criterion selected, before refinement and update; None without them.
+        sparsity: the fraction of its entries that are zero now.
+        error: ‖(W - W')X‖ / ‖WX‖ on the inputs X that the layer had when it was pruned, measured on about 1,024
+            calibration tokens. None without calibration, and with `group="model"`.
+        error_selected: the same before refinement and update. None without these.
     """
 
     name: str
@@ -30,15 +30,19 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What `prune` did.
+    """What `prune` or `prune_checkpoint` did.
 
     Args:
-        criterion, pattern, group: as chosen; `group` is None where the pattern or the criterion has its own.
-        allocation, refinement, update: as chosen; "given" is an allocation by a dict.
-        sparsity: fraction of zeros over all pruned weights.
-        seconds: wall-clock time.
-        peak_memory: bytes, as `peak_memory()` tells.
+        criterion: the name of the criterion, with the numbers that differ from the defaults.
+        pattern: the sparsity or n:m.
+        group: which entries were compared with each other. None if the pattern or the criterion decides that.
+        sparsity: the fraction of zeros in all pruned weights.
+        seconds: the wall-clock time.
+        peak_memory: the largest memory of this process so far, in bytes: on the GPU if there is one, else resident.
         weights: one entry per weight.
+        allocation: the name of the allocation, "given" for a dict, None without one.
+        refinement: the name of the refinement, None without one.
+        update: whether the kept weights were updated.
     """
 
     criterion: str
@@ -54,22 +58,25 @@ class PruningReport:
 
     @property
     def error(self) -> float | None:
-        """Mean of the weights' relative output errors, None without calibration."""
+        """The mean of the weights' relative output errors. None without calibration."""
         return _mean(weight.error for weight in self.weights)
 
     @property
     def error_selected(self) -> float | None:
-        """The same of what the criterion selected, before refinement and update; None without them."""
+        """The mean of the relative output errors before refinement and update. None without these."""
         return _mean(weight.error_selected for weight in self.weights)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, ready for JSON."""
+        """Return the report as plain values for JSON."""
         return {**asdict(self), "error": self.error, "error_selected": self.error_selected}
 
     def plot(self, path: str | Path) -> None:
-        """Draw sparsity and relative output error of the weights by depth, one line per kind of layer, to `path`.
+        """Save a picture of sparsity and relative output error by depth, with one line per kind of layer.
 
-        Experts of one block are drawn as their mean.
+        The experts of one block are drawn as their mean.
+
+        Args:
+            path: the file of the picture.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -77,7 +84,9 @@ class PruningReport:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("A picture needs matplotlib. Install it with: pip install matplotlib") from error
+            raise ImportError(
+                "A picture needs matplotlib, which is not installed. Run: pip install matplotlib"
+            ) from error
         figure = Figure(figsize=(11, 4), layout="constrained")
         panels = [("sparsity", "sparsity", 1.0), ("relative output error", "error", None)]
         for axes, (title, attribute, highest) in zip(figure.subplots(1, 2), panels, strict=True):
@@ -109,7 +118,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _by_depth(weights: tuple[WeightReport, ...], attribute: str) -> dict[str, dict[int, float]]:
-    """Return {kind of layer: {block: mean of `attribute`}}; NaN where there is none."""
+    """Return {kind of layer: {block: mean of `attribute`}}, with NaN where no value was measured."""
     places = [re.fullmatch(r"(.*?)\.(\d+)\.(.*?)(\.\d+)?", weight.name) for weight in weights]
     stacks = {place[1] for place in places if place}
     values: dict[str, dict[int, list[float]]] = {}

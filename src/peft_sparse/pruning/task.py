@@ -177,7 +177,12 @@ class PruningTask:
         return "given" if isinstance(self.allocation, Mapping) else find_allocation(self.allocation)[0]
 
     def _warn_of_more_zeros(self, counts: dict[str, tuple[int, int]]) -> None:
-        """Warn if zeros that were there before make the result sparser than asked."""
+        """Warn if zeros that were there before make the result sparser than asked.
+
+        An allocation refuses a sparsity with fewer zeros than there are.
+        """
+        if self.allocation is not None:
+            return
         zeros, entries = map(sum, zip(*counts.values(), strict=True))
         asked = sum(
             number_to_prune(pattern.sparsity, counts[name][1]) + _rounding(self.weights[name], pattern)

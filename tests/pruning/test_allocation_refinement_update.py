@@ -1,11 +1,11 @@
-"""What `prune` does beside the criterion: share out the sparsity, refine the mask, update what is kept."""
+"""The steps of `prune` after the criterion: dividing the sparsity, refining the mask, updating the kept weights."""
 
 import copy
 
 import pytest
 import torch
 
-from peft_sparse import SemiStructured, prune, sparsity
+from peft_sparse import OWL, DSnoT, LeastSquares, SemiStructured, SparseGPT, Swap, prune, sparsity
 from peft_sparse.model.blocks import prunable_weights
 from peft_sparse.pruning.allocation import ALLOCATIONS
 from peft_sparse.pruning.patterns import number_to_prune
@@ -144,3 +144,31 @@ def test_a_weight_that_is_zero_already_stays_so_under_an_allocation(llama):
     size = sum(weight.matrix().numel() for weight in prunable_weights(llama).values())
     prune(llama, 0.5, allocation="erk")
     assert sum(zeros_in(llama).values()) == number_to_prune(0.5, size)
+
+
+# -- values in place of names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("named", "plain", "other"),
+    [
+        ({"criterion": "sparsegpt"}, {"criterion": SparseGPT()}, {"criterion": SparseGPT(damping=0.5)}),
+        ({"allocation": "owl"}, {"allocation": OWL()}, {"allocation": OWL(spread=0.3)}),
+        ({"refinement": "swap"}, {"refinement": Swap()}, {"refinement": Swap(max_swaps=1)}),
+        ({"refinement": "dsnot"}, {"refinement": DSnoT()}, {"refinement": DSnoT(threshold=1e9)}),
+        ({"update": True}, {"update": LeastSquares()}, {"update": LeastSquares(damping=10.0)}),
+    ],
+    ids=["sparsegpt", "owl", "swap", "dsnot", "update"],
+)
+def test_a_name_is_the_value_with_default_numbers(tokens, named, plain, other):
+    models = [tiny("llama") for _ in range(3)]
+    reports = [
+        prune(model, 0.5, tokens, **{"criterion": "wanda"} | options)
+        for model, options in zip(models, (named, plain, other), strict=True)
+    ]
+    assert_same_weights(models[0], models[1])
+    weights = [prunable_weights(model) for model in models]
+    assert any(not torch.equal(weights[0][name].matrix(), weights[2][name].matrix()) for name in weights[0])
+    assert str(reports[0]).split(" in ")[0] == str(reports[1]).split(" in ")[0]
+    if "update" not in named:
+        assert str(reports[0]).split(" in ")[0] != str(reports[2]).split(" in ")[0], "the report names other numbers"
