@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..model.processes import add_up, exchange
 from ..model.weights import WeightView
 from .activations import Activations
-from .observing import observed
+from .observing import InputObserver
 from .runner import Batch, BlockRunner, Call, Residence, stack_runners
 from .statistics import BlockStatistics, InputStatistics, Need, Statistics, _spread, sampled_per_batch
 
@@ -95,8 +95,9 @@ def measure_inputs(
         squares.setdefault(name, []).append(_square_of_product(weights[name], _spread(rows(), quota)))
 
     squares: dict[str, list[Tensor]] = {}
-    with observed(model, weights, record, record_outputs, stopping) as before_batch:
-        run(before_batch)
+    observer = InputObserver(model, weights, record, record_outputs, stopping)
+    with observer.hooks():
+        run(observer.before_batch)
     # Of some, the last that a block runs, not all outputs are seen.
     seen = {n: torch.stack(found).sum() for n, found in squares.items() if len(found) == measured[leaders[n]].updates}
     if shared:
