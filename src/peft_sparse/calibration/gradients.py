@@ -1,18 +1,17 @@
-"""Gradients of the weights on calibration data, summed without a second copy of the model."""
+"""Sums the gradients of the weights on calibration data, without a second copy of the model."""
 
 import contextlib
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..model.blocks import base_model
 from ..model.processes import add_up, exchange, share_of
 from ..model.weights import WeightView
-from .inputs import sequences_in
+from .inputs import labels_of, output_of, sequences_in
 
 
 def gradient_sums(
@@ -22,19 +21,22 @@ def gradient_sums(
     offload: bool = False,
     shared: bool = False,
 ) -> dict[str, Tensor]:
-    """Return Σ_n |∂L_n/∂W| for every weight, over calibration sequences n, as float32 matrices (out, in).
+    """Return Σ_n |∂L_n/∂W| of every weight, over the calibration sequences n, as float32 matrices (out, in).
 
-    L is the model's own loss, for a causal language model that of its inputs as labels. A gradient is added up and
-    freed as soon as it is there, so that beside the sums, 4 bytes per weight, no more than one is held. In float16 the
-    loss is scaled up, so that small gradients do not vanish.
+    L_n is the model's own loss of sequence n. Where the inputs have no labels, the tokens are the labels. Each gradient
+    is added to its sum and freed as soon as it is computed. Memory is thus the sums (4 bytes per weight) and one
+    gradient at a time. Where a weight is in float16, the loss is multiplied by 1024 and the gradient divided by it, so
+    that small gradients do not become zero.
 
     Args:
-        inputs: model inputs; batches are taken apart, since n counts sequences.
-        offload: keep the sums in CPU memory.
-        shared: processes share the sequences out and add up what they find; all are given the same `inputs`.
+        model: the model.
+        weights: the weights, by name.
+        inputs: model inputs. Batches are split into single sequences, because the sum is over sequences.
+        offload: whether the sums are kept in CPU memory.
+        shared: whether processes share the sequences, and add up their sums. All processes get the same `inputs`.
 
     Raises:
-        ValueError: the model returns no loss, or a gradient that is not finite.
+        ValueError: the model returns no loss, no gradient reaches a weight, or a gradient is not finite.
     """
     sums: dict[str, Tensor] = {}
     parameters = {id(weight.storage): weight.storage for weight in weights.values()}
@@ -61,7 +63,7 @@ def gradient_sums(
             undo.callback(setattr, stored, "grad", stored.grad)
             stored.grad = None
             undo.callback(stored.register_post_accumulate_grad_hook(add).remove)
-        singles = _single_sequences(inputs)
+        singles = [slice_tensors(batch, slice(i, i + 1)) for batch in inputs for i in range(sequences_in(batch))]
         for batch in tqdm(
             share_of(singles) if shared else singles, desc="gradients", unit="sequence", leave=False, disable=None
         ):
@@ -73,7 +75,7 @@ def gradient_sums(
 
 
 def _add_up(weights: dict[str, WeightView], sums: dict[str, Tensor], offload: bool) -> None:
-    """Add the sums of all processes to those of this one, which may lack some. In place."""
+    """Replace `sums` by the sums over all processes. In place. A process may lack weights that others reached."""
     reached = set().union(*exchange(set(sums)))
     for name in weights:
         if name in reached and name not in sums:
@@ -82,38 +84,16 @@ def _add_up(weights: dict[str, WeightView], sums: dict[str, Tensor], offload: bo
     add_up([sums[name] for name in weights if name in reached])
 
 
-def _single_sequences(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    singles = []
-    for batch in inputs:
-        for i in range(sequences_in(batch)):
-            singles.append({k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in batch.items()})
-    return singles
-
-
 def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     if "labels" not in batch and "input_ids" in batch:
-        batch = {**batch, "labels": _labels(batch)}
-    outputs = model(**batch)
-    # As `Trainer`, which takes plain dicts too.
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        batch = {**batch, "labels": labels_of(batch)}
+    loss = output_of(model(**batch), "loss")
     if not isinstance(loss, Tensor):
         raise ValueError(
             f'Criterion "gblm" needs a loss, and {type(base_model(model)).__name__} returned none. Give calibration '
             "batches with `labels`, or a model with a task head."
         )
     return loss
-
-
-def _labels(batch: dict[str, Any]) -> Tensor:
-    """Return the tokens themselves as labels, those aside that are padding or would be predicted from padding."""
-    side = "decoder_" if "decoder_input_ids" in batch else ""
-    labels, mask = batch[f"{side}input_ids"], batch.get(f"{side}attention_mask")
-    if isinstance(mask, Tensor):
-        predicted = mask.bool()
-        predicted[:, 1:] &= predicted[:, :-1].clone()
-        labels = labels.masked_fill(~predicted, -100)
-    # Decoders alone shift their labels; those behind an encoder expect what follows each token.
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if side else labels
 
 
 def _check_gradients(weights: dict[str, WeightView], sums: dict[str, Tensor]) -> None:

@@ -24,8 +24,8 @@ class InputObserver:
     Args:
         model: the model that the weights belong to.
         weights: the weights to observe, by name. They lie in the block that is run.
-        record: called as `record(name, leader, rows)` for each weight that gets inputs. `leader` is the first weight of
-            this batch that got the same input tensor, which is `name` itself for the first one. `rows()` returns the
+        record: called as `record(name, leader, rows)` for each weight that gets inputs. `leader` is the first weight
+            that got the same input tensor on this batch; for that weight, it is `name` itself. `rows()` returns the
             inputs as (tokens, in) without padding.
         record_outputs: called as `record_outputs(name, rows)` for each layer whose output is W X plus its bias.
             `rows()` returns the outputs as (tokens, out) without padding.

@@ -1,14 +1,15 @@
-"""Runs a stack of blocks block by block on calibration batches.
+"""Runs a stack of blocks on calibration data, one block after the other.
 
-Decides nothing and changes no weight. Memory: one hidden state per batch, kept on the device, in CPU memory or on
-disk; the arguments the model passes its blocks, once where batches share them; and whatever one block needs.
+A runner chooses nothing and changes no weight. It holds one hidden state per batch (on the device, in CPU memory or on
+disk), the other arguments that the model passes to its blocks, and what the block that runs needs. Arguments that are
+equal in several batches are held once.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Cache
 
-from ..model.blocks import base_model, find_stacks
+from ..model.blocks import find_stacks, is_encoder_decoder
 from ..model.processes import place, share_of
 from .activations import Activations, ActivationStore
-from .inputs import _is_encoder_decoder
+from .inputs import without_cache
 
 
 Residence = Callable[[str, nn.Module], AbstractContextManager[Any]]
@@ -29,7 +30,7 @@ Residence = Callable[[str, nn.Module], AbstractContextManager[Any]]
 
 @dataclass
 class Call:
-    """How the model calls one block on one batch, the hidden states left out."""
+    """The arguments with which the model calls one block on one batch, without the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -40,10 +41,11 @@ class Batch:
     """One calibration batch on its way through a stack.
 
     Args:
-        hidden: the hidden states (sequences, tokens, features) the next block takes; on disk, the file they are in.
-        keep: False at padding, (sequences, tokens); None without padding.
-        keep_context: the same for the encoder's states that a decoder's blocks are handed.
-        calls: one per block.
+        hidden: hidden states (sequences, tokens, features) that the next block takes. With activations on disk, the
+            path of their file.
+        keep: which tokens are not padding, (sequences, tokens), True = kept. None if there is no padding.
+        keep_context: the same for the encoder's states that the blocks of a decoder get.
+        calls: the arguments of each block, in the order of the blocks.
     """
 
     hidden: Tensor | Path
@@ -53,28 +55,29 @@ class Batch:
 
 
 class _CaptureComplete(Exception):
-    """Raised by the last block's stand-in: nothing after it is needed. Private, so that no model error is caught."""
+    """Raised instead of the last block: nothing after it is needed. The class is private, so no model raises it."""
 
 
 class EnoughSeen(Exception):
-    """Raised by what runs within a block when nothing that follows is needed: the run of this batch ends there."""
+    """Raised within a block to end the run of this batch, because nothing that follows is needed."""
 
 
 class BlockRunner:
     """The blocks of one stack, and the calibration batches on their way through them.
 
-    Take the blocks in order, each within `resident(i)`: `run(i)` as often as needed, then `advance(i)` once.
+    Take the blocks in order. Within `resident(i)`, call `run(i)` as often as needed, then `advance(i)` once.
 
     Args:
-        model: the model, which is run up to the last block of the stack.
+        model: the model. It is run up to the last block of the stack.
         blocks: the stack, an entry of `find_stacks(model)`.
-        inputs: model inputs, as from `as_inputs`.
-        activations: where hidden states wait between blocks: "device" leaves them where the model computes them.
-        residence: (name, block) -> a context within which the block's weights are where they can be computed with.
-        batches_in_all: how many batches all processes have, if `inputs` are this one's share of them.
+        inputs: model inputs, as `as_inputs` returns them.
+        activations: where hidden states wait between blocks: "device" (the device that computes them), "cpu" or
+            "disk".
+        residence: (name, block) -> a context within which the block's weights are on the device that computes.
+        batches_in_all: the number of batches of all processes, if `inputs` is the share of this process.
 
     Raises:
-        ValueError: none of `inputs` comes to the stack, or the model does something to it between two blocks.
+        ValueError: no batch of `inputs` runs the blocks, or the model changes the hidden states between two blocks.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class BlockRunner:
         self.blocks = list(blocks.values())
         self.residence = residence or (lambda name, block: contextlib.nullcontext())
         self.store = ActivationStore(activations)
-        self.batches = self._capture(model, inputs)
+        self.batches = _Capture(self, model).run(inputs)
 
     def resident(self, index: int) -> AbstractContextManager[Any]:
         """Return a context within which block `index` can be run."""
@@ -101,14 +104,19 @@ class BlockRunner:
 
     @torch.no_grad()
     def run(self, index: int, before_batch: Callable[[Batch, Call], None]) -> None:
-        """Run block `index` on every batch for its hooks' sake, which may raise `EnoughSeen`; the batches stay."""
+        """Run block `index` on every batch so that its hooks are called. The hidden states of the batches stay.
+
+        Args:
+            index: number of the block in the stack.
+            before_batch: called before each batch with the arguments that the block is about to get.
+        """
         for batch in self.batches:
             with contextlib.suppress(EnoughSeen):
                 self._run(index, batch, before_batch)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Replace the hidden states of every batch by what block `index` makes of them."""
+        """Replace the hidden states of every batch by the output of block `index`."""
         for number, batch in enumerate(self.batches):
             batch.hidden = self.store.put(str(number), self._run(index, batch))
 
@@ -122,85 +130,105 @@ class BlockRunner:
         output = block(self.store.get(batch.hidden).to(device), *call.args, **call.kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
+
+class _Capture:
+    """Runs the model up to the last block of a stack, and notes the input of the first block and the call of each.
+
+    One block of each class runs, which shows what it returns. If that is the hidden states alone, other blocks of the
+    class return their input instead of running. Blocks that return more always run (those of T5 return a position
+    bias).
+    """
+
+    def __init__(self, runner: BlockRunner, model: nn.Module) -> None:
+        self.runner = runner
+        self.model = model
+        self.is_decoder = is_encoder_decoder(model) and runner.names[0] not in find_stacks(model)[0]
+        self.batches: list[Batch] = []
+        # `keep` and `keep_context` of the batch that runs.
+        self.masks: tuple[Tensor | None, Tensor | None] = (None, None)
+        # The hidden states that the block before returned, and the version they had then.
+        self.returned: tuple[Tensor, int] | None = None
+        self.returns_tensor: dict[type, bool] = {}
+
     @torch.no_grad()
-    def _capture(self, model: nn.Module, inputs: list[dict[str, Any]]) -> list[Batch]:
-        """Run everything before and between the blocks; return what the first is fed, and how each one is called.
-
-        One block of each class runs for real, which shows what it returns; from then on identities stand in wherever
-        only hidden states come out. Blocks that hand on more (T5's hand on their position bias) always run.
-        """
-        device = next(p.device for p in model.parameters() if not p.is_meta)
-        accepts = inspect.signature(base_model(model).forward).parameters
-        extra = {"use_cache": False} if "use_cache" in accepts else {}
-        identities: dict[type, bool] = {}
-        captured: list[Batch] = []
-        handed_on: tuple[Tensor, int] | None = None
-
-        def stand_in(index: int, block: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                nonlocal handed_on
-                hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-                if index == 0:
-                    keep, keep_context = masks
-                    captured.append(Batch(self.store.put(str(len(captured)), hidden), keep, keep_context))
-                elif handed_on is not None and _is_changed(hidden, *handed_on):
-                    raise ValueError(
-                        f"Between {self.names[index - 1]!r} and {self.names[index]!r} the model changes the hidden "
-                        "states, which running block by block leaves out. Prune by a criterion that needs no "
-                        "calibration, or give batches without what is added there."
-                    )
-                args, kwargs = tuple(map(_no_cache, args)), {name: _no_cache(value) for name, value in kwargs.items()}
-                captured[-1].calls.append(Call(args, kwargs))
-                if index == len(self.blocks) - 1:
-                    raise _CaptureComplete
-                handed_on = hidden, _version(hidden)
-                if identities.get(type(block)):
-                    return hidden
-                with self.resident(index):
-                    output = run(hidden, *args, **kwargs)
-                identities[type(block)] = isinstance(output, Tensor)
-                handed_on = (first := output if isinstance(output, Tensor) else output[0]), _version(first)
-                return output
-
-            return forward
-
+    def run(self, inputs: list[dict[str, Any]]) -> list[Batch]:
+        device = next(p.device for p in self.model.parameters() if not p.is_meta)
+        options = without_cache(self.model)
         with contextlib.ExitStack() as replaced:
-            for index, block in enumerate(self.blocks):
-                run = block.forward
+            for index, block in enumerate(self.runner.blocks):
+                stand_in = partial(self._stand_in, index, block, block.forward)
                 replaced.callback(restore_forward, block, block.__dict__.get("forward"))
-                block.forward = stand_in(index, block, run)
+                block.forward = stand_in
             for batch in inputs:
-                masks = _masks(model, self.names[0], batch)
+                self.masks = self._masks(batch)
                 with contextlib.suppress(_CaptureComplete):
-                    model(**send_to_device(dict(batch), device), **extra)
-                if captured:
-                    self._share_arguments(captured[0], captured[-1])
-        # Of a share, other processes may have what reaches these blocks.
-        if not captured and not self.shared:
+                    self.model(**send_to_device(dict(batch), device), **options)
+                if self.batches:
+                    self._share_arguments(self.batches[-1])
+        # Where processes share the batches, those of another process may run these blocks.
+        if not self.batches and not self.runner.shared:
+            stack = self.runner.names[0].rpartition(".")[0]
             raise ValueError(
-                f"No calibration batch runs the blocks of {self.names[0].rpartition('.')[0]!r}. Give batches that do, "
-                "such as some with images, or leave these layers out: by `target_modules` or `exclude_modules`, or by "
-                "giving the language model alone."
+                f"No calibration batch runs the blocks of {stack!r}. Give batches that do, such as some with images, "
+                "or leave these layers out: use `target_modules` or `exclude_modules`, or give the language model "
+                "alone."
             )
-        return captured
+        return self.batches
 
-    def _share_arguments(self, first: Batch, batch: Batch) -> None:
-        """Keep one copy of the tensors that batches have in common, such as rotary embeddings; offload the others."""
-        memo: dict[int, Tensor] = {}
+    def _stand_in(
+        self, index: int, block: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Take the place of `block.forward`."""
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        if index == 0:
+            key = str(len(self.batches))
+            self.batches.append(Batch(self.runner.store.put(key, hidden), *self.masks))
+        else:
+            self._check_unchanged(index, hidden)
+        args, kwargs = tuple(map(_no_cache, args)), {name: _no_cache(value) for name, value in kwargs.items()}
+        self.batches[-1].calls.append(Call(args, kwargs))
+        if index == len(self.runner.blocks) - 1:
+            raise _CaptureComplete
+        self.returned = hidden, _version(hidden)
+        if self.returns_tensor.get(type(block)):
+            return hidden
+        with self.runner.resident(index):
+            output = forward(hidden, *args, **kwargs)
+        self.returns_tensor[type(block)] = isinstance(output, Tensor)
+        first = output if isinstance(output, Tensor) else output[0]
+        self.returned = first, _version(first)
+        return output
+
+    def _check_unchanged(self, index: int, hidden: Tensor) -> None:
+        if self.returned is not None and _is_changed(hidden, *self.returned):
+            raise ValueError(
+                f"Between {self.runner.names[index - 1]!r} and {self.runner.names[index]!r} the model changes the "
+                "hidden states, and blocks that run one by one would miss that. Prune by a criterion that needs no "
+                "calibration, or give batches for which the model changes nothing there."
+            )
+
+    def _masks(self, batch: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Return which tokens of the stack are not padding, and which of the encoder that a decoder attends to."""
+        own = _as_mask(batch.get("attention_mask"))
+        return (_as_mask(batch.get("decoder_attention_mask")), own) if self.is_decoder else (own, None)
+
+    def _share_arguments(self, batch: Batch) -> None:
+        """Hold tensors once that equal those of the first batch, such as rotary embeddings; offload the others."""
+        first = self.batches[0]
+        placed: dict[int, Tensor] = {}
         for call, first_call in zip(batch.calls, first.calls, strict=True):
-            known = tree_leaves((first_call.args, first_call.kwargs)) if batch is not first else []
-            leaves = iter(known)
+            leaves = [] if batch is first else tree_leaves((first_call.args, first_call.kwargs))
+            place_next = partial(self._place, iter(leaves), placed)
+            call.args, call.kwargs = tree_map(place_next, (call.args, call.kwargs))
 
-            def keep(value: Any, leaves: Iterator[Any] = leaves) -> Any:
-                old = next(leaves, None)
-                if not isinstance(value, Tensor):
-                    return value
-                if id(value) not in memo:
-                    placed = value.cpu() if self.store.offload else value
-                    memo[id(value)] = old if isinstance(old, Tensor) and _same(old, placed) else placed
-                return memo[id(value)]
-
-            call.args, call.kwargs = tree_map(keep, (call.args, call.kwargs))
+    def _place(self, leaves_of_first: Iterator[Any], placed: dict[int, Tensor], value: Any) -> Any:
+        old = next(leaves_of_first, None)
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in placed:
+            new = value.cpu() if self.runner.store.offload else value
+            placed[id(value)] = old if isinstance(old, Tensor) and _same(old, new) else new
+        return placed[id(value)]
 
 
 def stack_runners(
@@ -211,13 +239,21 @@ def stack_runners(
     activations: Activations = "device",
     residence: Residence | None = None,
 ) -> Iterator[BlockRunner]:
-    """Yield a runner for each stack of `model` in turn; each is captured when the one before was worked through.
+    """Yield a runner for each stack of `model`, in the order in which the stacks run.
 
-    Several processes, which are given the same `inputs`, share them out.
+    A stack is captured when its runner is asked for, so that its inputs come from the stacks before as they are then.
+    Where several processes are given the same `inputs`, they share them out.
 
     Args:
-        wanted: block -> whether there is anything to measure in it; stacks without such a block are left out. By
-            default there is.
+        model: the model.
+        inputs: model inputs, as `as_inputs` returns them.
+        wanted: name of a block -> whether there is something to measure in it. A stack without such a block is left
+            out. By default every block is wanted.
+        activations: where hidden states wait between blocks: "device", "cpu" or "disk".
+        residence: (name, block) -> a context within which the block's weights are on the device that computes.
+
+    Raises:
+        ValueError: no batch runs the blocks of a stack, or the model changes the hidden states between two blocks.
     """
     in_all = len(inputs) if place()[1] > 1 else None
     for stack in find_stacks(model):
@@ -229,8 +265,9 @@ def stack_runners(
 
 
 def on_device(device: torch.device | str | None) -> Residence:
-    """Return the residence that moves a block to `device` for its turn and back after; None leaves it where it is."""
+    """Return a residence that moves a block to `device` and back. With None, the block stays where it is."""
 
+    # Not accelerate's `align_module_device`: it moves the parameters of one module, but no children and no buffers.
     @contextlib.contextmanager
     def resident(name: str, block: nn.Module) -> Iterator[None]:
         home = next(block.parameters()).device
@@ -246,20 +283,20 @@ def on_device(device: torch.device | str | None) -> Residence:
     return resident
 
 
-def _masks(model: nn.Module, first_block: str, batch: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """Return which tokens of the stack, and which of the encoder before it, are not padding."""
-    own = _kept(batch.get("attention_mask"))
-    if not _is_encoder_decoder(model) or first_block in find_stacks(model)[0]:
-        return own, None
-    return _kept(batch.get("decoder_attention_mask")), own
+def restore_forward(block: nn.Module, own: Any) -> None:
+    """Undo a replacement of `block.forward`: `own` is the attribute that the block had, None if it had none."""
+    if own is None:
+        del block.forward
+    else:
+        block.forward = own
 
 
-def _kept(mask: Any) -> Tensor | None:
+def _as_mask(mask: Any) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _no_cache(argument: Any) -> Any:
-    # It would remember every run of a block, and the next would attend to what it left.
+    # A cache would keep the states of every run of a block, and the next run would attend to them.
     return None if isinstance(argument, Cache) else argument
 
 
@@ -268,18 +305,10 @@ def _version(tensor: Tensor) -> int:
 
 
 def _is_changed(tensor: Tensor, before: Tensor, version: int) -> bool:
-    """Tell whether `tensor` is another than `before`, or the same and written to since it had `version`."""
+    """Tell whether `tensor` differs from `before`; if both are one tensor, whether it was written to since."""
     return _version(tensor) != version if tensor is before else not _same(before, tensor)
 
 
 def _same(old: Tensor, new: Tensor) -> bool:
     alike = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
     return alike and torch.equal(old, new)
-
-
-def restore_forward(block: nn.Module, own: Any) -> None:
-    """Give `block` its forward back: `own` if it had one beside that of its class, else None."""
-    if own is None:
-        del block.forward
-    else:
-        block.forward = own

@@ -31,6 +31,11 @@ def base_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Tell whether `model` is an encoder-decoder, as its configuration says."""
+    return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
+
+
 def base_layer(module: nn.Module) -> nn.Module:
     """Return the layer that holds the weight: the base layer of a PEFT tuner layer, else `module` itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
