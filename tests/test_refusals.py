@@ -630,6 +630,16 @@ REFUSALS = [
     (lambda: prune(llama(), 0.5, criterion="wanda", calibration=TOKENS[0]), ValueError, r"of shape \(8,\)"),
     (lambda: prune(llama(), 0.5, criterion="wanda", calibration=[]), ValueError, "`calibration` holds no batch"),
     (
+        lambda: wanda(llama(), calibration={"input_ids": TOKENS}),
+        ValueError,
+        "got dict. .* Put a single batch into a list",
+    ),
+    (
+        lambda: wanda(llama(), calibration=[{"input_ids": [1, 2]}]),
+        ValueError,
+        "at least one tensor, got dict. .* pass `r",
+    ),
+    (
         lambda: wanda(llama(), activations="ram"),
         ValueError,
         "`activations` must be one of 'device', 'cpu', 'disk', got",
@@ -777,6 +787,35 @@ REFUSALS = [
         "is torch.float32 on meta, but pruning needs floating-point weights in memory",
     ),
     (lambda: perplexity(llama(nan_norm), TOKENS), ValueError, "Expected a finite loss, got nan"),
+    (
+        lambda: perplexity(llama(), TOKENS[:, :1]),
+        ValueError,
+        "at least one token to predict, got none. Give sequences",
+    ),
+    (lambda: perplexity(llama(), [{"input_ids": TOKENS, "labels": TOKENS * 0 - 100}]), ValueError, "to predict, got"),
+    (
+        lambda: perplexity(llama(), TOKENS.float()),
+        ValueError,
+        "Expected `sequences` as token ids, .* got torch.float32",
+    ),
+    (lambda: perplexity(llama(), "text"), ValueError, "Expected `sequences` as token ids .* got str. Make token ids"),
+    (lambda: perplexity(llama(), ["text"]), ValueError, "each batch of `sequences` as a dict .* got str. Make token"),
+    (lambda: perplexity(llama(), []), ValueError, "`sequences` holds no batch. Give at least one sequence"),
+    (
+        lambda: perplexity(llama(), [{"inputs_embeds": torch.zeros(1, 4, 16)}]),
+        ValueError,
+        "Perplexity needs `labels` or `input_ids`, got a batch of 'inputs_embeds'. Add `labels`",
+    ),
+    (
+        lambda: perplexity(AutoModel.from_config(CONFIGS["llama"]), TOKENS),
+        ValueError,
+        "Perplexity needs logits, and LlamaModel returned none. Give a model with a language-modelling head",
+    ),
+    (
+        lambda: perplexity(llama(), [{"input_ids": TOKENS, "labels": TOKENS[:, 1:]}]),
+        ValueError,
+        r"logits for each label, got logits \(4, 8, 61\) and labels \(4, 7\) from LlamaForCausalLM. Give a language",
+    ),
     (lambda: MaskLoRAConfig(r=0), ValueError, "`r` must be a positive integer, got 0"),
     (lambda: MaskLoRAConfig(rank_pattern={"q": -1}), ValueError, r"`rank_pattern\['q'\]` must be a positive integer"),
     (lambda: MaskLoRAConfig(lora_dropout=1.0), ValueError, r"`lora_dropout` must be in \[0, 1\), got 1.0"),
@@ -979,7 +1018,7 @@ REFUSALS = [
     (
         lambda: wanda(Stairs(in_place=True), calibration=[{"x": torch.ones(1, 2, 4)}]),
         ValueError,
-        "Between 'steps.0' and 'steps.1' the model changes the hidden states, .* or give batches without what is add",
+        "Between 'steps.0' and 'steps.1' the model changes the hidden states, .* or give batches for which the model",
     ),
     (flattened, ValueError, "FSDP1 flattens weights, .* Set `fsdp_version: 2` in the configuration of accelerate"),
     (flattening_trainer, ValueError, "FSDP1 flattens weights, .* Set `fsdp_version: 2` in the configuration"),

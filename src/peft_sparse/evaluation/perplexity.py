@@ -1,35 +1,108 @@
-"""Perplexity by the protocol the pruning papers share."""
+"""Measures perplexity by the protocol of the pruning papers."""
 
 import math
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..calibration.inputs import evaluation_mode
+from ..calibration.inputs import (
+    Calibration,
+    as_inputs,
+    evaluation_mode,
+    labels_of,
+    output_of,
+    without_cache,
+    without_padding,
+)
+from ..model.blocks import base_model, is_encoder_decoder
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, sequences: Tensor, batch_size: int = 1, description: str = "perplexity") -> float:
-    r"""Return exp of the mean cross entropy of a causal language model over all tokens but the first of each sequence.
+def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) -> float:
+    r"""Return the perplexity of a language model: exp of its mean cross entropy, over all tokens that are counted.
 
-    With `sequences` cut from `"\n\n".join(documents)` without overlap, the tail dropped, this is the protocol of
-    SparseGPT, Wanda and PERP; the length of the sequences is part of a number's meaning.
+    A causal model predicts every token of a sequence but the first. An encoder-decoder predicts the labels, which are
+    by default all tokens of its decoder but the first. Padding (`attention_mask` 0; for an encoder-decoder
+    `decoder_attention_mask` 0), tokens predicted from padding and labels of -100 are not counted.
+
+    SparseGPT, Wanda and PERP measure on the test split of WikiText-2, joined by "\n\n", tokenised in one piece and cut
+    into sequences without overlap: `pack_sequences` does that. Perplexities of sequences of different lengths cannot
+    be compared.
 
     Args:
-        sequences: token ids (sequences, tokens), no padding.
+        model: a causal language model or an encoder-decoder with logits.
+        sequences: token ids (sequences, tokens) without padding, or an iterable of model inputs (dicts with
+            `input_ids`, `attention_mask`, `labels`, ...). An encoder-decoder gets token ids as inputs of its encoder
+            and of its decoder. Where model inputs have no `labels`, their tokens are the labels.
+        batch_size: number of sequences per batch, where `sequences` is token ids. Model inputs stay as they are.
+
+    Returns:
+        The perplexity, 1 or more.
 
     Raises:
-        ValueError: the loss is not finite.
+        ValueError: `sequences` is neither token ids nor model inputs, is empty, or holds no token that is counted; a
+            batch has neither labels nor tokens; the model returns no logits, or not one position per label; the loss
+            is not finite.
     """
+    inputs = as_inputs(model, sequences, batch_size, "sequences")
     device = next(model.parameters()).device
-    losses = []
+    options = without_cache(model)
+    losses, counts = [], []
     with evaluation_mode(model):
-        for batch in tqdm(sequences.split(batch_size), desc=description, unit="batch", leave=False, disable=None):
-            batch = batch.to(device)
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-            losses.append(nn.functional.cross_entropy(logits.float(), batch[:, 1:].flatten(), reduction="sum"))
-    loss = float(torch.stack(losses).double().sum()) / (sequences.shape[0] * (sequences.shape[1] - 1))
+        for batch in tqdm(inputs, desc="perplexity", unit="batch", leave=False, disable=None):
+            logits, labels = _predictions(model, send_to_device(batch, device), options)
+            losses.append(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
+            counts.append(labels.ne(-100).sum())
+    count = int(torch.stack(counts).sum())
+    if count == 0:
+        raise ValueError(
+            "Expected `sequences` with at least one token to predict, got none. Give sequences of two tokens or more, "
+            "and labels other than -100."
+        )
+    loss = float(torch.stack(losses).double().sum()) / count
     if not math.isfinite(loss):
         raise ValueError(f"Expected a finite loss, got {loss}: the model's outputs hold NaN or infinity.")
     return math.exp(loss)
+
+
+def _predictions(model: nn.Module, batch: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return logits (tokens, vocabulary) and the labels (tokens,) that they are compared with."""
+    labels = _labels(model, batch)
+    given = batch.pop("labels", labels)
+    if is_encoder_decoder(model) and "decoder_input_ids" not in batch:
+        # The model makes the decoder's inputs from the labels. Elsewhere it would only compute a loss from them.
+        batch["labels"] = given
+    logits = output_of(model(**batch, **options), "logits")
+    name = type(base_model(model)).__name__
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"Perplexity needs logits, and {name} returned none. Give a model with a language-modelling head, as "
+            "`AutoModelForCausalLM` loads it."
+        )
+    if labels.dim() != 2 or logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"Expected logits for each label, got logits {tuple(logits.shape)} and labels {tuple(labels.shape)} from "
+            f"{name}. Give a language model, and labels (sequences, tokens)."
+        )
+    if not is_encoder_decoder(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return logits.flatten(0, 1), labels.flatten()
+
+
+def _labels(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Return the labels of `batch` (sequences, tokens), with -100 where they are not counted."""
+    labels = batch.get("labels")
+    if labels is None:
+        if "input_ids" not in batch:
+            raise ValueError(
+                f"Perplexity needs `labels` or `input_ids`, got a batch of {', '.join(map(repr, batch))}. Add "
+                "`labels`."
+            )
+        return labels_of(batch)
+    mask = batch.get("decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+        return labels
+    return labels.masked_fill(~mask.bool(), -100) if is_encoder_decoder(model) else without_padding(labels, mask)
