@@ -658,7 +658,7 @@ REFUSALS = [
     (
         lambda: wanda(llama(zero_norm)),
         ValueError,
-        "All inputs of layer 'model.layers.1.self_attn.q_proj' are zero, so no input can be told from another",
+        "All inputs of layer 'model.layers.1.self_attn.q_proj' are zero, so they say nothing about its weights. Check",
     ),
     (
         lambda: wanda(llama(unused_layer)),
@@ -670,8 +670,12 @@ REFUSALS = [
         ValueError,
         r"experts.gate_up_proj.\d' saw no calibration token.* add '[\w.]*.gate_up_proj' to `exclude_modules`",
     ),
-    (fickle, RuntimeError, "inputs of 'layers.0.two' to be those of 'layers.0.one' on every batch"),
-    (grouped_convolution, TypeError, "Expected a Conv2d without groups .* got groups=2, .* Leave it out, or prune"),
+    (
+        fickle,
+        RuntimeError,
+        "Expected 'layers.0.two' to have the inputs of 'layers.0.one' on every batch, .* Prune these",
+    ),
+    (grouped_convolution, TypeError, "Expected a Conv2d without groups .* got groups=2, .* Add it to `exclude_mod"),
     (
         lambda: prune(llama(), 0.5, criterion=lambda weight, _: weight[0]),
         ValueError,

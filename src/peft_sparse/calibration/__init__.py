@@ -1,1 +1,1 @@
-"""From a model and text to statistics of the inputs of its weights."""
+"""Calibration: runs a model on text and measures the inputs of its weights."""

@@ -1,4 +1,4 @@
-"""Where hidden states and targets wait between blocks: on the device, in CPU memory or on disk."""
+"""Keeps hidden states and targets between blocks: on the device, in CPU memory or on disk."""
 
 import shutil
 import tempfile
@@ -14,7 +14,13 @@ Activations = Literal["device", "cpu", "disk"]
 
 
 class ActivationStore:
-    """Where activations wait: as they are, in CPU memory, or in files of a folder that is removed with the store."""
+    """Keeps tensors on the device they come from, in CPU memory, or in files.
+
+    Files lie in a temporary folder, which is removed together with the store.
+
+    Args:
+        activations: "device", "cpu" or "disk".
+    """
 
     def __init__(self, activations: Activations) -> None:
         self.offload = activations != "device"
@@ -23,7 +29,7 @@ class ActivationStore:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def put(self, key: str, value: Tensor) -> Tensor | Path:
-        """Return what `get` takes; on disk a value of the same key is replaced."""
+        """Keep `value` and return what `get` takes. On disk, it replaces the value kept under the same `key`."""
         if self._folder is None:
             return value.cpu() if self.offload else value
         path = self._folder / f"{key}.safetensors"
@@ -31,12 +37,16 @@ class ActivationStore:
         return path
 
     def get(self, kept: Tensor | Path) -> Tensor:
-        """Return what was put, wherever it is."""
+        """Return the tensor that was kept. It is on the device or, if it was offloaded, in CPU memory."""
         return kept if isinstance(kept, Tensor) else load_file(kept)["value"]
 
 
 def check_activations(activations: str) -> None:
-    """Raise ValueError unless `activations` is one of its choices."""
+    """Check the argument `activations`.
+
+    Raises:
+        ValueError: `activations` is not one of "device", "cpu" and "disk".
+    """
     if activations not in get_args(Activations):
         choices = ", ".join(map(repr, get_args(Activations)))
         raise ValueError(f"`activations` must be one of {choices}, got {activations!r}.")

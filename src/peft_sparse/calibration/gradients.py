@@ -23,10 +23,10 @@ def gradient_sums(
 ) -> dict[str, Tensor]:
     """Return Σ_n |∂L_n/∂W| of every weight, over the calibration sequences n, as float32 matrices (out, in).
 
-    L_n is the model's own loss of sequence n. Where the inputs have no labels, the tokens are the labels. Each gradient
+    L_n is the model's own loss of sequence n. If the inputs have no labels, the tokens are the labels. Each gradient
     is added to its sum and freed as soon as it is computed. Memory is thus the sums (4 bytes per weight) and one
-    gradient at a time. Where a weight is in float16, the loss is multiplied by 1024 and the gradient divided by it, so
-    that small gradients do not become zero.
+    gradient at a time. Where a weight is in float16, the loss is multiplied by 1024 and the gradients are divided by
+    it, so that small gradients do not become zero.
 
     Args:
         model: the model.

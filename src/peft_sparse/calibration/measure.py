@@ -1,7 +1,7 @@
-"""Measures what criteria need to know of a block's weights, while a `BlockRunner` runs it on calibration data.
+"""Measures the statistics that criteria need of a block's weights, while the block runs on calibration data.
 
 Inputs that several weights share, such as those of the query, key and value projections, are measured once. Processes
-that share the batches out add up what they measure, once per block.
+that share the batches add up their statistics once per block.
 """
 
 import warnings
@@ -18,16 +18,24 @@ from ..model.weights import WeightView
 from .activations import Activations
 from .observing import InputObserver
 from .runner import Batch, BlockRunner, Call, Residence, stack_runners
-from .statistics import BlockStatistics, InputStatistics, Need, Statistics, _spread, sampled_per_batch
+from .statistics import BlockStatistics, InputStatistics, Need, Statistics, sampled_per_batch, spread_rows
 
 
 def measure(
     model: nn.Module, runner: BlockRunner, index: int, weights: dict[str, WeightView], needs: tuple[Need, ...]
 ) -> BlockStatistics:
-    """Run block `index` of `runner` and return the statistics of the inputs of `weights`, which lie inside it.
+    """Run block `index` of `runner` and return the statistics of the inputs of `weights`.
+
+    Args:
+        model: the model.
+        runner: the runner of the block's stack.
+        index: number of the block in its stack.
+        weights: weights inside the block, by name.
+        needs: what to measure.
 
     Raises:
-        ValueError: as `measure_inputs`.
+        ValueError: a weight got no input, inputs that are all zero, or inputs that are not finite.
+        RuntimeError: weights shared their input on one batch and not on another.
     """
     return measure_inputs(
         model, weights, needs, runner.batches_in_all, partial(runner.run, index), runner.shared, runner.blocks[index]
@@ -42,13 +50,20 @@ def measured_blocks(
     activations: Activations,
     residence: Residence,
 ) -> Iterator[tuple[str, BlockStatistics]]:
-    """Yield each weight's name with the statistics of its block, block by block, measured on the model as it is.
+    """Yield (name of a weight, statistics of its block), block by block. No weight is changed.
 
     Args:
-        inside: block -> the weights to measure in it.
+        model: the model.
+        inputs: model inputs, as `as_inputs` returns them.
+        inside: name of a block -> the weights to measure in it, by name.
+        needs: what to measure.
+        activations: where hidden states wait between blocks: "device", "cpu" or "disk".
+        residence: (name, block) -> a context within which the block's weights are on the device that computes.
 
     Raises:
-        ValueError: as `measure_inputs`.
+        ValueError: a weight got no input, inputs that are all zero, or inputs that are not finite; no batch runs the
+            blocks of a stack.
+        RuntimeError: weights shared their input on one batch and not on another.
     """
     for runner in stack_runners(model, inputs, inside, activations=activations, residence=residence):
         for index, block in enumerate(tqdm(runner.names, desc="measuring", unit="block", disable=None)):
@@ -70,15 +85,22 @@ def measure_inputs(
     shared: bool = False,
     stopping: nn.Module | None = None,
 ) -> BlockStatistics:
-    """Return the statistics of the inputs that `weights` get while `run(before_batch)` runs all batches.
+    """Return the statistics of the inputs that `weights` get while `run` runs all batches.
 
     Args:
-        batches: how many there are, in all processes if `shared`.
-        shared: whether `run` runs this process's share of them; the statistics are those of all.
-        stopping: the block that `run` runs, if what comes out of it is not needed.
+        model: the model.
+        weights: the weights, by name.
+        needs: what to measure.
+        batches: number of batches, of all processes if `shared`.
+        run: runs all batches of this process. It must call its argument before each batch, with the batch and with
+            the arguments of the block.
+        shared: whether `run` runs only the share of this process. The statistics are over the batches of all
+            processes.
+        stopping: the block that `run` runs, if its output is not needed. It may then be left before its end.
 
     Raises:
-        ValueError: a weight received no input, inputs that are all zero, or inputs that are not finite.
+        ValueError: a weight got no input, inputs that are all zero, or inputs that are not finite.
+        RuntimeError: weights shared their input on one batch and not on another.
     """
     leaders: dict[str, str] = {}
     measured: dict[str, InputStatistics] = {}
@@ -92,20 +114,20 @@ def measure_inputs(
             measured[name].update(rows())
 
     def record_outputs(name: str, rows: Callable[[], Tensor]) -> None:
-        squares.setdefault(name, []).append(_square_of_product(weights[name], _spread(rows(), quota)))
+        squares.setdefault(name, []).append(_square_of_product(weights[name], spread_rows(rows(), quota)))
 
     squares: dict[str, list[Tensor]] = {}
     observer = InputObserver(model, weights, record, record_outputs, stopping)
     with observer.hooks():
         run(observer.before_batch)
-    # Of some, the last that a block runs, not all outputs are seen.
+    # Where the block was left early, the outputs of its last layers are not known for every batch.
     seen = {n: torch.stack(found).sum() for n, found in squares.items() if len(found) == measured[leaders[n]].updates}
     if shared:
         leaders, measured = _over_processes(weights, leaders, measured, needs)
     for statistics in measured.values():
         statistics.finish()
     _check(weights, leaders, measured)
-    # In the order in which the inputs came, those with shared inputs together.
+    # In the order in which the inputs came. Weights with the same inputs stand together.
     inputs = {n: measured[leader] for leader in measured for n in weights if leaders[n] == leader}
     return BlockStatistics(inputs, seen, shared)
 
@@ -114,8 +136,8 @@ def _note_leader(leaders: dict[str, str], name: str, leader: str) -> None:
     known = leaders.setdefault(name, leader)
     if known != leader:
         raise RuntimeError(
-            f"Expected the inputs of {name!r} to be those of {known!r} on every batch, got those of {leader!r}. "
-            "Prune these layers in separate calls with `target_modules`."
+            f"Expected {name!r} to have the inputs of {known!r} on every batch, got those of {leader!r}. Prune these "
+            "layers in separate calls with `target_modules`."
         )
 
 
@@ -125,10 +147,10 @@ def _over_processes(
     measured: dict[str, InputStatistics],
     needs: tuple[Need, ...],
 ) -> tuple[dict[str, str], dict[str, InputStatistics]]:
-    """Return both arguments as they are over all processes, in the same order in each. In place where they are known.
+    """Return `leaders` and `measured` over all processes, in the same order in each process.
 
-    A process may have seen nothing of some inputs, be it that there are fewer batches than processes, or that none of
-    its tokens was sent to an expert.
+    The entries of `measured` are changed in place. A process may have measured nothing of some inputs: it may have no
+    batch, or none of its tokens was sent to an expert.
     """
     own = {name: (s.sums[-1].shape[0], s.sums[-1].dtype, s.tokens) for name, s in measured.items()}
     layouts = exchange((leaders, own))
@@ -149,26 +171,26 @@ def _over_processes(
 
 
 def relative_error(lost: Tensor, whole: Tensor) -> Tensor:
-    """Return ||(W - W')X|| / ||WX|| from the squares of both, elementwise; 0 where WX is 0."""
+    """Return ||(W - W')X|| / ||WX|| from the squares `lost` and `whole`, elementwise. It is 0 where WX is 0."""
     return torch.where(whole > 0, (lost / whole).sqrt(), whole)
 
 
 def _square_of_product(weight: WeightView, outputs: Tensor) -> Tensor:
-    """Return ||W X||² from outputs (tokens, out) of the layer, which may have a bias."""
+    """Return ||W X||² from the outputs (tokens, out) of the layer, from which its bias is subtracted."""
     bias: Tensor | None = getattr(weight.layer, "bias", None)
     outputs = outputs.float()
     return (outputs if bias is None else outputs - bias.detach().float()).square().sum()
 
 
 def warn_of_few_tokens(name: str, statistics: Statistics) -> bool:
-    """Warn if X has fewer rows than columns, which leaves XᵀX singular; tell whether a warning was given."""
+    """Warn if X has fewer rows than columns, so that XᵀX is singular. Return whether a warning was given."""
     assert statistics.hessian is not None
     columns = statistics.hessian.shape[0]
     if statistics.tokens >= columns:
         return False
     warnings.warn(
-        f"The Hessian of {name!r} has {columns} columns and was measured on {statistics.tokens} tokens: it is "
-        f"singular, and only damping makes it solvable. Use at least {columns} tokens, better ten times as many.",
+        f"The Hessian of {name!r} has {columns} columns and was measured on {statistics.tokens} tokens. It is "
+        f"singular, and can be solved only with damping. Use at least {columns} tokens, better ten times as many.",
         stacklevel=2,
     )
     return True
@@ -177,7 +199,7 @@ def warn_of_few_tokens(name: str, statistics: Statistics) -> bool:
 def _check(weights: dict[str, WeightView], leaders: dict[str, str], measured: dict[str, InputStatistics]) -> None:
     for name, weight in weights.items():
         if name not in leaders or measured[leaders[name]].tokens == 0:
-            # Experts are left out together.
+            # `exclude_modules` names all experts of a parameter together.
             listed = name if weight.expert is None else name.rpartition(".")[0]
             raise ValueError(
                 f"Layer {name!r} saw no calibration token, so its inputs cannot be measured. Use more calibration "
@@ -194,6 +216,6 @@ def _check(weights: dict[str, WeightView], leaders: dict[str, str], measured: di
             )
         if total == 0:
             raise ValueError(
-                f"All inputs of layer {name!r} are zero, so no input can be told from another. Check the calibration "
-                "data and the layer before it, or add it to `exclude_modules`."
+                f"All inputs of layer {name!r} are zero, so they say nothing about its weights. Check the calibration "
+                "data and the layer before it, or add the layer to `exclude_modules`."
             )

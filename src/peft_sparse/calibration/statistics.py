@@ -1,4 +1,4 @@
-"""What is known of the inputs of one weight: running sums while it is measured, `Statistics` for who uses them."""
+"""Statistics of the inputs of one weight: running sums while inputs are measured, and `Statistics`, the result."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,15 +12,19 @@ Need = Literal["inputs", "moments", "hessian", "gradients"]
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration tells of one weight W (out, in); what was not measured is None.
+    """What calibration has measured for one weight W (out, in). A statistic that was not measured is None.
+
+    X (tokens, in) is the input of the weight on all calibration tokens that are not padding. X_j is the column of
+    input j. Statistics are float32, and float64 where the inputs are.
 
     Args:
-        input_norm: ||X_j||_2 over all calibration tokens that are not padding, (in,), float32.
-        hessian: XᵀX over the same tokens, (in, in), float32.
-        gradient: Σ_n |∂L_n/∂W| over the calibration sequences n, (out, in), float32.
-        input_mean, input_variance: mean and variance of X_j over the same tokens, (in,), float32.
-        tokens: tokens that were measured.
-        sequences: calibration sequences.
+        input_norm: ||X_j||_2, (in,).
+        hessian: XᵀX, (in, in).
+        gradient: Σ_n |∂L_n/∂W| over the calibration sequences n, (out, in), always float32.
+        tokens: number of rows of X.
+        sequences: number of calibration sequences.
+        input_mean: mean of X_j, (in,).
+        input_variance: variance of X_j around its mean, (in,).
     """
 
     input_norm: Tensor | None = None
@@ -32,18 +36,30 @@ class Statistics:
     input_variance: Tensor | None = None
 
 
-# Rows of X that a relative output error is estimated on.
+# Number of rows of X that a relative output error is estimated on.
 SAMPLED_TOKENS = 1024
 
 
 def sampled_per_batch(batches: int) -> int:
-    """Return how many rows of X are kept of each batch; of a batch with fewer, all are."""
+    """Return the number of rows of X that are kept of each batch. A batch with fewer rows is kept whole."""
     return -(-SAMPLED_TOKENS // batches)
 
 
 @dataclass
 class InputStatistics:
-    """Running statistics of one input X (tokens, in), in float32 or wider."""
+    """Running sums over the rows of one input X (tokens, in), in float32 or a wider dtype.
+
+    Args:
+        hessian_wanted: whether XᵀX is summed.
+        rows_per_batch: number of rows that are kept of each batch, for `sampled`.
+        moments_wanted: whether mean and variance are wanted.
+        norm_squared: ||X_j||² so far, (in,). With a Hessian it is its diagonal, and is set by `finish`.
+        total: Σ X_j so far, (in,).
+        hessian: XᵀX so far, (in, in). Before `finish`, only panels on and above its diagonal are valid.
+        sampled: the rows that are kept, one tensor (rows, in) per batch.
+        tokens: number of rows so far.
+        updates: number of batches so far.
+    """
 
     hessian_wanted: bool = False
     rows_per_batch: int = SAMPLED_TOKENS
@@ -56,9 +72,9 @@ class InputStatistics:
     updates: int = 0
 
     def update(self, rows: Tensor) -> None:
-        """Add `rows` (tokens, in)."""
+        """Add `rows` (tokens, in) to all sums."""
         dtype = torch.promote_types(rows.dtype, torch.float32)
-        self.sampled.append(_spread(rows, self.rows_per_batch))
+        self.sampled.append(spread_rows(rows, self.rows_per_batch))
         self.tokens += len(rows)
         self.updates += 1
         self.start(rows.shape[1], dtype, rows.device)
@@ -67,13 +83,13 @@ class InputStatistics:
         if self.hessian is not None:
             _add_upper_gram(self.hessian, rows.to(dtype))
         elif self.norm_squared is not None:
-            # Not `vector_norm`, which takes seven times as long over the first dimension on CPUs.
+            # Not `vector_norm`: over the first dimension it takes seven times as long on CPUs.
             self.norm_squared += rows.to(dtype).square().sum(0)
 
     def start(self, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Begin all sums at zero that have not begun."""
+        """Set each sum that is wanted to zero, unless it has been started."""
         if self.moments_wanted and self.total is None:
-            # Wide, because the variance is a difference of large numbers where the mean is far from zero.
+            # In float64: where the mean is far from zero, the variance is a small difference of large numbers.
             self.total = torch.zeros(columns, dtype=torch.float64, device=device)
         if self.hessian_wanted and self.hessian is None:
             self.hessian = torch.zeros(columns, columns, dtype=dtype, device=device)
@@ -82,11 +98,11 @@ class InputStatistics:
 
     @property
     def sums(self) -> list[Tensor]:
-        """What has been summed over tokens so far, of which processes may have a part each."""
+        """The sums so far, which processes that share the tokens add up."""
         return [tensor for tensor in (self.total, self.hessian, self.norm_squared) if tensor is not None]
 
     def finish(self) -> None:
-        """Complete the Hessian, of which only the part above the diagonal is summed."""
+        """Complete the Hessian. Call it once, after the last update."""
         if self.hessian is not None:
             self.norm_squared = self.hessian.diagonal().clone()
             _mirror(self.hessian)
@@ -99,12 +115,12 @@ class InputStatistics:
 
     @property
     def mean(self) -> Tensor | None:
-        """Mean of X_j, (in,); None if it was not wanted."""
+        """Mean of X_j, (in,). None if moments were not wanted."""
         return None if self.total is None else (self.total / self.tokens).to(self.input_norm.dtype)
 
     @property
     def variance(self) -> Tensor | None:
-        """Variance of X_j around its mean, (in,); None if it was not wanted."""
+        """Variance of X_j around its mean, (in,). None if moments were not wanted."""
         if self.total is None or self.norm_squared is None:
             return None
         squares = self.norm_squared.double() / self.tokens
@@ -113,12 +129,14 @@ class InputStatistics:
 
 @dataclass
 class BlockStatistics:
-    """The statistics of one block's weights.
+    """Statistics of the weights of one block.
 
     Args:
-        inputs: those of each weight's inputs, by its name, in the order in which they came.
-        output_squares: ||W x||² summed over the rows that `sample` returns, of weights whose outputs were seen.
-        shared: whether the rows are this process's share; all else is of the batches of all processes.
+        inputs: statistics of the inputs of each weight, by its name, in the order in which the inputs came. Weights
+            with the same inputs have the same entry.
+        output_squares: Σ ||W x||² over the rows x that `sample` returns, for weights whose outputs were observed.
+        shared: whether processes share the batches. The rows of `sample` and `output_squares` are then of this
+            process alone, and the other statistics are over the batches of all processes.
     """
 
     inputs: dict[str, InputStatistics]
@@ -126,7 +144,13 @@ class BlockStatistics:
     shared: bool = False
 
     def of(self, name: str, gradient: Tensor | None = None, sequences: int = 0) -> Statistics:
-        """Return what a criterion may know of the weight called `name`."""
+        """Return the statistics of the weight `name`.
+
+        Args:
+            name: name of the weight.
+            gradient: Σ_n |∂L_n/∂W|, if it was measured.
+            sequences: number of calibration sequences.
+        """
         measured = self.inputs[name]
         return Statistics(
             measured.input_norm,
@@ -139,23 +163,23 @@ class BlockStatistics:
         )
 
     def sample(self, name: str) -> Tensor:
-        """Return some rows of X of the weight called `name`, (rows, in); none where this process saw none."""
+        """Return some rows of X of the weight `name`, (rows, in). There are none if this process measured none."""
         norms, sampled = self.inputs[name].input_norm, self.inputs[name].sampled
         return torch.cat(sampled) if sampled else norms.new_zeros(0, len(norms))
 
 
-def _spread(rows: Tensor, count: int) -> Tensor:
-    """Return `count` of `rows`, evenly spread; all of them if there are fewer."""
+def spread_rows(rows: Tensor, count: int) -> Tensor:
+    """Return `count` of `rows`, evenly spread, or all rows if there are fewer."""
     kept = min(len(rows), count)
     return rows[torch.arange(kept, device=rows.device) * len(rows) // max(kept, 1)]
 
 
-# Columns of a Hessian that are summed together: wide enough for a matrix product to run at full speed.
+# Columns of a Hessian that are summed together: enough for a matrix product to run at full speed.
 _PANEL = 512
 
 
 def _add_upper_gram(hessian: Tensor, rows: Tensor) -> None:
-    """Add XᵀX on and above the diagonal, in panels: for many columns almost half of the work."""
+    """Add XᵀX in panels of columns, on and above the diagonal: almost half of the work, if there are many columns."""
     for start in range(0, rows.shape[1], _PANEL):
         hessian[start : start + _PANEL, start:].addmm_(rows[:, start : start + _PANEL].T, rows[:, start:])
 

@@ -1,4 +1,4 @@
-"""Token sequences for calibration and evaluation, cut as the pruning papers cut them."""
+"""Makes token sequences of text for calibration and evaluation, as the pruning papers do."""
 
 import random
 from collections.abc import Iterable
@@ -8,19 +8,28 @@ import torch
 from torch import Tensor
 
 
-# Of a model's 128k context nobody calibrates; the papers use this length.
+# The length that SparseGPT uses. A model's context may be far longer than calibration needs.
 SEQUENCE_LENGTH = 2048
 
 
 def sample_sequences(
     documents: Iterable[str], tokenizer: Any, count: int = 128, length: int = SEQUENCE_LENGTH, seed: int = 0
 ) -> Tensor:
-    """Return `count` random windows, each from another random document longer than `length` tokens, (count, length).
+    """Return token ids of random windows of text, each from another document, (count, length).
 
-    The calibration data of SparseGPT, Wanda and PERP: there 128 windows of C4, of 2,048 or 4,096 tokens.
+    Documents are taken in random order. Those of at most `length` tokens are skipped. This is the calibration data of
+    SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774), Wanda (Sun et al. 2023, arXiv:2306.11695) and PERP (Zimmer
+    et al. 2023, arXiv:2312.15230). They take 128 windows of the C4 data set.
+
+    Args:
+        documents: texts.
+        tokenizer: a tokenizer of transformers.
+        count: number of windows.
+        length: length of a window, in tokens.
+        seed: seed of the random choices. The state of Python's random generator is neither read nor changed.
 
     Raises:
-        ValueError: too few documents are long enough.
+        ValueError: fewer than `count` documents have more than `length` tokens.
     """
     generator = random.Random(seed)
     order = list(documents)
@@ -34,7 +43,7 @@ def sample_sequences(
         if len(windows) == count:
             return torch.tensor(windows)
     raise ValueError(
-        f"Expected {count} documents of more than {length} tokens, found {len(windows)} among {len(order)}. Bring "
+        f"Expected {count} documents of more than {length} tokens, found {len(windows)} among {len(order)}. Give "
         "more text, lower `length` or `count`, or join short documents with `pack_sequences`."
     )
 
@@ -42,18 +51,26 @@ def sample_sequences(
 def pack_sequences(
     documents: Iterable[str], tokenizer: Any, length: int = SEQUENCE_LENGTH, *, separator: str = "\n\n"
 ) -> Tensor:
-    """Return the tokens of the joined documents, cut into sequences without overlap, the tail dropped, (n, length).
+    """Return token ids of the joined documents, cut into sequences without overlap, (sequences, length).
 
-    With the test split of WikiText-2 this is what the papers measure perplexity on.
+    Tokens at the end that do not fill a sequence are dropped. With the test split of WikiText-2, these are the
+    sequences that SparseGPT, Wanda and PERP measure perplexity on.
+
+    Args:
+        documents: texts, in the order in which they are joined.
+        tokenizer: a tokenizer of transformers.
+        length: length of a sequence, in tokens.
+        separator: text between two documents.
 
     Raises:
-        ValueError: the text is shorter than one sequence.
+        ValueError: the joined text has fewer than `length` tokens.
     """
-    # In one piece: document by document there would be special tokens, and other tokens, where they meet.
+    # The text is tokenised in one piece. Document by document, there would be special tokens between them, and tokens
+    # that span two documents would be missing.
     tokens = tokenizer(separator.join(documents), verbose=False)["input_ids"]
     if len(tokens) < length:
         raise ValueError(
-            f"Expected a text of at least one sequence of {length} tokens, got {len(tokens)} tokens. Bring more text, "
+            f"Expected a text of at least one sequence of {length} tokens, got {len(tokens)} tokens. Give more text, "
             "or lower `length`."
         )
     return torch.tensor(tokens[: len(tokens) - len(tokens) % length]).view(-1, length)

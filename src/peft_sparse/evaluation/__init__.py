@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity."""
+"""Evaluation: measures perplexity."""

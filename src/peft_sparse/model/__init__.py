@@ -1,1 +1,1 @@
-"""What a model is: its weights as matrices, their masks, its blocks, and the processes that hold it."""
+"""The model: its weights as matrices, their masks, its blocks, and the processes among which it is shared."""

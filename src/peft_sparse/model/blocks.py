@@ -1,7 +1,7 @@
-"""What there is to know of model architectures: where the blocks are, which layers are prunable, which are norms.
+"""Finds blocks, prunable weights and norms in a model.
 
-Everything is read off the module tree, never off a model's name. Adapters are looked through: a name is the one the
-layer had before PEFT wrapped it.
+Everything is read from the module tree, and nothing from the model's name. Names are those that modules have without
+adapters: `layers.0.q_proj`, also if PEFT has wrapped that layer.
 """
 
 import re
@@ -24,7 +24,7 @@ Targets = str | list[str] | set[str] | tuple[str, ...] | None
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Return the model inside PEFT, DDP and `torch.compile` wrappers."""
+    """Return the model inside the wrappers of PEFT, DDP and `torch.compile`."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     while isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
         model = model.model if isinstance(model, BaseTuner) else model.base_model
@@ -32,23 +32,23 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Tell whether `model` is an encoder-decoder, as its configuration says."""
+    """Return whether the configuration of `model` says that it is an encoder-decoder."""
     return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
 
 
 def base_layer(module: nn.Module) -> nn.Module:
-    """Return the layer that holds the weight: the base layer of a PEFT tuner layer, else `module` itself."""
+    """Return the layer that holds the weight: the base layer of a PEFT tuner layer, or `module` itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def active_copy(wrapper: ModulesToSaveWrapper) -> nn.Module:
-    """Return the copy that the active adapter trains in place of a module of `modules_to_save`, else that module."""
+    """Return the copy of a module in `modules_to_save` that the active adapter trains, or the original module."""
     copies = [wrapper.modules_to_save[name] for name in wrapper.active_adapters if name in wrapper.modules_to_save]
     return copies[0] if copies else wrapper.original_module
 
 
 def called_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """Return what is called to run each layer, by the layer's id: the PEFT wrapper around it, or the layer itself."""
+    """Return the module that is called to run each layer, by the layer's id: its PEFT wrapper, or the layer itself."""
     called: dict[int, nn.Module] = {}
     for module in base_model(model).modules():
         called.setdefault(id(base_layer(module)), module)
@@ -56,57 +56,76 @@ def called_layers(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the blocks of `model` by name, in the order they are registered, which is the order they run.
+    """Return the blocks of `model` by name, in the order in which they are registered.
 
-    A block is an entry of an outermost `nn.ModuleList` whose every entry holds a prunable layer and is not one itself.
+    A block is an entry of an outermost `nn.ModuleList`. Every entry of that list must hold a prunable layer, and no
+    entry may be a prunable layer itself. Blocks are expected to run in the order in which they are registered.
     """
     return dict(_blocks_below("", base_model(model)))
+
+
+def find_stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
+    """Return the blocks of `model` by stack, in the order in which the stacks are registered.
+
+    A stack is the blocks of one `nn.ModuleList`. A decoder has one stack. An encoder-decoder has two, and the encoder
+    comes first.
+    """
+    stacks: dict[str, dict[str, nn.Module]] = {}
+    for name, block in find_blocks(model).items():
+        stacks.setdefault(name.rpartition(".")[0], {})[name] = block
+    return list(stacks.values())
+
+
+def block_of(name: str, blocks: dict[str, nn.Module]) -> str | None:
+    """Return the name of the block that holds the layer or weight `name`, or None if it lies outside all blocks."""
+    while name and name not in blocks:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
 def prunable_layers(
     model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None
 ) -> dict[str, nn.Module]:
-    """Return the modules whose weights are pruned, by name; a module wrapped by a PEFT tuner comes as the wrapper.
+    """Return the layers whose weights are pruned, by name. A layer that PEFT has wrapped is returned as its wrapper.
 
-    By default every linear layer inside a block: never embeddings, output head, norms or MoE routers.
+    The default is every `nn.Linear`, `Conv1D` and `nn.Conv2d` inside the blocks, except MoE routers. Embeddings, norms
+    and layers outside the blocks (such as the output head) are not among them.
 
     Args:
+        model: the model, with or without adapters.
         target_modules: as in PEFT: None or "all-linear" for the default, a list of names or name endings, or a regular
-            expression for the whole name. Names may lie outside the blocks.
-        exclude_modules: as in PEFT, a list of names or name endings, or a regular expression.
+            expression for the whole name. It may name prunable layers outside the blocks, and routers.
+        exclude_modules: as in PEFT: a list of names or name endings, or a regular expression for the whole name.
 
     Raises:
-        ValueError: nothing matches, or a listed name matches nothing.
+        ValueError: no layer is left, or an entry of a list matches no layer.
     """
-    if target_modules is not None and target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        candidates = {name: module for name, module in _walk("", base_model(model)) if _is_prunable(module)}
-    else:
-        candidates = dict(_layers_in_blocks(model))
+    candidates = _candidate_layers(model, target_modules)
     return {name: candidates[name] for name in _matching(list(candidates), target_modules, exclude_modules)}
 
 
 def prunable_weights(
     model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None
 ) -> dict[str, WeightView]:
-    """Return the prunable weights as matrices, by name: those of `prunable_layers`, and every fused expert's.
+    """Return the weights that are pruned as matrices (out, in), by name.
 
-    The experts of a block that are stored in one parameter (experts, ., .) come as one weight each, named
-    `<parameter>.<expert>`. They are part of the default, and are matched by the parameter's name; "all-linear" leaves
-    them out, as in PEFT.
+    They are the weights of `prunable_layers` and of fused experts: a parameter (experts, ., .) inside a block, which
+    holds one matrix per expert. Each expert is a weight of its own, called `<parameter>.<expert>`.
 
-    Args, Raises: as for `prunable_layers`.
+    Args:
+        model: the model, with or without adapters.
+        target_modules: as in PEFT: a list of names or name endings, or a regular expression for the whole name. The
+            name of fused experts is that of their parameter. None takes all prunable layers and fused experts inside
+            the blocks, except routers. "all-linear" leaves out fused experts, as in PEFT.
+        exclude_modules: as in PEFT: a list of names or name endings, or a regular expression for the whole name.
+
+    Raises:
+        ValueError: no weight is left, or an entry of a list matches no layer.
     """
+    layers = _candidate_layers(model, target_modules)
     experts = {} if target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND else fused_experts(model)
-    if not experts:
-        layers = prunable_layers(model, target_modules, exclude_modules)
-        return {name: WeightView(base_layer(layer)) for name, layer in layers.items()}
-    if target_modules is None:
-        layers = dict(_layers_in_blocks(model))
-    else:
-        layers = {name: module for name, module in _walk("", base_model(model)) if _is_prunable(module)}
-    names = _matching([*layers, *experts], target_modules, exclude_modules)
     weights = {}
-    for name in names:
+    for name in _matching([*layers, *experts], target_modules, exclude_modules):
         if name in layers:
             weights[name] = WeightView(base_layer(layers[name]))
         else:
@@ -117,7 +136,7 @@ def prunable_weights(
 
 
 def fused_experts(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return the parameters (experts, ., .) that hold the weights of all experts of a block: (module, parameter)."""
+    """Return (module, parameter) of each parameter (experts, ., .) inside a block that holds one matrix per expert."""
     return {
         f"{name}.{parameter}": (base_layer(module), parameter)
         for block_name, block in find_blocks(model).items()
@@ -127,36 +146,25 @@ def fused_experts(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
-def find_stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
-    """Return the blocks of `model` by stack: one for a decoder, encoder and decoder apart, in the order they run."""
-    stacks: dict[str, dict[str, nn.Module]] = {}
-    for name, block in find_blocks(model).items():
-        stacks.setdefault(name.rpartition(".")[0], {})[name] = block
-    return list(stacks.values())
-
-
-def block_of(name: str, blocks: dict[str, nn.Module]) -> str | None:
-    """Return the name of the block that the layer or weight called `name` lies in, None outside all blocks."""
-    while name and name not in blocks:
-        name = name.rpartition(".")[0]
-    return name or None
-
-
 def tied_to_embedding(model: nn.Module, weights: dict[str, WeightView]) -> list[str]:
-    """Return the names among `weights` that are also the weight of an `nn.Embedding`."""
+    """Return the names of those `weights` that are also the weight of an `nn.Embedding`."""
     embeddings = {id(module.weight) for _, module in _walk("", base_model(model)) if isinstance(module, nn.Embedding)}
     return [name for name, weight in weights.items() if id(weight.storage) in embeddings]
 
 
 def output_head(model: nn.Module) -> str | None:
-    """Return the name of the output head, as transformers' `get_output_embeddings` tells, None if there is none."""
+    """Return the name of the module that transformers' `get_output_embeddings` returns, or None if there is none."""
     model = base_model(model)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell whether `module` is a normalisation layer: torch's own, or a leaf called ...Norm... with 1-D parameters."""
+    """Return whether `module` is a normalisation layer.
+
+    It is one if its class has "norm" in its name or is a batch normalisation of torch, if it has no children, and if
+    it has a weight and no parameter of two or more dimensions.
+    """
     if next(module.children(), None) is not None:
         return False
     parameters = dict(module.named_parameters(recurse=False))
@@ -170,9 +178,10 @@ def norm_names(model: nn.Module) -> list[str]:
 
 
 def attention_and_mlp(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return the children of `block` that hold weights: those of its attention, and the others, which make its MLP.
+    """Return the children of `block` that hold weights: those of its attention, and those of its MLP.
 
-    A child is attention if it is called so, or its class is; an MLP may be several children (OPT's two layers).
+    A child belongs to the attention if its name or its class contains "attn" or "attention". The other children make
+    the MLP, which may be several (OPT has `fc1` and `fc2`).
     """
     attention: list[nn.Module] = []
     mlp: list[nn.Module] = []
@@ -184,10 +193,10 @@ def attention_and_mlp(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module
 
 
 def hidden_size(model: nn.Module) -> int:
-    """Return the width of the hidden states between blocks: that of the widest norm of the first block.
+    """Return the number of features of the hidden states between blocks: that of the first block's widest norm.
 
     Raises:
-        ValueError: the blocks have no norm.
+        ValueError: the first block has no norm, or there are no blocks.
     """
     sizes = [
         stored_weight(module).numel()
@@ -201,7 +210,7 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def active_experts(model: nn.Module) -> float:
-    """Return the share of fused experts that one token goes through, as the model's configuration tells; else 1."""
+    """Return the fraction of the fused experts that compute one token, by the model's configuration; 1 if unknown."""
     config = getattr(base_model(model), "config", None)
     chosen = getattr(config, "num_experts_per_tok", None)
     counts = {whole_shape(getattr(module, parameter))[0] for module, parameter in fused_experts(model).values()}
@@ -209,9 +218,9 @@ def active_experts(model: nn.Module) -> float:
 
 
 def _walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield `module` and all below it with the names they had before PEFT; what adapters add is left out.
+    """Yield `module` and all modules below it, with the names they have without adapters.
 
-    Of a module that an adapter has a copy of, the one that runs.
+    Modules that adapters add are left out. Of a module in `modules_to_save`, the copy that runs is yielded.
     """
     if isinstance(module, ModulesToSaveWrapper) and not module.disable_adapters:
         module = active_copy(module)
@@ -243,6 +252,13 @@ def _blocks_below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module
         yield from _blocks_below(key.removeprefix("."), child)
 
 
+def _candidate_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
+    """Return the layers that `targets` may choose: those inside the blocks, or all prunable layers for named ones."""
+    if targets in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        return dict(_layers_in_blocks(model))
+    return {name: module for name, module in _walk("", base_model(model)) if _is_prunable(module)}
+
+
 def _layers_in_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for block_name, block in find_blocks(model).items():
         routers: set[int] = set()
@@ -253,7 +269,7 @@ def _layers_in_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _routers_of(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the linear layers beside a set of experts that have one output, or one output per expert."""
+    """Yield the linear layers that stand beside experts and have one output, or one output per expert."""
     counts = {count for child in module.children() if (count := _expert_count(base_layer(child)))}
     for child in module.children():
         if counts and isinstance(base_layer(child), nn.Linear) and base_layer(child).out_features in counts | {1}:
@@ -261,7 +277,7 @@ def _routers_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_fused(module: nn.Module, parameter: nn.Parameter) -> bool:
-    # The layers of torch itself, such as the short convolutions of state-space models, hold no experts.
+    # Layers of torch itself hold no experts: the short convolutions of state-space models have 3-D weights too.
     shape = whole_shape(parameter)
     return len(shape) == 3 and 1 not in shape[1:] and not type(module).__module__.startswith("torch.nn")
 
@@ -275,7 +291,7 @@ def _expert_count(module: nn.Module) -> int:
 
 
 def _matching(candidates: list[str], targets: Targets, excluded: Targets) -> list[str]:
-    """Return those of `candidates` that PEFT's rules choose, having checked that every name is of use."""
+    """Return the `candidates` that PEFT's rules choose. Raise ValueError if an entry of a list matches none."""
     selector = SimpleNamespace(
         target_modules=".*" if targets in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND) else targets,
         exclude_modules=excluded,

@@ -1,4 +1,4 @@
-"""Versions, hardware, command and peak memory of this process, for reports."""
+"""Command, versions, hardware and peak memory of this process, for reports."""
 
 import importlib.metadata
 import platform
@@ -13,7 +13,7 @@ PACKAGES = ("peft_sparse", "torch", "transformers", "peft", "accelerate")
 
 
 def environment() -> dict[str, Any]:
-    """Return the command, the versions and the hardware of this process, as plain values."""
+    """Return command, versions, hardware and number of threads of this process, as values that JSON can hold."""
     return {
         "command": " ".join(["python", *sys.argv]),
         "python": platform.python_version(),
@@ -24,7 +24,10 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """Return the most memory this process held so far, in bytes: on the GPU if there is one, else resident."""
+    """Return the peak memory of this process so far, in bytes.
+
+    With a GPU, it is the memory that torch allocated there. Without one, it is the resident memory of the process.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,7 @@
-"""The zeros of a weight are its mask, True = kept: only `mask_of` and `mask_` say what counts as a zero."""
+"""Reads and writes masks: the mask of a weight is True where the weight is not zero.
+
+No other module compares weights with zero.
+"""
 
 import hashlib
 import math
@@ -8,18 +11,18 @@ from torch import Tensor
 
 
 def mask_of(weight: Tensor) -> Tensor:
-    """Return the mask that the zeros of `weight` spell: True where kept, of the shape of `weight`."""
-    # Not `weight != 0`, which says the same and takes ten times as long on CPUs.
+    """Return the mask of `weight`, of its shape: True = kept, False where `weight` is zero."""
+    # Not `weight != 0`: the result is the same, but it takes ten times as long on CPUs.
     return weight.bool()
 
 
 def mask_(values: Tensor, weight: Tensor) -> Tensor:
-    """Write zeros into `values` where `weight`, of the same shape, is zero, and return them.
+    """Set `values` to zero where `weight`, of the same shape, is zero, and return them. In place.
 
-    Outside autograd, as are all operations with an output given.
+    Autograd does not record this.
     """
-    # The one operation that selects by zeros in a single vectorised pass, without a mask in memory: `masked_fill_` and
-    # multiplying by a mask take 2 to 20 times as long on CPUs.
+    # This operation needs one vectorised pass and no mask in memory. `masked_fill_` and a product with a mask take 2
+    # to 20 times as long on CPUs.
     return torch.ops.aten.hardshrink_backward.grad_input(values, weight, 0, grad_input=values)
 
 
@@ -27,28 +30,28 @@ _GATHER_BITS = sum(1 << (56 - 7 * i) for i in range(8))
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Return `mask` as bytes, eight entries each, lowest bit first, zero-padded at the end: 1/8 byte per entry."""
+    """Return `mask` as bytes of eight entries, the first in the lowest bit. The last byte is padded with zeros."""
     flat = mask.reshape(-1).view(torch.uint8)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
-    # Eight bytes of 0 or 1 are one integer; the product moves byte i to bit 56 + i, with nothing else above bit 55.
+    # Eight bytes of 0 or 1 make one integer. The product moves byte i to bit 56 + i, and no other byte above bit 55.
     return ((flat.view(torch.int64) * _GATHER_BITS) >> 56).to(torch.uint8)
 
 
 def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
-    """Return the mask of `shape` that `pack` made `packed` from."""
+    """Return the mask of shape `shape` that `pack` was given when it returned `packed`."""
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.flatten()[: math.prod(shape)].view(shape).bool()
 
 
 def fingerprint(mask: Tensor) -> str:
-    """Return a short proof of `mask` (out, in): shape, pruned entries and hash, the same on every device."""
+    """Return a short text that identifies `mask` (out, in): its shape, its number of pruned entries and its hash."""
     rows, columns = mask.shape
     digest = hashlib.blake2b(pack(mask).cpu().numpy().tobytes(), digest_size=8).hexdigest()
     return f"{rows}x{columns}:{mask.numel() - int(mask.sum())}:{digest}"
 
 
 def sparsity_of_fingerprint(proof: str) -> float:
-    """Return the fraction of pruned entries that a `fingerprint` tells."""
+    """Return the fraction of pruned entries that a `fingerprint` states."""
     shape, pruned, _ = proof.split(":")
     rows, columns = shape.split("x")
     return int(pruned) / (int(rows) * int(columns))

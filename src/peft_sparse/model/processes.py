@@ -1,7 +1,7 @@
-"""Several processes that prune one model together: what is shared out among them, and sums over what each one has.
+"""Shares work among the processes of a `torch.distributed` group, and adds up their results.
 
-Whoever has no process group is a group of one: nothing is sent and nothing waits. Every process makes the same calls
-in the same order; where one fails, the others learn of it in their next call.
+Without a process group, this process does all the work: nothing is sent and nothing waits. With one, every process
+must make the same calls in the same order. If one process fails, the others raise an error at their next call.
 """
 
 import contextlib
@@ -14,32 +14,32 @@ from torch import Tensor, distributed
 
 Item = TypeVar("Item")
 
-# Elements that are sent together: enough to hide what a call costs, few enough to be held twice.
+# Elements that are sent together: enough that the cost of a call does not matter, few enough to hold a copy of them.
 _BUCKET = 1 << 22
 
 
 class OtherProcessError(RuntimeError):
-    """Another process failed, and says itself why."""
+    """Another process failed. Its own error says why."""
 
 
 def place() -> tuple[int, int]:
-    """Return the number of this process, and how many there are."""
+    """Return the rank of this process and the number of processes."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
 def share_of(items: Sequence[Item]) -> list[Item]:
-    """Return those of `items` that are this process's: r, r + processes, ... of process r; none if there are fewer."""
+    """Return the `items` of this process: numbers r, r + n, r + 2n, ... in process r of n. The list may be empty."""
     rank, processes = place()
     return list(items[rank::processes])
 
 
 def exchange(value: Any) -> list[Any]:
-    """Return the `value` of every process, in their order; each must be picklable.
+    """Return the `value` of every process, in the order of their ranks. Values must be picklable.
 
     Raises:
-        OtherProcessError: another process left `working_together` by an error.
+        OtherProcessError: another process raised an error within `working_together`.
     """
     if place()[1] == 1:
         return [value]
@@ -48,26 +48,27 @@ def exchange(value: Any) -> list[Any]:
     if failed:
         rank, failure = failed[0]
         raise OtherProcessError(
-            f"Expected all processes to come this far, but process {rank} stopped with {failure}. Mend that; nothing "
-            "is wrong in this one."
+            f"Expected all processes to reach this step, but process {rank} stopped with {failure}. Mend the error "
+            "there. This process did not fail."
         )
     return [value for value, _ in met]
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
-    """Replace each of `tensors` by its sum over all processes, bit for bit the same in each. In place.
+    """Replace each of `tensors` by its sum over all processes. In place.
 
-    Number, shapes and dtypes must agree in all processes. Small tensors are sent together.
+    The sums are bit for bit the same in every process. All processes must give the same number of tensors, of the same
+    shapes and dtypes. Small tensors are sent together.
 
     Raises:
-        OtherProcessError: as `exchange`.
+        OtherProcessError: another process raised an error within `working_together`.
     """
     if place()[1] == 1:
         return
-    # Whoever failed comes to an exchange, and would never come to a sum.
+    # A process that failed takes part in the next exchange, but never in a sum: the others would wait for ever.
     exchange(None)
     for bucket in _buckets(tensors):
-        # Of a single tensor no copy is made.
+        # A single tensor is not copied.
         flat = torch.cat([tensor.flatten() for tensor in bucket]) if len(bucket) > 1 else bucket[0].flatten()
         parts = total_of(flat).split([tensor.numel() for tensor in bucket])
         for tensor, part in zip(bucket, parts, strict=True):
@@ -75,7 +76,7 @@ def add_up(tensors: Sequence[Tensor]) -> None:
 
 
 def total_of(tensor: Tensor, group: Any = None) -> Tensor:
-    """Return the sum of `tensor`, which is used up, over the processes of `group`, by default of all."""
+    """Return the sum of `tensor` over the processes of `group`, by default all. `tensor` may be overwritten."""
     sums = tensor.to(_where_sums_are_made(tensor.device, group))
     distributed.all_reduce(sums, group=group)
     return sums.to(tensor.device)
@@ -83,13 +84,16 @@ def total_of(tensor: Tensor, group: Any = None) -> Tensor:
 
 @contextlib.contextmanager
 def working_together(call: str) -> Iterator[None]:
-    """Within the context, an error of one process stops all: it keeps its own, the others get `OtherProcessError`.
+    """Within the context, an error in one process stops all: the others raise `OtherProcessError`.
+
+    All processes must enter the context together.
 
     Args:
-        call: what is done and with what, in words; all processes must say the same, and enter the context at all.
+        call: the work and its arguments, in words. It must be the same in all processes.
 
     Raises:
-        ValueError: another process was asked to do something else.
+        ValueError: another process gave another `call`.
+        OtherProcessError: another process raised an error within the context.
     """
     try:
         _check_agreed(call)
@@ -109,7 +113,8 @@ def _check_agreed(call: str) -> None:
         if other != calls[0]:
             raise ValueError(
                 f"Expected the same call in all {len(calls)} processes, got {calls[0]!r} in process 0 and {other!r} "
-                f"in process {rank}. Give all the same model, arguments and calibration: they share the work."
+                f"in process {rank}. Give all processes the same model, arguments and calibration, because they share "
+                "the work."
             )
 
 
@@ -120,7 +125,7 @@ def _gathered(item: tuple[Any, str | None]) -> list[tuple[Any, str | None]]:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return `tensors` in lists of one dtype and device each, that hold `_BUCKET` elements or a single tensor."""
+    """Split `tensors` into lists of one dtype and device, each of at most `_BUCKET` elements or a single tensor."""
     buckets: list[list[Tensor]] = []
     kind, size = None, 0
     for tensor in tensors:
@@ -134,6 +139,6 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def _where_sums_are_made(device: torch.device, group: Any) -> torch.device:
-    """Return `device` if the backend sends what lies there, else the kind of device it does send from."""
+    """Return `device` if the backend can send tensors from there, or else a device it can send from."""
     kinds = [pair.partition(":")[0] for pair in str(distributed.get_backend_config(group)).split(",")]
     return device if device.type in kinds else torch.device(kinds[0])

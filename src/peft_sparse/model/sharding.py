@@ -1,4 +1,4 @@
-"""Weights that several processes hold in parts: FSDP2's DTensors and the partitions of DeepSpeed's ZeRO-3."""
+"""Reads and writes sharded parameters: DTensors of FSDP2 and partitions of DeepSpeed's ZeRO-3."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,23 +15,27 @@ from .processes import total_of
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Return whether this process holds but a part of `parameter`."""
+    """Return whether this process holds only a part of `parameter`."""
     return isinstance(parameter, DTensor) or is_partitioned(parameter)
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Return whether ZeRO-3 has taken `parameter` apart."""
+    """Return whether ZeRO-3 has split `parameter` among processes."""
     return hasattr(parameter, "ds_tensor")
 
 
 FSDP1 = (
-    "FSDP1 flattens weights, and their zeros could not be guarded. Set `fsdp_version: 2` in the configuration of "
+    "FSDP1 flattens weights, so that their zeros cannot be kept. Set `fsdp_version: 2` in the configuration of "
     'accelerate, as in examples/accelerate_configs/fsdp2.yaml, or `fsdp_config={"version": 2}`.'
 )
 
 
 def check_strategy(model: nn.Module) -> None:
-    """Raise ValueError if FSDP1 holds weights of `model`, flattened so that nobody can tell which entry is where."""
+    """Check that FSDP1 does not hold weights of `model`: it flattens them, so that their entries cannot be located.
+
+    Raises:
+        ValueError: FSDP1 holds weights of `model`.
+    """
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(FSDP1)
 
@@ -42,25 +46,32 @@ def has_shards(module: nn.Module) -> bool:
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """Return the shape of `parameter`, of which this process may hold a part."""
+    """Return the shape of the whole `parameter`, also if this process holds only a part of it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def own_part(parameter: Tensor) -> Tensor:
-    """Return what this process holds of `parameter`, detached, for reading and writing: all, unless it is sharded."""
+    """Return the part of `parameter` that this process holds, detached. Writing to it writes to `parameter`."""
     if isinstance(parameter, DTensor):
         return cast(DTensor, parameter.detach()).to_local()
     if not is_partitioned(parameter):
         return parameter.detach()
     partition: Any = parameter
     flat = partition.ds_tensor.detach()
-    # The last partitions are padded to the size of the others.
+    # The last partitions are padded, so that all have one size.
     before = dist.get_rank(partition.ds_process_group) * flat.numel()
     return flat[: max(0, min(flat.numel(), partition.ds_numel - before))]
 
 
 def totals(values: list[Tensor], parameters: list[Tensor]) -> list[int]:
-    """Return, of a count in this process's part of each parameter, the sum over all parts, with one wait in all."""
+    """Return the sum of each value over the processes that hold parts of its parameter.
+
+    The host waits for the device once.
+
+    Args:
+        values: for each parameter, a count in the part that this process holds.
+        parameters: the parameters, in the same order.
+    """
     sums = torch.stack([value.to(values[0].device, torch.long) for value in values]) if values else torch.zeros(0)
     shared: dict[tuple[Any, ...], list[int]] = {}
     for index, parameter in enumerate(parameters):
@@ -72,7 +83,7 @@ def totals(values: list[Tensor], parameters: list[Tensor]) -> list[int]:
 
 
 def _holders(parameter: Tensor) -> tuple[Any, ...]:
-    """Return the groups of processes that hold the parts of `parameter`."""
+    """Return the process groups among which `parameter` is split."""
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
         return tuple(mesh.get_group(axis) for axis, placement in enumerate(placements) if placement.is_shard())
@@ -81,14 +92,15 @@ def _holders(parameter: Tensor) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def whole(module: nn.Module, *, write: bool = False, recurse: bool = True) -> Iterator[None]:
-    """Make every parameter of `module` whole in this process, and hold it in parts again after.
+    """Gather every parameter of `module` within the context, and shard it again after.
 
-    All processes must enter it together. Running an FSDP module within drops what was gathered.
+    All processes must enter the context together. Within it, no FSDP module may run: it would drop what was gathered.
 
     Args:
-        write: keep what was written to the parameters, which must be the same in every process, also where DeepSpeed's
-            optimiser steps on copies of its own.
-        recurse: those of the modules inside it too.
+        module: the module that holds the parameters.
+        write: keep what is written to the parameters. It must be the same in every process. It is also written to the
+            copies that DeepSpeed's optimiser updates.
+        recurse: gather the parameters of the modules inside `module` too.
     """
     modules = list(module.modules()) if recurse else [module]
     parameters = list({id(p): p for part in modules for p in part.parameters(recurse=False)}.values())
@@ -97,12 +109,12 @@ def whole(module: nn.Module, *, write: bool = False, recurse: bool = True) -> It
         yield
     for parameter in parameters if write else ():
         for part, master in deepspeed_copies(parameter):
-            # What nobody wrote to keeps the digits that only the master has.
+            # The master copy has more digits. Entries that were not written to keep them.
             master.copy_(torch.where(master.to(part.dtype) == part, master, part.to(master.dtype)))
 
 
 def reshard(module: nn.Module) -> None:
-    """Make FSDP drop what it gathered within `module`: its parameters are those that the optimiser steps on again."""
+    """Make FSDP drop what it gathered within `module`, so that its parameters are those that the optimiser updates."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -129,7 +141,7 @@ def _gathered_tensors(modules: list[nn.Module], write: bool) -> Iterator[None]:
     if write:
         for sharded in {id(parameter): parameter for _, _, parameter in places}.values():
             full = known[id(sharded)].detach()
-            # Without a source, nothing is sent: each process cuts its part out of its own copy.
+            # Without a source rank, nothing is sent: each process takes its part out of its own copy.
             mine = distribute_tensor(full, sharded.device_mesh, sharded.placements, src_data_rank=None)
             own_part(sharded).copy_(own_part(mine))
 
@@ -147,17 +159,20 @@ def _gathered_partitions(parameters: list[nn.Parameter], write: bool) -> Iterato
 
 
 def uses_deepspeed(module: nn.Module) -> bool:
-    """Return whether DeepSpeed's optimiser steps on copies of trained weights within `module`."""
+    """Return whether DeepSpeed's optimiser updates copies of trained weights of `module`."""
     return any(_has_master(parameter) for parameter in module.parameters())
 
 
 def deepspeed_copies(parameter: Tensor, optimizer: Optimizer | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (a part of `parameter`, what DeepSpeed's optimiser holds for it in this process), flat; elsewhere nothing.
+    """Yield (part of `parameter`, tensor that DeepSpeed's optimiser holds for this part in this process), both flat.
 
-    What is written to the second is kept once the next is asked for.
+    What the caller writes to the second tensor is kept when the caller asks for the next pair. Without DeepSpeed's
+    optimiser, nothing is yielded.
 
     Args:
-        optimizer: yield what it keeps of each entry, such as momentum; by default the copy that it steps on.
+        parameter: the parameter.
+        optimizer: yield its states with a value per entry, such as momentum. With None, yield the copy of the weight
+            that the optimiser updates.
     """
     if not _has_master(parameter):
         return
@@ -184,6 +199,6 @@ def _has_master(parameter: Tensor) -> bool:
 
 
 def _states_of_entries(optimizer: Optimizer) -> list[str | None]:
-    """Return the names of the states that have a value per entry."""
+    """Return the names of the optimiser's states that have a value per entry of a parameter."""
     pairs = [(flat, key, value) for flat, state in optimizer.state.items() for key, value in state.items()]
     return sorted({key for flat, key, value in pairs if isinstance(value, Tensor) and value.shape == flat.shape})

@@ -1,6 +1,6 @@
-"""One view of every prunable weight: a 2-D matrix whose rows are outputs and whose columns are inputs.
+"""Shows every prunable weight as a matrix (out, in): its rows are outputs and its columns are inputs.
 
-No other module asks how a layer stores its weight.
+Other modules do not depend on how a layer stores its weight.
 
 | layer                 | stored as            | matrix              |
 | --------------------- | -------------------- | ------------------- |
@@ -25,12 +25,16 @@ PRUNABLE_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
 
 
 def as_matrix(layer: nn.Module, stored: Tensor) -> Tensor:
-    """Return `stored`, a tensor laid out as `layer.weight`, as a matrix (out, in).
+    """Return `stored` as a matrix (out, in).
 
-    A view wherever the memory allows one: write through `as_stored`, never into the result.
+    The result may be a view of `stored` or a copy, so do not write into it. `as_stored` is the way back.
+
+    Args:
+        layer: the layer that the tensor belongs to.
+        stored: a tensor laid out as `layer.weight`.
 
     Raises:
-        TypeError: the layer has no matrix view.
+        TypeError: `layer` is not one of `PRUNABLE_LAYERS`.
     """
     if isinstance(layer, Conv1D):
         return stored.T
@@ -42,9 +46,11 @@ def as_matrix(layer: nn.Module, stored: Tensor) -> Tensor:
 
 
 def as_stored(layer: nn.Module, matrix: Tensor) -> Tensor:
-    """Return `matrix` (out, in), be it a weight, a mask or an update, laid out as `layer.weight`.
+    """Return `matrix` (out, in) laid out as `layer.weight`: the inverse of `as_matrix`.
 
-    Inverse of `as_matrix`.
+    Args:
+        layer: the layer that the matrix belongs to.
+        matrix: a weight, a mask or an update, (out, in).
     """
     if isinstance(layer, Conv1D):
         return matrix.T
@@ -54,7 +60,7 @@ def as_stored(layer: nn.Module, matrix: Tensor) -> Tensor:
 
 
 def stored_weight(layer: nn.Module) -> Tensor:
-    """Return the weight parameter of `layer`, as it is stored."""
+    """Return `layer.weight`, in the layout in which it is stored."""
     return cast(Tensor, layer.weight)
 
 
@@ -65,12 +71,12 @@ def weight_matrix(layer: nn.Module) -> Tensor:
 
 @dataclass(frozen=True)
 class WeightView:
-    """One prunable weight seen as a matrix (out, in): that of `layer`, or that of one of its fused experts.
+    """One prunable weight as a matrix (out, in): the weight of a layer, or of one fused expert.
 
     Args:
-        layer: a layer of `PRUNABLE_LAYERS`, or the module that holds the experts.
+        layer: a layer of `PRUNABLE_LAYERS`, or the module that holds fused experts.
         parameter: name of the parameter in `layer`.
-        expert: index of the expert, for a parameter that holds those of all experts.
+        expert: index of the expert in the parameter (experts, ., .). None for a layer, whose parameter is one matrix.
     """
 
     layer: nn.Module
@@ -79,7 +85,7 @@ class WeightView:
 
     @property
     def storage(self) -> Tensor:
-        """The parameter the weight is stored in, which holds other experts' weights too."""
+        """The parameter that stores the weight. That of an expert also stores the weights of the other experts."""
         return cast(Tensor, getattr(self.layer, self.parameter))
 
     @property
@@ -88,18 +94,18 @@ class WeightView:
         return rows, columns
 
     def matrix(self) -> Tensor:
-        """Return the weight as a detached matrix (out, in), a view where the memory allows one; not for writing."""
+        """Return the weight as a detached matrix (out, in). It may be a view or a copy: write with `write`."""
         return self.matrix_of(self.storage.detach())
 
     def matrix_of(self, stored: Tensor) -> Tensor:
-        """Return the part of `stored`, a tensor laid out as the parameter, that is this weight's, as (out, in)."""
+        """Return this weight's part of `stored`, a tensor laid out as the parameter, as a matrix (out, in)."""
         if self.expert is None:
             return as_matrix(self.layer, stored)
         return stored[self.expert].T if getattr(self.layer, "is_transposed", False) else stored[self.expert]
 
     @torch.no_grad()
     def write(self, matrix: Tensor) -> None:
-        """Replace the weight by `matrix` (out, in), cast to the weight's dtype. In place."""
+        """Replace the weight by `matrix` (out, in), which is cast to the dtype of the weight. In place."""
         if self.expert is None:
             self.storage.copy_(as_stored(self.layer, matrix))
         else:
@@ -115,10 +121,16 @@ class WeightView:
 
 
 def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """Return what the weight matrix of `layer` is multiplied by, (tokens, in): a convolution's are its patches.
+    """Return the rows that the weight matrix of `layer` is multiplied with, (tokens, in).
+
+    The rows of a linear layer are its inputs. The rows of a convolution are the patches of its inputs.
+
+    Args:
+        layer: the layer.
+        inputs: the inputs of its forward, (..., in), or (images, channels, height, width) of a convolution.
 
     Raises:
-        TypeError: a convolution with groups or with padding that is no number of zeros.
+        TypeError: `layer` is a convolution with groups, or with padding that is not given as a number of zeros.
     """
     if not isinstance(layer, nn.Conv2d):
         return inputs.flatten(0, -2)
@@ -126,27 +138,30 @@ def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
         raise TypeError(
             "Expected a Conv2d without groups and with padding by a number of zeros, got "
             f"groups={layer.groups}, padding={layer.padding!r}, padding_mode={layer.padding_mode!r}, whose inputs "
-            'cannot be measured. Leave it out, or prune it with `criterion="magnitude"`.'
+            'cannot be measured. Add it to `exclude_modules`, or prune it with `criterion="magnitude"`.'
         )
     patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
     return patches.mT.flatten(0, 1)
 
 
 def input_view(layer: nn.Module) -> tuple[Any, ...]:
-    """Return what `input_rows` depends on beside the inputs: layers of one view and one input have the same rows."""
+    """Return the settings of `layer` that `input_rows` depends on: equal settings and inputs give equal rows."""
     if not isinstance(layer, nn.Conv2d):
         return ()
     return layer.kernel_size, layer.dilation, layer.padding, layer.stride
 
 
 def to_host(scalars: list[Tensor]) -> list[Any]:
-    """Return the values of `scalars`."""
-    # Stacked on one device first, so that the host waits once and not once per layer.
+    """Return the values of `scalars`, with a single wait for their device."""
     return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []
 
 
 def check_finite(weights: dict[str, WeightView]) -> None:
-    """Raise ValueError if a weight holds NaN or infinity."""
+    """Check that all weights are finite.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity.
+    """
     finite = to_host([weight.matrix().isfinite().all() for weight in weights.values()])
     if not all(finite):
         name = list(weights)[finite.index(False)]
@@ -154,7 +169,7 @@ def check_finite(weights: dict[str, WeightView]) -> None:
 
 
 def zero_counts(weights: dict[str, WeightView]) -> dict[str, tuple[int, int]]:
-    """Return (zeros, entries) of each weight, with one wait for the device in all."""
+    """Return (number of zeros, number of entries) of each weight, with a single wait for the device."""
     matrices = [weight.matrix() for weight in weights.values()]
     kept = to_host([mask_of(matrix).sum() for matrix in matrices])
     return {
@@ -164,7 +179,7 @@ def zero_counts(weights: dict[str, WeightView]) -> dict[str, tuple[int, int]]:
 
 
 def share(counts: Iterable[tuple[int, int]]) -> float:
-    """Return the fraction of zeros that (zeros, entries) pairs tell."""
+    """Return the fraction of zeros, from pairs (number of zeros, number of entries)."""
     zeros, sizes = zip(*counts, strict=True)
     return sum(zeros) / sum(sizes)
 
