@@ -576,7 +576,7 @@ REFUSALS = [
         ValueError,
         "Expected the same call in all 2 processes, got 'wanda, row, .* to 0.5 .* Give",
     ),
-    (lambda: beside("", "OSError: full"), RuntimeError, "process 1 stopped with OSError: full. Mend that; nothing is"),
+    (lambda: beside("", "OSError: full"), RuntimeError, "process 1 stopped with OSError: full. Mend the error there"),
     (streamed_by_two, ValueError, "Expected one process, because one output is written, got 2. Start it in one"),
     (lambda: prune(llama(), {}), ValueError, "`pattern` is an empty dict, which prunes nothing"),
     (lambda: prune(llama(), {"*.q_proj": 0.5}), ValueError, r"'\*.q_proj' in `pattern` is no regular expression"),
@@ -721,7 +721,7 @@ REFUSALS = [
     (
         lambda: sample_sequences(["a b c", "a b"], words, count=2, length=2),
         ValueError,
-        "Expected 2 documents of more than 2 tokens, found 1 among 2. Bring",
+        "Expected 2 documents of more than 2 tokens, found 1 among 2. Give more",
     ),
     (
         lambda: pack_sequences(["a b", "c"], words, length=4),

@@ -44,7 +44,10 @@ def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
 
 
 def fingerprint(mask: Tensor) -> str:
-    """Return a short text that identifies `mask` (out, in): its shape, its number of pruned entries and its hash."""
+    """Return a short text that identifies `mask` (out, in): its shape, its number of pruned entries and its hash.
+
+    It does not depend on the device or on the memory layout of `mask`.
+    """
     rows, columns = mask.shape
     digest = hashlib.blake2b(pack(mask).cpu().numpy().tobytes(), digest_size=8).hexdigest()
     return f"{rows}x{columns}:{mask.numel() - int(mask.sum())}:{digest}"
