@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_sparse.calibration.gradients import gradient_sums
@@ -127,11 +128,13 @@ def test_inputs_that_layers_share_are_measured_once(llama, tokens):
     }
 
 
-def test_a_convolution_is_measured_by_its_patches():
-    torch.manual_seed(0)
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_a_convolution_is_measured_by_its_patches(adapted):
     stem = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False)
     model = nn.Sequential(nn.ModuleList([nn.Sequential(stem)]))
     model.forward = lambda pixels: model[0][0](pixels)
+    if adapted:
+        get_peft_model(model, LoraConfig(target_modules=["0.0.0"]))
     pixels = torch.randn(2, 3, 6, 6)
     found = measured(model, [{"pixels": pixels}], ("hessian",))["0.0.0"]
     patches = nn.functional.unfold(pixels, 3, padding=1, stride=2).mT.flatten(0, 1)

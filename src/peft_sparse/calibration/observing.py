@@ -83,7 +83,8 @@ class InputObserver:
         self.seen.clear()
 
     def _on_inputs(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._observe(name, module, args[0])
+        # `module` may be the adapter around the layer. How inputs become rows depends on the layer itself.
+        self._observe(name, self.weights[name].layer, args[0])
 
     def _on_outputs(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         self.record_outputs(name, lambda: self._unpadded(name, _output_rows(module, output)))
