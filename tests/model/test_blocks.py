@@ -18,7 +18,7 @@ from peft_sparse.model.blocks import (
     tied_to_embedding,
 )
 
-from conftest import CONFIGS, EXPERTS, tiny
+from conftest import EXPERTS, tiny
 
 
 ATTENTION = {f"self_attn.{kind}_proj" for kind in "qkvo"}
@@ -52,38 +52,36 @@ STACKS |= {
     "bart": {"model.encoder.layers": (2, OPT), "model.decoder.layers": (2, OPT | BART_CROSS)},
     "vit": {"vit.layers": (2, {f"attention.{kind}_proj" for kind in "qkvo"} | {"mlp.fc1", "mlp.fc2"})},
 }
+LEFT_ALONE = {
+    "mixtral": {"gate"},
+    "qwen2_moe": {"gate", "shared_expert_gate"},
+    "gpt_oss": {"router", "gate_up_proj_bias", "down_proj_bias"},
+    "t5": {"relative_attention_bias"},
+}
 
 
 def test_blocks_and_weights_of_every_family(family):
     model = tiny(family)
     stacks = STACKS[family]
     blocks = [[f"{place}.{index}" for index in range(count)] for place, (count, _) in stacks.items()]
+    weights = prunable_weights(model)
     assert [list(stack) for stack in find_stacks(model)] == blocks
     assert list(find_blocks(model)) == sum(blocks, [])
-    assert set(prunable_weights(model)) == {
+    assert hidden_size(model) == 16
+    assert set(weights) == {
         f"{place}.{index}.{kind}"
         for place, (count, kinds) in stacks.items()
         for index in range(count)
         for kind in kinds
     }
-
-
-def test_weights_are_every_matrix_in_a_block_but_routers_and_tables(family):
-    model = tiny(family)
-    taken = {id(weight.storage) for weight in prunable_weights(model).values()}
-    blocks = find_blocks(model)
+    # Of the other matrices in the blocks, each is a router or a table.
+    taken = {id(weight.storage) for weight in weights.values()}
     left = {
         name.rpartition(".")[0].rpartition(".")[2] if name.endswith("weight") else name.rpartition(".")[2]
         for name, parameter in model.named_parameters()
-        if block_of(name, blocks) and parameter.dim() > 1 and id(parameter) not in taken
+        if block_of(name, find_blocks(model)) and parameter.dim() > 1 and id(parameter) not in taken
     }
-    expected = {
-        "mixtral": {"gate"},
-        "qwen2_moe": {"gate", "shared_expert_gate"},
-        "gpt_oss": {"router", "gate_up_proj_bias", "down_proj_bias"},
-        "t5": {"relative_attention_bias"},
-    }
-    assert left == expected.get(family, set())
+    assert left == LEFT_ALONE.get(family, set())
 
 
 def test_every_expert_is_a_matrix_of_outputs_by_inputs():
@@ -146,11 +144,6 @@ def test_of_a_module_that_an_adapter_copies_the_one_that_runs_is_found(llama):
     assert prunable_weights(model)[name].layer is original
 
 
-@pytest.mark.parametrize("family", [*CONFIGS, "t5", "vit", "phi", "gpt_neox"])
-def test_hidden_states_between_blocks_are_as_wide_as_told(family):
-    assert hidden_size(tiny(family)) == 16
-
-
 def test_active_experts_are_the_share_that_sees_a_token():
     assert active_experts(tiny("llama")) == 1
     assert active_experts(tiny("mixtral")) == active_experts(tiny("gpt_oss")) == 2 / 4
@@ -171,17 +164,17 @@ def test_weights_that_are_embeddings_too_are_told():
     assert tied_to_embedding(model, gpt2) == []
 
 
-def test_names_do_not_change_when_adapters_are_attached(llama):
-    before = list(prunable_layers(llama))
-    wrapped = get_peft_model(llama, MaskLoRAConfig(target_modules="all-linear", train_norms=True))
-    assert list(prunable_layers(wrapped)) == before
+@pytest.mark.parametrize(
+    "config",
+    [MaskLoRAConfig(target_modules="all-linear", train_norms=True), LoraConfig(target_modules=["q_proj"])],
+    ids=["MaskLoRA", "LoRA"],
+)
+def test_names_do_not_change_when_adapters_are_attached(llama, config):
+    layers, norms = list(prunable_layers(llama)), norm_names(llama)
+    wrapped = get_peft_model(llama, config)
+    assert list(prunable_layers(wrapped)) == layers
     assert all(isinstance(base_layer(layer), nn.Linear) for layer in prunable_layers(wrapped).values())
-    assert len(norm_names(wrapped)) == 7
-
-
-def test_adapters_are_no_prunable_layers(llama):
-    wrapped = get_peft_model(llama, LoraConfig(target_modules=["q_proj"]))
-    assert not [name for name in prunable_layers(wrapped) if "lora" in name]
+    assert norm_names(wrapped) == norms
 
 
 def test_targets_follow_peft(llama):
@@ -212,13 +205,6 @@ def test_norms_are_recognised_by_what_they_are():
         {"a": StrangeRMSNorm(), "b": NormedMixer(), "c": nn.BatchNorm2d(4), "d": nn.GroupNorm(2, 4), "e": nn.PReLU(4)}
     )
     assert norm_names(tree) == ["a", "c", "d"]
-
-
-def test_routers_are_left_alone_and_fused_experts_are_seen():
-    mixtral, qwen = tiny("mixtral"), tiny("qwen2_moe")
-    assert {name.rpartition(".")[2] for name in prunable_layers(mixtral)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert not [name for name in prunable_layers(qwen) if "gate" in name.rpartition(".")[2] and "proj" not in name]
-    assert len(fused_experts(mixtral)) == 4
 
 
 def test_a_router_beside_a_list_of_experts_is_left_alone():
