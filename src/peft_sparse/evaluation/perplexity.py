@@ -24,9 +24,10 @@ from ..model.blocks import base_model, is_encoder_decoder
 def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) -> float:
     r"""Return the perplexity of a language model: exp of its mean cross entropy, over all tokens that are counted.
 
-    A causal model predicts every token of a sequence but the first. An encoder-decoder predicts the labels, which are
-    by default all tokens of its decoder but the first. Padding (`attention_mask` 0; for an encoder-decoder
-    `decoder_attention_mask` 0), tokens predicted from padding and labels of -100 are not counted.
+    A causal model predicts every token of a sequence but the first. An encoder-decoder predicts its labels. If they
+    are not given, they are all tokens of its decoder but the first. Three kinds of tokens are not counted: padding,
+    where `attention_mask` is 0 (of an encoder-decoder: `decoder_attention_mask`); tokens that are predicted from
+    padding; and labels of -100.
 
     SparseGPT, Wanda and PERP measure on the test split of WikiText-2, joined by "\n\n", tokenised in one piece and cut
     into sequences without overlap: `pack_sequences` does that. Perplexities of sequences of different lengths cannot
@@ -64,7 +65,10 @@ def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) ->
         )
     loss = float(torch.stack(losses).double().sum()) / count
     if not math.isfinite(loss):
-        raise ValueError(f"Expected a finite loss, got {loss}: the model's outputs hold NaN or infinity.")
+        raise ValueError(
+            f"Expected a finite loss, got {loss}: the model's outputs hold NaN or infinity. Check its weights, or "
+            "run it in float32 or bfloat16."
+        )
     return math.exp(loss)
 
 
