@@ -136,7 +136,7 @@ def test_transformers_alone_loads_equal_widths(tokens, tmp_path):
 
 def test_opt_without_neurons_needs_nothing_of_ours(tokens, tmp_path):
     model = with_biases("opt")
-    prune_structured(model, 0.4, structure="ul-um", target="mlp", calibration=tokens)
+    prune_structured(model, 0.4, structure="ul-um", target_modules=["mlp"], calibration=tokens)
     compact(model).save_pretrained(tmp_path)
     assert model.config.ffn_dim == 14
     assert torch.allclose(load_elsewhere(tmp_path, tokens), logits(model, tokens), atol=1e-6)
@@ -230,7 +230,7 @@ def test_a_layer_without_any_head_or_neuron_keeps_one(tokens):
 def test_heads_that_do_not_divide_the_hidden_size_are_beyond_llamas_configuration(tokens, tmp_path):
     # LlamaConfig refuses 5 heads of hidden size 24, whatever `head_dim`.
     model = grouped(6)
-    prune_structured(model, 0.1, structure="ul-um", target="attention", calibration=tokens, compensate=False)
+    prune_structured(model, 0.1, structure="ul-um", target_modules=["self_attn"], calibration=tokens, compensate=False)
     compact(model).save_pretrained(tmp_path)
     assert type(model) is not LlamaForCausalLM
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), logits(model, tokens))

@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import MaskLoRAConfig, compact, prune_structured, reconstruct, sparsity
 from peft_sparse.structured.metrics import METRICS
 from peft_sparse.structured.units import find_units
 
 from checks import assert_same_weights, inputs_by_hooks, zeros_of
-from conftest import SIZES, tiny
+from conftest import SIZES, inputs_of, tiny
 
 
 SUPPORTED = ("llama", "opt", "qwen3", "gemma3", "mistral", "qwen2", "gemma2", "phi")
@@ -71,7 +71,7 @@ def test_what_the_report_counts_is_what_is_zero(llama, tokens):
     assert report.parameters_prunable == sum(mask.numel() for mask in zeros_of(llama).values())
     assert sparsity(llama) == report.removed == report.to_dict()["removed"]
     assert report.parameters_added == 0
-    assert "where 0.4 was asked for (wifv, al-am)" in str(report)
+    assert "(ratio 0.4, wifv, al-am)" in str(report)
 
 
 def test_biases_count_as_parameters_of_their_units():
@@ -137,9 +137,11 @@ def test_compensation_restores_a_constant_channel(tokens):
             layer.fc1.bias[::3] = 0.7
     dense = copy.deepcopy(model)
     without = copy.deepcopy(model)
-    report = prune_structured(model, 1 / 3, metric="ifv", structure="ul-um", target="mlp", calibration=tokens)
+    report = prune_structured(
+        model, 1 / 3, metric="ifv", structure="ul-um", target_modules=["mlp"], calibration=tokens
+    )
     prune_structured(
-        without, 1 / 3, metric="ifv", structure="ul-um", target="mlp", calibration=tokens, compensate=False
+        without, 1 / 3, metric="ifv", structure="ul-um", target_modules=["mlp"], calibration=tokens, compensate=False
     )
     assert report.removed == 1 / 3
     unseen = torch.randint(0, 61, (3, 9))
@@ -176,12 +178,56 @@ def test_no_units_go_at_ratio_zero_and_the_model_stays_as_it_was(llama, tokens):
     assert_same_weights(llama, before)
 
 
-def test_one_part_alone(tokens):
-    for target in ("attention", "mlp"):
-        model = tiny("llama")
-        report = prune_structured(model, 0.3, target=target, calibration=tokens)
-        assert {layer.kind for layer in report.layers} == {target}
-        assert report.removed >= 0.3
+ATTENTION = [f"model.layers.{i}.self_attn" for i in range(3)]
+MLP = [f"model.layers.{i}.mlp" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"target_modules": ["self_attn"]}, ATTENTION),
+        ({"target_modules": ["q_proj"]}, ATTENTION),
+        ({"target_modules": ["mlp"]}, MLP),
+        ({"target_modules": r".*\.(up|down)_proj"}, MLP),
+        ({"target_modules": "all-linear", "exclude_modules": ["self_attn"]}, MLP),
+        ({"exclude_modules": ["gate_proj"]}, ATTENTION),
+        ({"target_modules": ["model.layers.1.self_attn", "layers.2.mlp"]}, [ATTENTION[1], MLP[2]]),
+        ({"exclude_modules": r"model\.layers\.[01]\..*"}, [ATTENTION[2], MLP[2]]),
+        (
+            {"target_modules": ["q_proj", "mlp"], "exclude_modules": r".*\.[02]\.self_attn"},
+            [MLP[0], ATTENTION[1], *MLP[1:]],
+        ),
+    ],
+)
+def test_names_choose_attentions_and_mlps(llama, tokens, options, names):
+    dense = copy.deepcopy(llama)
+    report = prune_structured(llama, 0.3, tokens, **options)
+    assert [layer.name for layer in report.layers] == names
+    assert report.removed >= 0.3
+    for name, weight in dense.state_dict().items():
+        changed = not torch.equal(llama.state_dict()[name], weight)
+        assert not changed or any(name.startswith(f"{chosen}.") for chosen in names), name
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "kind"),
+    [
+        ("gpt_neox", {"target_modules": ["mlp"]}, "mlp"),
+        ("mixtral", {"target_modules": ["self_attn"]}, "attention"),
+        ("bart", {"exclude_modules": r".*\.decoder\..*"}, None),
+    ],
+)
+def test_a_part_that_is_not_chosen_may_be_built_otherwise(family, options, kind, tmp_path):
+    model, inputs = with_biases(family), inputs_of(family)
+    report = prune_structured(model, 0.3, [inputs], **options)
+    assert {layer.kind for layer in report.layers} == ({"attention", "mlp"} if kind is None else {kind})
+    with torch.no_grad():
+        masked, size = model(**inputs).logits, sum(parameter.numel() for parameter in model.parameters())
+        compact(model).save_pretrained(tmp_path)
+        assert size - sum(parameter.numel() for parameter in model.parameters()) >= report.parameters_removed
+        assert torch.allclose(model(**inputs).logits, masked, atol=1e-5)
+        auto = AutoModelForSeq2SeqLM if family == "bart" else AutoModelForCausalLM
+        assert torch.equal(auto.from_pretrained(tmp_path).eval()(**inputs).logits, model(**inputs).logits)
 
 
 def test_every_structure_keeps_a_unit_where_all_but_one_must_go(tokens):

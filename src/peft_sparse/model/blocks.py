@@ -101,7 +101,7 @@ def prunable_layers(
         ValueError: no layer is left, or an entry of a list matches no layer.
     """
     candidates = _candidate_layers(model, target_modules)
-    return {name: candidates[name] for name in _matching(list(candidates), target_modules, exclude_modules)}
+    return {name: candidates[name] for name in matching_names(list(candidates), target_modules, exclude_modules)}
 
 
 def prunable_weights(
@@ -125,7 +125,7 @@ def prunable_weights(
     layers = _candidate_layers(model, target_modules)
     experts = {} if target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND else fused_experts(model)
     weights = {}
-    for name in _matching([*layers, *experts], target_modules, exclude_modules):
+    for name in matching_names([*layers, *experts], target_modules, exclude_modules):
         if name in layers:
             weights[name] = WeightView(base_layer(layers[name]))
         else:
@@ -290,7 +290,7 @@ def _expert_count(module: nn.Module) -> int:
     return fused[0] if fused else 0
 
 
-def _matching(candidates: list[str], targets: Targets, excluded: Targets) -> list[str]:
+def matching_names(candidates: list[str], targets: Targets, excluded: Targets) -> list[str]:
     """Return the `candidates` that PEFT's rules choose. Raise ValueError if an entry of a list matches none."""
     selector = SimpleNamespace(
         target_modules=".*" if targets in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND) else targets,

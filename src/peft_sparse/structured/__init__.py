@@ -1,12 +1,14 @@
-"""Structured pruning: whole attention heads and MLP neurons.
+"""Structured pruning of whole attention heads and MLP neurons.
 
-    metrics     how much an input channel matters
-    selection   which units go for a ratio of true parameter counts
-    flap        prune_structured: zeros and compensating biases
+    units       finds the heads and neurons of a model, and cuts them out
+    metrics     weights and statistics -> one number per channel
+    selection   scores -> the units to remove
+    flap        prune_structured: writes zeros and compensating biases
+    report      what prune_structured returns
     compaction  compact: cuts the zeros out
-    saving      how the result is saved and loaded again
+    saving      makes save_pretrained and from_pretrained work for the result
 
-Importing it registers the configuration of compact models with Transformers.
+Importing this package registers the configuration of compact models with Transformers.
 """
 
 from .compaction import compact

@@ -1,4 +1,4 @@
-"""compact: cuts out the heads and neurons that the zeros of the weights spell."""
+"""compact: cuts out the heads and neurons whose output columns are zero."""
 
 import torch
 from torch import Tensor, nn
@@ -6,34 +6,42 @@ from transformers import PreTrainedModel
 
 from ..model.blocks import base_model
 from .saving import make_savable
-from .units import Units, check_loaded, find_units
+from .units import Units, check_loaded, known_units
 
 
 def compact(model: nn.Module) -> nn.Module:
-    """Cut out all heads and neurons that contribute nothing, and have the configuration say so. In place.
+    """Cut out all heads and neurons that contribute nothing, and change the configuration accordingly. In place.
 
-    A head or neuron is cut out if its columns of the output projection are zero, whatever wrote the zeros: the outputs
-    stay the same up to rounding. A key and value head goes with the last of its query heads; single query heads go as
-    far as every key head that stays loses equally many. Each attention and each MLP keeps one unit.
+    A head or neuron is cut out if its columns of the output projection W (out, in) are zero. It does not matter what
+    wrote the zeros. The outputs of the model stay the same up to rounding.
 
-    `save_pretrained` then saves the smaller model. If its family's configuration can express it (every layer equally
-    wide), plain `from_pretrained` loads it; else `from_pretrained` does after `import peft_sparse`, and the model's
-    class becomes a subclass that knows the width of every layer.
+    A key head and its value head are cut out together with the last of their query heads. In grouped-query attention
+    all remaining key heads need equally many query heads. Single query heads are therefore cut out only as far as
+    every remaining key head loses equally many. Each attention and each MLP keeps at least one head or neuron. An
+    attention or MLP whose heads or neurons cannot be found, such as a set of experts, is left as it is.
+
+    `save_pretrained` then saves the smaller model. If the configuration class of the model's family can describe it,
+    which needs layers of equal width, plain `from_pretrained` loads it. Otherwise the class of the model becomes a
+    subclass that stores the width of every layer, and `from_pretrained` loads it after `import peft_sparse`.
+
+    Args:
+        model: a model of Transformers without adapters, with loaded floating-point weights.
 
     Returns:
         `model` itself.
 
     Raises:
-        TypeError: not a model of transformers.
-        ValueError: a model whose units cannot be told, with adapters, or quantised.
+        TypeError: `model` is not a model of Transformers.
+        ValueError: the model has adapters; its weights are quantised or not loaded; no heads and no neurons can be
+            found in it.
     """
     inner = base_model(model)
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(
-            "Expected a model of transformers, whose configuration can say how wide it is, got "
-            f"{type(inner).__name__}. Cut it by hand, by the zeros that `prune_structured` left."
+            f"Expected a model of Transformers, whose configuration stores the widths of its layers, got "
+            f"{type(inner).__name__}. Wrap the layers in a `PreTrainedModel`, or cut out the zeros in your own code."
         )
-    found = find_units(inner)
+    found = known_units(inner)
     check_loaded(found)
     for units in found:
         kept = _contributing(units)
@@ -44,11 +52,14 @@ def compact(model: nn.Module) -> nn.Module:
 
 
 def _contributing(units: Units) -> Tensor:
-    """Return which heads to keep, (count, query heads of a unit): what contributes, and fillers for uniformity."""
+    """Return the mask of heads to keep, (count, heads_per_unit).
+
+    Heads that contribute are kept. Others are kept where a unit would otherwise have fewer heads than another unit.
+    """
     columns = (units.output.weight.detach() != 0).any(0)
     alive = columns.view(units.count, units.heads_per_unit, units.head_dim).any(2)
     if not alive.any():
         alive[0, 0] = True
-    # Heads that contribute come first, then the earliest of the others.
+    # Rank 0 is kept first: heads that contribute, by index, then the others, by index.
     rank = (~alive).to(torch.int8).argsort(dim=1, stable=True).argsort(dim=1)
     return (rank < alive.sum(1).max()) & alive.any(1, keepdim=True)

@@ -1,11 +1,11 @@
-"""prune_structured: measures the dense model, ranks heads and neurons, writes zeros and compensates for their means.
+"""prune_structured: scores the heads and neurons of the dense model, removes the lowest and compensates their means.
 
-The result is an ordinary model whose zeros tell what was removed: tuners and reconstruction keep them, `compact` cuts
-them out.
+The result is an ordinary model in which the removed heads and neurons are zeros. Tuners and reconstruction keep these
+zeros, and `compact` cuts them out.
 """
 
 import time
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, in_wor
 from ..calibration.measure import measured_blocks
 from ..calibration.runner import Residence, on_device
 from ..calibration.statistics import Statistics
-from ..model.blocks import base_model
+from ..model.blocks import Targets, base_model
 from ..model.environment import peak_memory
 from ..model.processes import working_together
 from ..model.weights import WeightView, check_finite
@@ -27,18 +27,16 @@ from .selection import ScoredUnits, Structure, check_structure, select_units
 from .units import Units, check_loaded, find_units
 
 
-Target = Literal["all", "attention", "mlp"]
-
-
 def prune_structured(
     model: nn.Module,
     ratio: float,
+    calibration: Calibration | None = None,
     *,
     metric: str = "wifv",
     structure: Structure = "al-am",
     attention_ratio: float | None = None,
-    target: Target = "all",
-    calibration: Calibration | None = None,
+    target_modules: Targets = None,
+    exclude_modules: Targets = None,
     compensate: bool = True,
     batch_size: int = 1,
     activations: Activations = "device",
@@ -46,45 +44,76 @@ def prune_structured(
 ) -> StructuredReport:
     """Write zeros over whole attention heads and MLP neurons, as FLAP does. In place.
 
-    With W (out, in) the output projection of an attention or MLP, S_j the metric of its input channel j:
+    Let W (out, in) be the output projection of an attention or MLP, X_j its input channel j over the tokens of the
+    calibration data, S_j the metric of this channel, and m (in,) the mask, 1 for kept channels. Then
 
-        z_j = (S_j - mean(S)) / std(S) over the channels of the layer; a unit scores the mean of its channels' z
-        b  += W (μ ⊙ (1 - m)), with μ_j the mean of X_j over tokens, m the mask, W before zeroing: `compensate`
+        z_j = (S_j - mean(S)) / std(S)      over the channels of one layer
+        b  += W (μ ⊙ (1 - m))               if `compensate`, with μ_j = mean(X_j) and W before zeros are written
 
-    All is measured on the dense model, by all processes of a group together as in `prune`, and zeros are written at
-    the end. Units are neurons, and KV groups: a key and a value head with all its query heads, so that `compact` can
-    cut every unit out. Of units with equal score those in front go first; units whose columns of W are zero already
-    go before all others.
+    A unit is a neuron, or a KV group: a key head, its value head and all query heads that read them. Its score is the
+    mean of z_j over its channels. Units with the lowest scores are removed. Of units with equal scores, those with
+    the lower index are removed first. Units whose columns of W are already zero are removed before all others. Every
+    attention and every MLP keeps at least one unit.
 
-    At least `ratio` of the parameters of all units goes, heads and neurons counted with what they cost, biases
-    included; in excess less than any unit removed costs, of the whole, or of a layer for "ul-*". Every attention and
-    every MLP keeps one unit. An et al. 2023, "Fluctuation-based Adaptive Structured Pruning", arXiv:2312.11983.
+    At least the fraction `ratio` of the parameters of the chosen attentions and MLPs is removed. A head and a neuron
+    count with their true numbers of parameters, biases included. What is removed beyond `ratio` is less than the
+    parameters of the smallest removed unit; with "al-mm" and "ul-mm" it is less than those of the smallest removed
+    neuron, if a neuron is removed. `structure` says over which layers this bound holds.
 
-    Differences to the authors' code: variances are means over tokens, for any batch size; heads are weighed by their
-    true cost; biases are added to those there are; grouped-query attention of any shape.
+    All statistics are measured on the dense model, and zeros are written at the end. In a `torch.distributed` group
+    the processes share the calibration data and write the same zeros.
+
+    Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
+    arXiv:2312.11983. The authors' code differs in four points. Here variances are taken over tokens and do not depend
+    on the batch size; heads count with their true numbers of parameters; an existing bias is added to instead of
+    replaced; grouped-query attention of any shape is pruned.
 
     Args:
-        ratio: fraction of the parameters of all heads and neurons that goes, in [0, 1).
-        metric: "wifv" (FLAP), "wifn", "ifv"; "wanda_sp" and "magnitude_sp", the baselines of the paper.
-        structure: "al-am" compares all units; "al-mm", "ul-mm", "ul-um" as `select_units` says. Only "ul-*" leaves
-            every layer as wide as the next.
-        attention_ratio: for "*-mm", the fraction of the heads' parameters that goes at most; `ratio` by default.
-        target: "attention" or "mlp" alone, or "all"; `ratio` is then of those.
-        calibration, batch_size, activations, device: as for `prune`; "magnitude_sp" without `compensate` needs none.
-        compensate: add what removed channels contribute on average to the bias, which is created where there is none.
-            The configuration is changed along, so that `save_pretrained` keeps it.
+        model: a model with blocks, without adapters, with loaded floating-point weights.
+        ratio: fraction of the parameters of the chosen attentions and MLPs to remove, in [0, 1).
+        calibration: token ids (sequences, tokens), or an iterable of model inputs (dicts). Required unless
+            `metric="magnitude_sp"` and `compensate=False`.
+        metric: "wifv" is FLAP's, S_j = Var(X_j) · ||W_:j||². The others are "ifv", S_j = Var(X_j); "wifn",
+            S_j = mean_i |W_ij| · ||X_j||; and the paper's baselines "wanda_sp", with the formula of "wifn", and
+            "magnitude_sp", S_j = ||W_:j||. "wifv", "ifv" and "wifn" are squared for attention, as in the paper's code.
+        structure: which units are compared with each other. "al-am": all units of the model. "al-mm": all heads of the
+            model with each other, and all neurons of the model with each other. "ul-mm": the heads of a block with
+            each other, and the neurons of a block with each other. "ul-um": the same as "ul-mm", but exactly `ratio`,
+            rounded up to whole units, is removed from each attention and from each MLP. `ratio` and the bound above
+            hold for the whole model with "al-am" and "al-mm", for each block with "ul-mm", and for each attention and
+            each MLP with "ul-um". With "ul-mm" and "ul-um" blocks of equal shape keep equal shapes.
+        attention_ratio: for "al-mm" and "ul-mm", the largest fraction of the parameters of the heads to remove, in
+            [0, 1). Neurons make up the rest of `ratio`. By default it is `ratio`, and more if the neurons alone are
+            too few.
+        target_modules: which attentions and MLPs are pruned: None or "all-linear" for all of them, a list of names or
+            name endings, or a regular expression for the whole name. An attention or MLP is chosen if its own name, as
+            in the report, or the name of one of its linear layers matches. `["self_attn"]` prunes attentions alone.
+        exclude_modules: a list of names or name endings, or a regular expression for the whole name. An attention or
+            MLP is left out if its own name or the name of one of its linear layers matches.
+        compensate: add the mean contribution of the removed channels to the bias of the output projection. The bias is
+            created where there is none. The configuration of the model is then changed so that `save_pretrained` and
+            `from_pretrained` keep it.
+        batch_size: number of sequences that run together if `calibration` is a tensor.
+        activations: where hidden states are stored between two blocks: "device", "cpu" or "disk".
+        device: where each block runs; its weights return to their own device afterwards. By default each block runs
+            where its weights are.
+
+    Returns:
+        A report of what was removed from each attention and each MLP, in units and in parameters.
 
     Raises:
-        ValueError: an argument out of its range; a model whose units cannot be told, or with adapters; a layer that
-            would lose its last unit; missing calibration; weights or statistics that are not finite.
+        ValueError: an argument is out of its range; a name in `target_modules` or `exclude_modules` matches nothing;
+            the model has adapters, or the heads or neurons of a chosen attention or MLP cannot be found; a weight or a
+            statistic is not finite; `calibration` is missing; `ratio` would remove the last unit of a layer.
+        RuntimeError: another process of the `torch.distributed` group failed.
     """
     started = time.perf_counter()
-    _check_arguments(ratio, metric, structure, attention_ratio, target, compensate, calibration)
+    _check_arguments(ratio, metric, structure, attention_ratio, compensate, calibration)
     check_activations(activations)
-    sets = [units for units in find_units(model) if target in ("all", units.kind)]
+    sets = find_units(model, target_modules, exclude_modules)
     check_loaded(sets)
     check_finite({name: WeightView(layer) for units in sets for name, layer in units.named_layers().items()})
-    # Whether the ratio can be reached depends on no score, and is better known before calibration than after.
+    # Scores do not decide whether `ratio` can be reached, so an unreachable one is refused before calibration.
     select_units([_unscored(units) for units in sets], ratio, structure, attention_ratio)
     statistics: dict[str, Statistics] = {}
     if calibration is not None:
@@ -117,12 +146,12 @@ def prune_structured(
 def _measured(
     model: nn.Module, sets: list[Units], inputs: list[dict[str, Any]], activations: Activations, residence: Residence
 ) -> dict[str, Statistics]:
-    """Return the statistics of every output layer's inputs in the dense model, by name."""
+    """Return the statistics of the inputs of every output layer of `sets`, by the layer's name."""
 
     def inside(block: str) -> dict[str, WeightView]:
         return {units.output_name: WeightView(units.output) for units in sets if units.block == block}
 
-    what = f"{len(sets)} layers' units by {in_words(inputs)}"
+    what = f"the units of {len(sets)} attentions and MLPs by {in_words(inputs)}"
     with evaluation_mode(model), working_together(what):
         measured = measured_blocks(model, inputs, inside, ("inputs", "moments"), activations, residence)
         return {name: block.of(name) for name, block in measured}
@@ -130,7 +159,7 @@ def _measured(
 
 @torch.no_grad()
 def _score(units: Units, metric: str, statistics: Statistics) -> ScoredUnits:
-    """Return the score of every unit, -inf for those that are gone already."""
+    """Return the score of every unit; it is -inf for units whose output columns are already zero."""
     rule, weight = METRICS[metric], units.output.weight.detach()
     channels = rule.score(weight, _moved(statistics, weight.device))
     if rule.squared_in_attention and units.kind == "attention":
@@ -145,7 +174,7 @@ def _unscored(units: Units) -> ScoredUnits:
 
 
 def _moved(statistics: Statistics, device: torch.device) -> Statistics:
-    """Return what metrics use, where the weight is; it was measured where the block ran."""
+    """Return the statistics that metrics use, on `device`. They were measured where the block ran."""
     names = ("input_norm", "input_mean", "input_variance")
     there = {name: getattr(statistics, name) for name in names if getattr(statistics, name) is not None}
     return Statistics(tokens=statistics.tokens, **{name: value.to(device) for name, value in there.items()})
@@ -153,7 +182,7 @@ def _moved(statistics: Statistics, device: torch.device) -> Statistics:
 
 @torch.no_grad()
 def _compensate(units: Units, mask: Tensor, statistics: Statistics) -> None:
-    """Add W (μ ⊙ (1 - m)) to the bias of the output layer, which is created where there is none."""
+    """Add W (μ ⊙ (1 - m)) to the bias of the output layer, and create the bias if there is none."""
     layer = units.output
     mean = _moved(statistics, layer.weight.device).input_mean
     assert mean is not None
@@ -186,22 +215,20 @@ def _check_arguments(
     metric: str,
     structure: str,
     attention_ratio: float | None,
-    target: str,
     compensate: bool,
     calibration: Calibration | None,
 ) -> None:
     if not 0 <= ratio < 1:
-        raise ValueError(f"`ratio` must be in [0, 1), got {ratio}. Use 0.2 to remove a fifth of heads and neurons.")
+        raise ValueError(
+            f"`ratio` must be in [0, 1), got {ratio}. Use 0.2 to remove a fifth of the heads and neurons."
+        )
     if metric not in METRICS:
         raise ValueError(f"`metric` must be one of {', '.join(map(repr, METRICS))}, got {metric!r}.")
     check_structure(structure, attention_ratio)
-    if target not in get_args(Target):
-        raise ValueError(f"`target` must be one of {', '.join(map(repr, get_args(Target)))}, got {target!r}.")
     if calibration is None and (METRICS[metric].needs_inputs or compensate):
-        what = (
-            f"Metric {metric!r} measures" if METRICS[metric].needs_inputs else "`compensate=True` needs the means of"
-        )
+        reason = f"Metric {metric!r}" if METRICS[metric].needs_inputs else "`compensate=True`"
         raise ValueError(
-            f"{what} the inputs of each layer: pass `calibration`, token ids of shape (sequences, tokens) or an "
-            'iterable of model inputs, or use `metric="magnitude_sp", compensate=False`.'
+            f"{reason} needs statistics of the inputs of each layer, and `calibration` is missing. Pass token ids of "
+            "shape (sequences, tokens) or an iterable of model inputs, or use "
+            '`metric="magnitude_sp", compensate=False`, which needs none.'
         )

@@ -1,4 +1,4 @@
-"""What `prune_structured` did, with true parameter counts."""
+"""The report of `prune_structured`, with numbers of units and parameters."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class UnitsReport:
-    """The units of one attention or MLP.
+    """What `prune_structured` removed from one attention or one MLP.
 
     Args:
-        name: of the attention or MLP.
+        name: name of the attention or MLP, such as "model.layers.0.self_attn".
         kind: "attention" or "mlp".
-        units: KV groups or neurons there were.
-        kept: how many remain.
-        heads_per_unit: query heads of one KV group; 1 for neurons.
-        cost: parameters of one unit, biases included.
+        units: number of KV groups or neurons before pruning.
+        kept: number of KV groups or neurons after pruning.
+        heads_per_unit: number of query heads of one KV group; 1 for an MLP.
+        cost: number of parameters of one unit, biases included.
     """
 
     name: str
@@ -30,13 +30,16 @@ class StructuredReport:
     """What `prune_structured` did.
 
     Args:
-        metric, structure, ratio: as asked for.
-        compensated: whether biases were.
-        parameters_added: parameters of the biases that compensation created, with zeros beside them where a family has
-            biases in all layers of an attention or MLP or in none.
+        metric: the metric that was used, such as "wifv".
+        structure: the structure that was used, such as "al-am".
+        ratio: the fraction of parameters that the caller asked to remove.
+        compensated: whether the mean contributions of removed channels were added to biases.
+        parameters_added: number of parameters of new biases. Some families have biases in all layers of an attention
+            or MLP or in none; there this includes zero biases in the layers that needed no compensation.
         seconds: wall-clock time.
-        peak_memory: bytes, as `peft_sparse.model.environment.peak_memory` tells.
-        layers: one entry per attention and MLP.
+        peak_memory: largest memory of this process so far, in bytes: GPU memory if there is a GPU, else resident
+            memory.
+        layers: one entry per pruned attention and MLP.
     """
 
     metric: str
@@ -50,21 +53,21 @@ class StructuredReport:
 
     @property
     def parameters_prunable(self) -> int:
-        """Parameters of all units before."""
+        """Number of parameters of all units before pruning."""
         return sum(layer.units * layer.cost for layer in self.layers)
 
     @property
     def parameters_removed(self) -> int:
-        """Parameters of all units that went, zeros until `compact` cuts them out."""
+        """Number of parameters of all removed units. They are zeros until `compact` cuts them out."""
         return sum((layer.units - layer.kept) * layer.cost for layer in self.layers)
 
     @property
     def removed(self) -> float:
-        """Fraction of `parameters_prunable` that went; at least `ratio`, by as little more as units allow."""
+        """Fraction of `parameters_prunable` that was removed, at least `ratio`."""
         return self.parameters_removed / self.parameters_prunable
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, ready for JSON."""
+        """Return the report as plain values that `json.dumps` accepts."""
         counts = ("parameters_prunable", "parameters_removed", "removed")
         return {**asdict(self), **{name: getattr(self, name) for name in counts}}
 
@@ -72,9 +75,9 @@ class StructuredReport:
         gone = {kind: self._count(kind) for kind in ("attention", "mlp")}
         (heads, all_heads), (neurons, all_neurons) = gone["attention"], gone["mlp"]
         return (
-            f"removed {heads} of {all_heads} heads and {neurons} of {all_neurons} neurons, {self.removed:.4f} of "
-            f"their {self.parameters_prunable} parameters where {self.ratio:g} was asked for ({self.metric}, "
-            f"{self.structure}), and added {self.parameters_added} for biases, in {self.seconds:.1f} s"
+            f"removed {heads} of {all_heads} heads and {neurons} of {all_neurons} neurons, which hold "
+            f"{self.removed:.4f} of their {self.parameters_prunable} parameters (ratio {self.ratio:g}, {self.metric}, "
+            f"{self.structure}); added {self.parameters_added} parameters in biases; {self.seconds:.1f} s"
         )
 
     def _count(self, kind: str) -> tuple[int, int]:

@@ -1,8 +1,9 @@
-"""Has a model's configuration say how wide its layers are, so that `save_pretrained` and `from_pretrained` agree.
+"""Makes `save_pretrained` and `from_pretrained` work for models whose layers have other widths or biases.
 
-What a family's configuration can express is found by trying: a model is built from it without memory, and its shapes
-are compared. Where it cannot, configuration and class become subclasses that carry every layer's widths, registered
-with Transformers' own `AutoConfig.register` and `AutoModel.register`.
+First the configuration of the model's own family is tried: a model is built from it on the meta device, and its shapes
+are compared with the pruned ones. If no configuration of the family gives these shapes, the classes of the
+configuration and the model become subclasses that store the width of every layer. They are registered with
+Transformers by its public `AutoConfig.register` and `AutoModel.register`.
 """
 
 import copy
@@ -15,56 +16,57 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..model.blocks import find_blocks
-from .units import Units, find_units
+from .units import Units, known_units
 
 
-# Not Transformers' own `per_layer_config`: few models build their layers by it, and none of those that are cut here.
+# Transformers has a `per_layer_config`, but none of the families that are pruned here builds its layers from it.
 MODEL_TYPE = "peft_sparse_compact"
 
-# What families call the width of their MLP, and the switches of biases in attention and MLP.
+# The names that families use for the width of their MLP, and for the switches of biases in attention and MLP.
 _NEURONS = ("intermediate_size", "ffn_dim", "n_inner")
 _SWITCHES = ("attention_bias", "mlp_bias")
 _AUTO_CLASSES = {
     "AutoModel": "MODEL_MAPPING",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
     "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
 }
-# The compact class of each class of a family, made when it is first needed.
+# Maps each configuration or model class of a family to its compact subclass. Entries are made on first use.
 _CLASSES: dict[Any, Any] = {}
 
 
 class CompactConfig(PreTrainedConfig):
-    """Reads the configuration of a compact model: that of its dense family, with the widths of every layer.
+    """The entry point by which Transformers reads the configuration of a compact model.
 
-    Fields of the JSON beside the family's:
+    The JSON holds the fields of the model's family and two more:
         dense_model_type: `model_type` of the family.
-        layer_widths: per block, {"heads", "key_value_heads", "neurons", "biases": names of layers, in the block, that
-            have a bias which the family's have not}.
+        layer_widths: one dict per block. "heads", "key_value_heads" and "neurons" are numbers. "biases" lists the
+            layers of the block that have a bias which the family would not give them.
     """
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the configuration as a subclass of its family's, having registered the model classes.
+        """Return the configuration, in a subclass of its family's class, and register the model classes.
 
         Raises:
-            ValueError: written without the family it belongs to.
+            ValueError: `dense_model_type` is missing or unknown to the installed Transformers.
         """
         family = config_dict.get("dense_model_type")
         if family not in transformers.CONFIG_MAPPING:
             raise ValueError(
-                f"Expected `dense_model_type` to be a model type of transformers, got {family!r}. Restore the "
-                "config.json that `save_pretrained` wrote, or upgrade transformers."
+                f"Expected `dense_model_type` to be a model type of Transformers, got {family!r}. Restore the "
+                "config.json that `save_pretrained` wrote, or upgrade Transformers."
             )
         dense = type(AutoConfig.for_model(family))
         return compact_config_class(dense).from_dict(config_dict, **kwargs)
 
 
 def compact_config_class(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Return the subclass of a family's configuration class that carries widths, its models registered."""
+    """Return the compact subclass of a family's configuration class, and register its model classes."""
     if dense in _CLASSES:
         return _CLASSES[dense]
     config = _CLASSES[dense] = type(
@@ -78,7 +80,7 @@ def compact_config_class(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig
 
 
 def compact_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return the subclass of a family's model class that builds every layer as wide as its configuration says."""
+    """Return the compact subclass of a family's model class, which builds every layer with its stored width."""
     return _model_class(dense, compact_config_class(dense.config_class))
 
 
@@ -96,10 +98,10 @@ def _model_class(dense: type[PreTrainedModel], config_class: type[PreTrainedConf
 
 
 def __getattr__(name: str) -> Any:
-    """Return the compact class of a family by name, which is how pickle finds it in another process.
+    """Return the compact class with this name. Pickle finds the class of a model in this way.
 
     Raises:
-        AttributeError: no class of transformers is called so without "Compact".
+        AttributeError: the name is not "Compact" and the name of a configuration or model class of Transformers.
     """
     dense = getattr(transformers, name.removeprefix("Compact"), None) if name.startswith("Compact") else None
     if isinstance(dense, type) and issubclass(dense, PreTrainedConfig):
@@ -107,17 +109,18 @@ def __getattr__(name: str) -> Any:
     if isinstance(dense, type) and issubclass(dense, PreTrainedModel):
         return compact_model_class(dense)
     raise AttributeError(
-        f"Expected a name of this module or Compact<class of transformers>, got {name!r}. Look for it in transformers."
+        f"Expected a name of this module or Compact<class of Transformers>, got {name!r}. Upgrade Transformers if the "
+        "class was added later."
     )
 
 
 def make_savable(model: PreTrainedModel) -> None:
-    """Change configuration and class of `model` so that `from_pretrained` builds these very shapes. In place.
+    """Change the configuration and class of `model` so that `from_pretrained` builds its shapes. In place.
 
-    Biases that a family can only switch on together are filled up with zeros.
+    Where a family has biases in all layers of an attention or MLP or in none, the missing ones are added as zeros.
     """
     dense: type[PreTrainedModel] = getattr(type(model), "dense_class", type(model))
-    units = find_units(model)
+    units = known_units(model)
     for changes in _candidates(model, units):
         if _builds(dense, model, changes):
             _become_plain(model, dense, changes)
@@ -131,7 +134,7 @@ def make_savable(model: PreTrainedModel) -> None:
 
 
 def _own_config(model: PreTrainedModel) -> Any:
-    """Give all modules of `model` a copy of its configuration, which another model may share, and return it."""
+    """Give all modules of `model` a copy of its configuration, and return it. Other models may share the original."""
     shared, own = model.config, copy.deepcopy(model.config)
     for module in model.modules():
         if module.__dict__.get("config") is shared:
@@ -140,17 +143,20 @@ def _own_config(model: PreTrainedModel) -> Any:
 
 
 def _candidates(model: PreTrainedModel, units: list[Units]) -> list[dict[str, Any]]:
-    """Return changes to the configuration that may express the model, those that say least first."""
+    """Return changes to the configuration that may describe the model, those with the fewest switches first."""
     config = model.config
     heads = {(u.count * u.heads_per_unit, u.count, u.head_dim) for u in units if u.kind == "attention"}
     neurons = {u.count for u in units if u.kind == "mlp"}
     if len(heads) > 1 or len(neurons) > 1:
         return []
-    ((query, key_value, head_dim),), (width,) = heads, neurons
-    widths = {"num_attention_heads": query, "num_key_value_heads": key_value, **dict.fromkeys(_NEURONS, width)}
+    widths: dict[str, int] = {}
+    for query, key_value, _ in heads:
+        widths |= {"num_attention_heads": query, "num_key_value_heads": key_value}
+    for width in neurons:
+        widths |= dict.fromkeys(_NEURONS, width)
     changes = {name: value for name, value in widths.items() if getattr(config, name, None) not in (None, value)}
     if {"num_attention_heads", "num_key_value_heads"} & set(changes):
-        changes["head_dim"] = head_dim
+        changes["head_dim"] = next(head_dim for _, _, head_dim in heads)
     changes = {config.attribute_map.get(name, name): value for name, value in changes.items()}
     switches = [name for name in _SWITCHES if getattr(config, name, None) is False]
     subsets = [[], *[[name] for name in switches], switches] if len(switches) > 1 else [[], switches]
@@ -158,13 +164,13 @@ def _candidates(model: PreTrainedModel, units: list[Units]) -> list[dict[str, An
 
 
 def _builds(dense: type[PreTrainedModel], model: PreTrainedModel, changes: dict[str, Any]) -> bool:
-    """Tell whether the family builds the model under `changes`, but for biases that it has more."""
+    """Return whether the family builds the shapes of `model` under `changes`. It may build more biases."""
     try:
         config = _dense_config(model, changes)
         with torch.device("meta"):
             built = dense(config)
     except (StrictDataclassError, ValueError):
-        # Llama's configuration, for one, refuses heads whose number does not divide the hidden size.
+        # Some configurations refuse values: Llama's refuses a number of heads that does not divide the hidden size.
         return False
     wanted, found = _shapes(model), _shapes(built)
     return all(found.get(name) == shape for name, shape in wanted.items()) and all(
@@ -173,7 +179,7 @@ def _builds(dense: type[PreTrainedModel], model: PreTrainedModel, changes: dict[
 
 
 def _dense_config(model: PreTrainedModel, changes: dict[str, Any]) -> PreTrainedConfig:
-    """Return a copy of the configuration in the family's own class, with `changes`."""
+    """Return a copy of the configuration with `changes`, in the configuration class of the family."""
     values = model.config.to_dict() | changes
     dense: type[PreTrainedConfig] = getattr(type(model), "dense_class", type(model)).config_class
     for name in ("model_type", "layer_widths", "dense_model_type"):
@@ -190,7 +196,7 @@ def _become_plain(model: PreTrainedModel, dense: type[PreTrainedModel], changes:
     for name, value in changes.items():
         setattr(config, name, value)
     if any(name in _SWITCHES for name in changes):
-        for units in find_units(model):
+        for units in known_units(model):
             for layer in units.named_layers().values():
                 wanted = changes.get("attention_bias" if units.kind == "attention" else "mlp_bias", False)
                 if wanted and layer.bias is None:
@@ -219,12 +225,12 @@ def _widths(model: PreTrainedModel, dense: type[PreTrainedModel], units: list[Un
 
 
 def _narrow(model: PreTrainedModel, widths: list[dict[str, Any]]) -> None:
-    """Cut the layers of a model that was built as its family is, and add their biases. Values are left to loading."""
+    """Give the layers of a newly built model of the family the stored widths and biases. Loading writes the values."""
     blocks = find_blocks(model)
     entries = dict(zip(blocks, widths, strict=True))
-    for units in find_units(model):
+    for units in known_units(model):
         entry = entries[units.block]
-        # Not where the weights are: while a checkpoint is loaded that is the meta device.
+        # On the CPU: while a checkpoint is loaded the weights are on the meta device, and the mask needs values.
         kept = torch.zeros(units.count, units.heads_per_unit, dtype=torch.bool, device="cpu")
         if units.kind == "attention":
             kept[: entry["key_value_heads"], : entry["heads"] // entry["key_value_heads"]] = True

@@ -1,4 +1,7 @@
-"""Which units go: scores and true parameter costs -> masks, True = kept. No layers, no models."""
+"""Selects the units to remove: scores and numbers of parameters -> masks, True = kept.
+
+This module knows numbers only, no layers and no models.
+"""
 
 import math
 from collections.abc import Iterable
@@ -14,13 +17,13 @@ Structure = Literal["al-am", "al-mm", "ul-mm", "ul-um"]
 
 @dataclass(frozen=True)
 class ScoredUnits:
-    """The units of one attention or MLP.
+    """The scores of the units of one attention or MLP.
 
     Args:
-        block: where it lies.
+        block: name of its block.
         kind: "attention" or "mlp".
-        scores: (units,), higher = kept.
-        cost: parameters of one unit.
+        scores: one score per unit, (units,); units with higher scores are kept.
+        cost: number of parameters of one unit.
     """
 
     block: str
@@ -30,32 +33,43 @@ class ScoredUnits:
 
     @property
     def size(self) -> int:
-        """Parameters of all units."""
+        """Number of parameters of all units."""
         return len(self.scores) * self.cost
 
     def order(self) -> list[int]:
-        """Return the units from lowest to highest score, ties by index, without the last: one unit always stays."""
+        """Return the indices of the units from lowest to highest score, ties by index, without the last one.
+
+        The last one is never removed.
+        """
         return self.scores.argsort(stable=True)[:-1].tolist()
 
 
 def select_units(
     sets: list[ScoredUnits], ratio: float, structure: Structure, attention_ratio: float | None = None
 ) -> list[Tensor]:
-    """Return one mask per set that removes at least `ratio` of all parameters, in excess less than any unit removed.
+    """Return one mask (units,) per set, True = kept. The masks remove at least `ratio` of the parameters.
 
-    | structure | compared | removed of attention |
+    | structure | compared with each other | share of the heads |
     | --- | --- | --- |
-    | al-am | all units of the model | whatever ranks lowest |
-    | al-mm | heads of the model, neurons of the model | at most `attention_ratio`, neurons make up the rest |
-    | ul-mm | heads of a layer, neurons of a layer | at most `attention_ratio`, neurons make up the rest |
-    | ul-um | heads of a layer, neurons of a layer | `ratio`, of neurons too, each rounded up to whole units |
+    | al-am | all units of the model | decided by the scores |
+    | al-mm | heads of the model; neurons of the model | at most `attention_ratio`; neurons make up the rest |
+    | ul-mm | heads of a block; neurons of a block | at most `attention_ratio`; neurons make up the rest |
+    | ul-um | heads of a block; neurons of a block | `ratio`, rounded up to whole units |
 
-    In excess: of the whole for al-*, of every block for ul-mm, of every set for ul-um. With *-mm, heads are chosen
-    first, and the excess is less than any neuron removed.
+    The excess over `ratio` is less than the parameters of the smallest removed unit. With al-mm and ul-mm heads are
+    chosen first, and the excess is less than the parameters of the smallest removed neuron, if a neuron is removed.
+    The excess is counted over the model for al-am and al-mm, over each block for ul-mm, and over each set for ul-um.
+
+    Args:
+        sets: the attentions and MLPs, those of one block next to each other.
+        ratio: fraction of their parameters to remove, in [0, 1).
+        structure: "al-am", "al-mm", "ul-mm" or "ul-um", see the table.
+        attention_ratio: for al-mm and ul-mm, the largest fraction of the parameters of the heads to remove, in [0, 1).
+            By default it is `ratio`, and more if the neurons are too few.
 
     Raises:
-        ValueError: `structure` or `attention_ratio` is none of these; too few units can go, since each attention and
-            MLP keeps one.
+        ValueError: `structure` or `attention_ratio` is out of its range; `ratio` cannot be reached, because each
+            attention and each MLP keeps one unit.
     """
     check_structure(structure, attention_ratio)
     removed: list[set[int]] = [set() for _ in sets]
@@ -79,7 +93,7 @@ def select_units(
 
 
 def check_structure(structure: str, attention_ratio: float | None) -> None:
-    """Raise ValueError unless `structure` is one of its choices and takes `attention_ratio`."""
+    """Raise ValueError if `structure` is unknown, or if `attention_ratio` is out of its range or not used by it."""
     if structure not in get_args(Structure):
         choices = ", ".join(map(repr, get_args(Structure)))
         raise ValueError(f"`structure` must be one of {choices}, got {structure!r}.")
@@ -87,8 +101,8 @@ def check_structure(structure: str, attention_ratio: float | None) -> None:
         return
     if not structure.endswith("-mm") or not 0 <= attention_ratio < 1:
         raise ValueError(
-            '`attention_ratio` must be in [0, 1) and is for "al-mm" and "ul-mm", which rank heads and neurons apart; '
-            f"got {attention_ratio} with {structure!r}. Leave it out, or choose another structure."
+            '`attention_ratio` must be in [0, 1), and only the structures "al-mm" and "ul-mm" use it; got '
+            f"{attention_ratio} with {structure!r}. Leave it out, or choose another structure."
         )
 
 
@@ -101,7 +115,7 @@ def _remove_by_kind(
 ) -> None:
     """Remove heads up to `attention_ratio` of their own size, then neurons until `ratio` of all is reached.
 
-    Without an `attention_ratio` that is `ratio`, and more where the neurons are too few.
+    If `attention_ratio` is None, heads are removed up to `ratio`, or further if the neurons are too few.
     """
     chosen = list(chosen)
     heads = [i for i in chosen if sets[i].kind == "attention"]
@@ -130,9 +144,18 @@ def _remove(
     total: int | None = None,
     gone: int = 0,
 ) -> None:
-    """Remove the lowest units of `chosen` until `ratio` of `total`, their own size by default, is `gone`.
+    """Remove the lowest units of the sets `chosen` until `ratio` of `total` parameters is removed.
 
-    What the last one, a head maybe, takes too much is given back in cheaper units, the highest first.
+    The last removed unit may be large. Smaller units that are then removed beyond need are kept after all, those with
+    the highest score first.
+
+    Args:
+        sets: all sets.
+        chosen: indices of the sets to remove from.
+        ratio: fraction to remove.
+        removed: the removed units of each set; this is changed in place.
+        total: number of parameters that `ratio` is a fraction of; by default that of the chosen sets.
+        gone: number of these parameters that are removed already.
     """
     chosen = list(chosen)
     total = sum(sets[i].size for i in chosen) if total is None else total
@@ -152,17 +175,17 @@ def _remove(
         limit = math.floor(1e4 * gone / total) / 1e4
         where = f" of {sets[chosen[0]].block!r}" if len({sets[i].block for i in chosen}) == 1 else ""
         raise ValueError(
-            f"`ratio={ratio:g}` would remove every head or neuron of a layer{where}: each attention and each MLP "
-            f"keeps one unit, which leaves at most {limit:g} to remove. Ask for less; "
-            '`structure="al-am"`, which takes of every layer what it can spare, reaches furthest.'
+            f"`ratio={ratio:g}` would remove every head or neuron of a layer{where}. Each attention and each MLP "
+            f'keeps one unit, so at most {limit:g} can be removed. Use a smaller ratio, or `structure="al-am"`, which '
+            "reaches the largest ratios."
         )
 
 
 def _ranked(sets: list[ScoredUnits], chosen: list[int]) -> list[tuple[float, int, int]]:
-    """Return (score, set, unit) of all units that may go, lowest first, ties by place."""
+    """Return (score, set, unit) of all units that may be removed, lowest first, ties by set and index."""
     return sorted((float(sets[i].scores[unit]), i, unit) for i in chosen for unit in sets[i].order())
 
 
 def _rounded(size: float) -> float:
-    # 0.29 * 100 is 28.999999999999996 and 0.07 * 100 is 7.000000000000001.
+    # Products are inexact: 0.29 * 100 is 28.999999999999996 and 0.07 * 100 is 7.000000000000001.
     return round(size, 6)

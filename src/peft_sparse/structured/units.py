@@ -1,7 +1,7 @@
-"""Where the attention heads and MLP neurons of a block are, and how to cut them out.
+"""Finds the attention heads and MLP neurons of each block, and cuts them out.
 
-Read off the module tree: the one attention of a block with its query, key, value and output projections, and an MLP
-whose last linear layer takes what all others give. What is built otherwise is refused.
+They are found from the module tree. An attention must have separate query, key, value and output projections. An MLP
+must consist of linear layers, of which the last reads what all the others produce. Other constructions are refused.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..model.blocks import attention_and_mlp, base_model, find_blocks
+from ..model.blocks import Targets, attention_and_mlp, base_model, find_blocks, matching_names
 
 
 Kind = Literal["attention", "mlp"]
 
-# How attention modules call the numbers of their heads, where they keep them.
+# The attributes in which attention modules store their sizes. Their names differ between families.
 _HEADS = ("num_heads", "num_attention_heads")
 _KV_HEADS = ("num_key_value_heads",)
 _WIDTHS = ("embed_dim", "all_head_size")
@@ -24,21 +24,24 @@ _WIDTHS = ("embed_dim", "all_head_size")
 
 @dataclass(frozen=True)
 class Units:
-    """What can be removed of one attention or one MLP: units that no other part of the block computes with.
+    """The units of one attention or one MLP. A unit can be removed without changing what the other units compute.
 
-    A unit is a neuron; or a KV group, one key and value head with all query heads that read it, since grouped-query
-    attention computes with equally many query heads for each. Its parameters are consecutive rows of `rows`, with
-    their biases, and consecutive columns of `output`, as many of each layer for every unit.
+    A unit of an MLP is one neuron. A unit of an attention is one KV group: a key head, its value head and all query
+    heads that read them. Grouped-query attention needs equally many query heads for each key head, so single query
+    heads are no units. The parameters of a unit are consecutive rows of each layer in `rows`, with their biases, and
+    consecutive columns of `output`. Every unit has equally many of them.
 
     Args:
         block: name of the block.
-        name: of the attention, or of the MLP.
+        name: name of the attention or MLP.
         kind: "attention" or "mlp".
-        module: the attention module; for an MLP what holds its layers, the block itself where it has them directly.
-        rows: the layers whose rows belong to units, by name; of an attention query, key and value, in this order.
-        output_name, output: the layer whose columns belong to units.
+        module: the attention module; for an MLP the module that holds its layers, which is the block itself where the
+            block holds them directly.
+        rows: the layers whose rows belong to units, by name; for an attention query, key and value, in this order.
+        output_name: name of the layer whose columns belong to units.
+        output: that layer, W (out, in).
         count: number of units.
-        head_dim: rows of one head, 1 for an MLP.
+        head_dim: rows of one head; 1 for an MLP.
     """
 
     block: str
@@ -53,7 +56,7 @@ class Units:
 
     @property
     def cost(self) -> int:
-        """Parameters of one unit, biases included."""
+        """Number of parameters of one unit, biases included."""
         rows = sum(layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel()) for layer in self.layers)
         return (rows + self.output.weight.numel()) // self.count
 
@@ -68,26 +71,28 @@ class Units:
 
     @property
     def heads_per_unit(self) -> int:
-        """Query heads of one KV group, 1 for an MLP."""
+        """Number of query heads of one KV group; 1 for an MLP."""
         return self.output.in_features // (self.count * self.head_dim)
 
     def rows_of(self, layer: nn.Linear, kept: Tensor) -> Tensor:
-        """Return which rows of `layer` remain if the units `kept` (count,) do, (out,)."""
+        """Return the mask (out,) of the rows of `layer` that belong to the units in the mask `kept` (count,)."""
         return kept.repeat_interleave(layer.out_features // self.count)
 
     def columns_of(self, kept: Tensor) -> Tensor:
-        """Return which columns of the output layer remain if the units `kept` (count,) do, (in,)."""
+        """Return the mask (in,) of the columns of `output` that belong to the units in the mask `kept` (count,)."""
         return kept.repeat_interleave(self.output.in_features // self.count)
 
     @torch.no_grad()
     def cut(self, kept: Tensor) -> None:
-        """Keep the parameters of `kept`, (count, query heads of a unit), and no others. In place.
+        """Cut out the parameters of all heads or neurons that are False in `kept`. In place.
 
-        Every unit that keeps a head must keep equally many. The model may be on the meta device, `kept` may not.
+        Args:
+            kept: mask (count, heads_per_unit), True = kept. Units that keep any head must all keep equally many. The
+                mask must hold values; the model may be on the meta device.
         """
         heads, units = kept.cpu().flatten(), kept.cpu().any(1)
         for index, layer in enumerate(self.layers):
-            # Query heads come first, keys and values have one head per unit.
+            # The first layer is the query, which has `heads_per_unit` heads per unit; keys and values have one.
             own = heads if index == 0 else units
             _cut(layer, own.repeat_interleave(layer.out_features // own.numel()), None)
         _cut(self.output, None, heads.repeat_interleave(self.head_dim))
@@ -101,33 +106,52 @@ class Units:
             _set_existing(self.module, ("intermediate_size",), int(heads.sum()))
 
 
-def find_units(model: nn.Module) -> list[Units]:
-    """Return the attention and the MLP of every block, in this order.
+def find_units(model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None) -> list[Units]:
+    """Return the units of the chosen attentions and MLPs, block by block, the attention first.
+
+    An attention or MLP is chosen if its own name or the name of one of its linear layers matches `target_modules`, and
+    none of these names matches `exclude_modules`.
+
+    Args:
+        model: a model without adapters.
+        target_modules: None or "all-linear" for all of them, a list of names or name endings, or a regular expression
+            for the whole name.
+        exclude_modules: a list of names or name endings, or a regular expression for the whole name.
 
     Raises:
-        ValueError: no blocks; adapters; a block with experts, with fused projections, or otherwise built.
+        ValueError: the model has no blocks or has adapters; a listed name matches nothing; nothing is chosen; the
+            heads or neurons of a chosen attention or MLP cannot be found.
     """
-    model = base_model(model)
-    names = {id(module): name for name, module in model.named_modules()}
-    if adapted := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
+    parts = _parts(model)
+    candidates = [name for part in parts for name in part.own] + [name for part in parts for name in part.layers]
+    targeted = set(matching_names(candidates, target_modules, None))
+    allowed = set(matching_names(candidates, None, exclude_modules))
+    chosen = [part for part in parts if targeted & part.names and part.names <= allowed]
+    if not chosen:
         raise ValueError(
-            f"Expected a model without adapters, but layer {adapted[0]!r} has one, and units are cut out of the layer "
-            "below it. Call `merge_and_unload()` first, or attach the adapter afterwards."
+            f"`target_modules={target_modules!r}` with `exclude_modules={exclude_modules!r}` leaves no attention and "
+            "no MLP to prune. An attention or MLP is left out if `exclude_modules` matches its own name or the name "
+            "of one of its layers. Change one of the two arguments."
         )
-    found: list[Units] = []
-    for block_name, block in find_blocks(model).items():
-        attention, mlp = attention_and_mlp(block)
-        if len(attention) != 1 or not mlp:
-            raise _refusal(
-                block_name, f"one attention and an MLP, got {len(attention)} attentions and {len(mlp)} other parts"
+    for part in chosen:
+        if isinstance(part.units, str):
+            raise ValueError(
+                f"{part.units} Leave it out with `exclude_modules`, or call `prune` with a sparsity or n:m, which "
+                "needs no heads or neurons."
             )
-        found.append(_heads(block_name, attention[0], names))
-        found.append(_neurons(block_name, block, mlp, names))
+    return [part.units for part in chosen if isinstance(part.units, Units)]
+
+
+def known_units(model: nn.Module) -> list[Units]:
+    """Return the units of every attention and MLP whose heads or neurons can be found, and leave out the others.
+
+    Raises:
+        ValueError: the model has no blocks or has adapters; no heads and no neurons can be found.
+    """
+    parts = _parts(model)
+    found = [part.units for part in parts if isinstance(part.units, Units)]
     if not found:
-        raise ValueError(
-            "Expected a model with blocks (an nn.ModuleList whose entries hold linear layers), found none. Structured "
-            "pruning removes heads and neurons of such blocks only."
-        )
+        raise ValueError(f"{parts[0].units} This model has none that can be cut out.")
     return found
 
 
@@ -137,67 +161,109 @@ def check_loaded(units: list[Units]) -> None:
         for name, layer in part.named_layers().items():
             if layer.weight.is_meta or not layer.weight.is_floating_point():
                 raise ValueError(
-                    f"The weight of {name!r} is {layer.weight.dtype} on {layer.weight.device}; structured pruning "
-                    "needs loaded floating-point weights. Prune before quantising, and load the model before pruning."
+                    f"Structured pruning needs loaded floating-point weights, and the weight of {name!r} is "
+                    f"{layer.weight.dtype} on {layer.weight.device}. Load the model before pruning it, and prune it "
+                    "before quantising it."
                 )
 
 
-def _heads(block: str, attention: nn.Module, names: dict[int, str]) -> Units:
+@dataclass(frozen=True)
+class _Part:
+    """The names by which an attention or MLP is chosen, and its units or the reason why it has none."""
+
+    own: tuple[str, ...]
+    layers: tuple[str, ...]
+    units: Units | str
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.own, *self.layers}
+
+
+def _parts(model: nn.Module) -> list[_Part]:
+    model = base_model(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    if adapted := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
+        raise ValueError(
+            f"Expected a model without adapters, but layer {adapted[0]!r} has an adapter, which would not fit its "
+            "base layer after heads or neurons are cut out. Call `merge_and_unload()` first, or attach the adapter "
+            "afterwards."
+        )
+
+    def layers(modules: list[nn.Module]) -> tuple[str, ...]:
+        return tuple(names[id(m)] for part in modules for m in part.modules() if isinstance(m, nn.Linear))
+
+    parts: list[_Part] = []
+    for block_name, block in find_blocks(model).items():
+        attention, mlp = attention_and_mlp(block)
+        if len(attention) != 1 or not mlp:
+            children = tuple(names[id(child)] for child in (*attention, *mlp))
+            expected = f"one attention and an MLP, got {len(attention)} attentions and {len(mlp)} other parts"
+            parts.append(_Part(children, layers([block]), _reason(block_name, expected)))
+            continue
+        mlp_name = names[id(mlp[0])] if len(mlp) == 1 else f"{block_name}.mlp"
+        heads = _heads(block_name, attention[0], names)
+        parts.append(_Part((names[id(attention[0])],), layers(attention), heads))
+        neurons = _neurons(block_name, mlp_name, mlp[0] if len(mlp) == 1 else block, mlp, names)
+        parts.append(_Part((mlp_name,), layers(mlp), neurons))
+    if not parts:
+        raise ValueError(
+            "Expected a model with blocks (an nn.ModuleList whose entries hold linear layers), found none. Structured "
+            "pruning removes heads and neurons of such blocks only."
+        )
+    return parts
+
+
+def _heads(block: str, attention: nn.Module, names: dict[int, str]) -> Units | str:
     name = names[id(attention)]
     linear = [module for module in attention.modules() if isinstance(module, nn.Linear)]
     roles = {names[id(layer)].rpartition(".")[2][0]: layer for layer in linear}
     query, key, value = (roles.pop(letter, None) for letter in "qkv")
     if len(linear) != 4 or query is None or key is None or value is None or len(roles) != 1:
         leaves = ", ".join(names[id(module)].rpartition(".")[2] for module in attention.modules() if _is_leaf(module))
-        raise _refusal(name, f"separate query, key, value and output projections, got {leaves} (fused or unknown)")
+        return _reason(name, f"separate query, key, value and output projections, got {leaves} (fused or unknown)")
     (output,) = roles.values()
     head_dim = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
     if not head_dim or key.out_features % head_dim or query.out_features % key.out_features:
-        raise _refusal(name, f"a `head_dim` that divides {key.out_features} key rows, got {head_dim}")
+        return _reason(name, f"a `head_dim` that divides {key.out_features} key rows, got {head_dim}")
     if key.out_features != value.out_features or query.out_features != output.in_features:
-        raise _refusal(name, "query rows for every output column, and value rows for every key row")
+        given = f"{query.out_features}, {output.in_features}, {key.out_features} and {value.out_features}"
+        return _reason(name, f"as many query rows as output columns, and as many key rows as value rows, got {given}")
     known = {id(parameter) for layer in linear for parameter in layer.parameters()}
-    other = [n for n, p in attention.named_parameters() if id(p) not in known and p.shape != (head_dim,)]
-    if other or any(isinstance(module, nn.ModuleList) for module in attention.modules()):
-        raise _refusal(name, f"nothing that acts across heads, got {(other or ['a list of modules'])[0]}")
+    # The norms of single heads stay as they are. Parameters of the attention itself, such as sinks, have one entry per
+    # head, and there may be as many heads as entries of one head.
+    others = {n: p for n, p in attention.named_parameters() if id(p) not in known}
+    unknown = [n for n, p in others.items() if "." not in n or p.shape != (head_dim,)]
+    if unknown or any(isinstance(module, nn.ModuleList) for module in attention.modules()):
+        what = (unknown or ["a list of modules"])[0]
+        return _reason(name, f"no parameters except projections and norms of single heads, got {what}")
     rows = {names[id(layer)]: layer for layer in (query, key, value)}
     count = key.out_features // head_dim
     return Units(block, name, "attention", attention, rows, names[id(output)], output, count, head_dim)
 
 
-def _neurons(block_name: str, block: nn.Module, mlp: list[nn.Module], names: dict[int, str]) -> Units:
-    module = mlp[0] if len(mlp) == 1 else block
-    name = names[id(module)] if len(mlp) == 1 else f"{block_name}.mlp"
+def _neurons(block: str, name: str, module: nn.Module, mlp: list[nn.Module], names: dict[int, str]) -> Units | str:
     inside = [below for part in mlp for below in part.modules()]
     parameters = [parameter for part in mlp for parameter in part.parameters()]
     if any(parameter.dim() > 2 for parameter in parameters) or any(isinstance(m, nn.ModuleList) for m in inside):
-        raise _refusal(name, "a dense MLP, got experts")
+        return _reason(name, "a dense MLP, got experts")
     linear = [m for m in inside if isinstance(m, nn.Linear)]
     known = {id(parameter) for layer in linear for parameter in layer.parameters()}
     if len(linear) < 2 or any(id(parameter) not in known for parameter in parameters):
-        raise _refusal(name, f"an MLP of nn.Linear layers alone, two at least, got {len(linear)} and other parameters")
+        return _reason(
+            name, f"an MLP of at least two nn.Linear layers and no other parameters, got {len(linear)} of these layers"
+        )
     *rows, output = linear
     shape = (output.in_features, output.out_features)
     if any((layer.out_features, layer.in_features) != shape for layer in rows):
         given = ", ".join(str(layer.out_features) for layer in rows)
-        raise _refusal(name, f"layers of {output.in_features} rows before the output layer, got {given} (fused?)")
-    return Units(
-        block_name,
-        name,
-        "mlp",
-        module,
-        {names[id(layer)]: layer for layer in rows},
-        names[id(output)],
-        output,
-        output.in_features,
-    )
+        return _reason(name, f"layers of {output.in_features} rows before the output layer, got {given} (fused?)")
+    above = {names[id(layer)]: layer for layer in rows}
+    return Units(block, name, "mlp", module, above, names[id(output)], output, output.in_features)
 
 
-def _refusal(name: str, expected: str) -> ValueError:
-    return ValueError(
-        f"Structured pruning cannot tell the units of {name!r}: expected {expected}. Use `prune` with a sparsity or "
-        "n:m, which needs no units."
-    )
+def _reason(name: str, expected: str) -> str:
+    return f"Structured pruning cannot find the heads or neurons of {name!r}: expected {expected}."
 
 
 def _is_leaf(module: nn.Module) -> bool:
