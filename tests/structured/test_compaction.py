@@ -20,11 +20,6 @@ from conftest import GATED, SIZES, tiny
 from test_flap import SUPPORTED, grouped, with_biases
 
 
-# Whose configuration says what compensated layers of one width need, with nothing of ours imported.
-PLAIN_IF_UNIFORM = {"llama", "phi"}
-PLAIN_WITHOUT_COMPENSATION = PLAIN_IF_UNIFORM | {"qwen3", "gemma3", "mistral", "qwen2", "gemma2"}
-
-
 def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -40,33 +35,18 @@ def logits(model, tokens):
         return model(tokens).logits
 
 
-def load_elsewhere(folder, tokens):
-    """Logits of the saved model in a process that knows transformers alone."""
-    torch.save(tokens, folder / "tokens.pt")
-    code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM\n"
-        "model, folder = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval(), sys.argv[1]\n"
-        "torch.save(model(torch.load(f'{folder}/tokens.pt')).logits.detach(), f'{folder}/logits.pt')\n"
-        "assert 'peft_sparse' not in sys.modules"
-    )
-    run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return torch.load(folder / "logits.pt")
-
-
-@pytest.mark.parametrize("structure", ["al-am", "ul-um"])
 @pytest.mark.parametrize("family", SUPPORTED)
-def test_outputs_stay_and_the_model_shrinks_and_reloads(family, structure, tokens, tmp_path):
+def test_outputs_stay_and_the_model_shrinks_and_reloads(family, tokens, tmp_path):
     model = with_biases(family)
     dense_flops = flops(model, tokens)
-    report = prune_structured(model, 0.4, structure=structure, calibration=tokens)
+    report = prune_structured(model, 0.4, calibration=tokens)
     expected, masked_parameters = logits(model, tokens), parameters(model)
     assert compact(model) is model
     assert torch.allclose(logits(model, tokens), expected, atol=1e-6)
-    # Zeros that fill up the biases of q, k, v, gate and up go with their units.
+    # Zero biases that were added to q, k, v, gate and up are cut out with their units.
     assert masked_parameters - parameters(model) >= report.parameters_removed
     assert flops(model, tokens) < 0.85 * dense_flops
-    assert (type(model).__name__.startswith("Compact")) == (structure == "al-am" or family not in PLAIN_IF_UNIFORM)
+    assert type(model).__name__.startswith("Compact")
     model.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(back) is type(model)
@@ -76,18 +56,17 @@ def test_outputs_stay_and_the_model_shrinks_and_reloads(family, structure, token
     assert torch.equal(cached, model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False))
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
-def test_without_compensation_equal_widths_need_nothing_of_ours(family, tokens):
-    model = with_biases(family)
-    prune_structured(model, 0.4, structure="ul-um", calibration=tokens, compensate=False)
-    expected = logits(model, tokens)
-    compact(model)
-    assert (type(model) is type(tiny(family))) == (family in PLAIN_WITHOUT_COMPENSATION)
-    assert torch.allclose(logits(model, tokens), expected, atol=1e-6)
-
-
+# The table of docs/structured.md: what loads layers of equal width.
 PLAIN, BIASES, OWN = "Transformers alone", "`import peft_sparse` for biases", "`import peft_sparse`"
-OTHERS = {
+DOCUMENTED = {
+    "llama": PLAIN,
+    "phi": PLAIN,
+    "mistral": BIASES,
+    "qwen2": BIASES,
+    "qwen3": BIASES,
+    "gemma2": BIASES,
+    "gemma3": BIASES,
+    "opt": OWN,
     "Granite": PLAIN,
     "SmolLM3": PLAIN,
     "Starcoder2": PLAIN,
@@ -101,58 +80,77 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("family", OTHERS)
-def test_the_documented_families_load_as_documented(family, tokens, tmp_path):
+def of_family(family):
+    if family in SUPPORTED:
+        return with_biases(family)
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = getattr(transformers, f"{family}Config")(**SIZES, **GATED, **special)
-    for compensate in (True, False):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
-        prune_structured(model, 0.3, structure="ul-um", calibration=tokens, compensate=compensate)
-        expected = logits(model, tokens)
-        compact(model)
-        assert torch.allclose(logits(model, tokens), expected, atol=1e-6)
-        assert type(model).__name__.startswith("Compact") == (
-            OTHERS[family] == OWN or (OTHERS[family] == BIASES and compensate)
-        )
-        model.save_pretrained(tmp_path / str(compensate))
-        back = AutoModelForCausalLM.from_pretrained(tmp_path / str(compensate)).eval()
-        assert torch.equal(logits(back, tokens), logits(model, tokens))
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
-def test_transformers_alone_loads_equal_widths(tokens, tmp_path):
-    model = tiny("llama")
-    prune_structured(model, 0.4, structure="ul-um", calibration=tokens)
-    masked = logits(model, tokens)
-    model.save_pretrained(tmp_path / "masked")
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("family", DOCUMENTED)
+def test_the_documented_families_load_as_documented(family, compensate, tokens, tmp_path):
+    model = of_family(family)
+    prune_structured(model, 0.4, structure="ul-um", calibration=tokens, compensate=compensate)
+    expected = logits(model, tokens)
     compact(model)
-    model.save_pretrained(tmp_path / "compact")
+    assert torch.allclose(logits(model, tokens), expected, atol=1e-6)
+    needs_import = DOCUMENTED[family] == OWN or (DOCUMENTED[family] == BIASES and compensate)
+    assert type(model).__name__.startswith("Compact") == needs_import
+    model.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(back) is type(model)
+    assert torch.equal(logits(back, tokens), logits(model, tokens))
+
+
+def load_elsewhere(folder, names, tokens):
+    """Logits of each saved model, or the error, in one process that imports Transformers alone."""
+    torch.save(tokens, folder / "tokens.pt")
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        "folder, results = sys.argv[1], {}\n"
+        "tokens = torch.load(f'{folder}/tokens.pt')\n"
+        "for name in sys.argv[2:]:\n"
+        "    try: model = AutoModelForCausalLM.from_pretrained(f'{folder}/{name}').eval()\n"
+        "    except ValueError as error: results[name] = str(error); continue\n"
+        "    results[name] = model(tokens).logits.detach()\n"
+        "torch.save(results, f'{folder}/results.pt')\n"
+        "assert 'peft_sparse' not in sys.modules"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(folder), *names], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return torch.load(folder / "results.pt")
+
+
+def test_transformers_alone_loads_what_a_configuration_can_describe(tokens, tmp_path):
+    equal, opt, unequal = tiny("llama"), with_biases("opt"), tiny("llama")
+    prune_structured(equal, 0.4, structure="ul-um", calibration=tokens)
+    equal.save_pretrained(tmp_path / "masked")
+    expected = {"masked": logits(equal, tokens), "compact": logits(equal, tokens)}
+    compact(equal).save_pretrained(tmp_path / "compact")
     saved = json.loads((tmp_path / "compact" / "config.json").read_text())
     assert (saved["model_type"], saved["num_attention_heads"], saved["num_key_value_heads"]) == ("llama", 2, 1)
     assert (saved["head_dim"], saved["attention_bias"], saved["mlp_bias"]) == (4, True, True)
-    assert torch.allclose(load_elsewhere(tmp_path / "masked", tokens), masked, atol=1e-6)
-    assert torch.allclose(load_elsewhere(tmp_path / "compact", tokens), masked, atol=1e-6)
 
+    prune_structured(opt, 0.4, structure="ul-um", target_modules=["mlp"], calibration=tokens)
+    compact(opt).save_pretrained(tmp_path / "opt")
+    assert opt.config.ffn_dim == 14
+    expected["opt"] = logits(opt, tokens)
 
-def test_opt_without_neurons_needs_nothing_of_ours(tokens, tmp_path):
-    model = with_biases("opt")
-    prune_structured(model, 0.4, structure="ul-um", target_modules=["mlp"], calibration=tokens)
-    compact(model).save_pretrained(tmp_path)
-    assert model.config.ffn_dim == 14
-    assert torch.allclose(load_elsewhere(tmp_path, tokens), logits(model, tokens), atol=1e-6)
-
-
-def test_other_widths_name_the_package_they_need(tokens, tmp_path):
-    model = tiny("llama")
-    prune_structured(model, 0.4, calibration=tokens)
-    compact(model).save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
+    prune_structured(unequal, 0.4, calibration=tokens)
+    compact(unequal).save_pretrained(tmp_path / "unequal")
+    saved = json.loads((tmp_path / "unequal" / "config.json").read_text())
     assert saved["model_type"] == MODEL_TYPE == "peft_sparse_compact"
-    widths = [(units.count, units.count * units.heads_per_unit) for units in find_units(model)]
+    widths = [(units.count, units.count * units.heads_per_unit) for units in find_units(unequal)]
     assert [entry["neurons"] for entry in saved["layer_widths"]] == [count for count, _ in widths[1::2]]
     assert [entry["heads"] for entry in saved["layer_widths"]] == [heads for _, heads in widths[::2]]
-    with pytest.raises(AssertionError, match=MODEL_TYPE):
-        load_elsewhere(tmp_path, tokens)
+
+    results = load_elsewhere(tmp_path, [*expected, "unequal"], tokens)
+    for name, values in expected.items():
+        assert torch.allclose(results[name], values, atol=1e-6), name
+    assert MODEL_TYPE in results["unequal"]
 
 
 def test_masks_with_new_biases_survive_saving_in_every_family(tokens, tmp_path):

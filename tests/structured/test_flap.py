@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM
 
@@ -44,12 +42,16 @@ def supported(request):
     return with_biases(request.param)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_whole_units_are_zero_and_nothing_else(supported, tokens, structure):
-    dense = copy.deepcopy(supported)
-    report = prune_structured(supported, 0.3, structure=structure, calibration=tokens)
+@pytest.mark.parametrize(
+    ("family", "structure"),
+    [(family, "al-am") for family in SUPPORTED] + [("llama", other) for other in STRUCTURES[1:]],
+)
+def test_whole_units_are_zero_and_nothing_else(family, structure, tokens):
+    model = with_biases(family)
+    dense = copy.deepcopy(model)
+    report = prune_structured(model, 0.3, structure=structure, calibration=tokens)
     assert report.removed >= 0.3
-    for units, before, layer in zip(find_units(supported), find_units(dense), report.layers, strict=True):
+    for units, before, layer in zip(find_units(model), find_units(dense), report.layers, strict=True):
         gone = (units.output.weight == 0).all(0).view(units.count, -1).all(1)
         assert int((~gone).sum()) == layer.kept >= 1
         assert torch.equal(
@@ -66,6 +68,8 @@ def test_whole_units_are_zero_and_nothing_else(supported, tokens, structure):
 
 def test_what_the_report_counts_is_what_is_zero(llama, tokens):
     report = prune_structured(llama, 0.4, calibration=tokens, compensate=False)
+    cheapest = min(layer.cost for layer in report.layers if layer.kept < layer.units)
+    assert 0.4 <= report.removed < 0.4 + cheapest / report.parameters_prunable
     zeros = sum(int(mask.sum()) for mask in zeros_of(llama).values())
     assert report.parameters_removed == zeros
     assert report.parameters_prunable == sum(mask.numel() for mask in zeros_of(llama).values())
@@ -78,15 +82,6 @@ def test_biases_count_as_parameters_of_their_units():
     units = find_units(tiny("opt"))
     # Three projections of 4 rows of 16 and a bias, 4 columns of 16; one row of 16 and a bias, one column of 16.
     assert [(part.count, part.cost) for part in units[:2]] == [(4, 3 * 4 * 17 + 4 * 16), (24, 17 + 16)]
-
-
-@given(ratio=st.floats(0, 0.7), metric=st.sampled_from(["wifv", "magnitude_sp"]))
-@settings(max_examples=25, deadline=None)
-def test_the_ratio_is_met_within_one_unit(ratio, metric):
-    tokens = torch.randint(0, 61, (2, 8))
-    report = prune_structured(tiny("llama"), ratio, metric=metric, calibration=tokens)
-    cheapest = min((layer.cost for layer in report.layers if layer.kept < layer.units), default=0)
-    assert ratio - 1e-9 <= report.removed < ratio + cheapest / report.parameters_prunable + 1e-9
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -172,9 +167,10 @@ def test_pruning_again_to_the_same_ratio_changes_nothing(llama, tokens):
     assert_same_weights(llama, before)
 
 
-def test_no_units_go_at_ratio_zero_and_the_model_stays_as_it_was(llama, tokens):
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_no_units_go_at_ratio_zero_and_the_model_stays_as_it_was(llama, tokens, structure):
     before = copy.deepcopy(llama)
-    prune_structured(llama, 0.0, calibration=tokens)
+    prune_structured(llama, 0.0, structure=structure, calibration=tokens)
     assert_same_weights(llama, before)
 
 
@@ -261,7 +257,7 @@ def test_reconstruction_repairs_what_was_removed(tokens):
     zeros = zeros_of(model)
     target = dense(tokens).logits
     before = (model(tokens).logits - target).norm()
-    reconstruct(model, tokens, dense=dense, max_steps=20, learning_rate=1e-3)
+    reconstruct(model, calibration=tokens, dense=dense, max_steps=20, learning_rate=1e-3)
     assert (model(tokens).logits - target).norm() < before
     assert all(found[zeros[name]].all() for name, found in zeros_of(model).items())
 

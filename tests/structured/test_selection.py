@@ -86,11 +86,6 @@ def test_units_that_are_gone_go_first():
     assert kept(select_units(scores, 10 / 23, "al-am")) == ["01", "111"]
 
 
-def test_nothing_is_removed_by_ratio_zero():
-    for structure in ("al-am", "al-mm", "ul-mm", "ul-um"):
-        assert all(mask.all() for mask in select_units(LAYERS, 0.0, structure))
-
-
 @given(
     ratio=st.floats(0, 0.8),
     heads=st.integers(1, 5),
