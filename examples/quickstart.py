@@ -25,7 +25,7 @@ sequences = pack_sequences(documents, tokenizer, length=256)
 evaluation, train = sequences[:8], sequences[8:]
 print(f"dense: perplexity {perplexity(model, evaluation):.1f}")
 
-prune(model, 0.5, criterion="wanda", calibration=train[:32])
+prune(model, 0.5, train[:32], criterion="wanda")
 print(f"pruned: perplexity {perplexity(model, evaluation):.1f}")
 
 model = get_peft_model(model, MaskLoRAConfig(r=16, lora_alpha=32, target_modules="all-linear", train_norms=True))

@@ -51,8 +51,8 @@ def prune_structured(
         b  += W (μ ⊙ (1 - m))               if `compensate`, with μ_j = mean(X_j) and W before zeros are written
 
     A unit is a neuron, or a KV group: a key head, its value head and all query heads that read them. Its score is the
-    mean of z_j over its channels. Units with the lowest scores are removed. Of units with equal scores, those with
-    the lower index are removed first. Units whose columns of W are already zero are removed before all others. Every
+    mean of z_j over its channels. Units with the lowest scores are removed. Of units with equal scores, the one
+    that comes first in the model is removed first. Units whose columns of W are already zero are removed before all others. Every
     attention and every MLP keeps at least one unit.
 
     At least the fraction `ratio` of the parameters of the chosen attentions and MLPs is removed. A head and a neuron
@@ -60,8 +60,9 @@ def prune_structured(
     parameters of the smallest removed unit; with "al-mm" and "ul-mm" it is less than those of the smallest removed
     neuron, if a neuron is removed. `structure` says over which layers this bound holds.
 
-    All statistics are measured on the dense model, and zeros are written at the end. In a `torch.distributed` group
-    the processes share the calibration data and write the same zeros.
+    All statistics are measured on the dense model, and zeros are written at the end. If `torch.distributed` runs several
+    processes and calibration is given, each process calls `prune_structured` with the same model, arguments and
+    calibration. The processes share the batches, and all of them write the same zeros.
 
     Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
     arXiv:2312.11983. The authors' code differs in four points. Here variances are taken over tokens and do not depend
@@ -71,8 +72,9 @@ def prune_structured(
     Args:
         model: a model with blocks, without adapters, with loaded floating-point weights.
         ratio: fraction of the parameters of the chosen attentions and MLPs to remove, in [0, 1).
-        calibration: token ids (sequences, tokens), or an iterable of model inputs (dicts). Required unless
-            `metric="magnitude_sp"` and `compensate=False`.
+        calibration: token ids (sequences, tokens), or an iterable of model inputs. Tokens that an input's
+            `attention_mask` marks as padding are not counted. It is required unless `metric="magnitude_sp"` and
+            `compensate=False`.
         metric: "wifv" is FLAP's, S_j = Var(X_j) · ||W_:j||². The others are "ifv", S_j = Var(X_j); "wifn",
             S_j = mean_i |W_ij| · ||X_j||; and the paper's baselines "wanda_sp", with the formula of "wifn", and
             "magnitude_sp", S_j = ||W_:j||. "wifv", "ifv" and "wifn" are squared for attention, as in the paper's code.
@@ -93,10 +95,9 @@ def prune_structured(
         compensate: add the mean contribution of the removed channels to the bias of the output projection. The bias is
             created where there is none. The configuration of the model is then changed so that `save_pretrained` and
             `from_pretrained` keep it.
-        batch_size: number of sequences that run together if `calibration` is a tensor.
-        activations: where hidden states are stored between two blocks: "device", "cpu" or "disk".
-        device: where each block runs; its weights return to their own device afterwards. By default each block runs
-            where its weights are.
+        batch_size: how many sequences of a tensor of token ids run together.
+        activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
+        device: where each block is moved while it is processed. None computes where the block is.
 
     Returns:
         A report of what was removed from each attention and each MLP, in units and in parameters.
