@@ -51,18 +51,18 @@ def prune_structured(
         b  += W (μ ⊙ (1 - m))               if `compensate`, with μ_j = mean(X_j) and W before zeros are written
 
     A unit is a neuron, or a KV group: a key head, its value head and all query heads that read them. Its score is the
-    mean of z_j over its channels. Units with the lowest scores are removed. Of units with equal scores, the one
-    that comes first in the model is removed first. Units whose columns of W are already zero are removed before all others. Every
-    attention and every MLP keeps at least one unit.
+    mean of z_j over its channels. Units with the lowest scores are removed. Of units with equal scores, the one that
+    comes first in the model is removed first. Units whose columns of W are already zero are removed before all others.
+    Every attention and every MLP keeps at least one unit.
 
     At least the fraction `ratio` of the parameters of the chosen attentions and MLPs is removed. A head and a neuron
     count with their true numbers of parameters, biases included. What is removed beyond `ratio` is less than the
     parameters of the smallest removed unit; with "al-mm" and "ul-mm" it is less than those of the smallest removed
     neuron, if a neuron is removed. `structure` says over which layers this bound holds.
 
-    All statistics are measured on the dense model, and zeros are written at the end. If `torch.distributed` runs several
-    processes and calibration is given, each process calls `prune_structured` with the same model, arguments and
-    calibration. The processes share the batches, and all of them write the same zeros.
+    All statistics are measured on the dense model, and zeros are written at the end. If `torch.distributed` runs
+    several processes and calibration is given, each process calls `prune_structured` with the same model, arguments
+    and calibration. The processes share the batches, and all of them write the same zeros.
 
     Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
     arXiv:2312.11983. The authors' code differs in four points. Here variances are taken over tokens and do not depend
