@@ -22,8 +22,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, default_data_collator
 
-from peft_sparse import SparseTrainer, SparseTrainingArguments, pack_sequences, perplexity, sparsity
-from peft_sparse.model.environment import environment
+from peft_sparse import SparseTrainer, SparseTrainingArguments, environment, pack_sequences, perplexity, sparsity
 
 from demo import digest, smollm2_dir
 from retrain import Sequences, Sources, load_documents, stage, use_all_cores

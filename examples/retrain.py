@@ -29,8 +29,16 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, default_data_collator
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, pack_sequences, perplexity, sparsity
-from peft_sparse.model.environment import environment, peak_memory
+from peft_sparse import (
+    MaskLoRAConfig,
+    SparseTrainer,
+    SparseTrainingArguments,
+    environment,
+    pack_sequences,
+    peak_memory,
+    perplexity,
+    sparsity,
+)
 
 from demo import digest, python_documents, smollm2_dir
 

@@ -1,16 +1,18 @@
-"""Prune, retrain without filling a zero, merge, share: sparse models in transformers and PEFT.
+"""Pruning, PEFT tuners that keep zeros, a Trainer that guards them, and layer-wise reconstruction.
 
-    prune     zeros written into a model in place
-    attach    get_peft_model(model, MaskLoRAConfig(...))
-    recover   SparseTrainer
-    merge     merge_and_unload(): a plain model, the same zeros
+    prune         writes zeros into a model, in place
+    attach        get_peft_model(model, MaskLoRAConfig(...))
+    retrain       SparseTrainer(model, args, ...).train()
+    reconstruct   fits the pruned model to the dense one, layer by layer
+    merge         merge_and_unload(): a plain model with the same zeros
 
-Importing the package registers its tuners with PEFT.
+Importing the package registers the tuners with PEFT.
 """
 
 from .calibration.statistics import Statistics
 from .calibration.text import pack_sequences, sample_sequences
 from .evaluation.perplexity import perplexity
+from .model.environment import environment, peak_memory
 from .planning import plan_pruning, plan_reconstruction, plan_training
 from .pruning.allocation import ERK, LAMP, OWL, GlobalMagnitude, Uniform, UniformPlus
 from .pruning.checkpoint import prune_checkpoint
@@ -63,7 +65,9 @@ __all__ = [
     "Wanda",
     "ZeroGuardCallback",
     "compact",
+    "environment",
     "pack_sequences",
+    "peak_memory",
     "perplexity",
     "plan_pruning",
     "plan_reconstruction",
