@@ -184,26 +184,5 @@ def share(counts: Iterable[tuple[int, int]]) -> float:
     return sum(zeros) / sum(sizes)
 
 
-def undo_cpu_packing(layer: nn.Module) -> None:
-    """Keep a bitsandbytes 4-bit layer in the layout that can be dequantised.
-
-    On CPUs with AVX512-BF16 it repacks its weight when it first runs without gradients, and what it repacked
-    dequantises to noise.
-    """
-    if not getattr(layer, "support_avx512bf16_for_cpu", False):
-        return
-    packed: Any = layer
-    packed.support_avx512bf16_for_cpu = False
-    weight = packed.weight
-    if getattr(weight.quant_state, "packing_format_for_cpu", False):
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-        weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
-        if not state.nested:
-            # The inverse leaves single scales transposed.
-            state.absmax = state.absmax.T.reshape(-1).float()
-        weight.quant_state = state
-
-
 def _names() -> str:
     return ", ".join(f"`{cls.__name__}`" for cls in PRUNABLE_LAYERS)

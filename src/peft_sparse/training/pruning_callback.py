@@ -228,7 +228,7 @@ def save_base(model: nn.Module, path: Path, *, write: bool) -> None:
     for name, layer in _adapted(model):
         with whole(layer):
             if write:
-                state[name] = layer._stored().detach().cpu().contiguous()
+                state[name] = layer.read_weight().detach().cpu().contiguous()
     if write:
         save_file(state, path)
 
@@ -247,7 +247,7 @@ def load_base(model: nn.Module, path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         for name, layer in _adapted(model):
             with whole(layer, write=True):
-                layer._store(file.get_tensor(name))
+                layer.write_weight(file.get_tensor(name))
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, SparseLoraLayer]]:

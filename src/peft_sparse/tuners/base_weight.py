@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..model.masks import mask_of, pack, unpack
 from ..model.sharding import is_partitioned
-from ..model.weights import as_matrix, as_stored, stored_weight, undo_cpu_packing
+from ..model.weights import as_matrix, as_stored, stored_weight
 from .config import SparseLoraConfig
+from .cpu_packing import undo_cpu_packing
 from .functional import Factor, Weight
 
 
@@ -64,20 +65,26 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         self._settle_masks()
         return self._matrix(self._stored_unmerged())
 
-    # -- storage; a layer of another kind overrides these ------------------------------------------------------------
+    def read_weight(self) -> Tensor:
+        """Return the base weight as the layer stores it: (out, in) for `nn.Linear`, (in, out) for `Conv1D`.
 
-    def _features(self) -> tuple[int, int]:
-        return _get_in_out_features(self.get_base_layer())
-
-    def _stored(self) -> Tensor:
+        The result shares the layer's memory. It is the merged weight while adapters are merged. A quantised weight is
+        dequantised, into memory of its own.
+        """
         return self.get_base_weight()
 
-    def _store(self, weight: Tensor) -> None:
+    def write_weight(self, weight: Tensor) -> None:
+        """Replace the base weight by `weight`, laid out as `read_weight` returns it. A quantised base quantises it."""
         if self.quantization_backend is not None:
             self.set_base_weight(weight)
         else:
             # Into the memory there is: its format stays, and so does every tie to it.
             stored_weight(self.get_base_layer()).data.copy_(weight)
+
+    # -- storage; a layer of another kind overrides these ------------------------------------------------------------
+
+    def _features(self) -> tuple[int, int]:
+        return _get_in_out_features(self.get_base_layer())
 
     def _matrix(self, stored: Tensor) -> Tensor:
         return as_matrix(self.get_base_layer(), stored)
@@ -107,13 +114,13 @@ class BaseWeight(nn.Module, BaseTunerLayer):
     def _stored_unmerged(self) -> Tensor:
         if self._unmerged_layer is not None:
             return self.quantization_backend.get_base_weight(self._unmerged_layer[0])
-        return self._stored() if self._unmerged_weight is None else self._unmerged_weight
+        return self.read_weight() if self._unmerged_weight is None else self._unmerged_weight
 
     def _keep_unmerged(self) -> None:
         if self.merged_adapters:
             return
         if self.quantization_backend is None:
-            self._unmerged_weight = self._stored().cpu().clone()
+            self._unmerged_weight = self.read_weight().cpu().clone()
             return
         # The codes themselves: to quantise what they dequantise to need not give them back.
         layer = copy.copy(self.get_base_layer())
@@ -124,11 +131,11 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         self._unmerged_layer = (layer,)
 
     def _restore_unmerged(self) -> None:
-        device = self._stored().device
+        device = self.read_weight().device
         if self._unmerged_layer is not None:
             vars(self.get_base_layer()).update(vars(self._unmerged_layer[0].to(device)))
         elif self._unmerged_weight is not None:
-            self._store(self._unmerged_weight.to(device))
+            self.write_weight(self._unmerged_weight.to(device))
         self._unmerged_weight = self._unmerged_layer = None
 
     # -- masks that adapters carry -----------------------------------------------------------------------------------
@@ -159,7 +166,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
             name, on_mismatch = self._unsettled.popitem()
             if name not in self.saved_masks:
                 continue  # the adapter was deleted before it was used
-            weight = self._stored()
+            weight = self.read_weight()
             if weight.is_meta or weight.numel() == 0 or self.saved_masks[name].is_meta:
                 self._unsettled[name] = on_mismatch
                 return
@@ -173,7 +180,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
                     '`on_mask_mismatch="warn"`.'
                 )
             if bool(((weight != 0) & ~mask).any()):
-                self._store(weight.masked_fill(~mask, 0))
+                self.write_weight(weight.masked_fill(~mask, 0))
 
     def _weight_source(self, names: list[str]) -> Weight:
         # Neither a dequantised weight nor an unpacked mask is worth keeping until backward.

@@ -138,7 +138,7 @@ class SparseLoraLayer(BaseWeight):
         """Return the base weight with the active adapters folded in, laid out as it is stored."""
         names = self._present(self.active_adapters)
         merged = self.disable_adapters or self.merged or not names
-        return self._stored() if merged else self._as_stored(self.merged_weight(names))
+        return self.read_weight() if merged else self._as_stored(self.merged_weight(names))
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -164,7 +164,7 @@ class SparseLoraLayer(BaseWeight):
         if safe_merge and not merged.isfinite().all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         self._keep_unmerged()
-        self._store(self._as_stored(merged))
+        self.write_weight(self._as_stored(merged))
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:

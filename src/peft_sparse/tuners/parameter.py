@@ -129,10 +129,10 @@ class ParameterMixin(SparseLoraLayer):
         ]
         return torch.cat(per_expert_A, 1), torch.cat(per_expert_B, 2), c, s
 
-    def _stored(self) -> Tensor:
+    def read_weight(self) -> Tensor:
         return self._parameter().data
 
-    def _store(self, weight: Tensor) -> None:
+    def write_weight(self, weight: Tensor) -> None:
         self._parameter().data.copy_(weight)
 
     def _matrix(self, stored: Tensor) -> Tensor:

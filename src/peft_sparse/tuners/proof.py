@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 from ..model.blocks import base_layer, base_model
 from ..model.masks import fingerprint, mask_of, sparsity_of_fingerprint
 from ..model.sharding import has_shards, whole
-from ..model.weights import PRUNABLE_LAYERS, as_matrix, undo_cpu_packing
+from ..model.weights import PRUNABLE_LAYERS, as_matrix
 from .base_weight import STRAY_ZEROS
 from .config import SparseLoraConfig
+from .cpu_packing import undo_cpu_packing
 from .layer import SparseLoraLayer
 
 
@@ -30,7 +31,7 @@ def fingerprints(model: nn.Module, adapter_name: str) -> dict[str, str]:
         key = name.replace(".base_layer", "")
         key = f"{key}.{module.parameter_name}" if hasattr(module, "parameter_name") else key
         with whole(module):
-            if _is_loaded(module._stored()):
+            if _is_loaded(module.read_weight()):
                 module.refresh_saved_mask(adapter_name)
                 found[key] = _fingerprint(module.pruned_weight())
     return found
@@ -117,7 +118,7 @@ def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
 def _adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLoraLayer, Tensor]]:
     """Yield name, layer and stored weight of every layer that has the adapter and whose weight can be read now."""
     for name, module in _layers(model, adapter_name):
-        weight = module._stored()
+        weight = module.read_weight()
         if _is_loaded(weight):
             yield name, module, weight
 
@@ -136,7 +137,7 @@ def _weight_called(model: nn.Module, modules: dict[str, nn.Module], name: str) -
         weight = getattr(base_layer(modules[owner]), parameter, None) if owner in modules else None
         return weight.detach() if isinstance(weight, Tensor) and _is_loaded(weight) else None
     if isinstance(module, SparseLoraLayer):
-        return module.pruned_weight() if module._readable() and _is_loaded(module._stored()) else None
+        return module.pruned_weight() if module._readable() and _is_loaded(module.read_weight()) else None
     layer = base_layer(module)
     backend = resolve_quantization_backend(layer, **get_quantization_kwargs(model))
     if backend is not None:

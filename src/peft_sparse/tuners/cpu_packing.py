@@ -1,0 +1,29 @@
+"""Undo the repacking that bitsandbytes does to 4-bit weights on some CPUs.
+
+`BaseWeight` and `proof` call this before they dequantise a weight.
+"""
+
+from typing import Any
+
+from torch import nn
+
+
+def undo_cpu_packing(layer: nn.Module) -> None:
+    """Bring a bitsandbytes 4-bit layer into the layout that can be dequantised, and keep it there. In place.
+
+    On CPUs with AVX512-BF16 such a layer repacks its weight when it first runs without gradients. What it repacked
+    dequantises to noise. The function leaves every other layer as it is.
+    """
+    if not getattr(layer, "support_avx512bf16_for_cpu", False):
+        return
+    packed: Any = layer
+    packed.support_avx512bf16_for_cpu = False
+    weight = packed.weight
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+        if not state.nested:
+            # The inverse leaves single scales transposed.
+            state.absmax = state.absmax.T.reshape(-1).float()
+        weight.quant_state = state
