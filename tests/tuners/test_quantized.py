@@ -486,7 +486,7 @@ def test_lora_prune_needs_no_mask_to_train_where_no_weight_can_be_read(checkpoin
     assert wrapped(input_ids=tokens, labels=tokens).loss < loss
 
 
-NO_ZEROS = "weights of gptq layers cannot be read.* Use a MaskLoRA adapter saved with `save_mask=True`, or a base"
+NO_ZEROS = "weights of gptq layers cannot be read.* Use a MaskLoRA adapter saved with `save_mask=True`, or another base"
 
 
 def test_without_a_saved_mask_an_unreadable_base_is_refused(checkpoint, cls, tokens, monkeypatch):

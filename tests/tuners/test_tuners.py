@@ -305,7 +305,7 @@ def test_the_model_card_tells_a_stranger_how_to_load(sparse_llama, tmp_path):
     wrapped.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.text.count("import peft_sparse") == 1
-    assert "50.0% of its adapted weights being zero" in card.text
+    assert "a mean sparsity of 50.0%" in card.text
     assert {"peft_sparse", "sparse"} <= set(card.data.tags)
     assert card.data.library_name == "peft"
     assert json.loads((tmp_path / "adapter_config.json").read_text())["requires"] == "peft_sparse"
@@ -331,8 +331,8 @@ def test_unpruned_targets_are_mentioned_once(llama, caplog):
     with caplog.at_level(logging.WARNING):
         get_peft_model(llama, config())
     assert [r.getMessage() for r in caplog.records] == [
-        "21 of 21 adapted weights are not pruned (first 'model.layers.0.self_attn.q_proj'): until they are, "
-        "MaskLoRA is plain LoRA there."
+        "21 of 21 adapted weights are not pruned (first 'model.layers.0.self_attn.q_proj'). MaskLoRA is plain LoRA "
+        "there until they are pruned."
     ]
 
 

@@ -1,4 +1,7 @@
-"""PEFT tuners that cannot fill a zero. Importing this package registers them with PEFT."""
+"""The PEFT tuners MaskLoRA and ScaledLoRA, which keep the zeros of the base weights.
+
+Importing this package registers them with PEFT. It rests on `model` alone.
+"""
 
 from .config import MaskLoRAConfig, ScaledLoRAConfig
 from .groups import trainable_shares

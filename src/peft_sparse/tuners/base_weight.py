@@ -1,4 +1,7 @@
-"""The weight below the adapters: reading it, keeping it while merged, and the masks that adapters carry along."""
+"""The base weight of one adapted layer: read it, write it, keep it while adapters are merged, prune it by saved masks.
+
+`SparseLoraLayer` in `layer` builds on it.
+"""
 
 import copy
 from collections.abc import Callable
@@ -19,8 +22,8 @@ from .cpu_packing import undo_cpu_packing
 from .functional import Factor, Weight
 
 
-# A dense checkpoint has a few zeros: below this share a weight is not called pruned, and zeros that an adapter's saved
-# mask keeps are no contradiction.
+# A dense checkpoint has a few zeros. A weight with a smaller fraction of zeros than this does not count as pruned, and
+# zeros up to this fraction do not contradict a saved mask.
 STRAY_ZEROS = 0.01
 
 
@@ -28,7 +31,14 @@ _FORWARDS = {nn.Linear.forward, Conv1D.forward, nn.Conv2d.forward}
 
 
 class BaseWeight(nn.Module, BaseTunerLayer):
-    """A tuner layer's base weight, whose zeros are the mask; nothing of the mask is stored unless `save_mask` asks."""
+    """The frozen base weight below the adapters of one layer. Its zeros are the mask.
+
+    The mask is read off the weight wherever it is needed. A copy of it is stored only for adapters with `save_mask`.
+
+    Args:
+        base_layer: the layer to adapt, or another tuner's layer around it.
+        quantization: what `peft.utils.get_quantization_kwargs` returns for the model.
+    """
 
     prefix: str
     factor: Factor
@@ -46,10 +56,11 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         setattr(self, f"{self.prefix}mask", BufferDict(persistent=True))
         self._unmerged_weight: Tensor | None = None
-        # In a tuple, or it would be a submodule.
+        # In a tuple, because a plain attribute would register it as a submodule.
         self._unmerged_layer: tuple[nn.Module] | None = None
+        # The adapters whose saved mask is not yet written into the base weight, with their `on_mask_mismatch`.
         self._unsettled: dict[str, str] = {}
-        # Masks that could not be read off the base, and must be loaded before they are used.
+        # The adapters whose mask could not be read off the base weight, so that it must be loaded.
         self._empty_masks: set[str] = set()
         undo_cpu_packing(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
@@ -57,33 +68,43 @@ class BaseWeight(nn.Module, BaseTunerLayer):
 
     @property
     def saved_masks(self) -> dict[str, Tensor]:
-        """Packed masks of the adapters that carry one."""
+        """The packed masks, by name of the adapter. Only adapters with `save_mask` have one."""
         return getattr(self, f"{self.prefix}mask")
 
     def pruned_weight(self) -> Tensor:
-        """Return the base weight as a matrix (out, in), as it was before any merge: its zeros are the mask."""
+        """Return the base weight before any merge, as a matrix (out, in). Its zeros are the mask.
+
+        A saved mask that is not yet written into the base weight is written first.
+
+        Raises:
+            ValueError: a saved mask contradicts the zeros of the base weight.
+        """
         self._settle_masks()
         return self._matrix(self._stored_unmerged())
 
     def read_weight(self) -> Tensor:
-        """Return the base weight as the layer stores it: (out, in) for `nn.Linear`, (in, out) for `Conv1D`.
+        """Return the base weight laid out as the layer stores it: (out, in) for `nn.Linear`, (in, out) for `Conv1D`.
 
-        The result shares the layer's memory. It is the merged weight while adapters are merged. A quantised weight is
-        dequantised, into memory of its own.
+        While adapters are merged, this is the merged weight. The result shares the memory of the layer, unless the
+        layer is quantised: then it is the dequantised weight.
         """
         return self.get_base_weight()
 
     def write_weight(self, weight: Tensor) -> None:
-        """Replace the base weight by `weight`, laid out as `read_weight` returns it. A quantised base quantises it."""
+        """Replace the base weight in place by `weight`, laid out as `read_weight` returns it.
+
+        A quantised layer quantises `weight`.
+        """
         if self.quantization_backend is not None:
             self.set_base_weight(weight)
         else:
-            # Into the memory there is: its format stays, and so does every tie to it.
+            # Copied, so that the memory format stays and tied weights stay tied.
             stored_weight(self.get_base_layer()).data.copy_(weight)
 
-    # -- storage; a layer of another kind overrides these ------------------------------------------------------------
+    # -- how the weight is stored; subclasses for other layers override these ----------------------------------------
 
     def _features(self) -> tuple[int, int]:
+        """Return (in, out)."""
         return _get_in_out_features(self.get_base_layer())
 
     def _matrix(self, stored: Tensor) -> Tensor:
@@ -93,15 +114,15 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         return as_stored(self.get_base_layer(), matrix)
 
     def _readable(self) -> bool:
-        """Whether the base weight can be read: some quantised kernels do not give it back."""
+        """Return whether the base weight can be read. Some quantised layers cannot be dequantised."""
         return self.quantization_backend is None or self.quantization_backend.supports_merge
 
     def _is_plain(self) -> bool:
-        """Whether running the base layer is no more than a product with its weight, and nobody waits for it to run."""
+        """Return whether the base layer computes its matrix product and nothing else, and no hook waits for it."""
         layer = self.get_base_layer()
         if self.quantization_backend is None:
             if is_partitioned(stored_weight(layer)):
-                # The hooks are those of ZeRO-3, for whom the weight is gathered here.
+                # These hooks are ZeRO-3's. They gather the weight, which is gathered around this layer already.
                 return True
             if type(layer).forward not in _FORWARDS:
                 return False
@@ -109,28 +130,31 @@ class BaseWeight(nn.Module, BaseTunerLayer):
             layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
         )
 
-    # -- while merged ------------------------------------------------------------------------------------------------
+    # -- the weight before a merge -----------------------------------------------------------------------------------
 
     def _stored_unmerged(self) -> Tensor:
+        """Return the base weight before any merge, laid out as the layer stores it."""
         if self._unmerged_layer is not None:
             return self.quantization_backend.get_base_weight(self._unmerged_layer[0])
         return self.read_weight() if self._unmerged_weight is None else self._unmerged_weight
 
     def _keep_unmerged(self) -> None:
+        """Keep a copy of the base weight before the first merge."""
         if self.merged_adapters:
             return
         if self.quantization_backend is None:
             self._unmerged_weight = self.read_weight().cpu().clone()
             return
-        # The codes themselves: to quantise what they dequantise to need not give them back.
+        # The codes are copied, because quantising the dequantised weight may give other codes.
         layer = copy.copy(self.get_base_layer())
         layer._parameters = copy.deepcopy(layer._parameters)
         if hasattr(layer, "state"):
-            # Where bitsandbytes' 8-bit layers keep their scales.
+            # Here bitsandbytes' 8-bit layers keep their scales.
             layer.state = copy.copy(layer.state)
         self._unmerged_layer = (layer,)
 
     def _restore_unmerged(self) -> None:
+        """Put back the copy that `_keep_unmerged` made."""
         device = self.read_weight().device
         if self._unmerged_layer is not None:
             vars(self.get_base_layer()).update(vars(self._unmerged_layer[0].to(device)))
@@ -138,10 +162,16 @@ class BaseWeight(nn.Module, BaseTunerLayer):
             self.write_weight(self._unmerged_weight.to(device))
         self._unmerged_weight = self._unmerged_layer = None
 
-    # -- masks that adapters carry -----------------------------------------------------------------------------------
+    # -- saved masks -------------------------------------------------------------------------------------------------
 
     def add_saved_mask(self, adapter_name: str, config: SparseLoraConfig) -> None:
-        """Make room for the mask that is saved with the adapter, and fill it with the mask at hand."""
+        """Add a buffer for the mask that is saved with the adapter, filled with the mask of the base weight.
+
+        Args:
+            adapter_name: name of the adapter.
+            config: its configuration. If it comes from a saved adapter, loading replaces the buffer, and the base
+                weight is pruned by it when the adapter is first used.
+        """
         if self._readable():
             self.saved_masks[adapter_name] = pack(mask_of(self._stored_unmerged()))
         else:
@@ -149,19 +179,22 @@ class BaseWeight(nn.Module, BaseTunerLayer):
             self.saved_masks[adapter_name] = torch.zeros(size, dtype=torch.uint8)
             self._empty_masks.add(adapter_name)
         if config.mask_fingerprints:
-            # The configuration comes from a file, whose mask is about to replace this one.
+            # Only the configuration of a saved adapter has fingerprints.
             self._unsettled[adapter_name] = config.on_mask_mismatch
 
     def refresh_saved_mask(self, name: str) -> None:
-        """Bring the saved mask of adapter `name` up to date: the base may have been pruned since it was attached."""
+        """Write the mask of the base weight into the saved mask of adapter `name`, if there is one.
+
+        The base weight may have been pruned after the adapter was attached.
+        """
         if name in self.saved_masks and self._readable():
             self._settle_masks()
             self.saved_masks[name].copy_(pack(mask_of(self._stored_unmerged())))
 
     @torch.no_grad()
     def _settle_masks(self) -> None:
-        """Prune the base by the masks that adapters brought along. Once per adapter, when it is first used."""
-        # Not while merged: the merged weight is not the one to prune.
+        """Prune the base weight by the saved masks of loaded adapters, once for each adapter."""
+        # A merged weight is replaced when the adapters are unmerged, so pruning waits until then.
         while self._unsettled and self._readable() and not self.merged_adapters:
             name, on_mismatch = self._unsettled.popitem()
             if name not in self.saved_masks:
@@ -175,24 +208,25 @@ class BaseWeight(nn.Module, BaseTunerLayer):
             if stray > STRAY_ZEROS and on_mismatch == "error":
                 self._unsettled[name] = on_mismatch
                 raise ValueError(
-                    f"Adapter {name!r} carries a mask that keeps {stray:.1%} of the entries that are zero in this "
-                    "base weight. Load it onto the dense model or the one it was trained on, or set "
+                    f"Expected a base weight that is dense or has the zeros of adapter {name!r}. The mask saved with "
+                    f"the adapter keeps {stray:.1%} of the entries of this weight although they are zero. Load the "
+                    "adapter onto the dense model or onto the model it was trained on, or set "
                     '`on_mask_mismatch="warn"`.'
                 )
             if bool(((weight != 0) & ~mask).any()):
                 self.write_weight(weight.masked_fill(~mask, 0))
 
     def _weight_source(self, names: list[str]) -> Weight:
-        # Neither a dequantised weight nor an unpacked mask is worth keeping until backward.
+        """Return the base weight for `sparse_lora`, or a function that computes it where it is costly to keep."""
         if not self._readable():
             self._check_saved_mask(names[0])
             return partial(self._given_mask, names[0])
-        # What ZeRO-3 gathered would stay in memory until backward, for which it gathers anew.
+        # A dequantised weight, or one that ZeRO-3 gathered, would stay in memory until backward.
         again = self.quantization_backend is not None or is_partitioned(stored_weight(self.get_base_layer()))
         return self.pruned_weight if again else self.pruned_weight()
 
     def _given_mask(self, name: str) -> Tensor:
-        """The saved mask as numbers: all MaskLoRA needs of a base that cannot be dequantised."""
+        """Return the saved mask as a float matrix. MaskLoRA uses only the zeros of W, so the mask can stand for W."""
         shape = torch.Size((self.out_features, self.in_features))
         return unpack(self.saved_masks[name], shape).float()
 
@@ -204,6 +238,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
                 self._empty_masks.remove(name)
         if not found:
             raise TypeError(
-                f"The weights of {self.quantization_backend.backend_name} layers cannot be read, so there are no "
-                "zeros to see. Use a MaskLoRA adapter saved with `save_mask=True`, or a base that can be dequantised."
+                "Expected a base weight that can be dequantised. The weights of "
+                f"{self.quantization_backend.backend_name} layers cannot be read, so their zeros are unknown. Use a "
+                "MaskLoRA adapter saved with `save_mask=True`, or another base."
             )

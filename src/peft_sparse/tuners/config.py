@@ -1,4 +1,7 @@
-"""MaskLoRAConfig and ScaledLoRAConfig: LoRA's field names, types of their own."""
+"""The configurations MaskLoRAConfig and ScaledLoRAConfig. Their fields have the names of `peft.LoraConfig`'s.
+
+The models of `mask_lora` and `scaled_lora` read them; PEFT saves them as `adapter_config.json`.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -20,42 +23,7 @@ FORMAT_VERSION = 1
 
 @dataclass
 class SparseLoraConfig(PeftConfig):
-    """What MaskLoRA and ScaledLoRA share; use one of the two.
-
-    Args:
-        r: rank of B (out, r) and A (r, in).
-        target_modules: as in `LoraConfig`: a list of names or name endings, a regular expression, or "all-linear".
-            Linear layers, transformers `Conv1D` and `Conv2d`.
-        exclude_modules: as in `LoraConfig`.
-        target_parameters: as in `LoraConfig`: names of 2-D or 3-D parameters, such as the fused experts of
-            mixture-of-experts models.
-        lora_alpha: s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
-        lora_dropout: probability of dropping entries of the adapter's input. While it trains with dropout, a layer
-            needs a second matrix product.
-        use_rslora: scale by 1 / sqrt(r), Kalajdzievski 2023, arXiv:2312.03732.
-        bias: "none", "all", or "mask_lora_only" ("scaled_lora_only"): which biases are trained and saved.
-        train_norms: train and save every normalisation layer, inside and outside the blocks, by `modules_to_save`.
-        train_head: train the output head: "none"; "adapter" adapts it as any other layer (a head is not pruned, so
-            with MaskLoRA that is plain LoRA, and merges); "full" trains and saves its weight.
-        modules_to_save: as in `LoraConfig`.
-        init_weights: True starts at W exactly; False draws a non-trivial adapter, for tests.
-        layers_to_transform: as in `LoraConfig`.
-        layers_pattern: as in `LoraConfig`.
-        rank_pattern: as in `LoraConfig`.
-        alpha_pattern: as in `LoraConfig`.
-        fan_in_fan_out: accepted for compatibility; how a layer stores its weight is read off the layer.
-        save_mask: save each mask with the adapter, at 1 bit per weight; the adapter then also loads onto the dense
-            base and prunes it.
-        mask_fingerprints: proof of each adapted weight's mask by layer name; written when the adapter is saved.
-        on_mask_mismatch: what to do when this configuration comes with fingerprints and the base model has other
-            zeros: "error", "warn", or "ignore".
-        format_version: of the saved adapter; a newer one than this package knows is refused.
-        requires: the package that loads the adapter, for the reader of the file.
-
-    Raises:
-        ValueError: `r` not positive, dropout outside [0, 1), an unknown choice, layer selection beside a regular
-            expression, or a newer format.
-    """
+    """Fields and checks that `MaskLoRAConfig` and `ScaledLoRAConfig` share. Use one of these two."""
 
     name: ClassVar[str]
 
@@ -93,7 +61,7 @@ class SparseLoraConfig(PeftConfig):
         self._check()
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
-        """Return what each field with a fixed choice accepts."""
+        """Return the accepted values of every field that has a fixed choice, by name of the field."""
         return {
             "bias": ("none", "all", f"{self.name}_only"),
             "train_head": ("none", "adapter", "full"),
@@ -102,27 +70,36 @@ class SparseLoraConfig(PeftConfig):
         }
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration with the proof of the masks; tell on the model card how to load the adapter."""
+        """Save the configuration, with the fingerprints of the masks, and complete the model card.
+
+        Args:
+            save_directory: folder of the adapter. PEFT writes `adapter_config.json` into it. If the folder holds a
+                model card, instructions for loading the adapter are added to the card.
+            kwargs: passed on to `PeftConfig.save_pretrained`.
+        """
         own = self.mask_fingerprints
         self.mask_fingerprints = self._proof or own
         try:
             super().save_pretrained(save_directory, **kwargs)
-            complete_card(save_directory, self.peft_type.value, self.sparsity)
+            complete_card(save_directory, self.peft_type.value, self.sparsity, self.save_mask)
         finally:
             # Only the file is bound to these masks; the object may serve another model next.
             self.mask_fingerprints = own
 
     @property
     def sparsity(self) -> float | None:
-        """Sparsity of the adapted weights when the adapter was saved, None before."""
+        """Mean sparsity of the adapted weights, in [0, 1), from the fingerprints. None if there are no fingerprints.
+
+        Every weight counts the same, whatever its size.
+        """
         shares = [sparsity_of_fingerprint(proof) for proof in self.mask_fingerprints.values()]
         return sum(shares) / len(shares) if shares else None
 
     def _check(self) -> None:
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
-                f"The adapter has format version {self.format_version}, this peft_sparse knows {FORMAT_VERSION}. "
-                "Upgrade it: pip install -U peft_sparse"
+                f"The adapter has format version {self.format_version}. The installed peft_sparse reads versions up "
+                f"to {FORMAT_VERSION}. Upgrade the package: pip install -U peft_sparse"
             )
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
         for name, value in ranks.items():
@@ -135,20 +112,79 @@ class SparseLoraConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be one of {accepted}, got {getattr(self, name)!r}.")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+                raise ValueError(
+                    f"`{name}` cannot be used when `target_modules` is a str. Got {self.target_modules!r}. Pass a "
+                    "list of names, or choose the layers by a regular expression alone."
+                )
 
 
 @dataclass
 class MaskLoRAConfig(SparseLoraConfig):
-    """Configuration of MaskLoRA: W + s · M ⊙ (BA), where M is the mask that the zeros of W spell.
+    """Configuration of MaskLoRA: LoRA whose update is masked, so that the zeros of the base weight stay zeros.
 
-    Merging keeps every zero, and the merged model computes what was trained. A layer without zeros gets plain LoRA.
-    PERP, Zimmer et al. 2023, arXiv:2312.15230v3.
+    The effective weight of an adapted layer is
+
+        W + s · M ⊙ (BA),    s = lora_alpha / r
+
+    W (out, in) is the frozen base weight. M (out, in) is its mask: 1 where W is not zero, 0 where W is zero. The mask
+    is read off W and not stored. A (r, in) and B (out, r) are trained. A layer whose weight has no zeros gets plain
+    LoRA.
+
+    Merging computes this weight in the dtype of A and B and rounds it once to the dtype of W. Every zero stays zero.
+
+    Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
 
     Args:
-        masking: "always", or "merge" for LoRA-Prune of the same paper: the dense W + s · BA is trained, as cheaply as
-            LoRA, and the mask is applied when merging. Merging then changes the function, by -s · (1 - M) ⊙ (BA).
-        everything else: as in `SparseLoraConfig`.
+        r: rank of A and B.
+        target_modules: which layers are adapted: `nn.Linear`, transformers `Conv1D`, `nn.Conv2d` and quantised linear
+            layers. A list of names matches each layer whose name is, or ends with, one of them. A string is a regular
+            expression for the whole name. "all-linear" means every linear layer except the output head. None means the
+            layers that LoRA adapts by default in this architecture.
+        exclude_modules: which of these layers are left out. A list of names or a regular expression, as in
+            `target_modules`.
+        target_parameters: names of bare parameters to adapt, or endings of their names, such as
+            "experts.gate_up_proj". For 2-D parameters (out, in) and for 3-D parameters, which hold one matrix for each
+            expert. Every expert gets an A and a B of its own.
+        lora_alpha: numerator of the scaling s = lora_alpha / r.
+        lora_dropout: probability in [0, 1) of dropping an entry of the adapter's input during training. The base
+            weight receives the whole input. A layer with dropout computes a second matrix product during training.
+        use_rslora: use s = lora_alpha / sqrt(r). Kalajdzievski 2023, arXiv:2312.03732.
+        bias: which biases are trained and saved: "none", "all" for every bias of the model, or "mask_lora_only" for
+            the biases of adapted layers.
+        train_norms: train and save every normalisation layer of the model, by adding them to `modules_to_save`.
+        train_head: how the output head is trained. "none" leaves it frozen. "adapter" adapts it as any other layer.
+            "full" trains and saves its own weight. A head that shares its weight with the embedding is refused.
+        modules_to_save: names of further modules to train and save as a whole, such as a new classifier.
+        init_weights: True draws A as LoRA does and sets B to zero, so that training starts at W. False draws B too,
+            for tests.
+        layers_to_transform: index, or list of indices, of the blocks to adapt. None adapts all. It needs a list of
+            names in `target_modules`.
+        layers_pattern: name of the module list that holds the blocks, such as "layers", for models in which PEFT does
+            not find it. Used with `layers_to_transform`.
+        rank_pattern: ranks that differ from `r`, by layer name or regular expression, such as {"q_proj": 16}.
+        alpha_pattern: values that differ from `lora_alpha`, by layer name or regular expression.
+        fan_in_fan_out: accepted because `LoraConfig` has it, and not used. The layer itself tells how it stores its
+            weight.
+        save_mask: save the mask of every adapted weight with the adapter, at 1 bit for each entry. Such an adapter can
+            be loaded onto the dense base model. It then writes the zeros into it.
+        mask_fingerprints: a fingerprint of the mask of every adapted weight, by layer name. Written when the adapter
+            is saved and compared when it is loaded. Not set by the user.
+        on_mask_mismatch: what happens when an adapter is loaded onto a base model that has other zeros: "error" raises
+            ValueError, "warn" warns, "ignore" does nothing. An adapter with `save_mask` is compared when it is first
+            used: "error" raises ValueError if its mask keeps more than 1 % of a weight's entries that are zero in the
+            base, and "warn" and "ignore" both accept that.
+        format_version: version of the saved format. Not set by the user.
+        requires: name of the package that loads the adapter, for people who read `adapter_config.json`. Not used.
+        masking: when the mask is applied. "always" is the formula above. "merge" is LoRA-Prune of the same paper: the
+            dense weight W + s · BA is trained, at about the cost of LoRA, and the mask is applied when the adapter is
+            merged. Merging then changes the effective weight by -s · (1 - M) ⊙ (BA).
+
+    `task_type`, `inference_mode` and the other fields of `peft.PeftConfig` are accepted as well.
+
+    Raises:
+        ValueError: `r` or a rank in `rank_pattern` is not a positive integer, `lora_alpha` is None, `lora_dropout` is
+            outside [0, 1), a field has none of its accepted values, `layers_to_transform` or `layers_pattern` is given
+            beside a string in `target_modules`, or `format_version` is newer than the package.
     """
 
     name: ClassVar[str] = "mask_lora"
@@ -158,25 +194,86 @@ class MaskLoRAConfig(SparseLoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MASK_LORA
+        if self.lora_alpha is None:
+            raise ValueError("`lora_alpha` must be a number, got None. Use `lora_alpha=r` for a scaling of 1.")
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Return the accepted values of every field that has a fixed choice, by name of the field."""
         return super().choices() | {"masking": ("always", "merge")}
 
 
 @dataclass
 class ScaledLoRAConfig(SparseLoraConfig):
-    """Configuration of ScaledLoRA: W ⊙ (BA), starting at exactly W. Merging keeps every zero, whatever the mask.
+    """Configuration of ScaledLoRA: a low-rank factor multiplies the base weight, so that its zeros stay zeros.
 
-    PERP, Zimmer et al. 2023, arXiv:2312.15230v3. Rank 1 scales rows and columns, W_ij · b_i · a_j, and needs no matrix
-    of W's size in forward or backward.
+    The effective weight of an adapted layer is
+
+        W ⊙ (BA)                        with `lora_alpha=None`, the default
+        W ⊙ (1 + s · (BA - 1))          with a number, s = lora_alpha / r
+
+    W (out, in) is the frozen base weight. A (r, in) and B (out, r) are trained. BA starts as a matrix of ones, so that
+    training starts at W. Every zero stays zero, because 0 times a number is 0.
+
+    With `r=1` and the default `lora_alpha` the effective weight is W_ij · b_i · a_j. A linear layer then multiplies
+    its inputs by a and the product by b, without a matrix of W's size in forward or backward. Quantised layers,
+    convolutions, `target_parameters`, training with dropout and several active adapters use the general formula.
+
+    Merging computes the effective weight in the dtype of A and B and rounds it once to the dtype of W. A linear layer
+    of rank 1 rounds at other places when it runs unmerged, so merging changes its outputs by the rounding error of the
+    dtype: in bfloat16 visibly, see docs/tuners.md.
+
+    Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
 
     Args:
-        init_weights: True starts with BA = 1 by one row of ones in A and one column of ones in B, the rest of A drawn
-            as in LoRA and the rest of B zero. "paper" is the literal A = B = 1 / sqrt(r), whose rows and columns
-            receive equal gradients and stay equal: rank 1 for any r. False draws a non-trivial adapter, for tests.
-        lora_alpha: None, the default, for the paper's W ⊙ (BA). A number trains W ⊙ (1 + s · (BA - 1)) with s as in
-            LoRA.
-        everything else: as in `SparseLoraConfig`.
+        r: rank of A and B.
+        target_modules: which layers are adapted: `nn.Linear`, transformers `Conv1D`, `nn.Conv2d` and quantised linear
+            layers. A list of names matches each layer whose name is, or ends with, one of them. A string is a regular
+            expression for the whole name. "all-linear" means every linear layer except the output head. None means the
+            layers that LoRA adapts by default in this architecture.
+        exclude_modules: which of these layers are left out. A list of names or a regular expression, as in
+            `target_modules`.
+        target_parameters: names of bare parameters to adapt, or endings of their names, such as
+            "experts.gate_up_proj". For 2-D parameters (out, in) and for 3-D parameters, which hold one matrix for each
+            expert. Every expert gets an A and a B of its own.
+        lora_alpha: None, the default, gives s = 1 at every rank. A number is the numerator of s = lora_alpha / r.
+        lora_dropout: probability in [0, 1) of dropping an entry of the adapter's input during training. The base
+            weight receives the whole input. A layer with dropout computes a second matrix product during training.
+        use_rslora: use s = lora_alpha / sqrt(r). Kalajdzievski 2023, arXiv:2312.03732.
+        bias: which biases are trained and saved: "none", "all" for every bias of the model, or "scaled_lora_only" for
+            the biases of adapted layers.
+        train_norms: train and save every normalisation layer of the model, by adding them to `modules_to_save`.
+        train_head: how the output head is trained. "none" leaves it frozen. "adapter" adapts it as any other layer.
+            "full" trains and saves its own weight. A head that shares its weight with the embedding is refused.
+        modules_to_save: names of further modules to train and save as a whole, such as a new classifier.
+        init_weights: True sets one row of A and one column of B to ones, draws the other rows of A as LoRA does, and
+            sets the other columns of B to zero. "paper" sets every entry of A and B to 1 / sqrt(r), as published. All
+            components then receive equal gradients and stay equal, so BA keeps rank 1 for any `r`. False draws A and B
+            so that BA is not a matrix of ones, for tests.
+        layers_to_transform: index, or list of indices, of the blocks to adapt. None adapts all. It needs a list of
+            names in `target_modules`.
+        layers_pattern: name of the module list that holds the blocks, such as "layers", for models in which PEFT does
+            not find it. Used with `layers_to_transform`.
+        rank_pattern: ranks that differ from `r`, by layer name or regular expression, such as {"q_proj": 16}.
+        alpha_pattern: values that differ from `lora_alpha`, by layer name or regular expression.
+        fan_in_fan_out: accepted because `LoraConfig` has it, and not used. The layer itself tells how it stores its
+            weight.
+        save_mask: save the mask of every adapted weight with the adapter, at 1 bit for each entry. Such an adapter can
+            be loaded onto the dense base model. It then writes the zeros into it.
+        mask_fingerprints: a fingerprint of the mask of every adapted weight, by layer name. Written when the adapter
+            is saved and compared when it is loaded. Not set by the user.
+        on_mask_mismatch: what happens when an adapter is loaded onto a base model that has other zeros: "error" raises
+            ValueError, "warn" warns, "ignore" does nothing. An adapter with `save_mask` is compared when it is first
+            used: "error" raises ValueError if its mask keeps more than 1 % of a weight's entries that are zero in the
+            base, and "warn" and "ignore" both accept that.
+        format_version: version of the saved format. Not set by the user.
+        requires: name of the package that loads the adapter, for people who read `adapter_config.json`. Not used.
+
+    `task_type`, `inference_mode` and the other fields of `peft.PeftConfig` are accepted as well.
+
+    Raises:
+        ValueError: `r` or a rank in `rank_pattern` is not a positive integer, `lora_dropout` is outside [0, 1), a
+            field has none of its accepted values, `layers_to_transform` or `layers_pattern` is given beside a string
+            in `target_modules`, or `format_version` is newer than the package.
     """
 
     name: ClassVar[str] = "scaled_lora"
@@ -196,4 +293,5 @@ class ScaledLoRAConfig(SparseLoraConfig):
         return math.sqrt(r) if self.use_rslora else r
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Return the accepted values of every field that has a fixed choice, by name of the field."""
         return super().choices() | {"init_weights": (True, False, "paper")}

@@ -1,4 +1,4 @@
-"""The layers around an `nn.Conv2d`."""
+"""What MaskLoRA and ScaledLoRA layers around an `nn.Conv2d` share. Built on `layer`."""
 
 from typing import Any
 
@@ -11,10 +11,22 @@ from .layer import SparseLoraLayer
 
 
 class Conv2dMixin(SparseLoraLayer):
-    """Adapters around an `nn.Conv2d`, whose kernel is the matrix (out, in / groups · k · k). PERP, appendix A.2."""
+    """Adapters around an `nn.Conv2d`.
+
+    The kernel (out, in / groups, k, k) is treated as the matrix W (out, in / groups · k · k), so A is
+    (r, in / groups · k · k) and B is (out, r). Zimmer et al. 2023 (PERP), arXiv:2312.15230, appendix A.2.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(batch, in, height, width) or (in, height, width) -> the same with out channels."""
+        """Return the convolution of `x` with the effective weight.
+
+        Args:
+            x: (batch, in, height, width) or (in, height, width).
+            args, kwargs: as in `SparseLoraLayer.forward`.
+
+        Returns:
+            A tensor of the same number of dimensions, with out channels.
+        """
         return super().forward(x[None], *args, **kwargs)[0] if x.dim() == 3 else super().forward(x, *args, **kwargs)
 
     def _factor_features(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -33,7 +45,7 @@ class Conv2dMixin(SparseLoraLayer):
         return self._operation().apply(self._pad(x).to(A.dtype), B @ A, None)
 
     def _pads_apart(self) -> bool:
-        """Whether the padding is more than the convolution itself can do: "same", or other than zeros."""
+        """Return whether the input must be padded beforehand: padding "same", or another mode than zeros."""
         conv: Any = self.get_base_layer()
         return isinstance(conv.padding, str) or conv.padding_mode != "zeros"
 

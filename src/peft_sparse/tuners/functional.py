@@ -1,15 +1,16 @@
-"""The mathematics of the adapters, on plain tensors: no PEFT, no modules.
+"""The formulas of the adapters and their gradients, on plain tensors. The layers of this folder call them.
 
-Letters: W (out, in) frozen weight, M its mask (out, in), A (r, in), B (out, r), s scaling, x (..., in), y (..., out).
-Both adapters have the effective weight c · W + s · H ⊙ (BA) with a fixed matrix H, their `Factor`:
+W (out, in) is the frozen weight, M (out, in) its mask, A (r, in) and B (out, r) are trained, s is the scaling,
+x (..., in) the input, y (..., out) the output. The effective weight of both adapters is c · W + s · H ⊙ (BA). The
+fixed matrix H is their `Factor`:
 
 | adapter    | H | c     | effective weight           |
 | ---------- | - | ----- | -------------------------- |
 | MaskLoRA   | M | 1     | W + s · M ⊙ (BA)           |
 | ScaledLoRA | W | 1 - s | W ⊙ (1 + s · (BA - 1))     |
 
-One autograd function serves both: with D = dL/dy and G = D^T x it computes dA = s B^T (H ⊙ G), dB = s (H ⊙ G) A^T and
-dx = D (c · W + s · H ⊙ (BA)).
+One autograd function serves both. With D = dL/dy and G = D^T x its gradients are dA = s B^T (H ⊙ G),
+dB = s (H ⊙ G) A^T and dx = D (c · W + s · H ⊙ (BA)).
 """
 
 from collections.abc import Callable
@@ -26,22 +27,27 @@ from ..model.masks import mask_
 
 Factor = Literal["mask", "weight"]
 
-# Where W is costly to hold, as dequantised weights are, a function computes it, once in forward and again in backward.
+# A function computes W where W is costly to keep, such as a dequantised weight: once in forward, once in backward.
 Weight = Tensor | Callable[[], Tensor]
 
 
 @torch.no_grad()
 def effective_weight(weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: float, s: float) -> Tensor:
-    """Return c · W + s · H ⊙ (BA), computed in A's dtype and rounded once to W's.
+    """Return the effective weight c · W + s · H ⊙ (BA), computed in A's dtype and rounded once to W's dtype.
 
-    Forward and merge share this line, so a merged model computes what was trained, in any dtype. Zeros of W stay
-    zeros.
+    Zeros of W stay zeros. Forward passes by `sparse_lora` and merging both call this function, so both use the same
+    weight.
 
     Args:
-        weight: W, (out, in), or any number of them stacked: (..., out, in).
-        A: (..., r, in).
-        B: (..., out, r).
-        factor: H, "mask" for the mask of W, "weight" for W itself.
+        weight: W (out, in), or one W for each expert (experts, out, in).
+        A: (r, in), or (experts, r, in).
+        B: (out, r), or (experts, out, r).
+        factor: what H is: "mask" for the mask of W, "weight" for W.
+        c: factor of W.
+        s: factor of H ⊙ (BA).
+
+    Returns:
+        A tensor of the shape and dtype of W.
     """
     exact = weight.to(A.dtype)
     add_product = torch.addmm if exact.dim() == 2 else torch.baddbmm
@@ -55,7 +61,13 @@ def effective_weight(weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: fl
 
 @dataclass(frozen=True)
 class Convolution:
-    """Geometry of a 2-D convolution whose kernel, seen as a matrix, is the weight of `sparse_lora`."""
+    """A 2-D convolution whose kernel, seen as a matrix, is the weight of `sparse_lora`.
+
+    Args:
+        kernel: shape of the kernel, (out, in / groups, height, width).
+        stride, padding, dilation: by (height, width), as in `torch.nn.functional.conv2d`.
+        groups: number of groups of channels.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -64,16 +76,20 @@ class Convolution:
     groups: int
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the convolution of x with `weight` (out, in / groups · height · width), plus the bias (out,)."""
         kernel = weight.view(self.kernel)
         return F.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def grad_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return dL/dx for grad = dL/dy."""
         return self._backward(grad, x, weight, (True, False, False))[0]
 
     def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return dL/dweight for grad = dL/dy, in the shape of `weight`."""
         return self._backward(grad, x, weight, (False, True, False))[1].flatten(1)
 
     def grad_bias(self, grad: Tensor) -> Tensor:
+        """Return dL/dbias (out,) for grad = dL/dy."""
         return grad.sum((0, 2, 3)) if grad.dim() == 4 else grad.sum((1, 2))
 
     def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
@@ -93,7 +109,7 @@ class Convolution:
 
 
 class _Linear:
-    """The same four operations for y = x W^T + b."""
+    """The four operations of `Convolution` for the linear layer y = x W^T + b."""
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -124,30 +140,35 @@ def sparse_lora(
     s: float,
     operation: Operation = LINEAR,
 ) -> Tensor:
-    """Return x applied to c · W + s · H ⊙ (BA), plus the bias: MaskLoRA and ScaledLoRA, linear or convolution.
+    """Return x (c · W + s · H ⊙ (BA))^T + bias, the output of MaskLoRA and ScaledLoRA, or the same for a convolution.
 
-    PERP, Zimmer et al. 2023, arXiv:2312.15230v3. Keeps only references to x, W, A, B until backward and builds the
-    effective weight anew there, so no second copy of W outlives a call. Works in any dtype without autocast: A and B
-    may be float32 beside a half-precision W. Under autocast x and the effective weight take autocast's dtype; a weight
-    that a function returns is rounded to x's.
+    Until backward the function keeps references to x, W, A and B alone. Backward computes the effective weight again.
+
+    A and B may be float32 beside a W in half precision, without autocast: the effective weight is rounded to W's
+    dtype. Under autocast x and the effective weight are cast to autocast's dtype. If `weight` is a function, the
+    effective weight is cast to the dtype of x.
+
+    Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
 
     Args:
-        x: (..., in); for a convolution (batch, channels, height, width).
-        weight: W as a matrix (out, in), or a function that returns it; gets no gradient.
+        x: (..., in), or for a convolution (batch, channels, height, width).
+        weight: W as a matrix (out, in), or a function that returns it. It receives no gradient.
         A: (r, in).
         B: (out, r).
         bias: (out,) or None.
-        factor, c, s: as in `effective_weight`.
-        operation: what W is applied by.
+        factor: what H is: "mask" for the mask of W, "weight" for W.
+        c: factor of W.
+        s: factor of H ⊙ (BA).
+        operation: the linear product or the convolution.
 
     Returns:
-        (..., out).
+        (..., out), or for a convolution (batch, out, height, width).
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     elif not isinstance(weight, Tensor):
-        # Each scheme dequantises to a dtype of its own choice, whatever the activations are.
+        # Quantisation schemes dequantise to dtypes of their own, which may differ from that of the activations.
         dtype = x.dtype
     else:
         return _SparseLora.apply(x, weight, A, B, bias, factor, c, s, operation, None)
@@ -157,14 +178,19 @@ def sparse_lora(
 
 
 def scale_rows_and_columns(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ((x ⊙ a) W^T) ⊙ b + bias: ScaledLoRA of rank 1, W ⊙ (b a^T), without any matrix of W's size.
+    """Return ((x ⊙ a) W^T) ⊙ b + bias, which is ScaledLoRA of rank 1, without allocating a matrix of W's size.
+
+    In exact arithmetic this is x (W ⊙ (b a^T))^T + bias. The two are rounded at different places.
 
     Args:
         x: (..., in).
-        weight: W, (out, in); gets no gradient.
+        weight: W (out, in). It receives no gradient.
         a: (in,).
         b: (out,).
         bias: (out,) or None.
+
+    Returns:
+        (..., out).
     """
     y = F.linear(x * a.to(x.dtype), weight)
     y = y * b.to(y.dtype)
@@ -172,9 +198,21 @@ def scale_rows_and_columns(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias
 
 
 def stacked_effective_weight(weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: float, s: float) -> Tensor:
-    """Return `effective_weight` with gradients for A and B, keeping W, A and B only: for weights used by foreign code.
+    """Return the effective weight c · W + s · H ⊙ (BA), with gradients for A and B.
 
-    Gradients, with G = dL/d(result): dA = s B^T (H ⊙ G), dB = s (H ⊙ G) A^T.
+    For weights that another module uses. With G = dL/d(result) the gradients are dA = s B^T (H ⊙ G) and
+    dB = s (H ⊙ G) A^T. The function itself keeps W, A and B until backward.
+
+    Args:
+        weight: W (out, in), or one W for each expert (experts, out, in). It receives no gradient.
+        A: (r, in), or (experts, r, in).
+        B: (out, r), or (experts, out, r).
+        factor: what H is: "mask" for the mask of W, "weight" for W.
+        c: factor of W.
+        s: factor of H ⊙ (BA).
+
+    Returns:
+        A tensor of the shape and dtype of W.
     """
     return _EffectiveWeight.apply(weight, A, B, factor, c, s)
 
@@ -182,9 +220,9 @@ def stacked_effective_weight(weight: Tensor, A: Tensor, B: Tensor, factor: Facto
 def _factor_gradients(
     G: Tensor, weight: Tensor, A: Tensor, B: Tensor, factor: Factor, s: float
 ) -> tuple[Tensor, Tensor]:
-    """Return dA and dB from G, which is used up."""
+    """Return dA and dB. G is overwritten."""
     G = (mask_(G, weight) if factor == "mask" else G.mul_(weight)).to(A.dtype)
-    # Not B^T G, the same product, which CPUs take up to 1.7 times as long for.
+    # (G^T B)^T and not B^T G: the products are equal, and CPUs take up to 1.7 times as long for the second.
     return (G.mT @ B).mT.mul_(s), (G @ A.mT).mul_(s)
 
 

@@ -1,4 +1,7 @@
-"""PERP's parameter groups beside the adapters: norms, biases, output head. Zimmer et al. 2023, arXiv:2312.15230."""
+"""The parameters that PERP trains beside the adapters: norms, biases, output head.
+
+Zimmer et al. 2023 (PERP), arXiv:2312.15230. `SparseLoraModel` calls `select_groups` before PEFT adds the adapters.
+"""
 
 from torch import nn
 
@@ -8,10 +11,15 @@ from .config import SparseLoraConfig
 
 
 def select_groups(model: nn.Module, config: SparseLoraConfig) -> None:
-    """Translate `train_norms` and `train_head` of `config` into what PEFT trains, saves and merges by itself.
+    """Translate `train_norms` and `train_head` into fields of `config` that PEFT acts on. `config` changes in place.
+
+    Args:
+        model: the base model.
+        config: the configuration. Norms, and a head that is trained as a whole, are added to `modules_to_save`.
 
     Raises:
-        ValueError: the output head is asked for and missing, or is also the embedding.
+        ValueError: `train_head` is not "none", and the model has no output head or one that shares its weight with the
+            embedding.
     """
     if config.train_norms:
         config.modules_to_save = sorted(set(config.modules_to_save or ()) | _norm_targets(model))
@@ -20,12 +28,14 @@ def select_groups(model: nn.Module, config: SparseLoraConfig) -> None:
         return
     name = output_head(model)
     if name is None:
-        raise ValueError('`train_head` needs a model with an output head, this one has none. Use `train_head="none"`.')
+        raise ValueError(
+            f"`train_head` needs a model with an output head, and this {type(base_model(model)).__name__} has none. "
+            'Use `train_head="none"`.'
+        )
     if tied_to_embedding(model, {name: WeightView(base_model(model).get_submodule(name))}):
         raise ValueError(
-            f"The output head {name!r} shares its weight with the embedding: training it would change both. Load the "
-            "model "
-            'with `tie_word_embeddings=False` and copy the weight, or use `train_head="none"`.'
+            f"The output head {name!r} shares its weight with the embedding, so training it would change both. Load "
+            'the model with `tie_word_embeddings=False` and copy the weight, or use `train_head="none"`.'
         )
     if config.train_head == "full":
         config.modules_to_save = sorted({*(config.modules_to_save or ()), name})
@@ -34,9 +44,16 @@ def select_groups(model: nn.Module, config: SparseLoraConfig) -> None:
 
 
 def trainable_shares(model: nn.Module) -> dict[str, float]:
-    """Return trainable parameters by group, "adapters", "norms", "biases" and "other", and in "all", as PERP's tables.
+    """Return how many parameters are trainable in each group, as fractions of the base model's parameters.
 
-    Each is a fraction of the parameters of the base model, which copies that PEFT makes do not count towards.
+    The tables of Zimmer et al. 2023 (PERP), arXiv:2312.15230, give these fractions in percent.
+
+    Args:
+        model: a model with or without adapters.
+
+    Returns:
+        The fractions of "adapters", "norms", "biases" and "other", and their sum "all". The base model's parameters
+        are counted without adapters and without the copies that PEFT makes for `modules_to_save`.
     """
     counts = dict.fromkeys(("adapters", "norms", "biases", "other"), 0)
     norms = tuple(f"{name}." for name in norm_names(model))
@@ -60,7 +77,10 @@ def trainable_shares(model: nn.Module) -> dict[str, float]:
 
 
 def _norm_targets(model: nn.Module) -> set[str]:
-    """Return what names the norms of `model`, and nothing else, in `modules_to_save`: PEFT matches by `endswith`."""
+    """Return names for `modules_to_save` that match the norms of `model` and nothing else.
+
+    PEFT matches them by `endswith`. The last parts of the names suffice unless another module's name ends with one.
+    """
     norms = norm_names(model)
     endings = {name.rpartition(".")[2] for name in norms}
     others = {name for name, _ in base_model(model).named_modules()} - set(norms)

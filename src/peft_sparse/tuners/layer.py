@@ -1,4 +1,7 @@
-"""What MaskLoRA and ScaledLoRA layers share: adapters, merging, forward. The formulas are in `functional`."""
+"""What MaskLoRA and ScaledLoRA layers share: adapters, merging, forward.
+
+Built on `base_weight`, with the formulas of `functional`. `conv` and `parameter` adapt it to other kinds of weights.
+"""
 
 import math
 import warnings
@@ -17,14 +20,26 @@ from .config import SparseLoraConfig
 from .functional import LINEAR, Operation, Weight, effective_weight, sparse_lora
 
 
-# What a layer remembers of each adapter beside its tensors; PEFT deletes it with the adapter.
+# The dictionaries by adapter name that are no tensors. PEFT deletes their entry with the adapter.
 STATE_NAMES = ("r", "lora_alpha", "scaling", "trained_scaling", "masking")
 
 
 class SparseLoraLayer(BaseWeight):
-    """Adapters around one base layer: A and B by adapter name."""
+    """A base layer with adapters around it, each with its A (r, in) and B (out, r), by adapter name.
 
-    # As in `BaseWeight`: types of what PEFT defines.
+    The effective weight is c · W + s · H ⊙ (BA). H is the mask of W and c is 1 for MaskLoRA. H is W and c is 1 - s for
+    ScaledLoRA. The delta weights of several active adapters are added up.
+
+    Args:
+        base_layer: the layer to adapt, or another tuner's layer around it.
+        adapter_name: name of the first adapter.
+        r: its rank.
+        lora_alpha: its numerator of the scaling s.
+        config: its configuration.
+        quantization: what `peft.utils.get_quantization_kwargs` returns for the model.
+    """
+
+    # Types of what PEFT defines, which a type checker otherwise takes for any attribute of a module.
     active_adapters: list[str]
     set_adapter: Callable[..., None]
     _move_adapter_to_device_of_base_layer: Callable[..., None]
@@ -53,25 +68,32 @@ class SparseLoraLayer(BaseWeight):
 
     @property
     def A(self) -> nn.ModuleDict:
-        """A of every adapter, each a linear layer (in -> r)."""
+        """The A of every adapter, by adapter name: linear layers whose weight is A (r, in)."""
         return getattr(self, f"{self.prefix}A")
 
     @property
     def B(self) -> nn.ModuleDict:
-        """B of every adapter, each a linear layer (r -> out)."""
+        """The B of every adapter, by adapter name: linear layers whose weight is B (out, r)."""
         return getattr(self, f"{self.prefix}B")
 
     # -- adapters ----------------------------------------------------------------------------------------------------
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: SparseLoraConfig) -> None:
-        """Add the adapter `adapter_name`, or replace it."""
+        """Add an adapter, or replace the one of this name.
+
+        Args:
+            adapter_name: name of the adapter.
+            r: its rank in this layer.
+            lora_alpha: its numerator of the scaling s in this layer.
+            config: its configuration.
+        """
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.trained_scaling[adapter_name] = self.scaling[adapter_name]
         self.masking[adapter_name] = getattr(config, "masking", "always")
         columns, rows = self._factor_features(r)
-        # Modules rather than bare parameters: PEFT's hotswap and FSDP's wrapping look for them.
+        # Modules and not bare parameters, because PEFT's hotswap and FSDP's wrapping look for modules.
         self.A[adapter_name] = nn.Linear(*columns, bias=False)
         self.B[adapter_name] = nn.Linear(*rows, bias=False)
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
@@ -83,7 +105,12 @@ class SparseLoraLayer(BaseWeight):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, adapter_name: str, init_weights: bool | Literal["paper"]) -> None:
-        """Draw A as `nn.Linear` does; B is zero, or drawn too if `init_weights` is False."""
+        """Draw A and B anew.
+
+        Args:
+            adapter_name: name of the adapter.
+            init_weights: True draws A as LoRA does and sets B to zero. False draws both.
+        """
         nn.init.kaiming_uniform_(stored_weight(self.A[adapter_name]), a=math.sqrt(5))
         B = stored_weight(self.B[adapter_name])
         if init_weights:
@@ -92,11 +119,11 @@ class SparseLoraLayer(BaseWeight):
             nn.init.kaiming_uniform_(B, a=math.sqrt(5))
 
     def _factor_features(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(in, r) and (r, out) of A and B."""
+        """Return the (input, output) features of the modules A and B."""
         return (self.in_features, r), (r, self.out_features)
 
     def _factors(self, names: list[str]) -> tuple[Tensor, Tensor, float, float]:
-        """Return A, B, c, s of the sum of the named adapters: several adapters are one of all their ranks."""
+        """Return A, B, c, s of the sum of the named adapters, which is one adapter of the sum of their ranks."""
         A = [stored_weight(self.A[name]) for name in names]
         B = [stored_weight(self.B[name]) for name in names]
         scalings = [self.scaling[name] for name in names]
@@ -109,66 +136,91 @@ class SparseLoraLayer(BaseWeight):
         return [name for name in names if name in self.A]
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the scaling of `adapter` to `scale` times the one it was trained with."""
+        """Set the scaling s of an adapter to `scale` times the s it was trained with.
+
+        Args:
+            adapter: name of the adapter. A name that this layer does not have is ignored.
+            scale: the factor.
+        """
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.trained_scaling[adapter]
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scaling of the active adapters."""
+        """Multiply the scaling s of every active adapter by `scale`."""
         for name in self._present(self.active_adapters):
             self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of the active adapters by `scale`, or put back the one they were trained with."""
+        """Divide the scaling s of every active adapter by `scale`. None restores the s they were trained with."""
         for name in self._present(self.active_adapters):
             self.scaling[name] = self.trained_scaling[name] if scale is None else self.scaling[name] / scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """H ⊙ (BA) has no low rank."""
+        """Return False: the update H ⊙ (BA) has no low rank, so no LoRA adapter equals it."""
         return False
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
     def merged_weight(self, names: list[str]) -> Tensor:
-        """Return the base weight (out, in) with the named adapters folded in."""
+        """Return the base weight (out, in) with the named adapters merged. The layer stays as it is."""
         A, B, c, s = self._factors(names)
         return effective_weight(self.pruned_weight().to(A.device), A, B, self.factor, c, s)
 
     def merged_stored(self) -> Tensor:
-        """Return the base weight with the active adapters folded in, laid out as it is stored."""
+        """Return the base weight with the active adapters merged, laid out as the layer stores it.
+
+        The layer stays as it is. Disabled adapters are not merged. Adapters that are merged already are not merged a
+        second time.
+        """
         names = self._present(self.active_adapters)
         merged = self.disable_adapters or self.merged or not names
         return self.read_weight() if merged else self._as_stored(self.merged_weight(names))
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return what merging `adapter` adds, laid out as the base weight, in the adapter's dtype."""
+        """Return the delta weight: what merging one adapter adds to the base weight.
+
+        Args:
+            adapter: name of the adapter.
+
+        Returns:
+            A tensor laid out as the layer stores its weight, in the adapter's dtype.
+        """
         A, B, c, s = self._factors([adapter])
         weight = self.pruned_weight().to(A.device, A.dtype)
         return self._as_stored(effective_weight(weight, A, B, self.factor, c - 1, s))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters into the base layer: every zero stays zero. Computed in the adapter's dtype, rounded once.
+        """Merge adapters into the base weight, in place. Every zero stays zero.
 
-        The weight before is kept aside, on the CPU, until `unmerge`.
+        The merged weight is computed in the adapter's dtype and rounded once to the dtype of the base weight. A
+        quantised base weight is quantised anew. A copy of the base weight stays until `unmerge`: on the CPU, or for a
+        quantised layer on its device.
 
         Args:
-            safe_merge: raise a ValueError instead of writing a weight that is not finite.
-            adapter_names: what to merge, by default the active adapters.
+            safe_merge: check the merged weight before it is written.
+            adapter_names: names of the adapters to merge. None merges the active adapters.
+
+        Raises:
+            ValueError: `safe_merge` is True and the merged weight holds NaN or infinity.
+            TypeError: the base weight cannot be dequantised.
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
         merged = self.merged_weight(self.merged_adapters + names)
         if safe_merge and not merged.isfinite().all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken. Train it again, or "
+                "load an earlier checkpoint."
+            )
         self._keep_unmerged()
         self.write_weight(self._as_stored(merged))
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the base weight back bit for bit."""
+        """Restore the base weight from before the merge, bit for bit."""
         if not self.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -176,7 +228,7 @@ class SparseLoraLayer(BaseWeight):
         self.merged_adapters.clear()
 
     def restart(self) -> None:
-        """Fold the active adapters into the base weight for good, and start them anew; their parameters stay."""
+        """Merge the active adapters for good, and draw their A and B anew, in the same parameters."""
         self.merge()
         self._unmerged_weight = self._unmerged_layer = None
         for name in self.merged_adapters:
@@ -186,7 +238,23 @@ class SparseLoraLayer(BaseWeight):
     # -- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Return the output of the layer with its effective weight.
+
+        Args:
+            x: (..., in).
+            args: passed on to the base layer where the base layer itself is run.
+            adapter_names: one name for each entry of the batch, "__base__" for no adapter. None uses the active
+                adapters for the whole batch.
+            kwargs: passed on to the base layer where the base layer itself is run.
+
+        Returns:
+            (..., out).
+
+        Raises:
+            ValueError: `adapter_names` has another length than the batch, adapters are merged while it is given, or a
+                saved mask contradicts the zeros of the base weight.
+            TypeError: the base weight cannot be dequantised, and the adapter has no saved mask.
+        """
         if self._unsettled:
             self._settle_masks()
         if adapter_names is not None:
@@ -215,7 +283,10 @@ class SparseLoraLayer(BaseWeight):
         return None
 
     def _fuses(self, name: str) -> bool:
-        """Whether base and adapter share one product: not under dropout, LoRA-Prune, or where a base does more."""
+        """Return whether one matrix product serves base weight and adapter.
+
+        Dropout and LoRA-Prune need two products, and so does a base layer that must itself be run.
+        """
         dropout = getattr(self, f"{self.prefix}dropout")[name]
         drops = self.training and isinstance(dropout, nn.Dropout)
         return (
@@ -227,7 +298,7 @@ class SparseLoraLayer(BaseWeight):
         )
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
-        """What the adapter `name` adds to the output of the base layer."""
+        """Return what the adapter `name` adds to the output of the base layer."""
         x = getattr(self, f"{self.prefix}dropout")[name](x)
         A, B, c, s = self._factors([name])
         if self.masking[name] == "merge":
@@ -253,11 +324,11 @@ class SparseLoraLayer(BaseWeight):
         return LINEAR
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """One adapter per sample, "__base__" for none."""
+        """Return the output where each entry of the batch has its own adapter, and "__base__" means none."""
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
+                f"{len(adapter_names)} and {len(x)} respectively. Give one name for each entry of the batch."
             )
         if self.merged:
             raise ValueError(

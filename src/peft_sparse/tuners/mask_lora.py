@@ -1,4 +1,7 @@
-"""MaskLoRA: W + s · M ⊙ (BA). Zimmer et al. 2023, arXiv:2312.15230v3."""
+"""The layers and the model of MaskLoRA, W + s · M ⊙ (BA). Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
+
+The classes name the parts; what they do is in `layer`, `conv`, `parameter` and `model`.
+"""
 
 from .conv import Conv2dMixin
 from .functional import Factor
@@ -8,7 +11,7 @@ from .parameter import ParameterMixin
 
 
 class MaskLoraLayer(SparseLoraLayer):
-    """What all MaskLoRA layers are instances of."""
+    """Base class of every MaskLoRA layer. Effective weight: W + s · M ⊙ (BA)."""
 
     prefix = "mask_lora_"
     factor: Factor = "mask"
@@ -17,19 +20,41 @@ class MaskLoraLayer(SparseLoraLayer):
 
 
 class MaskLoraLinear(MaskLoraLayer):
-    """y = x (W + s · M ⊙ (BA))^T + b around an `nn.Linear` or a transformers `Conv1D`."""
+    """MaskLoRA around an `nn.Linear`, a transformers `Conv1D` or a quantised linear layer.
+
+    Computes y = x (W + s · M ⊙ (BA))^T + bias for x (..., in), W and its mask M (out, in), A (r, in), B (out, r).
+    Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
+    """
 
 
 class MaskLoraConv2d(Conv2dMixin, MaskLoraLayer):
-    """The same around an `nn.Conv2d`."""
+    """MaskLoRA around an `nn.Conv2d`.
+
+    Convolves x (batch, in, height, width) with the kernel W + s · M ⊙ (BA), W seen as a matrix
+    (out, in / groups · k · k). Zimmer et al. 2023 (PERP), arXiv:2312.15230, appendix A.2.
+    """
 
 
+# PEFT recognises wrappers of parameters by this class name.
 class ParamWrapper(ParameterMixin, MaskLoraLayer):
-    """The same on a parameter; PEFT knows wrappers of parameters by this name."""
+    """MaskLoRA on a bare parameter: W (out, in), or (experts, out, in) with an A and a B for each expert.
+
+    While the module that owns the parameter runs, the parameter is W + s · M ⊙ (BA).
+    """
 
 
 class MaskLoraModel(SparseLoraModel):
-    """A model with MaskLoRA adapters; made by `peft.get_peft_model(model, MaskLoRAConfig(...))`."""
+    """A model whose layers have MaskLoRA adapters.
+
+    `peft.get_peft_model(model, MaskLoRAConfig(...))` makes it.
+
+    Args:
+        model: the pruned base model.
+        peft_config: its `MaskLoRAConfig`, or several by name of the adapter.
+        adapter_name: name of the first adapter.
+        low_cpu_mem_usage: create the adapters on the meta device, for loading.
+        state_dict: adapt the layers that this state dict of an adapter names.
+    """
 
     prefix: str = "mask_lora_"
     tuner_layer_cls = MaskLoraLayer

@@ -1,4 +1,7 @@
-"""Merging adapters of a model that several processes hold in parts, one layer at a time."""
+"""Merge the adapters of a model into a new state dict, for models whose weights are sharded over processes.
+
+`SparseTrainer` saves merged models with it.
+"""
 
 from collections.abc import Iterator
 
@@ -14,16 +17,22 @@ from .layer import SparseLoraLayer
 
 @torch.no_grad()
 def merged_state_dict(model: nn.Module, *, merge: bool = True, keep: bool = True) -> dict[str, Tensor]:
-    """Return the state of the base model with the active adapters folded in, on the CPU, by the base model's names.
+    """Return the state dict of the base model with the active adapters merged. The model stays as it is.
 
-    The model stays as it is. One layer's weights at a time are gathered, which all processes must do together.
+    Sharded weights are gathered one layer at a time, so all processes must call the function together. Every zero of
+    the base weights stays zero.
 
     Args:
-        merge: fold the adapters in, or leave them away.
-        keep: whether this process wants the state, or only takes part in gathering.
+        model: the model with MaskLoRA or ScaledLoRA adapters.
+        merge: True merges the active adapters. False returns the base weights without them.
+        keep: whether this process receives the tensors. Every process must call the function, and one that only takes
+            part in gathering passes False and receives an empty dictionary.
+
+    Returns:
+        The tensors on the CPU, by the names they have in the base model. Tied weights are one tensor.
 
     Raises:
-        TypeError: a quantised base, or adapters of another package.
+        TypeError: an adapted layer is quantised, or has an adapter of another kind or more than one wrapper.
     """
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}
@@ -33,13 +42,13 @@ def merged_state_dict(model: nn.Module, *, merge: bool = True, keep: bool = True
         with whole(module, recurse=bool(adapters)):
             for key, tensor in _saved(layer) if keep else ():
                 value = adapters[key].merged_stored() if merge and key in adapters else tensor
-                # Tied weights stay one tensor, which saving recognises.
+                # One copy for tied weights, because `save_pretrained` recognises ties by their memory.
                 state[f"{name}.{key}" if name else key] = copies.setdefault(known[key], value.detach().cpu().clone())
     return state
 
 
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module with the name it has without adapters: tuner layers whole, of wrappers what they use."""
+    """Yield every module that holds weights, with its name in the base model. Tuner layers are not unwrapped."""
     if isinstance(module, ModulesToSaveWrapper):
         module = active_copy(module)
     yield name, module
@@ -49,14 +58,14 @@ def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
 
 
 def _unwrapped(name: str, module: nn.Module) -> tuple[nn.Module, dict[str, SparseLoraLayer]]:
-    """Return the layer inside `module`, and the adapters around it by the parameter they change."""
+    """Return the layer inside `module`, and the adapted layers around it by name of the parameter they adapt."""
     adapters: dict[str, SparseLoraLayer] = {}
     while isinstance(module, BaseTunerLayer):
         key = getattr(module, "parameter_name", "weight")
         if not isinstance(module, SparseLoraLayer) or module.quantization_backend is not None or key in adapters:
             raise TypeError(
-                f"Expected one MaskLoRA or ScaledLoRA adapter on a plain layer, got {type(module).__name__} at "
-                f"{name!r}. Call `merge_and_unload()` in one process."
+                f"Expected one MaskLoRA or ScaledLoRA layer around a layer that is not quantised, got "
+                f"{type(module).__name__} at {name!r}. Call `merge_and_unload()` in one process."
             )
         adapters[key] = module
         module = module.base_layer

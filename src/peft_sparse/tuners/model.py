@@ -1,4 +1,7 @@
-"""SparseLoraModel: puts adapters into a model. What a tuner adds to it is three class attributes."""
+"""SparseLoraModel: put adapters into a model, as PEFT's `BaseTuner` asks for.
+
+`mask_lora` and `scaled_lora` derive their models from it by three class attributes.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,13 +24,13 @@ from .layer import SparseLoraLayer
 from .proof import check_masks, proof_at_hand, report_oddities
 
 
-# Their kernels read the weight of these projections themselves, past any wrapper.
+# The kernels of these models read the weights of these projections directly, so an adapter would have no effect.
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBA_BYPASSED = ("out_proj", "conv1d")
 
 
 class SparseLoraModel(BaseTuner):
-    """A model with MaskLoRA or ScaledLoRA adapters."""
+    """Base class of `MaskLoraModel` and `ScaledLoraModel`, which `peft.get_peft_model` makes."""
 
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
     layer_classes: ClassVar[dict[str, type[SparseLoraLayer]]]
@@ -38,7 +41,7 @@ class SparseLoraModel(BaseTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: SparseLoraConfig, model: nn.Module) -> None:
-        # PEFT calls this before it touches a module, so a refused adapter leaves the model as it was.
+        # PEFT calls this before it changes a module, so an adapter that is refused here leaves the model as it was.
         check_masks(model, peft_config)
         select_groups(model, peft_config)
 
@@ -47,13 +50,13 @@ class SparseLoraModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: SparseLoraConfig) -> None:
         super()._check_new_adapter_config(config)
-        # Wrappers of several parameters of one module are nested, and the nesting is part of the saved names.
+        # The wrappers of several parameters of one module are nested, and the saved names contain the nesting.
         for name, other in self.peft_config.items():
             ours, theirs = set(config.target_parameters or ()), set(getattr(other, "target_parameters", None) or ())
             if ours and theirs and ours != theirs:
                 raise ValueError(
-                    f"All adapters must have the same `target_parameters`; adapter {name!r} has {sorted(theirs)}, "
-                    f"the new one {sorted(ours)}."
+                    f"All adapters of a model must have the same `target_parameters`. Adapter {name!r} has "
+                    f"{sorted(theirs)}, and the new adapter has {sorted(ours)}. Give the new one the same list."
                 )
 
     @staticmethod
@@ -66,8 +69,8 @@ class SparseLoraModel(BaseTuner):
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type in MAMBA_TYPES and target_name in MAMBA_BYPASSED:
             raise ValueError(
-                f"{target_name!r} of a {model_type} model cannot be adapted: its kernels read the weight past any "
-                f"adapter. Leave {' and '.join(MAMBA_BYPASSED)} out of `target_modules`."
+                f"{target_name!r} of a {model_type} model cannot be adapted, because the model's kernels read its "
+                f"weight directly. Leave {' and '.join(MAMBA_BYPASSED)} out of `target_modules`."
             )
 
     def _create_and_replace(
@@ -94,7 +97,21 @@ class SparseLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        """Adapt `target` within the model of `tuner`, which in a mixed model is not of this class."""
+        """Adapt one module, by a new layer or by one more adapter in the layer that is there.
+
+        Args:
+            tuner: the tuner model that holds the module. In a mixed model it is PEFT's `MixedModel`.
+            peft_config: configuration of the adapter.
+            adapter_name: name of the adapter.
+            target: the module to adapt.
+            target_name: its name in `parent`.
+            parent: the module that holds it.
+            current_key: its name in the model, for `rank_pattern` and `alpha_pattern`.
+            parameter_name: name of the parameter to adapt in `target`. None adapts the layer `target` itself.
+
+        Raises:
+            TypeError: a module of this class cannot be adapted.
+        """
         ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
         r = ranks.get(get_pattern_key(ranks.keys(), current_key), peft_config.r)
         lora_alpha = alphas.get(get_pattern_key(alphas.keys(), current_key), peft_config.lora_alpha)
@@ -128,17 +145,17 @@ class SparseLoraModel(BaseTuner):
             return cls.layer_classes["linear"]
         raise TypeError(
             f"Target module {target} is not supported. {cls.__name__} adapts `torch.nn.Linear`, `torch.nn.Conv2d` and "
-            "`transformers.pytorch_utils.Conv1D`; leave the module out of `target_modules`."
+            "`transformers.pytorch_utils.Conv1D`. Leave the module out of `target_modules`."
         )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # The layers move their adapters to the base's device themselves; PEFT's version also looks for a `weight`,
-        # which the owner of fused experts does not have.
+        # PEFT's version also reads `weight`, which the module that holds fused experts does not have. It moves
+        # adapters to the device of the base weight, which our layers do themselves.
         setattr(parent, child_name, new_module)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, one per sample, to every layer for one forward pass; PEFT calls this around it."""
+        """Pass `adapter_names` on to every layer during one forward pass. PEFT calls this around the pass."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -147,7 +164,7 @@ class SparseLoraModel(BaseTuner):
         self._check_adapter_names(adapter_names, layers)
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in adapter_names for _ in range(beams)]
-        # Beam search repeats the samples for the decoder, but not for an encoder.
+        # Beam search repeats the entries of the batch for a decoder. An encoder gets them once.
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         in_encoder = {id(module) for module in encoder.modules()} if isinstance(encoder, nn.Module) else set()
         with contextlib.ExitStack() as hooks:
@@ -159,11 +176,14 @@ class SparseLoraModel(BaseTuner):
 
     def _check_adapter_names(self, adapter_names: list[str], layers: list[nn.Module]) -> None:
         if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()`.")
         known = {name for layer in layers if isinstance(layer, SparseLoraLayer) for name in layer.A}
         unknown = set(adapter_names) - known - {"__base__"}
         if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. The model has "
+                f"{', '.join(sorted(known))}."
+            )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -174,7 +194,7 @@ class SparseLoraModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # PEFT asks for the tensors right before it saves the configuration: the moment to write the proof into it.
+        # PEFT calls this right before it saves the configuration, which needs the fingerprints then.
         config._proof = proof_at_hand(model, config, adapter_name)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 

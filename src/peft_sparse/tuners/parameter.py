@@ -1,4 +1,7 @@
-"""Adapters on a bare parameter: fused experts (experts, out, in), or any 2-D parameter (out, in)."""
+"""Adapters on a bare parameter: fused experts (experts, out, in), or a 2-D parameter (out, in).
+
+`target_parameters` leads here. Built on `layer`.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,10 +20,23 @@ from .layer import SparseLoraLayer
 
 
 class ParameterMixin(SparseLoraLayer):
-    """Wraps the module that owns the parameter and hands it the effective weight while it runs.
+    """Adapters on one parameter of the module that they wrap.
 
-    What the module computes with that weight is its own affair, so autograd keeps the effective weight until backward.
-    Experts have factors of their own, stored as PEFT's LoRA stores them: A (experts · r, in), B (out, experts · r).
+    While the module runs, its parameter is the effective weight. The module may compute anything with it, so autograd
+    keeps the effective weight until backward. Every expert has an A and a B of its own. They are stored as PEFT's LoRA
+    stores them: A (experts · r, in) and B (out, r · experts).
+
+    Args:
+        base_layer: the module that holds the parameter, or another wrapper around it.
+        adapter_name: name of the first adapter.
+        r: its rank.
+        lora_alpha: its numerator of the scaling s.
+        config: its configuration.
+        parameter_name: name of the parameter in the module.
+        kwargs: what `peft.utils.get_quantization_kwargs` returns for the model.
+
+    Raises:
+        ValueError: the parameter has neither 2 nor 3 dimensions, or `lora_dropout` is not 0.
     """
 
     parameter_name: str
@@ -36,23 +52,23 @@ class ParameterMixin(SparseLoraLayer):
         parameter_name: str,
         **kwargs: Any,
     ) -> None:
-        # Set before nn.Module's own initialisation, which needs the shape; remembered, because reading the parameter
-        # while its parametrisation runs would run it again.
+        # Written past nn.Module, because the constructors above need them before nn.Module is initialised. The shape
+        # is kept, because reading the parameter while its parametrisation runs would run the parametrisation again.
         owner = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
         parameter = getattr(owner, parameter_name)
         self.__dict__["parameter_name"] = parameter_name
         self.__dict__["stored_shape"] = tuple(whole_shape(parameter))
         if config.lora_dropout:
             raise ValueError(
-                f"`lora_dropout` must be 0 for `target_parameters`, got {config.lora_dropout}: the inputs of a bare "
-                "parameter are out of reach."
+                f"`lora_dropout` must be 0 for `target_parameters`, got {config.lora_dropout}. The inputs of a bare "
+                "parameter cannot be dropped. Set `lora_dropout=0`."
             )
         super().__init__(base_layer, adapter_name, r, lora_alpha, config, **kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return the module, with the adapters of all its wrapped parameters merged if asked."""
+        """Return the wrapped module. If `merge` is True, the adapters of all its parameters are merged."""
         layer: nn.Module = self
         while isinstance(layer, ParameterMixin):
             if merge:
@@ -61,8 +77,23 @@ class ParameterMixin(SparseLoraLayer):
         return layer
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """Run the wrapped module with the effective weight in the place of its parameter.
+
+        Args:
+            args, kwargs: passed on to the module.
+            adapter_names: must be None.
+
+        Returns:
+            What the module returns.
+
+        Raises:
+            ValueError: `adapter_names` is given, or a saved mask contradicts the zeros of the base weight.
+        """
         if adapter_names is not None:
-            raise ValueError("Mixed batches (`adapter_names`) are not supported with `target_parameters`.")
+            raise ValueError(
+                "Mixed batches (`adapter_names`) are not supported with `target_parameters`. Choose one adapter for "
+                "the batch by `set_adapter`."
+            )
         if self._unsettled:
             self._settle_masks()
         if self.disable_adapters and self.merged:
@@ -85,26 +116,26 @@ class ParameterMixin(SparseLoraLayer):
         finally:
             parametrize.remove_parametrizations(owner, self.parameter_name, leave_parametrized=False)
 
-    # -- storage -----------------------------------------------------------------------------------------------------
+    # -- how the weight is stored ------------------------------------------------------------------------------------
 
     def _parameter(self) -> Tensor:
         return getattr(self.get_base_layer(), self.parameter_name)
 
     def _shape(self) -> tuple[int, int, int]:
-        """(experts, out, in), one expert for a 2-D parameter."""
+        """Return (experts, out, in), with one expert for a 2-D parameter."""
         shape = self.stored_shape
         if len(shape) == 2:
             return 1, shape[0], shape[1]
         if len(shape) != 3:
             raise ValueError(
                 f"`target_parameters` needs parameters of 2 or 3 dimensions, got {self.parameter_name!r} of shape "
-                f"{shape}."
+                f"{shape}. Leave it out."
             )
         experts, rows, columns = shape
         return (experts, columns, rows) if self._transposed() else (experts, rows, columns)
 
     def _transposed(self) -> bool:
-        # transformers' experts say so when they store (experts, in, out).
+        # The attribute of transformers' experts that are stored as (experts, in, out).
         return bool(getattr(self.get_base_layer(), "is_transposed", False))
 
     def _features(self) -> tuple[int, int]:
@@ -120,7 +151,8 @@ class ParameterMixin(SparseLoraLayer):
         experts, rows, columns = self._shape()
         if len(self.stored_shape) == 2:
             return A, B, c, s
-        # Within an adapter A counts experts first and B last, as in PEFT's LoRA; adapters come one after the other.
+        # As in PEFT's LoRA, A (experts · r, in) has the expert as the slower index, and B (out, r · experts) has it as
+        # the faster one. The adapters are concatenated.
         ranks = [self.r[name] for name in names]
         sizes = [experts * r for r in ranks]
         per_expert_A = [a.view(experts, r, columns) for a, r in zip(A.split(sizes), ranks, strict=True)]
@@ -130,9 +162,11 @@ class ParameterMixin(SparseLoraLayer):
         return torch.cat(per_expert_A, 1), torch.cat(per_expert_B, 2), c, s
 
     def read_weight(self) -> Tensor:
+        """Return the parameter, detached: (out, in), or all experts as they are stored. It shares memory."""
         return self._parameter().data
 
     def write_weight(self, weight: Tensor) -> None:
+        """Replace the parameter in place by `weight`, laid out as `read_weight` returns it."""
         self._parameter().data.copy_(weight)
 
     def _matrix(self, stored: Tensor) -> Tensor:
@@ -152,11 +186,11 @@ class ParameterMixin(SparseLoraLayer):
 
 
 class _EffectiveParameter(nn.Module):
-    """The parametrisation that stands in for the parameter."""
+    """The parametrisation that computes the effective weight in the place of the parameter."""
 
     def __init__(self, layer: ParameterMixin, names: list[str]) -> None:
         super().__init__()
-        # In a tuple, or the wrapper would be registered below the module it wraps.
+        # In a tuple, because a plain attribute would register the wrapper below the module it wraps.
         self.layer = (layer, names)
 
     def forward(self, stored: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Proof of the mask: fingerprints written with an adapter, and held against the model it is loaded onto."""
+"""Fingerprints of the masks: saved with an adapter, and compared with the model that the adapter is loaded onto.
+
+`model` calls these functions when PEFT attaches, saves or loads an adapter.
+"""
 
 import logging
 import warnings
@@ -22,9 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def fingerprints(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Return the fingerprint of the mask below every layer that has the adapter, by name of the layer or parameter.
+    """Return the fingerprint of the mask of every weight that the adapter adapts, by name of the layer or parameter.
 
-    Saved masks are brought up to date on the way. Where weights are sharded, all processes must ask together.
+    The masks that are saved with the adapter are updated too. Sharded weights are gathered, so all processes must call
+    the function together.
     """
     found = {}
     for name, module in _layers(model, adapter_name):
@@ -38,7 +42,14 @@ def fingerprints(model: nn.Module, adapter_name: str) -> dict[str, str]:
 
 
 def remember_proof(model: nn.Module) -> None:
-    """Take the fingerprints of sharded weights below adapters, for a save, in which one process is alone."""
+    """Compute the fingerprints of sharded weights now, for a later save.
+
+    One process saves alone and cannot gather sharded weights then. All processes must call this function together. It
+    does nothing for a model without shards.
+
+    Args:
+        model: the model with adapters.
+    """
     if has_shards(model):
         for name, config in getattr(model, "peft_config", {}).items():
             if isinstance(config, SparseLoraConfig):
@@ -46,20 +57,21 @@ def remember_proof(model: nn.Module) -> None:
 
 
 def proof_at_hand(model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> dict[str, str]:
-    """Return the fingerprints to save with the adapter: those at the moment, or remembered of sharded weights."""
+    """Return the fingerprints to save with the adapter. Those of sharded weights are the remembered ones."""
     if not has_shards(model):
         return fingerprints(model, adapter_name)
     if not config._proof:
         warnings.warn(
-            f"Adapter {adapter_name!r} is saved without fingerprints of its masks: its base is sharded over processes "
-            "and one of them saves. Train with SparseTrainer or add ZeroGuardCallback, which take them beforehand.",
+            f"Adapter {adapter_name!r} is saved without fingerprints of its masks. The base weights are sharded over "
+            "processes, and the process that saves cannot read them. Train with SparseTrainer or add "
+            "ZeroGuardCallback, which compute the fingerprints before saving.",
             stacklevel=2,
         )
     return config._proof
 
 
 def report_oddities(model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
-    """Log, once for all layers, what is allowed but seldom meant: weights not pruned, ranks beyond the full rank."""
+    """Warn once for all layers if adapted weights are not pruned, or if `r` exceeds their full rank."""
     dense, excessive, count = [], [], 0
     for name, module, weight in _adapted(model, adapter_name):
         count += 1
@@ -69,27 +81,31 @@ def report_oddities(model: nn.Module, config: SparseLoraConfig, adapter_name: st
             excessive.append(name)
     if dense and config.name == "mask_lora":
         logger.warning(
-            "%d of %d adapted weights are not pruned (first %r): until they are, MaskLoRA is plain LoRA there.",
+            "%d of %d adapted weights are not pruned (first %r). MaskLoRA is plain LoRA there until they are pruned.",
             len(dense),
             count,
             dense[0],
         )
     if excessive:
         logger.warning(
-            "`r` exceeds the full rank of %d adapted weights (first %r): the ranks beyond it train for nothing. Lower "
-            "`r`, or set `rank_pattern` for these layers.",
+            "`r` exceeds the full rank of %d adapted weights (first %r): a smaller rank can express every update of "
+            "them. Lower `r`, or set `rank_pattern` for these layers.",
             len(excessive),
             excessive[0],
         )
 
 
 def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
-    """Hold the zeros of `model` against the fingerprints in `config`.
+    """Compare the zeros of `model` with the fingerprints in `config`.
 
-    An adapter that carries its mask brings the zeros along, and is held against the model when it is first used.
+    An adapter with `save_mask` is not compared here. Its mask is compared when it is first used.
+
+    Args:
+        model: the base model.
+        config: configuration of the adapter, with `on_mask_mismatch`.
 
     Raises:
-        ValueError: they differ, and `on_mask_mismatch` is "error".
+        ValueError: the zeros differ and `on_mask_mismatch` is "error". With "warn" the function warns.
     """
     if config.on_mask_mismatch == "ignore" or config.save_mask:
         return
@@ -108,7 +124,7 @@ def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
     message = (
         f"The adapter was trained on other zeros than this base model has, in {len(differing)} of "
         f"{len(config.mask_fingerprints)} layers (sparsities: {examples}). Load the pruned base model the adapter was "
-        'trained on, or pass a config with `on_mask_mismatch="warn"` to adapt to the zeros at hand.'
+        'trained on, or pass a configuration with `on_mask_mismatch="warn"` to use the zeros of this base model.'
     )
     if config.on_mask_mismatch == "error":
         raise ValueError(message)
@@ -116,7 +132,7 @@ def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
 
 
 def _adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLoraLayer, Tensor]]:
-    """Yield name, layer and stored weight of every layer that has the adapter and whose weight can be read now."""
+    """Yield name, layer and stored weight of every layer that has the adapter and whose weight can be read."""
     for name, module in _layers(model, adapter_name):
         weight = module.read_weight()
         if _is_loaded(weight):
@@ -130,7 +146,7 @@ def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLo
 
 
 def _weight_called(model: nn.Module, modules: dict[str, nn.Module], name: str) -> Tensor | None:
-    """The weight, as a matrix, of the layer or parameter `name`; None if it is not there or cannot be read yet."""
+    """Return the weight of the layer or parameter `name` as a matrix. None if it is missing or cannot be read."""
     module = modules.get(name)
     if module is None:
         owner, _, parameter = name.rpartition(".")
@@ -153,5 +169,5 @@ def _fingerprint(weight: Tensor) -> str:
 
 
 def _is_loaded(weight: Tensor) -> bool:
-    # ZeRO-3 leaves parameters empty, of FSDP's parts nobody knows the rest, and a meta weight has no zeros to compare.
+    # ZeRO-3 empties the parameters it shards, a DTensor holds one process's part, and a meta weight has no values.
     return weight.numel() > 0 and not weight.is_meta and not isinstance(weight, DTensor)

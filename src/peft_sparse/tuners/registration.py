@@ -1,4 +1,7 @@
-"""The only file that writes to PEFT's tables."""
+"""Register the tuners with PEFT.
+
+This file adds to PEFT's tables of methods and to its `PeftType` enum. `lora_extras` makes the other changes to PEFT.
+"""
 
 from typing import Any
 
@@ -20,11 +23,12 @@ TABLES: tuple[dict[Any, Any], ...] = (
 
 
 def add_peft_type(name: str) -> PeftType:
-    """Return the `PeftType` member called `name`, making it if PEFT has none.
+    """Return the member of `PeftType` called `name`. The member is added if PEFT has none of this name.
 
-    PEFT's registration insists on a member of its closed enum, and an enum with members cannot be subclassed. Setting
-    the class attribute as well as the lookup tables is what makes `PeftType.MASK_LORA`, `PeftType["MASK_LORA"]`,
-    `PeftType("MASK_LORA")`, iteration, pickling and JSON all work on Python 3.10 to 3.13.
+    PEFT's registration accepts only members of this enum, and Python does not allow to subclass an enum that has
+    members. The member is written as a class attribute and into the enum's lookup tables. Both are needed for
+    `PeftType.MASK_LORA`, `PeftType["MASK_LORA"]`, `PeftType("MASK_LORA")`, iteration, pickling and JSON to work on
+    Python 3.10 to 3.13.
     """
     if name in PeftType.__members__:
         return PeftType[name]
@@ -41,19 +45,27 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def register(name: str, config_cls: type, model_cls: type) -> None:
-    """Register a tuner with PEFT. Safe to repeat: after `importlib.reload` the tables point to the new classes.
+    """Register a tuner with PEFT by `peft.utils.register_peft_method`.
+
+    A second call with classes of the same module replaces the first: after `importlib.reload`, PEFT's tables name the
+    new classes.
+
+    Args:
+        name: name of the method in lower case, such as "mask_lora".
+        config_cls: class of the configuration.
+        model_cls: class of the model, a subclass of `BaseTuner`.
 
     Raises:
-        RuntimeError: another package registered a method of this name.
+        RuntimeError: a class of another module is registered under this name.
     """
     peft_type = PeftType[name.upper()]
     known: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if known is not None:
         if known.__module__ != config_cls.__module__:
             raise RuntimeError(
-                f"PEFT method {name!r} is registered already, by {known.__module__}.{known.__qualname__}. Two "
-                "packages cannot provide it; uninstall one, or import only one of them."
+                f"The PEFT method {name!r} is registered already, by {known.__module__}.{known.__qualname__}. Only "
+                "one package can provide a method. Uninstall one of the two packages, or import only one of them."
             )
         for table in TABLES:
             table.pop(peft_type, None)
-    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, is_mixed_compatible=True)

@@ -1,4 +1,7 @@
-"""ScaledLoRA: W ⊙ (BA), from exactly W. Zimmer et al. 2023, arXiv:2312.15230v3."""
+"""The layers and the model of ScaledLoRA, W ⊙ (BA), which starts at W. Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
+
+Besides the names of the parts, this file holds how A and B start, and the forward pass of rank 1.
+"""
 
 import math
 from typing import Literal
@@ -15,7 +18,7 @@ from .parameter import ParameterMixin
 
 
 class ScaledLoraLayer(SparseLoraLayer):
-    """What all ScaledLoRA layers are instances of."""
+    """Base class of every ScaledLoRA layer. Effective weight: W ⊙ (1 + s · (BA - 1)), which is W ⊙ (BA) for s = 1."""
 
     prefix = "scaled_lora_"
     factor: Factor = "weight"
@@ -24,7 +27,14 @@ class ScaledLoraLayer(SparseLoraLayer):
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, init_weights: bool | Literal["paper"]) -> None:
-        """Make BA all ones: the first component of ones, the others as in LoRA, so that no two of them are equal."""
+        """Draw A and B anew.
+
+        Args:
+            adapter_name: name of the adapter.
+            init_weights: True makes BA a matrix of ones: the first row of A and the first column of B are ones, the
+                other rows of A are drawn as in LoRA, the other columns of B are zero. "paper" sets every entry of A
+                and B to 1 / sqrt(r). False draws A and B as in LoRA and adds 1 to the first row and the first column.
+        """
         super().reset_parameters(adapter_name, init_weights)
         r = self.r[adapter_name]
         A, B = stored_weight(self.A[adapter_name]), stored_weight(self.B[adapter_name])
@@ -32,8 +42,8 @@ class ScaledLoraLayer(SparseLoraLayer):
             nn.init.constant_(A, 1 / math.sqrt(r))
             nn.init.constant_(B, 1 / math.sqrt(r))
             return
-        # A parameter of several experts has r components each: all first components come first in A, in B every
-        # component counts its experts.
+        # With several experts, A (experts · r, in) has the expert as the slower index, and B (out, r · experts) has it
+        # as the faster one.
         experts = A.shape[0] // r
         first_of_A, first_of_B = A.view(experts, r, -1)[:, 0], B.view(-1, r, experts)[:, 0]
         if init_weights:
@@ -45,7 +55,12 @@ class ScaledLoraLayer(SparseLoraLayer):
 
 
 class ScaledLoraLinear(ScaledLoraLayer):
-    """y = x (W ⊙ (BA))^T + b around an `nn.Linear` or a transformers `Conv1D`."""
+    """ScaledLoRA around an `nn.Linear`, a transformers `Conv1D` or a quantised linear layer.
+
+    Computes y = x (W ⊙ (1 + s · (BA - 1)))^T + bias for x (..., in), W (out, in), A (r, in), B (out, r). For r = 1 and
+    s = 1 it computes y = ((x ⊙ a) W^T) ⊙ b + bias instead, without a matrix of W's size, unless the base is quantised.
+    Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
+    """
 
     def _forward_rank_one(self, x: Tensor, names: list[str]) -> Tensor | None:
         if (
@@ -60,15 +75,33 @@ class ScaledLoraLinear(ScaledLoraLayer):
 
 
 class ScaledLoraConv2d(Conv2dMixin, ScaledLoraLayer):
-    """The same around an `nn.Conv2d`."""
+    """ScaledLoRA around an `nn.Conv2d`.
+
+    Convolves x (batch, in, height, width) with the kernel W ⊙ (1 + s · (BA - 1)), W seen as a matrix
+    (out, in / groups · k · k). Zimmer et al. 2023 (PERP), arXiv:2312.15230, appendix A.2.
+    """
 
 
+# PEFT recognises wrappers of parameters by this class name.
 class ParamWrapper(ParameterMixin, ScaledLoraLayer):
-    """The same on a parameter; PEFT knows wrappers of parameters by this name."""
+    """ScaledLoRA on a bare parameter: W (out, in), or (experts, out, in) with an A and a B for each expert.
+
+    While the module that owns the parameter runs, the parameter is W ⊙ (1 + s · (BA - 1)).
+    """
 
 
 class ScaledLoraModel(SparseLoraModel):
-    """A model with ScaledLoRA adapters; made by `peft.get_peft_model(model, ScaledLoRAConfig(...))`."""
+    """A model whose layers have ScaledLoRA adapters.
+
+    `peft.get_peft_model(model, ScaledLoRAConfig(...))` makes it.
+
+    Args:
+        model: the pruned base model.
+        peft_config: its `ScaledLoRAConfig`, or several by name of the adapter.
+        adapter_name: name of the first adapter.
+        low_cpu_mem_usage: create the adapters on the meta device, for loading.
+        state_dict: adapt the layers that this state dict of an adapter names.
+    """
 
     prefix: str = "scaled_lora_"
     tuner_layer_cls = ScaledLoraLayer
