@@ -1,4 +1,4 @@
-"""What both tuners hold on every kind of layer and model, and PEFT's features around them."""
+"""What both tuners do on every kind of layer and model, and PEFT's features around them."""
 
 import copy
 from collections.abc import Callable
@@ -219,11 +219,14 @@ def test_a_fresh_adapter_is_the_identity(kind, tuner):
     torch.testing.assert_close(output(wrapped, kind), output(kind.sparse(), kind))
 
 
-def test_training_changes_the_function_and_not_the_base(kind, tuner):
+def test_training_changes_the_function_by_every_adapter_and_not_the_base(kind, tuner):
     wrapped = adapted(kind, tuner, init_weights=True)
     before = output(wrapped, kind)
+    factors = {name: p.clone() for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert all("_lora_" in name for name in factors if "modules_to_save" not in name)
     train(wrapped, kind)
     assert (output(wrapped, kind) - before).abs().max() > 1e-3
+    assert not [name for name, factor in factors.items() if torch.equal(wrapped.get_parameter(name), factor)]
     assert_base_untouched(wrapped, kind)
 
 
@@ -240,7 +243,7 @@ def test_merging_keeps_zeros_and_function_and_unmerging_restores_every_bit(kind,
     wrapped.unmerge_adapter()
     assert_base_untouched(wrapped, kind)
     assert torch.equal(output(wrapped, kind), trained)
-    unloaded = wrapped.merge_and_unload()
+    unloaded = wrapped.merge_and_unload(safe_merge=True)
     assert not tuner_layers(unloaded)
     assert_zeros_kept(unloaded, kind)
     torch.testing.assert_close(output(unloaded, kind), trained)
@@ -255,7 +258,10 @@ def test_an_adapter_survives_saving_and_loading(kind, tuner, tmp_path):
     assert_zeros_kept(loaded.merge_and_unload(), kind)
 
 
-def test_a_scale_of_zero_gives_the_base_model(kind, tuner):
+# `test_verbs` rescales linear layers.
+@pytest.mark.parametrize("name", ["conv", "mixtral"])
+def test_a_scale_of_zero_gives_the_base_model(name, tuner):
+    kind = KINDS[name]
     wrapped = adapted(kind, tuner)
     expected, trained = output(kind.sparse(), kind), output(wrapped, kind)
     with rescale_adapter_scale(wrapped, 0.0):
@@ -272,6 +278,19 @@ def test_a_convolution_takes_one_image(name, tuner):
     kind = KINDS[name]
     wrapped, x = adapted(kind, tuner), kind.inputs["input"]
     torch.testing.assert_close(wrapped(x[0]), wrapped(x)[0])
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt2", "conv-channels-last", "mixtral"])
+def test_the_stored_weight_can_be_read_and_replaced_in_place(name):
+    wrapped = adapted(KINDS[name], MaskLoRAConfig)
+    for layer in tuner_layers(wrapped):
+        parameter = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+        stride, address, doubled = parameter.stride(), parameter.data_ptr(), 2 * parameter.detach()
+        assert torch.equal(layer.read_weight(), parameter)
+        layer.write_weight(doubled)
+        assert torch.equal(layer.read_weight(), doubled)
+        assert torch.equal(parameter, doubled)
+        assert (parameter.stride(), parameter.data_ptr()) == (stride, address)
 
 
 def test_a_merged_kernel_keeps_its_memory_format(tuner):
