@@ -17,7 +17,7 @@ from .registration import add_peft_type
 MASK_LORA = add_peft_type("MASK_LORA")
 SCALED_LORA = add_peft_type("SCALED_LORA")
 
-# Raised when what a saved adapter means changes, so that an older package refuses what it would misread.
+# Increased when the meaning of a saved adapter changes, so that an older package refuses the adapter.
 FORMAT_VERSION = 1
 
 
@@ -54,7 +54,7 @@ class SparseLoraConfig(PeftConfig):
         super().__post_init__()
         self._head: str | None = None
         self._proof: dict[str, str] = {}
-        # PEFT matches names in sets; lists are what JSON brings back.
+        # PEFT looks names up in sets, and JSON gives lists.
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
@@ -83,7 +83,7 @@ class SparseLoraConfig(PeftConfig):
             super().save_pretrained(save_directory, **kwargs)
             complete_card(save_directory, self.peft_type.value, self.sparsity, self.save_mask)
         finally:
-            # Only the file is bound to these masks; the object may serve another model next.
+            # The fingerprints belong to the file. The object may be used for another model next.
             self.mask_fingerprints = own
 
     @property
@@ -284,7 +284,7 @@ class ScaledLoRAConfig(SparseLoraConfig):
         super().__post_init__()
         self.peft_type = SCALED_LORA
         if self.lora_alpha is None:
-            # s = 1 at every rank, written out because PEFT's hotswap divides these fields itself.
+            # Written out as the numbers that give s = 1, because PEFT's hotswap divides these fields itself.
             self.lora_alpha = self._neutral_alpha(self.r)
             for key, rank in self.rank_pattern.items():
                 self.alpha_pattern.setdefault(key, self._neutral_alpha(rank))

@@ -24,6 +24,6 @@ def undo_cpu_packing(layer: nn.Module) -> None:
 
         weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
         if not state.nested:
-            # The inverse leaves single scales transposed.
+            # bitsandbytes' inverse leaves the scales transposed unless they are quantised themselves.
             state.absmax = state.absmax.T.reshape(-1).float()
         weight.quant_state = state
