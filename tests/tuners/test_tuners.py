@@ -77,16 +77,22 @@ def test_a_merged_model_computes_the_trained_function_bit_for_bit(config, dtype,
     assert torch.equal(wrapped.merge_and_unload()(tokens).logits, trained)
 
 
-@DTYPES
-def test_merging_rank_one_changes_outputs_by_rounding_alone(dtype):
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).to(dtype)
-    prune_matrix(model[0].weight)
-    wrapped = get_peft_model(model, ScaledLoRAConfig(r=1, target_modules=["0"], init_weights=False))
-    x = torch.randn(32, 64).to(dtype)
+# docs/tuners.md tells these numbers.
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.float32, 2.6e-7), (torch.bfloat16, 4.5e-3), (torch.float16, 5.7e-4)]
+)
+def test_merging_rank_one_changes_outputs_by_rounding_alone(dtype, expected):
+    model = torch.nn.Sequential(torch.nn.Linear(576, 576, bias=False)).to(dtype)
+    prune(model, 0.5, target_modules=["0"])
+    wrapped = get_peft_model(model, ScaledLoRAConfig(r=1, target_modules=["0"]))
+    for factors in (wrapped.base_model.model[0].A, wrapped.base_model.model[0].B):
+        weight = factors["default"].weight
+        weight.data += 0.1 * torch.randn(weight.shape)
+    x = torch.randn(512, 576).to(dtype)
     trained = wrapped(x)
     wrapped.merge_adapter()
     difference = (wrapped(x) - trained).double().norm() / trained.double().norm()
-    assert 0 < difference < 2 * torch.finfo(dtype).eps
+    assert difference.item() == pytest.approx(expected, rel=0.5)
 
 
 def test_an_adapter_survives_saving_and_loading(pruned, tokens, tmp_path):
