@@ -177,6 +177,15 @@ def test_autocast_is_followed(formula):
 
 
 @FORMULAS
+@pytest.mark.parametrize("experts", [(), (4,)], ids=["matrix", "experts"])
+def test_autocast_does_not_round_the_effective_weight(formula, experts):
+    weight, A, B = torch.randn(*experts, 7, 5), torch.randn(*experts, 3, 5), torch.randn(*experts, 7, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = effective_weight(weight, A, B, **formula)
+    assert torch.equal(found, effective_weight(weight, A, B, **formula))
+
+
+@FORMULAS
 def test_zeros_stay_zeros(formula):
     _, weight, A, B, _ = problem()
     merged = effective_weight(weight, A, B, **formula).detach()

@@ -13,6 +13,7 @@ One autograd function serves both. With D = dL/dy and G = D^T x its gradients ar
 dB = s (H ⊙ G) A^T and dx = D (c · W + s · H ⊙ (BA)).
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,8 +36,8 @@ Weight = Tensor | Callable[[], Tensor]
 def effective_weight(weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: float, s: float) -> Tensor:
     """Return the effective weight c · W + s · H ⊙ (BA), computed in A's dtype and rounded once to W's dtype.
 
-    Zeros of W stay zeros. Forward passes by `sparse_lora` and merging both call this function, so both use the same
-    weight.
+    This holds under autocast too. Zeros of W stay zeros. `sparse_lora` and merging both call this function, so both
+    use the same weight.
 
     Args:
         weight: W (out, in), or one W for each expert (experts, out, in).
@@ -51,12 +52,15 @@ def effective_weight(weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: fl
     """
     exact = weight.to(A.dtype)
     add_product = torch.addmm if exact.dim() == 2 else torch.baddbmm
-    if factor == "mask":
-        return mask_(add_product(exact, B, A, beta=c, alpha=s), exact).to(weight.dtype)
-    multiplier = add_product(exact, B, A, beta=0, alpha=s)
-    if c:
-        multiplier.add_(c)
-    return multiplier.mul_(exact).to(weight.dtype)
+    # Autocast would round the product to its dtype. It does not know every device, such as "meta".
+    known = torch.amp.is_autocast_available(weight.device.type)
+    with torch.autocast(weight.device.type, enabled=False) if known else contextlib.nullcontext():
+        if factor == "mask":
+            return mask_(add_product(exact, B, A, beta=c, alpha=s), exact).to(weight.dtype)
+        multiplier = add_product(exact, B, A, beta=0, alpha=s)
+        if c:
+            multiplier.add_(c)
+        return multiplier.mul_(exact).to(weight.dtype)
 
 
 @dataclass(frozen=True)
