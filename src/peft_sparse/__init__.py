@@ -31,7 +31,7 @@ from .training.pruning_callback import PruningCallback
 from .training.pruning_schedules import CubicSchedule, PruningCycles
 from .training.trainer import SparseTrainer
 from .training.zero_guard import ZeroGuardCallback
-from .tuners import MaskLoRAConfig, ScaledLoRAConfig
+from .tuners import MaskLoRAConfig, ScaledLoRAConfig, merged_state_dict, trainable_shares
 
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "ZeroGuardCallback",
     "compact",
     "environment",
+    "merged_state_dict",
     "pack_sequences",
     "peak_memory",
     "perplexity",
@@ -79,6 +80,7 @@ __all__ = [
     "reconstruct_checkpoint",
     "sample_sequences",
     "sparsity",
+    "trainable_shares",
 ]
 
 __version__ = "0.1.0.dev0"
