@@ -193,7 +193,10 @@ class _Capture:
         if self.returns_tensor.get(type(block)):
             return hidden
         with self.runner.resident(index):
-            output = forward(hidden, *args, **kwargs)
+            # Within this context the block may be on another device than the model that calls it.
+            device = next(block.parameters()).device
+            output = forward(*send_to_device((hidden, *args), device), **send_to_device(kwargs, device))
+        output = send_to_device(output, hidden.device)
         self.returns_tensor[type(block)] = isinstance(output, Tensor)
         first = output if isinstance(output, Tensor) else output[0]
         self.returned = first, _version(first)
