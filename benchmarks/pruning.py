@@ -2,26 +2,26 @@
 
     python benchmarks/pruning.py --output benchmarks/results/pruning-matrices-cpu.json
     python benchmarks/pruning.py --model --output benchmarks/results/pruning-smollm2-cpu.json
+    python benchmarks/pruning.py --beside --shapes 4096x4096 4096x14336 --output benchmarks/results/pruning-h100.json
 
-Three steps at the shapes of SmolLM2-135M and of a 7B model's MLP: the selection of n of every m scores, Wanda's scores
-and its selection per row, and SparseGPT. The published side is written from the papers and keeps the structure of the
-published loops: `topk` per group of columns, a full sort of every row, and for SparseGPT three dense n³ steps before
-one rank-1 update per column. Rounds visit both sides in turn, and a ratio is taken within its round, so a machine that
-slows down slows both.
+The steps are the selection of n of every m scores, Wanda's scores with their selection per row, and SparseGPT. The
+default shapes are those of SmolLM2-135M and of a 7B model's MLP. The published side is written from the papers and
+keeps the structure of the published loops: `topk` per group of columns, a full sort of every row, and for SparseGPT
+three dense n³ steps before one rank-1 update per column. Each round runs both sides in turn. A ratio compares the two
+sides of one round, so a machine that becomes slower slows both. `--beside` adds two steps that start from Wanda's mask
+and have no published side: the swaps and the least-squares update.
 
-With `--model`, whole runs on the first blocks of SmolLM2-135M-Instruct instead: `prune` with its defaults against the
-published loop, which runs every block twice, with a hook on every layer. Both take one sequence at a time. A first
-round is not timed.
+With `--model`, the script measures whole runs on the first blocks of SmolLM2-135M-Instruct: `prune` with its defaults
+against the published loop, which runs every block twice, with a hook on every layer. Both take one sequence at a time.
+The first round is not timed.
 
-The inputs are correlated and of decaying spectrum, X = (C; σI) with rows of C falling like i^-1/2 and columns of
-log-normal scale; the layer error is ||(W - W') X^T||² / ||W X^T||². float32.
+The inputs are correlated and their spectrum decays: X = (C; σI), the rows of C fall like i^-1/2, and the columns of C
+have a log-normal scale. The layer error is ||(W - W') X^T||² / ||W X^T||². Everything is float32.
 """
 
 import argparse
 import copy
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,16 +35,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_sparse import prune, sample_sequences
 from peft_sparse.model.environment import environment
+from peft_sparse.pruning.least_squares import masked_least_squares
 from peft_sparse.pruning.patterns import Pattern, SemiStructured, Unstructured, select
+from peft_sparse.pruning.refinement import swap
 from peft_sparse.pruning.sparsegpt import sparsegpt
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from demo import python_documents, smollm2_dir
+from common import DEVICE, parser, python_documents, seconds_of, smollm2_dir, write_json
 
 
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (4096, 11008)]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 HALF, TWO_OF_FOUR, FOUR_OF_EIGHT = Unstructured(0.5), SemiStructured(2, 4), SemiStructured(4, 8)
 
@@ -137,7 +136,7 @@ Step = Callable[[], Tensor]
 
 
 def steps(layer: Layer) -> dict[str, tuple[Step, Step]]:
-    """Our way and the published one to prune the weight of `layer`, by name."""
+    """Return our way and the published way to prune the weight of `layer`, by name."""
     W, hessian = layer.weight, layer.hessian
     magnitude, input_norm = W.abs(), hessian.diagonal().sqrt()
     return {
@@ -168,62 +167,61 @@ def steps(layer: Layer) -> dict[str, tuple[Step, Step]]:
     }
 
 
-def seconds_of(step: Step) -> tuple[float, Tensor]:
-    synchronize()
-    started = time.perf_counter()
-    result = step()
-    synchronize()
-    return time.perf_counter() - started, result
+def steps_beside(layer: Layer) -> dict[str, tuple[Step]]:
+    """Return what may follow the criterion, from Wanda's mask of half of each row, by name."""
+    W, hessian = layer.weight, layer.hessian
+    mask = select(W.abs() * hessian.diagonal().sqrt(), HALF, "row")
+    return {
+        "update after Wanda, 50 %": (lambda: masked_least_squares(W, mask, hessian),),
+        "swaps after Wanda, 50 %": (lambda: swap(W, mask, hessian, HALF)[0],),
+    }
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def measure(name: str, layer: Layer, both: tuple[Step, Step], rounds: int) -> dict[str, Any]:
-    """Return medians over the rounds of both sides and of their ratio within a round, and the layer errors of both."""
-    seconds: tuple[list[float], list[float]] = ([], [])
+def measure(name: str, layer: Layer, sides: tuple[Step] | tuple[Step, Step], rounds: int) -> dict[str, Any]:
+    """Return the median times and the layer errors of one side or both, and the median ratio of their times."""
+    seconds: list[list[float]] = [[] for _ in sides]
     errors = []
     for round_ in range(rounds):
-        for side, step in enumerate(both):
+        for side, step in enumerate(sides):
             if rounds > 1 and round_ == 0:
                 step()
             spent, result = seconds_of(step)
             seconds[side].append(spent)
             if round_ == 0:
                 errors.append(layer.error(layer.weight * result if result.dtype == torch.bool else result))
-    ours, published = seconds
-    return {
-        "shape": tuple(layer.weight.shape),
-        "step": name,
-        "rounds": rounds,
-        "seconds": statistics.median(ours),
-        "published_seconds": statistics.median(published),
-        "times_faster": statistics.median(p / o for o, p in zip(ours, published, strict=True)),
-        "error": errors[0],
-        "published_error": errors[1],
-    }
+    ours = {"seconds": statistics.median(seconds[0]), "error": errors[0]}
+    row = {"shape": tuple(layer.weight.shape), "step": name, "rounds": rounds, **ours}
+    if len(sides) == 2:
+        row["published_seconds"] = statistics.median(seconds[1])
+        row["times_faster"] = statistics.median(p / o for o, p in zip(*seconds, strict=True))
+        row["published_error"] = errors[1]
+    return row
 
 
-def measure_matrices(rounds: int, large_rounds: int) -> list[dict[str, Any]]:
-    rows = []
-    for shape in SHAPES:
+def measure_matrices(arguments: argparse.Namespace, write: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Measure every step at every shape; `write` is called with the rows so far after each."""
+    rows: list[dict[str, Any]] = []
+    for shape in arguments.shapes:
         layer = random_layer(*shape)
-        for name, both in tqdm(steps(layer).items(), desc=f"{shape[0]} x {shape[1]}", unit="step"):
-            rows.append(measure(name, layer, both, large_rounds if max(shape) > 8192 else rounds))
-    return rows
+        wanted: dict[str, Any] = steps(layer) | (steps_beside(layer) if arguments.beside else {})
+        for name, sides in tqdm(wanted.items(), desc=f"{shape[0]} x {shape[1]}", unit="step"):
+            rounds = arguments.large_rounds if max(shape) > 8192 else arguments.rounds
+            rows.append(measure(name, layer, sides, rounds))
+            write(rows)
+    print_matrices(rows)
 
 
 def print_matrices(rows: list[dict[str, Any]]) -> None:
     print("\n| matrix | step | time | published loop | times faster | layer error | published |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
-        print(
-            f"| {row['shape'][0]} x {row['shape'][1]} | {row['step']} | {row['seconds'] * 1e3:.1f} ms | "
-            f"{row['published_seconds'] * 1e3:.1f} ms | {row['times_faster']:.2f} | "
-            f"{row['error']:.5f} | {row['published_error']:.5f} |"
-        )
+        cells = [f"{row['shape'][0]} x {row['shape'][1]}", row["step"], f"{row['seconds'] * 1e3:.1f} ms"]
+        if "published_seconds" in row:
+            cells += [f"{row['published_seconds'] * 1e3:.1f} ms", f"{row['times_faster']:.2f}", f"{row['error']:.5f}"]
+            cells += [f"{row['published_error']:.5f}"]
+        else:
+            cells += ["", "", f"{row['error']:.5f}", ""]
+        print("|", " | ".join(cells), "|")
 
 
 @torch.no_grad()
@@ -300,25 +298,34 @@ def measure_model(rounds: int, blocks: int, sequences: int, length: int) -> list
     return rows
 
 
+def shape_of(text: str) -> tuple[int, int]:
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="store_true", help="whole runs instead of single matrices")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--large-rounds", type=int, default=1, help="of 4096 x 11008, where SparseGPT takes a minute")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--model", action="store_true", help="whole runs instead of single matrices")
+    options.add_argument("--shapes", type=shape_of, nargs="+", default=SHAPES, help="out x in, such as 4096x14336")
+    options.add_argument("--beside", action="store_true", help="measure the swaps and the update too")
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--large-rounds", type=int, default=1, help="of matrices with a side longer than 8192")
+    options.add_argument("--output", type=Path)
+    arguments = options.parse_args()
     torch.manual_seed(0)
     settings: dict[str, Any] = {"rounds": arguments.rounds, "dtype": "torch.float32"}
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        if arguments.output:
+            result = {"settings": settings, "seed": 0, "rows": rows, "environment": environment()}
+            write_json(arguments.output, result)
+
     if arguments.model:
         settings |= {"blocks": 4, "sequences": 16, "tokens_per_sequence": 256}
-        rows = measure_model(arguments.rounds, 4, 16, 256)
+        write(measure_model(arguments.rounds, 4, 16, 256))
     else:
         settings["large_rounds"] = arguments.large_rounds
-        rows = measure_matrices(arguments.rounds, arguments.large_rounds)
-        print_matrices(rows)
-    if arguments.output:
-        result = {"settings": settings, "seed": 0, "rows": rows, "environment": environment()}
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        measure_matrices(arguments, write)
 
 
 if __name__ == "__main__":

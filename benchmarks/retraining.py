@@ -48,9 +48,8 @@ from peft_sparse.model.environment import environment
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from reconstruction import peak_resident, reset_peak
-
 from criteria import described, documents, rows_of_earlier_run
+from reconstruction import peak_resident, reset_peak
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))

@@ -1,21 +1,20 @@
-"""Time and memory of one training step per tuner, as ratios to PEFT's LoRA in the same run.
+"""Time and memory of one training step of each tuner, as ratios to PEFT's LoRA in the same run.
 
     python benchmarks/tuners.py --output benchmarks/results/tuners-smollm2-cpu.json
     python benchmarks/tuners.py --layers --output benchmarks/results/tuners-layers-cpu.json
+    python benchmarks/tuners.py --llama-blocks 4 --tokens 4096 --rounds 21 --output benchmarks/results/tuners-h100.json
 
-The first measures forward and backward of SmolLM2-135M-Instruct, pruned to 50 % by magnitude, on one sequence, every
-linear layer of the blocks adapted; the second one linear layer at several shapes and ranks. Before each tuner's step
-LoRA takes one, and the ratio is of these two, so a machine that slows down slows both. Memory is what autograd keeps
-from forward to backward, parameters not counted. float32 on CPU, bfloat16 on GPU.
+The first command measures forward and backward of SmolLM2-135M-Instruct on one sequence. The model is pruned to 50 %
+by magnitude, and every linear layer of its blocks is adapted. The second command measures one linear layer at several
+shapes and ranks. The third command measures blocks of the shapes of Llama 3.1 8B with random weights, and needs no
+download. LoRA takes a step right before each step of another tuner, and the ratio is that of the two steps, so a
+machine that becomes slower slows both. Memory is what autograd keeps from forward to backward, without the parameters.
+The dtype is float32 on a CPU and bfloat16 on a GPU.
 """
 
-import argparse
 import contextlib
 import copy
-import json
 import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peft_sparse.tuners.layer
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune
@@ -34,14 +33,11 @@ from peft_sparse.model.environment import environment
 from peft_sparse.model.weights import WeightView
 from peft_sparse.pruning.patterns import Unstructured, select
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from demo import smollm2_dir  # noqa: E402
+from common import DEVICE, parser, seconds_of, smollm2_dir, write_json
 
 
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048)]
 RANKS = [4, 16, 64]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 Context = Callable[[], contextlib.AbstractContextManager[None]]
@@ -50,12 +46,12 @@ Context = Callable[[], contextlib.AbstractContextManager[None]]
 def plain_formula(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, *, c: float, s: float, **_: Any
 ) -> Tensor:
-    """MaskLoRA as autograd would do it by itself: the published formula."""
+    """Compute MaskLoRA by the published formula, and leave the backward pass to autograd."""
     return F.linear(x, c * weight + s * (B @ A).masked_fill(weight == 0, 0), bias)
 
 
 class _ExactGradient(torch.autograd.Function):
-    """W x^T, and in backward the two products that no exact masked gradient can do without: D W and G = D^T x."""
+    """x W^T, and in backward the two products that every exact masked gradient needs: D W and G = D^T x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:
@@ -70,7 +66,7 @@ class _ExactGradient(torch.autograd.Function):
 
 
 def products_alone(x: Tensor, weight: Tensor, A: Tensor, *_: Any, **__: Any) -> Tensor:
-    """What MaskLoRA would cost if all but its large products were free; it trains nothing."""
+    """Compute only the large products of MaskLoRA. This is a lower bound of its time; nothing is trained."""
     return _ExactGradient.apply(x, weight, A)
 
 
@@ -100,16 +96,12 @@ def tuners(rank: int) -> dict[str, tuple[PeftConfig, Context]]:
     }
 
 
-def seconds_of(step: Callable[[], Tensor]) -> float:
-    synchronize()
-    started = time.perf_counter()
-    step().backward()
-    synchronize()
-    return time.perf_counter() - started
+def seconds_of_both_passes(step: Callable[[], Tensor]) -> float:
+    return seconds_of(lambda: step().backward())[0]
 
 
 def bytes_kept(model: nn.Module, step: Callable[[], Tensor]) -> int:
-    """Bytes of the storages that autograd holds from forward to backward, each counted once, parameters left out."""
+    """Return the bytes that autograd keeps from forward to backward, without the parameters; each storage counts once."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -124,11 +116,6 @@ def bytes_kept(model: nn.Module, step: Callable[[], Tensor]) -> int:
     return total
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def measure(base: nn.Module, loss: Callable[[nn.Module], Tensor], rank: int, rounds: int) -> list[dict[str, Any]]:
     """Return one row per tuner: medians over the rounds, ratios to the first tuner's step right before."""
     steps, kept = {}, {}
@@ -137,15 +124,15 @@ def measure(base: nn.Module, loss: Callable[[nn.Module], Tensor], rank: int, rou
         steps[name] = context, partial(loss, model)
         with context():
             kept[name] = bytes_kept(model, steps[name][1])
-            seconds_of(steps[name][1])  # the first step of a model warms up
+            seconds_of_both_passes(steps[name][1])  # the first step of a model warms up
     reference, *others = steps
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
     for _ in tqdm(range(rounds), desc=f"rank {rank}", unit="round"):
         for name, found in pairs.items():
             context, step = steps[name]
-            before = seconds_of(steps[reference][1])
+            before = seconds_of_both_passes(steps[reference][1])
             with context():
-                found.append((before, seconds_of(step)))
+                found.append((before, seconds_of_both_passes(step)))
     pairs = {reference: [(before, before) for found in pairs.values() for before, _ in found]} | pairs
     return [
         {
@@ -160,8 +147,17 @@ def measure(base: nn.Module, loss: Callable[[nn.Module], Tensor], rank: int, rou
     ]
 
 
-def measure_model(tokens: int, rank: int, rounds: int) -> list[dict[str, Any]]:
-    base = AutoModelForCausalLM.from_pretrained(smollm2_dir(), dtype=DTYPE).to(DEVICE)
+def random_llama(blocks: int) -> nn.Module:
+    """Return a model with random weights whose blocks have the shapes of Llama 3.1 8B, with a small vocabulary."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=blocks, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=4096, max_position_embeddings=8192, dtype=DTYPE,
+    )  # fmt: skip
+    with torch.device(DEVICE):
+        return LlamaForCausalLM(config).to(DTYPE)
+
+
+def measure_model(base: Any, tokens: int, rank: int, rounds: int) -> list[dict[str, Any]]:
     prune(base, 0.5)
     ids = torch.randint(0, base.config.vocab_size, (1, tokens), device=DEVICE)
     return measure(base, lambda model: model(input_ids=ids, labels=ids).loss, rank, rounds)
@@ -191,35 +187,43 @@ def measure_layers(tokens: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", action="store_true", help="single layers instead of the whole model")
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=16, help="of the whole model's adapters")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--layers", action="store_true", help="single layers instead of the whole model")
+    options.add_argument("--llama-blocks", type=int, help="so many random blocks of Llama 3.1 8B instead of SmolLM2")
+    options.add_argument("--tokens", type=int, default=512)
+    options.add_argument("--rank", type=int, default=16, help="of the whole model's adapters")
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--output", type=Path)
+    arguments = options.parse_args()
     torch.manual_seed(0)
+    name = "SmolLM2-135M"
     if arguments.layers:
         rows = measure_layers(arguments.tokens, arguments.rounds)
     else:
-        rows = measure_model(arguments.tokens, arguments.rank, arguments.rounds)
+        if arguments.llama_blocks:
+            name = f"{arguments.llama_blocks} random blocks of Llama 3.1 8B"
+            base = random_llama(arguments.llama_blocks)
+        else:
+            base = AutoModelForCausalLM.from_pretrained(smollm2_dir(), dtype=DTYPE).to(DEVICE)
+        rows = measure_model(base, arguments.tokens, arguments.rank, arguments.rounds)
     print("\n| shape, rank | tuner | step | time / LoRA | kept for backward | memory / LoRA |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for row in rows:
-        where = f"{row['shape'][0]} x {row['shape'][1]}, {row['rank']}" if arguments.layers else "SmolLM2-135M"
+        where = f"{row['shape'][0]} x {row['shape'][1]}, {row['rank']}" if arguments.layers else name
         print(
             f"| {where} | {row['tuner']} | {row['seconds'] * 1e3:.1f} ms | {row['time_ratio']:.2f} | "
             f"{row['bytes_kept'] / 2**20:.1f} MiB | {row['memory_ratio']:.2f} |"
         )
     if arguments.output:
         settings = {
+            "model": "single layers" if arguments.layers else name,
             "tokens": arguments.tokens,
             "rank": arguments.rank,
             "rounds": arguments.rounds,
             "dtype": str(DTYPE),
         }
         result = {"settings": settings, "seed": 0, "rows": rows, "environment": environment()}
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.output, result)
 
 
 if __name__ == "__main__":
