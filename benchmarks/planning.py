@@ -1,14 +1,12 @@
-"""Memory that retraining and reconstruction of large models would take, planned and not measured.
+"""Memory that retraining and reconstruction of large models would take: planned, not measured.
 
     python benchmarks/planning.py --output benchmarks/results/planning-estimates.json
 
-The models are those of the public configurations, written out below; nothing is downloaded and no weight is made.
-bfloat16, AdamW, sequences of 2048 tokens, one per device, activation checkpointing. Prints the table of
-docs/planning.md.
+The models have the public configurations that are written out below. Nothing is downloaded, and no weight is made. The
+plans are for bfloat16, AdamW, one sequence of 2048 tokens per device, and activation checkpointing. The script prints
+the table of docs/planning.md.
 """
 
-import argparse
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +17,8 @@ from transformers import LlamaConfig, MixtralConfig
 
 from peft_sparse import MaskLoRAConfig, plan_reconstruction, plan_training
 from peft_sparse.model.environment import environment
+
+from common import parser, write_json
 
 
 LLAMA: dict[str, Any] = {
@@ -61,7 +61,7 @@ MODELS = {
     ),
 }
 LENGTH = 2048
-# What is trained, how many devices share it, and how.
+# Whether adapters are trained, the number of devices, and the strategy.
 RUNS: dict[str, tuple[bool, int, Any]] = {
     "full fine-tuning, 1 device": (False, 1, "ddp"),
     "full fine-tuning, 8 devices, FSDP": (False, 8, "fsdp"),
@@ -99,7 +99,7 @@ def plans_of(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def table(estimates: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Return the estimates as a table of GiB, a row per run."""
+    """Return the estimates in GiB as a table with one row per run."""
     lines = ["| per device, GiB (estimates) | " + " | ".join(estimates) + " |", "| --- |" + " ---: |" * len(estimates)]
     for run in next(iter(estimates.values())):
         sizes = [plans[run].get("device_bytes", plans[run]["peak_bytes"]) / 2**30 for plans in estimates.values()]
@@ -108,14 +108,14 @@ def table(estimates: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--output", type=Path)
+    args = options.parse_args()
     estimates = {name: plans_of(config) for name, config in MODELS.items()}
     print(table(estimates))
     if args.output is not None:
         result = environment() | {"estimates, not measurements": estimates}
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.output, result)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-r"""Layer-wise reconstruction of one pretrained model: what it recovers, what it costs, against retraining.
+r"""Layer-wise reconstruction of one pretrained model: what it recovers and what it costs, against retraining.
 
     python benchmarks/reconstruction.py quality --output benchmarks/results/reconstruction-smollm2-cpu.json
     python benchmarks/reconstruction.py plot --result (that file) --output docs/reconstruction.png
     python benchmarks/reconstruction.py loop --output benchmarks/results/reconstruction-loop-cpu.json
     python benchmarks/reconstruction.py memory --output benchmarks/results/reconstruction-memory-cpu.json
 
-quality: perplexity of SmolLM2-135M-Instruct pruned, reconstructed by region and by mode, and retrained with MaskLoRA
-on once and ten times the tokens. loop: against a transcription of the published loop (PERP, arXiv:2312.15230, section
-3.3: whole blocks, one sequence at a time, masks as reparametrisation) on the first blocks, at equal steps, rounds in
-turn. memory: peak resident memory, in a process each, of reconstruction, of one LoRA step of the whole model, and of
-reconstructing a larger model from disk. Text as in benchmarks/criteria.py.
+- quality: perplexity of SmolLM2-135M-Instruct after pruning, after reconstruction by every region and mode, and after
+  retraining with MaskLoRA on the same tokens and on ten times as many.
+- loop: `reconstruct` against a transcription of the published loop (PERP, arXiv:2312.15230, section 3.3: whole blocks,
+  one sequence at a time, masks as reparametrisation) on the first blocks, with equal steps. The two take turns.
+- memory: peak resident memory of reconstruction, of one LoRA step of the whole model, and of reconstructing a larger
+  model from disk. Each runs in its own process.
+
+The text is that of benchmarks/criteria.py.
 """
 
 import argparse
@@ -52,13 +55,17 @@ from peft_sparse import (
 from peft_sparse.model.environment import environment
 from peft_sparse.reconstruction.regions import RegionSize
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from criteria import described, documents, rows_of_earlier_run
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from demo import smollm2_dir
+from common import (
+    Rows,
+    add_text_arguments,
+    described,
+    documents,
+    parser,
+    peak_resident,
+    reset_peak,
+    smollm2_dir,
+    write_json,
+)
 
 
 RATE = 1e-3
@@ -66,7 +73,7 @@ RETRAINING_RATE = 2e-3
 
 
 def quality(args: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity of every way to recover, as rows."""
+    """Return the perplexity of every way to recover, as rows."""
     model_dir = smollm2_dir()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     calibration_text, evaluation_text = documents(args)
@@ -80,14 +87,11 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         "learning_rate": {"reconstruction": RATE, "retraining": RETRAINING_RATE},
         "batch_size": {"reconstruction": 1, "retraining": args.batch_size},
     }
-    rows = rows_of_earlier_run(Path(args.output), settings)
-
-    def result() -> dict[str, Any]:
-        return {"rows": rows, **settings, "environment": environment()}
+    rows = Rows(args.output, settings)
 
     def row(criterion: str, pattern: str, recovery: str, work: Any = None, **options: Any) -> None:
         wanted = {"criterion": criterion, "pattern": pattern, "recovery": recovery, **options}
-        if any(all(done.get(key) == value for key, value in wanted.items()) for done in rows):
+        if rows.find(**wanted):
             return
         model = copy.deepcopy(dense)
         torch.manual_seed(args.seed)
@@ -97,16 +101,8 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         report = work(model) if work else None
         seconds, peak = time.perf_counter() - started, peak_resident()
         model = report if isinstance(report, nn.Module) else model
-        rows.append(
-            {
-                **wanted,
-                "perplexity": perplexity(model, evaluation),
-                "seconds": seconds,
-                "peak_bytes": peak,
-            }
-        )
-        print(rows[-1], flush=True)
-        Path(args.output).write_text(json.dumps(result(), indent=2) + "\n")
+        measured = {"perplexity": perplexity(model, evaluation), "seconds": seconds, "peak_bytes": peak}
+        rows.add({**wanted, **measured})
 
     def pruned(criterion: str, pattern: str) -> Any:
         needed = None if criterion == "magnitude" else calibration
@@ -134,7 +130,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         ("matrix", "SS"), ("block", "SS"), ("submodule", "DD"), (5, "SS"), ("submodule", "SD")
     ]  # fmt: skip
     row("none", "0", "dense")
-    # What matters most first: a run that is cut off leaves a table.
+    # The most important rows come first, so that a run that is stopped leaves a useful table.
     for cell in cells:
         row(*cell, "pruned", pruned(*cell))
         recover(cell, [("submodule", "SS")], (1,))
@@ -146,11 +142,11 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     recover(cells[0], [], (10,))
     for cell in cells[1:]:
         recover(cell, others, (10,))
-    return result()
+    return rows.result()
 
 
 def retrained(model: nn.Module, prune_it: Any, tokens: Tensor, args: argparse.Namespace) -> nn.Module:
-    """Prune, and retrain with MaskLoRA for one pass over `tokens`; return the merged model."""
+    """Prune, retrain with MaskLoRA for one pass over `tokens`, and return the merged model."""
     prune_it(model)
     config = MaskLoRAConfig(r=16, lora_alpha=32, target_modules="all-linear", train_norms=True, task_type="CAUSAL_LM")
     peft_model = get_peft_model(model, config)
@@ -166,7 +162,7 @@ def retrained(model: nn.Module, prune_it: Any, tokens: Tensor, args: argparse.Na
 
 
 def loop(args: argparse.Namespace) -> dict[str, Any]:
-    """Time and final error of ours and of the published loop, on the same blocks, data and number of steps."""
+    """Return time and final error of `reconstruct` and of the published loop, on equal blocks, data and steps."""
     dense = AutoModelForCausalLM.from_pretrained(smollm2_dir())
     dense.model.layers = dense.model.layers[: args.blocks]
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
@@ -203,7 +199,7 @@ def loop(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def published_loop(model: Any, tokens: Tensor, rate: float) -> list[float]:
-    """Reconstruct block by block as the paper's loop does; return each block's final ||f(x) - t|| / ||t||."""
+    """Reconstruct block by block as the paper's loop does. Return the final ||f(x) - t|| / ||t|| of each block."""
     layers, n = model.model.layers, len(tokens)
     positions = torch.arange(tokens.shape[1])[None]
     with torch.no_grad():
@@ -232,7 +228,7 @@ def published_loop(model: Any, tokens: Tensor, rate: float) -> list[float]:
 
 
 def _published_pruning(layer: nn.Module, hidden: list[Tensor], call: dict[str, Any]) -> list[Tensor]:
-    """Measure input norms, prune by Wanda to half, masks as reparametrisation; return the dense outputs."""
+    """Prune half of the weights by Wanda, with masks as reparametrisation. Return the outputs of the dense layer."""
     linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
     squares: dict[str, Any] = dict.fromkeys(linears, 0.0)
     hooks = [
@@ -261,7 +257,7 @@ def _mean_error(layer: nn.Module, hidden: list[Tensor], targets: list[Tensor], c
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Peak resident memory above what the imports take, each in its own process."""
+    """Return the peak of resident memory of each job, and of the imports alone. Each runs in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         config = LlamaConfig(
             hidden_size=1024, intermediate_size=2816, num_hidden_layers=args.large_blocks, num_attention_heads=16,
@@ -276,7 +272,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
             command = [sys.executable, __file__, "job", "--job", job, "--folder", folder, "--output", "-"]
             command += ["--sequences", str(args.sequences), "--length", str(args.length)]
             command += ["--batch-size", str(args.batch_size)]
-            # Or glibc keeps what is freed for later, and the peak tells of its habits.
+            # Otherwise glibc keeps freed memory for later, and the peak contains it.
             environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1"}
             run = subprocess.run(command, check=True, capture_output=True, text=True, env=environ)
             peaks[job] = int(run.stdout.split()[-1])
@@ -292,7 +288,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def job(args: argparse.Namespace) -> None:
-    """One of the processes that `memory` measures; prints its peak."""
+    """Run one job of `memory` in this process, and print its peak."""
     tokens = torch.randint(0, 4096, (args.sequences, args.length), generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = {"pattern": 0.5, "criterion": "wanda", "batch_size": args.batch_size, "max_steps": 4}
     if args.job in ("loaded", "reconstruct", "lora"):
@@ -310,16 +306,6 @@ def job(args: argparse.Namespace) -> None:
         source, output = Path(args.folder) / "large", Path(args.folder) / "sparse"
         reconstruct_checkpoint(source, output, tokens, activations="disk", **options)
     print(peak_resident())
-
-
-def reset_peak() -> None:
-    """Have Linux measure the peak of resident memory from here on."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_resident() -> int:
-    """Return the most memory that was resident since, in bytes."""
-    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -348,28 +334,27 @@ def plot(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("quality", "loop", "memory", "plot", "job"))
-    parser.add_argument("--calibration-file", help="gzipped JSON lines with a field text")
-    parser.add_argument("--evaluation-file", help="gzipped raw text, such as WikiText-2's test split")
-    parser.add_argument("--sequences", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=128, help="tokens of each")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 1,024 tokens")
-    parser.add_argument("--blocks", type=int, default=4, help="loop: how many blocks")
-    parser.add_argument("--rounds", type=int, default=3, help="loop: how often")
-    parser.add_argument("--large-blocks", type=int, default=24, help="memory: blocks of the model on disk")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--result", help="plot: the JSON of quality")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("part", choices=("quality", "loop", "memory", "plot", "job"))
+    add_text_arguments(options)
+    options.add_argument("--sequences", type=int, default=64, help="calibration sequences")
+    options.add_argument("--length", type=int, default=128, help="tokens of each")
+    options.add_argument("--batch-size", type=int, default=4)
+    options.add_argument("--windows", type=int, default=8, help="evaluation windows of 1,024 tokens")
+    options.add_argument("--blocks", type=int, default=4, help="loop: how many blocks")
+    options.add_argument("--rounds", type=int, default=3, help="loop: how often")
+    options.add_argument("--large-blocks", type=int, default=24, help="memory: blocks of the model on disk")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--output", required=True)
+    options.add_argument("--result", help="plot: the JSON of quality")
+    options.add_argument("--job", help=argparse.SUPPRESS)
+    options.add_argument("--folder", help=argparse.SUPPRESS)
+    args = options.parse_args()
     if args.part in ("job", "plot"):
         {"job": job, "plot": plot}[args.part](args)
         return
     result = {"quality": quality, "loop": loop, "memory": memory}[args.part](args)
-    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.output, result)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,12 @@ r"""What each tuner recovers after pruning, at equal data and steps: loss by ste
     python benchmarks/recovery.py --steps 30 --sequence_length 256 \
         --output benchmarks/results/recovery-smollm2-cpu.json
 
-SmolLM2-135M-Instruct, half of the weights pruned by magnitude, trained on the text of examples/demo.py by the adapters
-alone (rank 16 unless said). Learning rates: 2e-3 for additive, 1e-2 for multiplicative updates, which move a weight in
-proportion to its size; linear decay, 10 % warm-up, AdamW without weight decay.
+Half of the weights of SmolLM2-135M-Instruct are pruned by magnitude. The adapters alone are trained, on the text of
+examples/demo.py. Their rank is 16, unless the row names another. The learning rate is 2e-3 for additive updates, and
+1e-2 for multiplicative updates, because these move a weight in proportion to its size. It falls linearly after 10 % of
+warm-up. The optimiser is AdamW without weight decay.
 """
 
-import argparse
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,10 +29,8 @@ from peft_sparse import (
 )
 from peft_sparse.model.environment import environment
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from demo import digest, python_documents, smollm2_dir  # noqa: E402
-from retrain import Sequences  # noqa: E402
+from common import digest, parser, python_documents, smollm2_dir, write_json
+from retrain import Sequences  # importing `common` puts the folder of the examples on the path
 
 
 ADDITIVE, MULTIPLICATIVE = 2e-3, 1e-2
@@ -90,11 +86,11 @@ def recover(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--sequence_length", type=int, default=512)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--steps", type=int, default=40)
+    options.add_argument("--sequence_length", type=int, default=512)
+    options.add_argument("--output", type=Path)
+    arguments = options.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
     texts = python_documents()
     train = pack_sequences(texts[0], tokenizer, arguments.sequence_length)
@@ -111,7 +107,7 @@ def main() -> None:
         )
         if arguments.output:
             result["environment"] = environment()
-            arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+            write_json(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,22 @@ r"""What to retrain after pruning, at equal tokens: perplexity, tokens per secon
         --output benchmarks/results/retraining-smollm2-cpu.json
     python benchmarks/retraining.py --table --output (that file)
 
-SmolLM2-135M-Instruct, pruned by magnitude, every layer alike. ways: PERP's table (Zimmer et al. 2023,
-arXiv:2312.15230, table 13) transposed: norms, output head, MaskLoRA, ScaledLoRA, LoRA-Prune, LoRA that stays
-unmerged, all weights. Biases have no row: the model has none. cycles: iterative magnitude pruning against one shot.
-distillation: the dense model's logits or hidden states beside the task loss. Each way has a learning rate of its own;
-rates: others, to see how much depends on it.
+SmolLM2-135M-Instruct is pruned by magnitude, every layer to the same sparsity. The parts are these:
+- ways: PERP's table (Zimmer et al. 2023, arXiv:2312.15230, table 13) transposed: norms, output head, MaskLoRA,
+  ScaledLoRA, LoRA-Prune, LoRA that stays unmerged, all weights. The model has no biases, so there is no row for them.
+- cycles: iterative magnitude pruning against pruning once.
+- distillation: the logits or the hidden states of the dense model, beside the task loss.
+- rates: the ways with other learning rates. Each way has a rate of its own; this part shows how much depends on it.
 
-A row is of one training run, in one process with the others: the peak of resident memory is reset before it, with the
-model loaded. On a busy machine compare tokens per CPU second, which other processes change least. Text as in
-benchmarks/criteria.py.
+A row is one training run. All runs share one process. The peak of resident memory is reset before each run, with the
+model loaded. On a busy machine compare tokens per CPU second, because other processes change them least. The text is
+that of benchmarks/criteria.py.
 """
 
 import argparse
 import ctypes
 import gc
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -44,21 +44,22 @@ from peft_sparse import (
     sparsity,
 )
 from peft_sparse.model.blocks import norm_names
-from peft_sparse.model.environment import environment
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from criteria import described, documents, rows_of_earlier_run
-from reconstruction import peak_resident, reset_peak
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from demo import smollm2_dir
+from common import (
+    Rows,
+    add_text_arguments,
+    described,
+    documents,
+    parser,
+    peak_resident,
+    reset_peak,
+    smollm2_dir,
+)
 
 
 @dataclass(frozen=True)
 class Way:
-    """What is trained, its learning rate, and others to compare: Adam moves an entry by about its rate per step."""
+    """What is trained, its learning rate, and other rates to compare. Adam moves an entry by about its rate a step."""
 
     attach: Callable[[Any], Any]
     rate: float
@@ -79,7 +80,7 @@ def norms(model: Any) -> Any:
 
 
 def head(model: Any) -> Any:
-    # SmolLM2 ties it to the embedding: trained alone, it is a copy.
+    # SmolLM2 ties the head to the embedding. The head gets its own copy, so that training leaves the embedding alone.
     model.requires_grad_(False)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False
@@ -100,7 +101,7 @@ PARTS = ("ways", "cycles", "distillation", "rates")
 
 
 class Benchmark:
-    """The rows so far, and how one more comes about."""
+    """The rows that are measured so far, and the methods that measure the others."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
@@ -109,28 +110,25 @@ class Benchmark:
         self.args = args
         self.train = packed[: args.sequences]
         self.evaluation = pack_sequences([evaluation_text], tokenizer, 1024, separator="")[: args.windows]
-        self.settings = {
+        settings = {
             **described(args, text, evaluation_text, self.train, self.evaluation),
             "batch_size": args.batch_size,
         }
-        self.rows = rows_of_earlier_run(Path(args.output), self.settings)
+        self.rows = Rows(args.output, settings)
 
     def row(self, part: str, name: str, work: Callable[[], dict[str, Any]], **options: Any) -> dict[str, Any]:
-        """Return the row of an earlier run, or that of `work`, written at once."""
+        """Return the row of an earlier run, or measure it by `work`."""
         wanted = {"part": part, "way": name, **options}
-        for done in self.rows:
-            if all(done.get(key) == value for key, value in wanted.items()):
-                return done
-        self.rows.append({**wanted, **work()})
-        print(self.rows[-1], flush=True)
-        result = {"rows": self.rows, **self.settings, "environment": environment()}
-        Path(self.args.output).write_text(json.dumps(result, indent=2) + "\n")
-        return self.rows[-1]
+        done = self.rows.find(**wanted)
+        if done is None:
+            done = {**wanted, **work()}
+            self.rows.add(done)
+        return done
 
     def trained(
         self, name: str, level: float, rate: float, *, on_the_way: bool = False, **options: Any
     ) -> dict[str, Any]:
-        """Train one way with everything and evaluate what is left of it: the merged model, where it merges."""
+        """Train one way and evaluate the merged model, or the trained model where its adapter does not merge."""
         model = WAYS[name].attach(dense() if on_the_way else pruned(level))
         if on_the_way:
             options |= {"sparsity": level, "pruning_schedule": "cycles"}
@@ -145,7 +143,7 @@ class Benchmark:
         }
 
     def ways(self) -> None:
-        """Every way at every sparsity, those that matter most first."""
+        """Measure every way at every sparsity, the most important first."""
         for level in self.args.sparsities:
             self.row("ways", "pruned", partial(self.untrained, level), sparsity=level)
             for name, way in WAYS.items():
@@ -153,14 +151,14 @@ class Benchmark:
                 self.row("ways", name, work, sparsity=level, learning_rate=way.rate)
 
     def rates(self) -> None:
-        """The ways at the first sparsity with other learning rates."""
+        """Measure the ways at the first sparsity with other learning rates."""
         level = self.args.sparsities[0]
         for name, way in WAYS.items():
             for rate in way.others:
                 self.row("ways", name, partial(self.trained, name, level, rate), sparsity=level, learning_rate=rate)
 
     def cycles(self) -> None:
-        """Iterative magnitude pruning against one shot, same tokens; the learning rate restarts in every cycle."""
+        """Measure iterative magnitude pruning against pruning once, on equal tokens. Each cycle restarts the rate."""
         level = self.args.cycles_sparsity
         self.row("cycles", "pruned", partial(self.untrained, level), sparsity=level)
         for name in ("MaskLoRA", "full"):
@@ -175,7 +173,7 @@ class Benchmark:
                 self.row("cycles", name, work, sparsity=level, cycles=count, learning_rate=rate)
 
     def distillation(self) -> None:
-        """The dense model's help beside the plain loss, which is the row of `ways`."""
+        """Measure distillation beside the task loss. The row without distillation is that of `ways`."""
         level, rate = self.args.sparsities[0], WAYS["MaskLoRA"].rate
         for weight in (0.5, 1.0):
             for kind in ("logits", "hidden_states"):
@@ -202,13 +200,13 @@ def pruned(level: float) -> Any:
 
 
 def merged(model: Any) -> Any:
-    """Return what is served: merged, but for a dense LoRA, whose merge would fill the zeros."""
+    """Return the merged model. A dense LoRA stays unmerged, because merging it would fill the zeros."""
     unmergeable = isinstance(model, PeftModel) and model.active_peft_config.peft_type == "LORA"
     return model.merge_and_unload() if isinstance(model, PeftModel) and not unmergeable else model
 
 
 def finite_perplexity(model: nn.Module, sequences: Tensor) -> float | None:
-    """Return the perplexity, None where a learning rate was so high that it is not finite."""
+    """Return the perplexity, or None if it is not finite, as after a learning rate that is too high."""
     try:
         return perplexity(model, sequences)
     except (ValueError, OverflowError):
@@ -218,7 +216,7 @@ def finite_perplexity(model: nn.Module, sequences: Tensor) -> float | None:
 def train(
     model: Any, tokens: Tensor, args: argparse.Namespace, rate: float, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Train for one pass over `tokens`,; return the model, and time and memory of that alone."""
+    """Train for one pass over `tokens`. Return the model, and the time and memory of the training."""
     linear: dict[str, Any] = {"num_train_epochs": 1, "warmup_steps": 0.1, "lr_scheduler_type": "linear"}
     with tempfile.TemporaryDirectory() as folder:
         training = SparseTrainingArguments(
@@ -230,7 +228,7 @@ def train(
         teacher = dense() if training.distillation else None
         trainer = SparseTrainer(model, training, train_dataset=data, teacher=teacher)
         gc.collect()
-        # Or what earlier rows freed still counts.
+        # Otherwise the memory that earlier rows freed still counts.
         ctypes.CDLL(None).malloc_trim(0)
         reset_peak()
         started, cpu_started = time.perf_counter(), time.process_time()
@@ -270,20 +268,19 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calibration-file", help="training text: gzipped JSON lines with a field text")
-    parser.add_argument("--evaluation-file", help="gzipped raw text, such as WikiText-2's test split")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--sequences", type=int, default=64, help="training sequences, each seen once")
-    parser.add_argument("--length", type=int, default=128, help="tokens of each")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
-    parser.add_argument("--cycles-sparsity", type=float, default=0.8)
-    parser.add_argument("--windows", type=int, default=4, help="evaluation windows of 1,024 tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--table", action="store_true", help="print the rows of the output, and run nothing")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    add_text_arguments(options)
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    options.add_argument("--sequences", type=int, default=64, help="training sequences, each seen once")
+    options.add_argument("--length", type=int, default=128, help="tokens of each")
+    options.add_argument("--batch-size", type=int, default=4)
+    options.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
+    options.add_argument("--cycles-sparsity", type=float, default=0.8)
+    options.add_argument("--windows", type=int, default=4, help="evaluation windows of 1,024 tokens")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--output", required=True)
+    options.add_argument("--table", action="store_true", help="print the rows of the output, and run nothing")
+    args = options.parse_args()
     if args.table:
         table(json.loads(Path(args.output).read_text())["rows"])
         return

@@ -1,18 +1,18 @@
-r"""Structured pruning of one pretrained model: parameters, perplexity and generation speed, compacted for real.
+r"""Structured pruning of one pretrained model: parameters, perplexity and generation speed of the compact model.
 
     python benchmarks/structured.py --output benchmarks/results/structured-smollm2-cpu.json
     python benchmarks/structured.py plot --result (that file) --output docs/structured.png
 
-SmolLM2-135M-Instruct without 20, 30 and 50 % of the parameters of its heads and neurons: by FLAP's metric with and
-without bias compensation, by Wanda-sp, and compensated and reconstructed (submodules, targets of the dense model, full
-weights under the mask). Perplexity is that of the compact model. Speed: greedy generation from a short prompt, rounds
-of the dense and the compact model in turn, and the median of the ratios. Text as in benchmarks/criteria.py.
+The script removes 20, 30 and 50 % of the parameters of the heads and neurons of SmolLM2-135M-Instruct. It compares
+FLAP's metric with and without bias compensation, Wanda-sp, and FLAP with compensation and reconstruction (submodules,
+targets of the dense model, full weights under the mask). Perplexity is that of the compact model. Speed is that of
+greedy generation from a short prompt: the dense and the compact model take turns, and the median of the ratios is
+reported. The text is that of benchmarks/criteria.py.
 """
 
 import argparse
 import copy
 import json
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -23,15 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_sparse import compact, pack_sequences, perplexity, prune_structured, reconstruct, sample_sequences
-from peft_sparse.model.environment import environment
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from criteria import described, documents, rows_of_earlier_run
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from demo import smollm2_dir
+from common import Rows, add_text_arguments, described, documents, parser, smollm2_dir
 
 
 RATIOS = (0.2, 0.3, 0.5)
@@ -56,19 +49,14 @@ def measure(args: argparse.Namespace) -> None:
         "learning_rate": args.learning_rate,
         "new_tokens": args.new_tokens,
     }
-    rows = rows_of_earlier_run(Path(args.output), settings)
-
-    def add(row: dict[str, Any]) -> None:
-        rows.append(row)
-        print(row, flush=True)
-        result = {"rows": rows, **settings, "environment": environment()}
-        Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
-
+    rows = Rows(args.output, settings)
     if not rows:
-        add({"way": "dense", "ratio": 0.0, "parameters": size(dense), "perplexity": perplexity(dense, evaluation)})
+        rows.add(
+            {"way": "dense", "ratio": 0.0, "parameters": size(dense), "perplexity": perplexity(dense, evaluation)}
+        )
     for way, (options, rebuilt) in WAYS.items():
         for ratio in RATIOS:
-            if any((row["way"], row["ratio"]) == (way, ratio) for row in rows):
+            if rows.find(way=way, ratio=ratio):
                 continue
             torch.manual_seed(args.seed)
             model = copy.deepcopy(dense)
@@ -78,7 +66,7 @@ def measure(args: argparse.Namespace) -> None:
                 reconstruct(model, calibration, dense=dense, learning_rate=args.learning_rate, seed=args.seed)
             seconds = time.perf_counter() - started
             compact(model)
-            add(
+            rows.add(
                 {
                     "way": way,
                     "ratio": ratio,
@@ -96,7 +84,7 @@ def size(model: torch.nn.Module) -> int:
 
 
 def speed(dense: Any, model: Any, prompt: Tensor, args: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second of generation, and how many times those of the dense model."""
+    """Return the tokens per second of generation, and the ratio to those of the dense model."""
     rates: dict[str, list[float]] = {"dense": [], "compact": []}
     for number in range(args.rounds + 1):
         for name, candidate in (("dense", dense), ("compact", model)):
@@ -128,21 +116,20 @@ def plot(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("measure", "plot"), default="measure")
-    parser.add_argument("--calibration-file", help="gzipped JSON lines with a field text")
-    parser.add_argument("--evaluation-file", help="gzipped raw text, such as WikiText-2's test split")
-    parser.add_argument("--sequences", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=128, help="tokens of each")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 1,024 tokens")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of reconstruction")
-    parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=5, help="of generation")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--result", help="plot: the JSON of measure")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("part", nargs="?", choices=("measure", "plot"), default="measure")
+    add_text_arguments(options)
+    options.add_argument("--sequences", type=int, default=64, help="calibration sequences")
+    options.add_argument("--length", type=int, default=128, help="tokens of each")
+    options.add_argument("--batch-size", type=int, default=8)
+    options.add_argument("--windows", type=int, default=8, help="evaluation windows of 1,024 tokens")
+    options.add_argument("--learning-rate", type=float, default=1e-3, help="of reconstruction")
+    options.add_argument("--new-tokens", type=int, default=48)
+    options.add_argument("--rounds", type=int, default=5, help="of generation")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--output", required=True)
+    options.add_argument("--result", help="plot: the JSON of measure")
+    args = options.parse_args()
     {"measure": measure, "plot": plot}[args.part](args)
 
 

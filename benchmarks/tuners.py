@@ -9,7 +9,8 @@ by magnitude, and every linear layer of its blocks is adapted. The second comman
 shapes and ranks. The third command measures blocks of the shapes of Llama 3.1 8B with random weights, and needs no
 download. LoRA takes a step right before each step of another tuner, and the ratio is that of the two steps, so a
 machine that becomes slower slows both. Memory is what autograd keeps from forward to backward, without the parameters.
-The dtype is float32 on a CPU and bfloat16 on a GPU.
+The base weights are float32 on a CPU and bfloat16 on a GPU. PEFT keeps adapters in float32. With `--autocast` the
+forward pass runs under autocast to bfloat16, as with `bf16=True` in `TrainingArguments`.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ def plain_formula(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, *, c: float, s: float, **_: Any
 ) -> Tensor:
     """Compute MaskLoRA by the published formula, and leave the backward pass to autograd."""
-    return F.linear(x, c * weight + s * (B @ A).masked_fill(weight == 0, 0), bias)
+    return F.linear(x, (c * weight + s * (B @ A).masked_fill(weight == 0, 0)).to(x.dtype), bias)
 
 
 class _ExactGradient(torch.autograd.Function):
@@ -101,7 +102,7 @@ def seconds_of_both_passes(step: Callable[[], Tensor]) -> float:
 
 
 def bytes_kept(model: nn.Module, step: Callable[[], Tensor]) -> int:
-    """Return the bytes that autograd keeps from forward to backward, without the parameters; each storage counts once."""
+    """Return the bytes that autograd keeps for backward, without the parameters. Each storage counts once."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -157,10 +158,15 @@ def random_llama(blocks: int) -> nn.Module:
         return LlamaForCausalLM(config).to(DTYPE)
 
 
-def measure_model(base: Any, tokens: int, rank: int, rounds: int) -> list[dict[str, Any]]:
+def measure_model(base: Any, tokens: int, rank: int, rounds: int, autocast: bool) -> list[dict[str, Any]]:
     prune(base, 0.5)
     ids = torch.randint(0, base.config.vocab_size, (1, tokens), device=DEVICE)
-    return measure(base, lambda model: model(input_ids=ids, labels=ids).loss, rank, rounds)
+
+    def loss(model: Any) -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            return model(input_ids=ids, labels=ids).loss
+
+    return measure(base, loss, rank, rounds)
 
 
 class OneLayer(nn.Module):
@@ -190,6 +196,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--layers", action="store_true", help="single layers instead of the whole model")
     options.add_argument("--llama-blocks", type=int, help="so many random blocks of Llama 3.1 8B instead of SmolLM2")
+    options.add_argument("--autocast", action="store_true", help="of a whole model: run the forward pass in bfloat16")
     options.add_argument("--tokens", type=int, default=512)
     options.add_argument("--rank", type=int, default=16, help="of the whole model's adapters")
     options.add_argument("--rounds", type=int, default=7)
@@ -205,7 +212,7 @@ def main() -> None:
             base = random_llama(arguments.llama_blocks)
         else:
             base = AutoModelForCausalLM.from_pretrained(smollm2_dir(), dtype=DTYPE).to(DEVICE)
-        rows = measure_model(base, arguments.tokens, arguments.rank, arguments.rounds)
+        rows = measure_model(base, arguments.tokens, arguments.rank, arguments.rounds, arguments.autocast)
     print("\n| shape, rank | tuner | step | time / LoRA | kept for backward | memory / LoRA |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for row in rows:
@@ -221,6 +228,7 @@ def main() -> None:
             "rank": arguments.rank,
             "rounds": arguments.rounds,
             "dtype": str(DTYPE),
+            "autocast": arguments.autocast,
         }
         result = {"settings": settings, "seed": 0, "rows": rows, "environment": environment()}
         write_json(arguments.output, result)

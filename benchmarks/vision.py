@@ -1,17 +1,18 @@
-r"""Pruning a ResNet, and what brings its accuracy back.
+r"""Accuracy of a pruned ResNet, and what recovers it.
 
     python benchmarks/vision.py --weights resnet20-12fca82f.th --images cifar10_lossless_part.npz \
         --output benchmarks/results/vision-resnet20-cpu.json
     python benchmarks/vision.py --table --output (that file)
 
-The CIFAR-10 ResNet-20 with BatchNorm of github.com/akamaster/pytorch_resnet_cifar10 (He et al. 2015, arXiv:1512.03385,
-section 4.2, shortcuts of type A), on 1,000 test images. It is pruned to 70 and 90 % by each criterion, measured on 256
-training images, as it is and with the statistics of its BatchNorms taken anew, by `torch.optim.swa_utils.update_bn`
-over the training images. Pruned by magnitude across the whole model, as PERP does (Zimmer et al. 2023,
-arXiv:2312.15230, section 3.1), it is retrained in its ways: norms and biases, these with MaskLoRA or ScaledLoRA
-besides, and all weights, each for the same epochs with random flips and shifts.
+The model is the CIFAR-10 ResNet-20 with BatchNorm of github.com/akamaster/pytorch_resnet_cifar10 (He et al. 2015,
+arXiv:1512.03385, section 4.2, shortcuts of type A). Accuracy is measured on 1,000 test images. Each criterion prunes
+the model to 70 and 90 %, with statistics of 256 training images. Each model is evaluated as it is, and again after
+`torch.optim.swa_utils.update_bn` has measured the statistics of its BatchNorms on the training images. The model that
+is pruned by magnitude across all weights, as in PERP (Zimmer et al. 2023, arXiv:2312.15230, section 3.1), is also
+retrained: norms and biases alone, norms and biases with MaskLoRA or ScaledLoRA, and all weights. All of these take the
+same number of epochs, with random flips and shifts.
 
-`--images`: an .npz of x_train, y_train, x_test, y_test, images uint8 (n, 32, 32, 3).
+`--images` names an .npz of x_train, y_train, x_test, y_test, with images as uint8 (n, 32, 32, 3).
 """
 
 import argparse
@@ -42,10 +43,12 @@ from peft_sparse import (
 )
 from peft_sparse.model.environment import environment
 
+from common import parser, write_json
+
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 128
-# The best of three or four for each, a factor of three apart, after one epoch at 90 %.
+# Three or four rates, a factor of three apart, were tried for each way at 90 %, one epoch each; these were the best.
 RATES = {"norms and biases": 3e-2, "MaskLoRA": 1e-2, "ScaledLoRA": 3e-2, "all weights": 1e-2}
 
 
@@ -86,7 +89,7 @@ class ResNet20(nn.Module):
 def load(path: Path) -> ResNet20:
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     model = ResNet20()
-    # Three stages of three blocks each there, one list of nine here.
+    # The file has three stages of three blocks each, this class one list of nine blocks.
     named = {}
     for name, value in state.items():
         parts = name.removeprefix("module.").split(".")
@@ -103,7 +106,7 @@ def normalised(images: np.ndarray) -> Tensor:
 
 
 class Augmented(Dataset[dict[str, Tensor]]):
-    """Training images, flipped and shifted by up to four pixels at random."""
+    """Training images with random flips and random shifts of up to four pixels."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = F.pad(images, (4, 4, 4, 4)), labels
@@ -119,21 +122,21 @@ class Augmented(Dataset[dict[str, Tensor]]):
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Fraction of `images` whose class the model tells, in evaluation."""
+    """Return the fraction of `images` that the model classifies correctly, in evaluation mode."""
     model.eval()
     guesses = torch.cat([model(pixel_values=batch)["logits"].argmax(-1) for batch in images.split(BATCH)])
     return float((guesses == labels).float().mean())
 
 
 def with_new_statistics(model: nn.Module, images: Tensor) -> nn.Module:
-    """Return a copy of `model` whose BatchNorms have the statistics of its own activations."""
+    """Return a copy of `model` whose BatchNorm statistics are measured anew on `images`."""
     model = copy.deepcopy(model)
     update_bn(images.split(BATCH), model)
     return model
 
 
 def retrained(model: nn.Module, way: str, data: Augmented, epochs: float, seed: int) -> nn.Module:
-    """Retrain the pruned model in one of PERP's ways, merged if there is something to merge."""
+    """Retrain the pruned model in one of PERP's ways. Return the model, with adapters merged."""
     tuned: Any = model
     if way in ("MaskLoRA", "ScaledLoRA"):
         config: Any = MaskLoRAConfig if way == "MaskLoRA" else ScaledLoRAConfig
@@ -168,7 +171,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     def add(
         share: float, by: str, recovery: str, start: nn.Module, work: Callable[..., Any], **options: Any
     ) -> nn.Module:
-        """Add a row for what `work` makes of a copy of `start`, or returns; return it."""
+        """Apply `work` to a copy of `start`, add a row for the model that results, and return that model."""
         torch.manual_seed(args.seed)
         model = copy.deepcopy(start)
         started = time.perf_counter()
@@ -207,7 +210,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows of `measure` as they stand in docs/vision.md."""
+    """Return the rows of `measure` as the table of docs/vision.md."""
     rows = result["rows"]
     shares = sorted({row["wanted"] for row in rows if "wanted" in row})
     head = [f"{share:.0%} | new statistics" for share in shares]
@@ -225,17 +228,17 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--images", type=Path)
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.7, 0.9])
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--table", action="store_true", help="print the table of an earlier run")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--weights", type=Path)
+    options.add_argument("--images", type=Path)
+    options.add_argument("--sparsities", type=float, nargs="+", default=[0.7, 0.9])
+    options.add_argument("--epochs", type=float, default=3)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--output", type=Path, required=True)
+    options.add_argument("--table", action="store_true", help="print the table of an earlier run")
+    args = options.parse_args()
     if not args.table:
-        args.output.write_text(json.dumps(measure(args), indent=2) + "\n")
+        write_json(args.output, measure(args))
     print(table(json.loads(args.output.read_text())))
 
 

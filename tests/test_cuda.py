@@ -66,7 +66,8 @@ def test_pruning(way, tokens):
     options = {"pattern": 0.5, **way}
     prune(cpu, calibration=tokens, **options)
     prune(gpu, calibration=tokens.cuda(), **options)
-    assert_same(gpu, cpu)
+    # The least-squares solver stops once its gradient is a thousandth of what it was.
+    assert_same(gpu, cpu, relative=1e-2 if "update" in way else 1e-3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
