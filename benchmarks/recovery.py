@@ -30,7 +30,6 @@ from peft_sparse import (
 from peft_sparse.model.environment import environment
 
 from common import digest, parser, python_documents, smollm2_dir, write_json
-from retrain import Sequences  # importing `common` puts the folder of the examples on the path
 
 
 ADDITIVE, MULTIPLICATIVE = 2e-3, 1e-2
@@ -69,7 +68,8 @@ def recover(
         dataloader_pin_memory=False,
         seed=0,
     )
-    trainer = SparseTrainer(model, args, train_dataset=Sequences(train), data_collator=default_data_collator)
+    samples = [{"input_ids": row, "labels": row} for row in train]
+    trainer = SparseTrainer(model, args, train_dataset=samples, data_collator=default_data_collator)
     started = time.perf_counter()
     trainer.train()
     seconds = (time.perf_counter() - started) / steps
