@@ -1,4 +1,4 @@
-"""Which blocks are trained when: gradual freezing and unfreezing."""
+"""Gradual freezing and unfreezing: which blocks are trained in which step."""
 
 from typing import Any, Literal
 
@@ -10,37 +10,41 @@ from .pruning_schedules import cycle_of
 
 
 class FreezingCallback(TrainerCallback):
-    """Freezes the blocks one after another, or unfreezes them, as training goes on. Works with any `Trainer`.
+    """Freezes the blocks one after another during training, or unfreezes them. Works with any `transformers.Trainer`.
 
-    "freeze" trains all L blocks at first: in step t of T, counted from 0, ⌊L · t / T⌋ are frozen. "unfreeze" is the
-    same backwards in time: ⌊L · (T - 1 - t) / T⌋ are frozen, in the end none. Each step trains at least one block. The
-    order is from input to output, or the `reverse`. Zimmer et al. 2023, arXiv:2312.15230v2, section 3.4, which leaves
-    open the rounding, steps or epochs, and what is outside the blocks, trained throughout unless you froze it.
+    Let L be the number of blocks that hold trained parameters, T the number of optimiser steps, and t the current
+    step, counted from 0. Mode "freeze" begins with all blocks trained, and freezes ⌊L · t / T⌋ of them in step t.
+    Mode "unfreeze" is the reverse in time: it freezes ⌊L · (T - 1 - t) / T⌋ blocks in step t, and none at the end.
+    Each step trains at least one block. Zimmer et al. 2023, arXiv:2312.15230v2, section 3.4. The paper does not say
+    how to round, whether to count steps or epochs, and what happens to parameters outside the blocks. Here they are
+    trained in every step, unless they were frozen before training.
 
-    A frozen block is left alone: no gradient, no momentum, no weight decay. Gradients of its weights are not computed;
-    those of its inputs are, if anything before it is trained, embeddings included. Frozen and unfrozen is what was
-    trained when training began: weights, or adapters.
+    A frozen block gets no gradient, no momentum update and no weight decay. The gradients of its weights are not
+    computed. The gradients of its inputs are computed only if something before the block is trained, for example the
+    embeddings. The callback freezes and unfreezes exactly the parameters that are trained when training begins:
+    weights or adapters.
 
-    Which blocks are frozen depends on the step alone, so that a run can be resumed.
+    The frozen blocks depend on the step alone, so that a run can be resumed.
 
     Args:
         mode: "freeze" or "unfreeze".
-        reverse: from output to input.
-        cycles: how often to begin anew: the n of `PruningCycles`.
+        reverse: False freezes and unfreezes from the first block to the last, True from the last to the first.
+        rounds: how many times the freezing runs, in parts of equal length, such as the cycles of `PruningCycles`.
+            t and T then count within one part.
 
     Raises:
-        ValueError: an unknown mode or no cycle; when training begins: nothing to freeze, or a kind of parallelism
-            that needs every gradient in every step.
+        ValueError: `mode` is unknown or `rounds` is below 1. When training begins: no block has a trained parameter,
+            or training is parallel in a way that needs a gradient of every parameter in every step.
     """
 
     def __init__(
-        self, mode: Literal["freeze", "unfreeze"] = "freeze", *, reverse: bool = False, cycles: int = 1
+        self, mode: Literal["freeze", "unfreeze"] = "freeze", *, reverse: bool = False, rounds: int = 1
     ) -> None:
-        if mode not in ("freeze", "unfreeze") or cycles < 1:
+        if mode not in ("freeze", "unfreeze") or rounds < 1:
             raise ValueError(
-                f"Expected `mode` as 'freeze' or 'unfreeze' and at least one of `cycles`, got {mode!r} and {cycles}."
+                f"Expected `mode` 'freeze' or 'unfreeze', and `rounds` of at least 1. Got {mode!r} and {rounds}."
             )
-        self.mode, self.reverse, self.cycles = mode, reverse, cycles
+        self.mode, self.reverse, self.rounds = mode, reverse, rounds
         self._blocks: list[list[nn.Parameter]] = []
 
     def on_train_begin(
@@ -48,19 +52,19 @@ class FreezingCallback(TrainerCallback):
     ) -> None:
         if args.fsdp or args.deepspeed or (args.world_size > 1 and not args.ddp_find_unused_parameters):
             raise ValueError(
-                "Frozen blocks have no gradients, for which sharded training waits, and DDP too unless told. Train in "
-                "one process, or by DDP with `ddp_find_unused_parameters=True`."
+                "Frozen blocks have no gradients. FSDP and DeepSpeed wait for every gradient, and so does DDP without "
+                "`ddp_find_unused_parameters=True`. Train in one process, or by DDP with that argument."
             )
         model = kwargs["model"]
         trained = [[p for p in block.parameters() if p.requires_grad] for block in find_blocks(model).values()]
         self._blocks = [parameters for parameters in trained if parameters]
         if not self._blocks:
             raise ValueError(
-                f"Nothing in the {len(trained)} blocks of this {type(model).__name__} is trained, so that nothing can "
-                "be frozen. Train the weights, or attach an adapter, or drop the callback."
+                f"None of the {len(trained)} blocks of this {type(model).__name__} has a trained parameter, so that "
+                "there is nothing to freeze. Train the weights, attach an adapter, or remove the callback."
             )
 
-    # Not when training begins: optimiser, DDP and the guard of the zeros take then what they will look after.
+    # Not in `on_train_begin`: the optimiser, DDP and the zero guard take their parameters there, and must see all.
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -77,8 +81,14 @@ class FreezingCallback(TrainerCallback):
                 parameter.requires_grad_(True)
 
     def frozen(self, step: int, steps: int, blocks: int) -> range:
-        """Return the indices of the blocks that are frozen in a step, counted from 0, of a run of `steps`."""
-        start, total = cycle_of(step, steps, self.cycles)
+        """Return the indices of the blocks that are frozen in one step.
+
+        Args:
+            step: t, counted from 0.
+            steps: T, the number of optimiser steps of the run.
+            blocks: L, the number of blocks that hold trained parameters.
+        """
+        start, total = cycle_of(step, steps, self.rounds)
         done = step - start
         count = blocks * (done if self.mode == "freeze" else total - 1 - done) // total
         from_input = self.reverse != (self.mode == "freeze")

@@ -1,8 +1,9 @@
 """Learning rates of retraining, as pure functions of the step.
 
-In the formulas of learning rates η(t), t = 0, ..., T - 1, is the schedule of the original training; maxLR its peak;
-minLR its lowest value from the peak on; N the steps of retraining, of which the first w = ⌊N/10⌋ warm up, where the
-method has a warm-up, by start · (1 - cos(π t / w)) / 2; j = t - w counts the N' = N - w steps after it.
+The formulas use these letters. η(t), t = 0, ..., T - 1, is the learning rate of the original training. maxLR is its
+highest value. minLR is its lowest value after the peak. N is the number of steps of retraining. The methods "slr",
+"clr", "llr" and "allr" begin with a warm-up of w = ⌊N/10⌋ steps, start · (1 - cos(π t / w)) / 2. After it,
+j = t - w counts the remaining N' = N - w steps.
 """
 
 import math
@@ -19,32 +20,54 @@ Rates = Callable[[int], float]
 
 
 def ft(eta: Sequence[float], steps: int) -> Rates:
-    """Return the rates of fine-tuning: η(T - 1), constant. Renda et al. 2020, arXiv:2003.02389.
+    """Return the rates of fine-tuning: η(T - 1) in every step.
+
+    Renda et al. 2020, arXiv:2003.02389, section 2.
+
+    Args:
+        eta: η(0), ..., η(T - 1).
+        steps: N.
 
     Raises:
-        ValueError: that is zero.
+        ValueError: η(T - 1) is zero.
     """
     if not eta[-1]:
-        raise ValueError('"ft" goes on at the last rate of the original schedule, which is 0. Use "lrw" or "llr".')
+        raise ValueError(
+            'The method "ft" continues with the last learning rate of the original schedule, which is 0. Use "lrw" or '
+            '"llr".'
+        )
     return lambda t: eta[-1]
 
 
 def lrw(eta: Sequence[float], steps: int) -> Rates:
-    """Return the rates of learning rate rewinding: η(T - N + t). Renda et al. 2020, arXiv:2003.02389.
+    """Return the rates of learning rate rewinding: η(T - N + t).
+
+    Renda et al. 2020, arXiv:2003.02389, section 2.
+
+    Args:
+        eta: η(0), ..., η(T - 1).
+        steps: N.
 
     Raises:
-        ValueError: retraining is longer than the original training.
+        ValueError: retraining has more steps than the original training.
     """
     if steps > len(eta):
         raise ValueError(
-            f'"lrw" replays the last {steps} rates of the original schedule, which has {len(eta)}. Retrain for '
-            'at most as many steps, or use "slr", which stretches the schedule.'
+            f'The method "lrw" repeats the last {steps} learning rates of the original schedule, which has only '
+            f'{len(eta)}. Retrain for at most {len(eta)} steps, or use "slr", which stretches the schedule.'
         )
     return lambda t: eta[len(eta) - steps + min(t, steps - 1)]
 
 
 def slr(eta: Sequence[float], steps: int) -> Rates:
-    """Return scaled rates: η(⌊j T / N'⌋), maxLR where η warms up. Le and Hua 2021, arXiv:2105.03193."""
+    """Return scaled learning rates: η(⌊j · T / N'⌋), with maxLR in place of η's own warm-up.
+
+    Le and Hua 2021, arXiv:2105.03193.
+
+    Args:
+        eta: η(0), ..., η(T - 1).
+        steps: N.
+    """
     high, peak = max(eta), eta.index(max(eta))
 
     def scaled(j: int, rest: int) -> float:
@@ -55,21 +78,40 @@ def slr(eta: Sequence[float], steps: int) -> Rates:
 
 
 def clr(eta: Sequence[float], steps: int) -> Rates:
-    """Return cyclical rates: minLR + (maxLR - minLR) (1 + cos(π j / N')) / 2. Le and Hua 2021, arXiv:2105.03193."""
+    """Return cyclical learning rates: minLR + (maxLR - minLR) · (1 + cos(π j / N')) / 2.
+
+    Le and Hua 2021, arXiv:2105.03193.
+
+    Args:
+        eta: η(0), ..., η(T - 1).
+        steps: N.
+    """
     high, low = max(eta), min(eta[eta.index(max(eta)) :])
     return _warmed_up(high, steps, lambda j, rest: low + (high - low) * (1 + math.cos(math.pi * j / rest)) / 2)
 
 
 def llr(eta: Sequence[float], steps: int) -> Rates:
-    """Return linear rates: maxLR (1 - j / N'). Zimmer et al. 2023, arXiv:2111.00843."""
+    """Return linear learning rates: maxLR · (1 - j / N').
+
+    Zimmer et al. 2023, arXiv:2111.00843.
+
+    Args:
+        eta: η(0), ..., η(T - 1).
+        steps: N.
+    """
     return _linear(max(eta), steps)
 
 
 def allr(eta: Sequence[float], steps: int, norm_drop: float) -> Rates:
-    """Return adaptive linear rates: start (1 - j / N'). Zimmer et al. 2023, arXiv:2111.00843.
+    """Return adaptive linear learning rates: start · (1 - j / N').
 
-    start = clip(d₁ maxLR, d₂ maxLR, maxLR), where d₁ is the `norm_drop` and d₂ = min(N / T, 1): the less pruning
-    removed and the shorter retraining is, the lower.
+    start = max(d₂ · maxLR, min(d₁ · maxLR, maxLR)), where d₁ is the `norm_drop` and d₂ = min(N / T, 1). The first
+    learning rate is lower if pruning removed less, and if retraining is shorter. Zimmer et al. 2023, arXiv:2111.00843.
+
+    Args:
+        eta: η(0), ..., η(T - 1).
+        steps: N.
+        norm_drop: d₁, as the function `norm_drop` computes it.
     """
     high = max(eta)
     return _linear(max(min(steps / len(eta), 1) * high, min(norm_drop * high, high)), steps)
@@ -93,45 +135,50 @@ def retraining_schedule(
     *,
     original_steps: int | None = None,
     norm_drop: float | Callable[[int], float] | None = None,
-    cycles: int = 1,
+    rounds: int = 1,
 ) -> "RetrainingSchedule":
-    """Return the schedule that retrains with `optimizer`, for `Trainer(optimizers=(optimizer, schedule))`.
+    """Return the learning rate schedule of retraining, for `Trainer(optimizers=(optimizer, schedule))`.
 
-    The rates are those of parameter groups at the optimiser's own `lr`; groups at another keep their ratio to it.
+    The learning rates are computed for parameter groups with the optimiser's own `lr`. A group with another `lr` keeps
+    its ratio to the optimiser's own.
 
     Args:
-        method: "ft", "lrw", "slr", "clr", "llr" or "allr": the functions of this module.
-        original: η, as its values, or as a function of the step.
-        steps: N.
-        original_steps: T; needed with a function.
-        norm_drop: of the pruning that is retrained, for "allr"; of several cycles as a function of their number, from
-            0 on, such as `PruningCallback.norm_drop`.
-        cycles: begin anew in each of so many `PruningCycles`, which share the steps.
+        method: "ft" (fine-tuning), "lrw" (learning rate rewinding), "slr" (scaled), "clr" (cyclical), "llr" (linear)
+            or "allr" (adaptive linear).
+        optimizer: the optimiser of retraining.
+        original: η, the learning rates of the original training: a sequence, or a function of the step.
+        steps: N, the number of optimiser steps of retraining.
+        original_steps: T, the number of steps of the original training. Needed if `original` is a function.
+        norm_drop: d₁, how much pruning changed the norm of the weights. Needed by "allr", and not used by the others.
+            For several rounds it is a function of the round, counted from 0, such as `PruningCallback.norm_drop`.
+        rounds: how many times the schedule begins anew, in parts of equal length: the `rounds` of `PruningCycles`.
 
     Raises:
-        ValueError: an unknown method, "allr" without `norm_drop`, a function without `original_steps`, rates that are
-            negative or all zero, fewer steps than cycles, or an optimiser without a positive `lr`; what `ft` and `lrw`
-            refuse.
+        ValueError: `method` is unknown; "allr" has no `norm_drop`; `original` is a function and `original_steps` is
+            missing; a learning rate is negative, or all are zero; there are fewer steps than rounds; the optimiser has
+            no positive `lr`; "ft" would train at a learning rate of zero; "lrw" has more steps than the original
+            training.
     """
     check_method(method)
     if callable(original) and original_steps is None:
-        raise ValueError("`original` is a function, whose end is not known. Pass `original_steps`.")
+        raise ValueError("`original` is a function, and its number of steps is not known. Pass `original_steps`.")
     eta = [original(t) for t in range(original_steps or 0)] if callable(original) else list(original)
-    if steps < cycles or not eta or min(eta) < 0 or max(eta) == 0:
+    if not 1 <= rounds <= steps or not eta or min(eta) < 0 or max(eta) == 0:
         raise ValueError(
-            "Expected at least one step of retraining per cycle and original rates that are not negative, nor all "
-            f"zero; got {steps} steps, {len(eta)} rates from {min(eta, default=0)} to {max(eta, default=0)}."
+            "Expected at least one step of retraining in each round, and original learning rates of which none is "
+            f"negative and one is positive. Got {steps} steps for {rounds} rounds, and {len(eta)} learning rates from "
+            f"{min(eta, default=0)} to {max(eta, default=0)}."
         )
     base = optimizer.defaults.get("lr")
     if not base:
         raise ValueError(
-            f"The rates are set relative to the optimiser's own, which is {base}. Give it a positive `lr`, best the "
-            "peak of the original schedule."
+            f"The schedule multiplies the `lr` of the optimiser, which is {base}. Pass an optimiser with a positive "
+            "`lr`, for example the highest learning rate of the original training."
         )
     if method == "allr" and norm_drop is None:
         raise ValueError(
-            '"allr" starts lower the less pruning removed: pass `norm_drop`, or let `SparseTrainer` prune (`sparsity` '
-            "or `pattern`, at once or in cycles), which measures it."
+            'The method "allr" depends on how much pruning removed. Pass `norm_drop`, or set `sparsity` or `pattern` '
+            "of SparseTrainer, which then prunes and measures it."
         )
 
     @cache
@@ -139,21 +186,21 @@ def retraining_schedule(
         return RETRAINING[method](eta, length, **({"norm_drop": drop} if method == "allr" else {}))
 
     def factor(t: int) -> float:
-        start, length = cycle_of(t, steps, cycles)
-        drop = norm_drop(start // max(1, steps // cycles)) if callable(norm_drop) else norm_drop or 0.0
+        start, length = cycle_of(t, steps, rounds)
+        drop = norm_drop(start // max(1, steps // rounds)) if callable(norm_drop) else norm_drop or 0.0
         return rates(length, drop)(t - start) / float(base)
 
-    # What a method refuses, it refuses now.
+    # A method that refuses its arguments does so now, and not in the first step.
     for t in (0, steps):
-        rates(cycle_of(t, steps, cycles)[1], 1.0)
+        rates(cycle_of(t, steps, rounds)[1], 1.0)
     return RetrainingSchedule(optimizer, factor)
 
 
 class RetrainingSchedule(LambdaLR):
-    """The rates of `retraining_schedule`, which may depend on what is pruned on the way."""
+    """The schedule that `retraining_schedule` returns. Its rates may depend on prunings during training."""
 
     def refresh(self) -> None:
-        """Set the rates of the step that comes next, which something they depend on changed."""
+        """Compute the learning rates of the next step again. Called after a pruning, which changes d₁ of "allr"."""
         for group, base, rule in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
             group["lr"] = base * rule(self.last_epoch)
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
@@ -163,29 +210,30 @@ def check_method(method: str) -> None:
     """Raise ValueError unless `method` is one of `RETRAINING`."""
     if method not in RETRAINING:
         raise ValueError(
-            f"A retraining schedule is one of {', '.join(map(repr, RETRAINING))}, got {method!r}. For another, leave "
-            "it out and use `lr_scheduler_type`."
+            f"The retraining schedule must be one of {', '.join(map(repr, RETRAINING))}, got {method!r}. For another "
+            "schedule leave it out and set `lr_scheduler_type`."
         )
 
 
 def norm_drop(before: tuple[float, float], after: tuple[float, float]) -> float:
-    """Return d₁ = (‖W - W_p‖₂ / ‖W‖₂) / √s_p of pruning W to W_p.
+    """Return d₁ = (‖W - W_p‖₂ / ‖W‖₂) / √s_p, where pruning changed W to W_p.
 
-    s_p is the fraction of W's nonzero entries that W_p has lost. ‖W - W_p‖² is taken for |‖W‖² - ‖W_p‖²|, as in the
-    authors' code, which is exact unless pruning also updates what it keeps.
+    s_p is the fraction of the nonzero entries of W that became zero. ‖W - W_p‖² is computed as |‖W‖² - ‖W_p‖²|, as in
+    the authors' code. The two are equal if pruning does not change the kept entries. Zimmer et al. 2023,
+    arXiv:2111.00843.
 
     Args:
-        before: (‖W‖², nonzero entries).
-        after: the same of W_p.
+        before: (‖W‖², number of nonzero entries of W).
+        after: (‖W_p‖², number of nonzero entries of W_p).
 
     Raises:
-        ValueError: nothing was pruned.
+        ValueError: W_p has as many nonzero entries as W.
     """
     (square, entries), (square_pruned, entries_pruned) = before, after
     if not entries_pruned < entries:
         raise ValueError(
-            'Nothing was pruned: the weights had their zeros before. "allr" measures what pruning removes; start from '
-            'the dense model, or use "llr".'
+            'Pruning made no further entry zero, and the method "allr" depends on how much pruning removes. Start '
+            'from the dense model, or use "llr".'
         )
     return math.sqrt(abs(square - square_pruned) / square) / math.sqrt(1 - entries_pruned / entries)
 
@@ -197,7 +245,7 @@ def _warmed_up(start: float, steps: int, after: Callable[[int, int], float]) -> 
     def rates(t: int) -> float:
         if t < warmup:
             return start * (1 - math.cos(math.pi * t / warmup)) / 2
-        # A scheduler asks for the rate after the last step as well.
+        # The scheduler also asks for the rate after the last step.
         return after(min(t - warmup, rest), rest)
 
     return rates
