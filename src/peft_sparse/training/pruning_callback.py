@@ -1,8 +1,7 @@
-"""When to prune during training. How to prune stays in `prune`."""
+"""Pruning during training: the callback decides when, and `prune` decides how."""
 
 import contextlib
 import dataclasses
-import inspect
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
@@ -20,76 +19,137 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..calibration.activations import Activations
+from ..calibration.inputs import Calibration
 from ..model.blocks import Targets, base_model, prunable_weights
 from ..model.masks import mask_of
 from ..model.sharding import has_shards, uses_deepspeed, whole
-from ..model.weights import to_host
-from ..pruning.patterns import Pattern, Unstructured, parse_pattern
+from ..model.weights import WeightView, to_host
+from ..pruning.allocation import Allocation
+from ..pruning.criteria import CriterionLike
+from ..pruning.least_squares import LeastSquares
+from ..pruning.patterns import Group, Unstructured, parse_pattern
 from ..pruning.prune import prune
+from ..pruning.refinement import Refinement
 from ..pruning.report import PruningReport
+from ..pruning.task import PatternLike, one_pattern
 from ..tuners.layer import SparseLoraLayer
 from .learning_rates import RetrainingSchedule, norm_drop
 from .pruning_schedules import PruningSchedule
 from .zero_guard import note_pruning
 
 
-# In checkpoints of adapters, the base weights that a schedule changed.
+# The file in an adapter's checkpoint that holds the base weights which a schedule changed.
 BASE_NAME = "pruned_base.safetensors"
 
 
 class PruningCallback(TrainerCallback):
     """Prunes the model when training begins, or step by step by a schedule. Works with any `transformers.Trainer`.
 
-    Adapters are switched off meanwhile, so that a resumed run, whose adapter is trained already, prunes its dense base
-    as the first run did; on a base that is pruned already nothing changes. A copy that an adapter trains of a pruned
-    layer, by `modules_to_save`, gets the same zeros. Biases that PEFT trains in place are beyond that: `SparseTrainer`
-    prunes before it loads a checkpoint, elsewhere add a `ZeroGuardCallback`, which notices. Of weights that are
-    trained themselves the checkpoint holds the pruned ones, and nothing is pruned again.
+    The callback prunes the base weights: adapters are switched off while `prune` runs. A resumed run with an adapter
+    therefore prunes its dense base to the masks of the first run; a base that is pruned already does not change. If an
+    adapter trains a copy of a pruned layer (`modules_to_save`), the copy gets the same zeros.
 
-    With `PruningCycles` the MaskLoRA or ScaledLoRA adapters are merged into the base when a cycle ends, the merged
-    weights are pruned, and the adapters start anew, as does the state of the optimiser; its parameters stay the same
-    objects. With `CubicSchedule` adapters stay, and weights of the base alone are scored.
+    Biases that PEFT trains in place stay as they are trained while the base is pruned, so that a resumed run may
+    measure other inputs. `SparseTrainer` avoids this, because it prunes before it loads the checkpoint. With another
+    Trainer add a `ZeroGuardCallback`, which raises if the masks differ. If the weights are trained directly, the
+    checkpoint holds the pruned weights, and a resumed run does not prune again.
 
-    Every pruning is noted in `state.log_history`: `pruning`, the sparsity reached, and `norm_drop`, d₁ of "allr"
-    (`learning_rates.allr`), which the rates of a `retraining_schedule` follow.
+    With `PruningCycles`, MaskLoRA and ScaledLoRA adapters are merged into the base weights at the end of each cycle.
+    The merged weights are pruned. The adapters and the optimiser's state are then reset; the parameters stay the same
+    objects. With `CubicSchedule`, adapters are not merged, and the criterion scores the base weights alone.
+
+    Each pruning adds an entry to `state.log_history`: `pruning` is the sparsity reached, and `norm_drop` is d₁ of the
+    learning rate schedule "allr" (see `retraining_schedule`).
 
     Args:
-        schedule: when to prune to what; by default once, when training begins.
-        pattern, and every other argument: as in `prune`.
+        pattern: a sparsity in [0, 1), "n:m" (n kept of every m inputs), an `Unstructured` or a `SemiStructured`; or a
+            dict of these, whose keys are layer names, name endings or regular expressions for whole names. The first
+            key that matches counts, and a layer that no key matches is not pruned.
+        calibration: token ids (sequences, tokens), or an iterable of model inputs. Needed by criteria, allocations,
+            refinements and updates that measure the inputs of layers.
+        sparsity: the same as a number for `pattern`. Give one of the two.
+        criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; a value such as
+            `SparseGPT(damping=0.1)`; a function (weight (out, in), `Statistics`) -> scores (out, in), where a higher
+            score means kept; or a `Criterion`, which also says what the function needs.
+        group: the entries that are compared with each other: "row" (one output), "matrix" or "model". The default is
+            that of the criterion's paper.
+        allocation: how the sparsity is shared out among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
+            "owl"; a value such as `OWL(outlier_factor=5.0)`; or a dict of sparsities with keys as in `pattern`. By
+            default each layer gets the requested sparsity.
+        refinement: "dsnot", "swap", or a value such as `Swap(max_swaps=100)`: exchange pruned for kept entries after
+            the selection.
+        update: True, or a value such as `LeastSquares(damping=0.1)`: fit the kept weights to the dense outputs by
+            least squares.
+        target_modules: the layers to prune, as names, name endings or a regular expression, as in PEFT. The default is
+            every linear layer and every fused expert inside the blocks.
+        exclude_modules: layers not to prune, as in PEFT.
+        prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned too.
+        batch_size: how many sequences of a tensor of token ids run together during calibration.
+        activations: where hidden states are kept between blocks during calibration: "device", "cpu" or "disk".
+        device: where each block is moved for its turn, and back. None computes where the block is.
+        schedule: a `CubicSchedule` or `PruningCycles`. None prunes once, when training begins.
 
     Raises:
-        TypeError: `prune` has no such argument.
-        ValueError: a schedule for what is no single sparsity. When training begins: a run too short for the schedule
-            or with `load_best_model_at_end`, cycles with other adapters, or calibrated on a model that is sharded
-            already.
-        FileNotFoundError: training with adapters is resumed, and the base that the schedule changed is not there.
+        ValueError: both or neither of `pattern` and `sparsity` are given, or a schedule is given with a pattern that
+            is no single sparsity. When training begins: the run is too short for the schedule;
+            `load_best_model_at_end` is set with a schedule; `PruningCycles` meets adapters other than MaskLoRA and
+            ScaledLoRA; calibration is given and the model is sharded already; `prune` refuses its arguments.
+        FileNotFoundError: training with adapters is resumed, and the checkpoint has no file of the base weights that
+            the schedule changed.
     """
 
     def __init__(
         self,
-        pattern: float | str | Pattern | Mapping[str, float | str | Pattern],
+        pattern: PatternLike | Mapping[str, PatternLike] | None = None,
+        calibration: Calibration | None = None,
         *,
+        sparsity: float | None = None,
+        criterion: CriterionLike = "magnitude",
+        group: Group | None = None,
+        allocation: str | Allocation | Mapping[str, float] | None = None,
+        refinement: str | Refinement | None = None,
+        update: bool | LeastSquares = False,
+        target_modules: Targets = None,
+        exclude_modules: Targets = None,
+        prune_tied: bool = False,
+        batch_size: int = 1,
+        activations: Activations = "device",
+        device: torch.device | str | None = None,
         schedule: PruningSchedule | None = None,
-        **options: Any,
     ) -> None:
-        inspect.signature(prune).bind(None, pattern, **options)
-        if isinstance(options.get("calibration"), Iterator):
-            # A second pruning, or a second model, is measured on it too.
-            options["calibration"] = list(options["calibration"])
-        self.options: dict[str, Any] = {"pattern": pattern, **options}
+        if isinstance(calibration, Iterator):
+            # A second pruning, or a second model, is calibrated with the same inputs.
+            calibration = list(calibration)
+        self.options: dict[str, Any] = {
+            "pattern": one_pattern(pattern, sparsity),
+            "calibration": calibration,
+            "criterion": criterion,
+            "group": group,
+            "allocation": allocation,
+            "refinement": refinement,
+            "update": update,
+            "target_modules": target_modules,
+            "exclude_modules": exclude_modules,
+            "prune_tied": prune_tied,
+            "batch_size": batch_size,
+            "activations": activations,
+            "device": device,
+        }
         self.schedule = schedule
         self.report: PruningReport | None = None
         self._pruned: weakref.ref[nn.Module] | None = None
-        # ||W||² and nonzero entries, before and after the last pruning.
+        # (‖W‖², number of nonzero entries) before and after the last pruning.
         self.norms: list[tuple[float, float]] = []
         self._drops: dict[int, float] = {}
         self._due: dict[int, float] = {}
         if schedule is not None:
-            goal = None if isinstance(pattern, Mapping) else parse_pattern(pattern)
+            requested = self.options["pattern"]
+            goal = None if isinstance(requested, Mapping) else parse_pattern(requested)
             if not isinstance(goal, Unstructured):
                 raise ValueError(
-                    f"A schedule raises one sparsity, and the pattern is {pattern!r}. Pass a sparsity such as 0.5, or "
-                    "drop `schedule`."
+                    f"A schedule raises a single sparsity, and the pattern is {requested!r}. Pass a sparsity such as "
+                    "0.5, or leave `schedule` out."
                 )
             self._goal = goal
 
@@ -99,14 +159,14 @@ class PruningCallback(TrainerCallback):
         model = kwargs["model"]
         if self.schedule is not None:
             due = self.schedule.sparsities(self._goal.sparsity, state.max_steps)
-            # A cubic schedule starts at none, which needs no calibration.
+            # The first entry of a cubic schedule is sparsity 0: pruning to it would only cost calibration.
             self._due = {step: wanted for step, wanted in due.items() if wanted}
             if self.schedule.restarts:
                 _check_restarts(model)
             if args.load_best_model_at_end:
                 raise ValueError(
-                    "`load_best_model_at_end` may go back to a checkpoint of a lower sparsity, which the schedule "
-                    "left behind. Set it to False."
+                    "`load_best_model_at_end` may load a checkpoint of lower sparsity, from before the schedule "
+                    "ended. Set it to False."
                 )
         elif self.has_pruned(model):
             return
@@ -115,7 +175,7 @@ class PruningCallback(TrainerCallback):
         if state.global_step and not isinstance(model, PeftModel) and any("pruning" in e for e in state.log_history):
             return
         if self._base_changed(state) and isinstance(model, PeftModel):
-            load_base(model, _checkpoint(args, state) / BASE_NAME)
+            load_base(model, _checkpoint(args, state) / BASE_NAME, *self._targets())
             note_pruning(model)
         elif self.schedule is None or past:
             self._prune_at(past[-1] if past else None, model, args, state)
@@ -127,7 +187,7 @@ class PruningCallback(TrainerCallback):
         if self.schedule is None or state.global_step not in self._due:
             return
         if self.schedule.restarts:
-            # In every process the same, as for random scores.
+            # Every process must draw the same adapters.
             with torch.random.fork_rng():
                 torch.manual_seed(args.seed + state.global_step)
                 restart_adapters(kwargs["model"])
@@ -137,10 +197,11 @@ class PruningCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._base_changed(state) and isinstance(kwargs["model"], PeftModel):
-            save_base(kwargs["model"], _checkpoint(args, state) / BASE_NAME, write=args.should_save)
+            path = _checkpoint(args, state) / BASE_NAME
+            save_base(kwargs["model"], path, *self._targets(), write=args.should_save)
 
     def _base_changed(self, state: TrainerState) -> bool:
-        """Whether the base is no longer what pruning the first one again gives: merged, or measured on the way."""
+        """Return whether pruning the original base again would give another base than the current one."""
         again = self.schedule is not None and (self.schedule.restarts or self.options.get("calibration") is not None)
         return again and sum(step <= state.global_step for step in self._due) > 1
 
@@ -155,18 +216,29 @@ class PruningCallback(TrainerCallback):
         state.log_history.append(entry | {"epoch": state.epoch, "step": state.global_step})
 
     def norm_drop(self, cycle: int) -> float:
-        """Return d₁ of pruning in the `cycle`, counted from 0; 1 until it is pruned, and 0 where nothing was lost."""
+        """Return d₁ of the pruning in one cycle: how much it changed the norm of the weights.
+
+        Args:
+            cycle: counted from 0.
+
+        Returns:
+            1 for a cycle that has not begun, and 0 for one whose pruning made no further entry zero.
+        """
         steps = sorted(self._due)
         return self._drops.get(steps[cycle], 1.0) if cycle < len(steps) else 1.0
 
     def has_pruned(self, model: nn.Module) -> bool:
-        """Tell whether `model` is the one that this callback pruned last."""
+        """Return whether `model` is the model that this callback pruned last."""
         return self._pruned is not None and self._pruned() is base_model(model)
 
     def prune(self, model: nn.Module, seed: int) -> None:
-        """Prune now instead of when training begins."""
-        # The seed is set aside and put back: every process draws the same random scores, and the order of the data
-        # does not depend on whether the model was pruned here.
+        """Prune `model` now. In place.
+
+        Args:
+            seed: the seed of random scores.
+        """
+        # With its own seed, every process draws the same random scores. The generator is restored, so that the order
+        # of the training data does not depend on whether the model was pruned here.
         self._check_calibration(model)
         with torch.random.fork_rng(), whole(model, write=True):
             torch.manual_seed(seed)
@@ -175,12 +247,12 @@ class PruningCallback(TrainerCallback):
                 self.report = prune(model, **self.options)
                 self.norms = [before, self._norm(model)]
             self._prune_copies(model)
-        # Only referred to: a `model_init` makes others.
+        # A weak reference, because a `model_init` makes several models.
         self._pruned = weakref.ref(base_model(model))
         note_pruning(model)
 
     def _prune_copies(self, model: nn.Module) -> None:
-        """Give the copies that adapters have of pruned layers, by `modules_to_save`, the zeros of these."""
+        """Write the zeros of pruned layers into their copies that adapters train (`modules_to_save`)."""
         assert self.report is not None
         with _adapters_off(model):
             originals = prunable_weights(model, *self._targets())
@@ -192,23 +264,24 @@ class PruningCallback(TrainerCallback):
     def _check_calibration(self, model: nn.Module) -> None:
         if has_shards(model) and self.options.get("calibration") is not None:
             raise ValueError(
-                "The weights are sharded over processes, and their inputs are measured on whole blocks. Prune before "
-                "they are sharded: with `prune` before training, or SparseTrainer without a schedule, for ZeRO-3 on a "
-                'model loaded before the training arguments were made. Or prune by "magnitude".'
+                "Calibration needs whole blocks, and the weights are sharded over processes already. Prune before "
+                "they are sharded: call `prune` before training, or use SparseTrainer without a schedule. With "
+                "ZeRO-3, load the model before the training arguments are made. Or prune by criterion "
+                '"magnitude".'
             )
 
     def _targets(self) -> tuple[Targets, Targets]:
         return self.options.get("target_modules"), self.options.get("exclude_modules")
 
     def _norm(self, model: nn.Module) -> tuple[float, float]:
-        """Return (‖W‖², nonzero entries)."""
+        """Return (‖W‖², number of nonzero entries) of the prunable weights."""
         matrices = [weight.matrix() for weight in prunable_weights(model, *self._targets()).values()]
         norms = to_host([torch.linalg.vector_norm(matrix, dtype=torch.float32) for matrix in matrices])
         return sum(norm**2 for norm in norms), float(sum(to_host([mask_of(matrix).sum() for matrix in matrices])))
 
 
 def _refresh(scheduler: Any) -> None:
-    # Accelerate wraps it.
+    # Accelerate wraps the scheduler.
     inner = getattr(scheduler, "scheduler", scheduler)
     if isinstance(inner, RetrainingSchedule):
         inner.refresh()
@@ -218,65 +291,87 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def save_base(model: nn.Module, path: Path, *, write: bool) -> None:
-    """Write the adapted base weights, which a schedule changed, beside the adapter that goes with them.
+def save_base(
+    model: nn.Module, path: Path, target_modules: Targets = None, exclude_modules: Targets = None, *, write: bool
+) -> None:
+    """Save the base weights that a schedule changes: those that are pruned, and those of adapted layers.
 
     Args:
-        write: whether this process does, or only takes part in gathering.
+        write: whether this process writes the file. The other processes only take part in gathering the weights.
     """
     state: dict[str, Tensor] = {}
     for name, layer in _adapted(model):
         with whole(layer):
             if write:
                 state[name] = layer.read_weight().detach().cpu().contiguous()
+    for name, weight in _pruned_without_adapter(model, target_modules, exclude_modules):
+        with whole(weight.layer):
+            if write:
+                state[name] = weight.storage.detach().cpu().contiguous()
     if write:
         save_file(state, path)
 
 
-def load_base(model: nn.Module, path: Path) -> None:
-    """Read what `save_base` wrote. In place.
+def load_base(model: nn.Module, path: Path, target_modules: Targets = None, exclude_modules: Targets = None) -> None:
+    """Load the base weights that `save_base` saved. In place.
 
     Raises:
-        FileNotFoundError: there is nothing.
+        FileNotFoundError: there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"The adapter was trained on a base that was pruned several times on the way, and {str(path)!r}, which "
-            "has it, is not there. Resume with the `output_dir` that the run had, and all that is in its checkpoints."
+            "The adapter was trained on base weights that were pruned several times during training. The file "
+            f"{str(path)!r} should hold them, and it does not exist. Resume with the `output_dir` of that run and all "
+            "files of its checkpoints."
         )
     with safe_open(path, framework="pt") as file:
         for name, layer in _adapted(model):
             with whole(layer, write=True):
                 layer.write_weight(file.get_tensor(name))
+        for name, weight in _pruned_without_adapter(model, target_modules, exclude_modules):
+            with whole(weight.layer, write=True):
+                weight.storage.detach().copy_(file.get_tensor(name))
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, SparseLoraLayer]]:
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, SparseLoraLayer))
 
 
+def _pruned_without_adapter(model: nn.Module, *targets: Targets) -> Iterator[tuple[str, WeightView]]:
+    """Return the pruned base weights that no adapter of this package is on, once for each parameter."""
+    known = {(id(layer.get_base_layer()), getattr(layer, "parameter_name", "weight")) for _, layer in _adapted(model)}
+    with _adapters_off(model):
+        weights = prunable_weights(model, *targets)
+    for name, weight in weights.items():
+        key = (id(weight.layer), weight.parameter)
+        if key not in known:
+            known.add(key)
+            yield name, weight
+
+
 @torch.no_grad()
 def restart_adapters(model: nn.Module) -> None:
-    """Make what the adapters learned part of the base weights, for good, and start them anew. In place."""
+    """Merge the adapters into the base weights and reset the adapters. In place."""
     for _, layer in _adapted(model):
         with whole(layer, write=True):
             layer.restart()
 
 
 def _restart(optimizer: Optimizer, in_place: bool) -> None:
-    """Make the optimiser's state what it was before its first step. In place.
+    """Reset the optimiser's state to that before its first step. In place.
 
     Args:
-        in_place: by zeros, because somebody else refers to the tensors.
+        in_place: set the state's tensors to zero instead of deleting them, because DeepSpeed refers to them.
     """
     for parameter, state in list(optimizer.state.items()):
-        # Where there is none, torch makes one to save a DTensor's by a step of its own, which Adam counts.
+        # Without state, torch would take an optimiser step when it saves a DTensor's state, and Adam counts steps.
         if not in_place and not isinstance(parameter, DTensor):
             del optimizer.state[parameter]
             continue
         for key, value in state.items():
             state[key] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
     for group in optimizer.param_groups if in_place else ():
-        # Where DeepSpeed's own optimisers count.
+        # DeepSpeed's own optimisers count their steps here.
         if "step" in group:
             group["step"] = 0
 
@@ -287,8 +382,8 @@ def _check_restarts(model: nn.Module) -> None:
             continue
         if not isinstance(module, SparseLoraLayer) or module.quantization_backend is not None:
             raise ValueError(
-                f"When a cycle ends adapters are merged and start anew, which {name!r}, a {type(module).__name__}, "
-                "cannot. Use MaskLoRAConfig or ScaledLoRAConfig on a base that is not quantised."
+                f"PruningCycles merges and resets the adapters, and {name!r}, a {type(module).__name__}, does not "
+                "support this. Use MaskLoRAConfig or ScaledLoRAConfig on a model that is not quantised."
             )
 
 
@@ -298,7 +393,7 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
         yield
         return
     with warnings.catch_warnings():
-        # Trained biases stay, as the class documents.
+        # The class docstring says that trained biases stay.
         warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
         with model.disable_adapter():
             yield
