@@ -1,4 +1,4 @@
-"""The arguments of training: those of transformers, what to prune, and how to recover."""
+"""The arguments of training: those of transformers, what to prune, and how to recover from pruning."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +9,11 @@ from transformers import TrainingArguments, get_scheduler
 
 from ..calibration.activations import check_activations
 from ..pruning.allocation import ALLOCATIONS
-from ..pruning.criteria import CRITERIA, find_criterion
-from ..pruning.patterns import GROUPS, Pattern, parse_pattern
-from ..pruning.refinement import REFINEMENTS, find_refinement
+from ..pruning.choices import chosen
+from ..pruning.criteria import CRITERIA
+from ..pruning.least_squares import LeastSquares
+from ..pruning.patterns import GROUPS, Pattern, SemiStructured, parse_pattern
+from ..pruning.refinement import REFINEMENTS
 from ..reconstruction.checks import check_choices
 from ..reconstruction.regions import RegionSize
 from .distillation import DISTILLATIONS
@@ -21,45 +23,144 @@ from .pruning_schedules import CubicSchedule, PruningCycles, PruningSchedule
 
 RECOVERIES = ("retrain", "reconstruct")
 PRUNING_SCHEDULES = ("cubic", "cycles")
+# The choices that have options, and the table of each.
+CHOICES: dict[str, dict[str, type]] = {
+    "criterion": CRITERIA,
+    "allocation": ALLOCATIONS,
+    "refinement": REFINEMENTS,
+    "update": {"least_squares": LeastSquares},
+}
 
 
 @dataclass
 class SparseTrainingArguments(TrainingArguments):
-    """`TrainingArguments` plus what to prune before training, and how to recover.
+    """The arguments of `SparseTrainer`: those of `transformers.TrainingArguments`, and the following.
+
+    Every argument can be given on the command line with `transformers.HfArgumentParser`. Arguments that take a dict
+    then take it as JSON: `--criterion_options '{"damping": 0.1}'`.
+
+    Args:
+        > What to prune, and how
+
+        sparsity: the fraction of zeros to prune to, in [0, 1). Default None: do not prune.
+        pattern: the pattern to prune to: "n:m" keeps n of every m consecutive inputs, such as "2:4". It can be given
+            beside `sparsity` if both ask for the same sparsity. Default None.
+        criterion: the pruning criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm". Default
+            "magnitude".
+        criterion_options: the criterion's own numbers, as a dict or JSON, such as `{"damping": 0.1}` for "sparsegpt".
+            Their names are the fields of the criterion's class, here `SparseGPT`. Default None: those of the paper.
+        group: the entries that are compared with each other: "row" (one output), "matrix" or "model". Default None:
+            that of the criterion's paper.
+        allocation: how the sparsity is shared out among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
+            "owl". Default None: each layer gets the requested sparsity.
+        allocation_options: the allocation's own numbers, as a dict or JSON, such as `{"outlier_factor": 5}` for "owl".
+            Default None: those of the paper.
+        refinement: exchange pruned for kept entries after the selection: "dsnot" or "swap". Default None: keep the
+            selection.
+        refinement_options: the refinement's own numbers, as a dict or JSON, such as `{"max_swaps": 100}` for "swap".
+            Default None: the defaults of its class.
+        update: fit the kept weights to the dense outputs by least squares, after the selection. Default False.
+        update_options: the numbers of the least squares, as a dict or JSON, such as `{"damping": 0.1}`: the fields of
+            `LeastSquares`. Default None: the defaults of `LeastSquares`.
+        target_modules: names or name endings of the layers to prune and to guard. Default None: every linear layer and
+            every fused expert inside the blocks.
+        exclude_modules: names or name endings of layers not to prune and not to guard. Default None.
+        calibration_samples: how many samples of the training set, from the first on, calibration uses. It is needed by
+            criteria, allocations, refinements and updates that measure the model, and by reconstruction. Default 128.
+
+        > When to prune
+
+        pruning_schedule: "cubic" raises the sparsity step by step during training (`CubicSchedule`); "cycles"
+            alternates pruning and retraining (`PruningCycles`). Default None: prune once, before training.
+        pruning_rounds: how often the "cubic" schedule raises the sparsity, or the number of "cycles". Default 1.
+        pruning_interval: the number of optimiser steps between two prunings of the "cubic" schedule. Default 1.
+
+        > The learning rates of retraining
+
+        retraining_schedule: the learning rate schedule of retraining: "ft", "lrw", "slr", "clr", "llr" or "allr" (see
+            the function `retraining_schedule`). `learning_rate`, `lr_scheduler_type` and the warm-up then describe the
+            original training. Default None: `lr_scheduler_type` is the schedule of retraining.
+        original_steps: the number of optimiser steps of the original training. "lrw" and "allr" need it. Default None:
+            as many steps as retraining has.
+
+        > Distillation
+
+        distillation: what retraining learns from a dense teacher besides the task: "logits" or "hidden_states".
+            Default None: only the task.
+        distillation_weight: α in (1 - α) · L_task + α · L_distillation, in (0, 1]. Default 0.5.
+        distillation_temperature: T in softmax(logits / T), above 0. Used by "logits" only. Default 1.
+
+        > Reconstruction
+
+        recovery: "retrain" trains with the task loss. "reconstruct" fits the regions of the model one after another to
+            the outputs of the dense model. Default "retrain".
+        reconstruction_region: what is fitted at a time: "matrix", "submodule", "block", or a number of blocks. Default
+            "submodule".
+        reconstruction_mode: which model the inputs and the targets of a region come from, the dense (D) or the sparse
+            (S) one: "DD", "SS" or "SD". Default "SS".
+        reconstruction_loss: "mse", "relative_mse" or "cosine". Default "mse".
+        reconstruction_holdout: the fraction of the calibration batches that is not trained on and only measures
+            errors, in [0, 1). Default 0.1.
+        activations: where reconstruction keeps hidden states between blocks: "device", "cpu" or "disk". Default
+            "device".
+
+        > Interruptions
+
+        save_on_sigterm: after SIGTERM, finish the step, save a checkpoint and stop, in all processes. Default False.
 
     Raises:
-        ValueError: a bad or contradictory choice, before anything is loaded.
+        ValueError: a value is unknown or out of its range, or two arguments contradict each other.
     """
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *(f"{choice}_options" for choice in CHOICES)]
+
     sparsity: float | None = field(
-        default=None, metadata={"help": "Prune to this fraction of zeros, in [0, 1), before training."}
+        default=None, metadata={"help": "Prune to this fraction of zeros, in [0, 1). Default: do not prune."}
     )
     pattern: str | None = field(
-        default=None, metadata={"help": 'Prune to "n:m" (n kept of every m inputs), e.g. "2:4", before training.'}
+        default=None, metadata={"help": 'Prune to "n:m", which keeps n of every m inputs, such as "2:4".'}
     )
     criterion: str = field(default="magnitude", metadata={"help": f"Pruning criterion: {', '.join(CRITERIA)}."})
+    criterion_options: dict | str | None = field(
+        default=None, metadata={"help": "The criterion's own numbers as JSON, such as '{\"damping\": 0.1}'."}
+    )
     group: str | None = field(
-        default=None, metadata={"help": 'What is compared: "row", "matrix", "model"; default: as in the paper.'}
+        default=None,
+        metadata={"help": f"Entries that are compared: {', '.join(GROUPS)}. Default: that of the criterion's paper."},
     )
     allocation: str | None = field(
         default=None,
-        metadata={"help": f"How layers share the sparsity: {', '.join(ALLOCATIONS)}; default: all the same."},
+        metadata={
+            "help": f"How layers share the sparsity: {', '.join(ALLOCATIONS)}. Default: each gets the requested one."
+        },
+    )
+    allocation_options: dict | str | None = field(
+        default=None, metadata={"help": "The allocation's own numbers as JSON, such as '{\"outlier_factor\": 5}'."}
     )
     refinement: str | None = field(
-        default=None, metadata={"help": f"Exchange pruned for kept weights once selected: {', '.join(REFINEMENTS)}."}
+        default=None,
+        metadata={"help": f"Exchange pruned for kept entries after the selection: {', '.join(REFINEMENTS)}."},
     )
-    update_kept: bool = field(
-        default=False, metadata={"help": "Set kept weights to the exact solution of the masked least squares."}
+    refinement_options: dict | str | None = field(
+        default=None, metadata={"help": "The refinement's own numbers as JSON, such as '{\"max_swaps\": 100}'."}
+    )
+    update: bool = field(
+        default=False, metadata={"help": "Fit the kept weights to the dense outputs by least squares."}
+    )
+    update_options: dict | str | None = field(
+        default=None, metadata={"help": "The numbers of the least squares as JSON, such as '{\"damping\": 0.1}'."}
     )
     target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names or name endings of the layers to prune; default: all in the blocks."}
+        default=None,
+        metadata={"help": "Names or name endings of the layers to prune. Default: all linear layers in the blocks."},
     )
     exclude_modules: list[str] | None = field(
         default=None, metadata={"help": "Names or name endings of layers not to prune."}
     )
     calibration_samples: int = field(
-        default=128, metadata={"help": "Training samples, from the first on, that a criterion such as wanda measures."}
+        default=128, metadata={"help": "How many samples of the training set, from the first on, calibration uses."}
     )
+
     pruning_schedule: str | None = field(
         default=None,
         metadata={
@@ -67,31 +168,38 @@ class SparseTrainingArguments(TrainingArguments):
             "`pruning_rounds` cycles of pruning and retraining. Default: prune once, before training."
         },
     )
-    pruning_rounds: int = field(default=1, metadata={"help": "Updates or cycles of `pruning_schedule`."})
-    pruning_interval: int = field(default=1, metadata={"help": 'Steps between updates of the "cubic" schedule.'})
+    pruning_rounds: int = field(
+        default=1, metadata={"help": "How often `pruning_schedule` raises the sparsity, or its number of cycles."}
+    )
+    pruning_interval: int = field(
+        default=1, metadata={"help": 'Optimiser steps between two prunings of the "cubic" schedule.'}
+    )
+
     retraining_schedule: str | None = field(
         default=None,
         metadata={
-            "help": f"Learning rates of retraining: {', '.join(RETRAINING)}. `learning_rate`, `lr_scheduler_type` and "
-            "the warm-up then describe the original training."
+            "help": f"Learning rate schedule of retraining: {', '.join(RETRAINING)}. `learning_rate`, "
+            "`lr_scheduler_type` and the warm-up then describe the original training."
         },
     )
     original_steps: int | None = field(
-        default=None, metadata={"help": "Steps of the original training; default: as many as retraining takes."}
+        default=None,
+        metadata={"help": "Optimiser steps of the original training. Default: as many as retraining has."},
     )
+
     distillation: str | None = field(
         default=None,
         metadata={
-            "help": "What retraining learns from the dense model besides the task: "
-            f"{', '.join(DISTILLATIONS)}. Its teacher: SparseTrainer's `teacher`, else a copy made before pruning."
+            "help": f"What retraining learns from a dense teacher besides the task: {', '.join(DISTILLATIONS)}."
         },
     )
     distillation_weight: float = field(
-        default=0.5, metadata={"help": "Weight of distillation, in (0, 1]; the task loss has the rest."}
+        default=0.5, metadata={"help": "Weight of the distillation loss, in (0, 1]. The task loss has the rest."}
     )
     distillation_temperature: float = field(
-        default=1.0, metadata={"help": 'Both models\' logits are divided by it, with distillation="logits".'}
+        default=1.0, metadata={"help": 'With distillation="logits", the logits of both models are divided by it.'}
     )
+
     recovery: str = field(
         default="retrain",
         metadata={"help": '"retrain": train with the task loss. "reconstruct": fit regions to their dense outputs.'},
@@ -101,70 +209,98 @@ class SparseTrainingArguments(TrainingArguments):
     )
     reconstruction_mode: str = field(
         default="SS",
-        metadata={"help": 'Inputs and targets of the dense (D) or sparse (S) model: "DD", "SS", "SD".'},
+        metadata={"help": 'Whether inputs and targets come from the dense (D) or sparse (S) model: "DD", "SS", "SD".'},
     )
     reconstruction_loss: str = field(default="mse", metadata={"help": '"mse", "relative_mse" or "cosine".'})
     reconstruction_holdout: float = field(
-        default=0.1, metadata={"help": "Fraction of the calibration batches that only measure errors."}
+        default=0.1, metadata={"help": "Fraction of the calibration batches that only measures errors."}
     )
     activations: str = field(
-        default="device", metadata={"help": 'Where hidden states wait while reconstructing: "device", "cpu", "disk".'}
+        default="device",
+        metadata={"help": 'Where reconstruction keeps hidden states between blocks: "device", "cpu", "disk".'},
     )
 
     save_on_sigterm: bool = field(
         default=False,
-        metadata={"help": "When SIGTERM comes, finish the step, save a checkpoint and stop, in all processes alike."},
+        metadata={"help": "After SIGTERM, finish the step, save a checkpoint and stop, in all processes."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.recovery not in RECOVERIES:
+            raise ValueError(f"`recovery` must be one of {', '.join(map(repr, RECOVERIES))}, got {self.recovery!r}.")
+        self._check_termination()
+        if self.group is not None and self.group not in GROUPS:
+            raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {self.group!r}.")
+        if self.calibration_samples < 1:
+            raise ValueError(f"`calibration_samples` must be at least 1, got {self.calibration_samples}.")
+        self.pruning_options()
+        self._check_reconstruction()
+        self._check_retraining()
+        self._check_distillation()
+        self.pruning_times()
+
+    def pruning_options(self) -> dict[str, Any]:
+        """Return the arguments of `prune` that these arguments describe, without the calibration data.
+
+        Raises:
+            ValueError: `sparsity` and `pattern` contradict each other; a choice or an option is unknown; options are
+                given without the choice that they belong to.
+        """
+        pattern = self.pruning_pattern()
+        return {
+            "pattern": pattern,
+            "criterion": self._choice("criterion"),
+            # An n:m pattern compares the entries of each m inputs, and `prune` takes no other group for it.
+            "group": None if isinstance(pattern, SemiStructured) else self.group,
+            "allocation": self._choice("allocation"),
+            "refinement": self._choice("refinement"),
+            "update": self._choice("update") or False,
+            "target_modules": self.target_modules,
+            "exclude_modules": self.exclude_modules,
+        }
+
+    def _choice(self, name: str) -> Any:
+        """Return the value that the argument `name` and its options describe, None if it is not set."""
+        choice, options = getattr(self, name), getattr(self, f"{name}_options")
+        is_set = choice not in (None, False)
+        if options is not None and not (is_set and isinstance(options, dict)):
+            raise ValueError(
+                f"`{name}_options` must be a dict, or JSON such as '{{\"name\": 1}}', and `{name}` must be set. Got "
+                f"`{name}_options={options!r}` and `{name}={choice!r}`."
+            )
+        if not is_set:
+            return None
+        return chosen(name, CHOICES[name], "least_squares" if choice is True else choice, options)
+
+    def _check_termination(self) -> None:
         if self.save_on_sigterm and self.enable_jit_checkpoint:
             raise ValueError(
-                "`save_on_sigterm` and `enable_jit_checkpoint` both wait for SIGTERM. Set one: the second for one "
-                "process only, as processes may save at different steps."
+                "`save_on_sigterm` and `enable_jit_checkpoint` both handle SIGTERM. Set one of them. With several "
+                "processes set `save_on_sigterm`, because otherwise the processes may save at different steps."
             )
         if self.save_on_sigterm and self.recovery == "reconstruct":
             raise ValueError(
-                "Reconstruction keeps every region it finishes and goes on after any kill, SIGTERM too, with "
-                "`resume_from_checkpoint=True`. Drop `save_on_sigterm`."
+                "Reconstruction saves each region when it is finished, and can be resumed with "
+                "`resume_from_checkpoint=True` after any interruption. Leave `save_on_sigterm` out."
             )
-        find_criterion(self.criterion)
-        if self.group is not None and self.group not in GROUPS:
-            raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {self.group!r}.")
-        if self.allocation is not None and self.allocation not in ALLOCATIONS:
-            raise ValueError(
-                f"`allocation` must be one of {', '.join(map(repr, ALLOCATIONS))}, got {self.allocation!r}."
-            )
-        if self.refinement is not None:
-            find_refinement(self.refinement)
-        beside = self.allocation or self.refinement or self.update_kept
-        if self.recovery == "reconstruct" and beside:
-            raise ValueError(
-                "Reconstruction prunes region by region, by the criterion alone. Drop `allocation`, `refinement` and "
-                "`update_kept`, or call `prune` first and `reconstruct` with `dense`."
-            )
-        if self.recovery not in RECOVERIES:
-            raise ValueError(f"`recovery` must be one of {', '.join(map(repr, RECOVERIES))}, got {self.recovery!r}.")
-        if self.calibration_samples < 1:
-            raise ValueError(f"`calibration_samples` must be at least 1, got {self.calibration_samples}.")
-        if self.recovery == "reconstruct":
-            check_choices(
-                self.region_size(), self.reconstruction_mode, self.reconstruction_loss, "full",
-                no_pattern=self.pruning_pattern() is None, no_dense=True,
-            )  # fmt: skip
-            check_activations(self.activations)
-            if self.fp16:
-                raise ValueError("Reconstruction does not scale losses, which `fp16` needs. Use `bf16=True`.")
-        self._check_retraining()
-        self._check_distillation()
-        self.pruning_pattern()
-        self.pruning_times()
+
+    def _check_reconstruction(self) -> None:
+        if self.recovery != "reconstruct":
+            return
+        check_choices(
+            self.region_size(), self.reconstruction_mode, self.reconstruction_loss, "full",
+            no_pattern=self.pruning_pattern() is None, no_dense=True,
+        )  # fmt: skip
+        check_activations(self.activations)
+        if self.fp16:
+            raise ValueError("Reconstruction does not scale the loss, and `fp16` needs that. Use `bf16=True`.")
 
     def pruning_times(self) -> PruningSchedule | None:
         """Return the schedule that `pruning_schedule` names, None for pruning once.
 
         Raises:
-            ValueError: an unknown name, no sparsity to reach, or beside what knows one pruning only.
+            ValueError: the name is unknown, no sparsity is set, or another argument allows only one pruning.
         """
         name = self.pruning_schedule
         if name is None:
@@ -175,9 +311,9 @@ class SparseTrainingArguments(TrainingArguments):
         begins_once = self.retraining_schedule and name != "cycles"
         if self.recovery == "reconstruct" or begins_once or self.pruning_pattern() is None:
             raise ValueError(
-                f"`pruning_schedule={name!r}` raises `sparsity` while training with `lr_scheduler_type`. Set "
-                '`sparsity`, no reconstruction, and `retraining_schedule`, which begins after a pruning, for "cycles" '
-                "only."
+                f"`pruning_schedule={name!r}` prunes to `sparsity` during training. It needs `sparsity` and "
+                '`recovery="retrain"`. Beside `retraining_schedule`, which begins after a pruning, only "cycles" is '
+                "possible."
             )
         if name == "cubic":
             return CubicSchedule(self.pruning_rounds, self.pruning_interval)
@@ -189,13 +325,13 @@ class SparseTrainingArguments(TrainingArguments):
         check_method(self.retraining_schedule)
         if self.recovery == "reconstruct":
             raise ValueError(
-                f"`retraining_schedule={self.retraining_schedule!r}` is of training with the task loss. Drop it, or "
-                '`recovery="reconstruct"`.'
+                f"`retraining_schedule={self.retraining_schedule!r}` is a schedule for training with the task loss. "
+                'Leave it out, or set `recovery="retrain"`.'
             )
         if self.retraining_schedule in ("lrw", "allr") and not self.original_steps:
             raise ValueError(
-                f"`retraining_schedule={self.retraining_schedule!r}` depends on how long the original training was. "
-                "Set `original_steps`."
+                f"`retraining_schedule={self.retraining_schedule!r}` depends on the number of steps of the original "
+                "training. Set `original_steps`."
             )
 
     def _check_distillation(self) -> None:
@@ -206,29 +342,29 @@ class SparseTrainingArguments(TrainingArguments):
             raise ValueError(f"`distillation` must be one of {known}, got {self.distillation!r}.")
         if not 0 < self.distillation_weight <= 1 or self.distillation_temperature <= 0:
             raise ValueError(
-                "`distillation_weight` must be in (0, 1] and `distillation_temperature` positive, got "
-                f"{self.distillation_weight} and {self.distillation_temperature}. For the task loss alone leave "
-                "`distillation` out."
+                "`distillation_weight` must be in (0, 1] and `distillation_temperature` above 0, got "
+                f"{self.distillation_weight} and {self.distillation_temperature}. To train with the task loss alone, "
+                "leave `distillation` out."
             )
         if self.recovery == "reconstruct":
             raise ValueError(
-                "Reconstruction fits the dense model's outputs already, region by region. Drop `distillation`, or "
-                '`recovery="reconstruct"`.'
+                "Reconstruction fits the outputs of the dense model already, region by region. Leave `distillation` "
+                'out, or set `recovery="retrain"`.'
             )
         if self.use_liger_kernel and self.distillation == "logits":
             raise ValueError(
-                "With `use_liger_kernel` the model returns no logits while training, which are distilled. Set it to "
-                'False, or distil "hidden_states".'
+                'With `use_liger_kernel` the model returns no logits during training, and distillation="logits" '
+                'needs them. Set `use_liger_kernel=False`, or distillation="hidden_states".'
             )
 
     def original_rates(self, steps: int) -> list[float]:
         """Return the learning rates of the original training, as the arguments describe it.
 
         Args:
-            steps: how many, if `original_steps` does not say.
+            steps: the number of optimiser steps of the original training if `original_steps` is not set.
 
         Raises:
-            ValueError: the rates depend on more than the step.
+            ValueError: the learning rates depend on more than the step.
         """
         steps = self.original_steps or steps
         probe = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
@@ -236,29 +372,29 @@ class SparseTrainingArguments(TrainingArguments):
         schedule = get_scheduler(self.lr_scheduler_type, probe, warmup, steps, options)
         if not isinstance(schedule, LambdaLR):
             raise ValueError(
-                "`retraining_schedule` reads the original rates off `lr_scheduler_type`, and "
-                f"{type(schedule).__name__} tells none before it is run. Name the one of the original training, such "
-                'as "linear" or "cosine".'
+                "`retraining_schedule` computes the learning rates of the original training from `lr_scheduler_type`, "
+                f"and those of {type(schedule).__name__} are not known before it runs. Set the `lr_scheduler_type` of "
+                'the original training, such as "linear" or "cosine".'
             )
         return [self.learning_rate * schedule.lr_lambdas[0](step) for step in range(steps)]
 
     def region_size(self) -> RegionSize:
-        """Return `reconstruction_region` as `reconstruct` takes it."""
+        """Return `reconstruction_region` as `reconstruct` takes it: a name, or an int."""
         region: Any = self.reconstruction_region
         return int(region) if str(region).isdigit() else region
 
     def pruning_pattern(self) -> Pattern | None:
-        """Return the pattern that `sparsity` and `pattern` ask for together, None if neither is set.
+        """Return the pattern that `sparsity` and `pattern` ask for, None if neither is set.
 
         Raises:
-            ValueError: they contradict each other.
+            ValueError: `sparsity` and `pattern` ask for different sparsities.
         """
         if self.pattern is None:
             return None if self.sparsity is None else parse_pattern(self.sparsity)
         parsed = parse_pattern(self.pattern)
         if self.sparsity is not None and abs(self.sparsity - parsed.sparsity) > 1e-9:
             raise ValueError(
-                f'`sparsity={self.sparsity}` contradicts `pattern="{self.pattern}"`, which is a sparsity of '
+                f'`sparsity={self.sparsity}` contradicts `pattern="{self.pattern}"`, whose sparsity is '
                 f"{parsed.sparsity:g}. Give one of them."
             )
         return parsed

@@ -1,25 +1,37 @@
-"""SparseTrainer: the Trainer of transformers, pruning when asked, logging sparsity, losing no zero silently."""
+"""SparseTrainer: the Trainer of transformers for pruned models."""
 
+import copy
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import IterableDataset
-from transformers import Trainer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import Dataset, IterableDataset
+from transformers import (
+    BaseImageProcessor,
+    DataCollator,
+    EvalPrediction,
+    FeatureExtractionMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.trainer_utils import TrainOutput
 
 from ..model.blocks import base_model
 from ..model.sharding import FSDP1
 from ..pruning.criteria import find_criterion
-from ..pruning.patterns import SemiStructured
 from ..pruning.prune import sparsity
 from ..pruning.report import PruningReport
 from ..reconstruction import reconstruct
@@ -35,98 +47,159 @@ from .termination import TerminationCallback
 from .zero_guard import ZeroGuardCallback
 
 
+if TYPE_CHECKING:
+    import datasets
+
+
 class SparseTrainer(Trainer):
-    """`Trainer` for pruned models.
+    """A `transformers.Trainer` for pruned models: it prunes if asked, keeps every zero, and logs the sparsity.
 
-    With `sparsity` or `pattern` in the arguments the model is pruned when training begins, or step by step by the
-    `pruning_schedule` (`PruningCallback`). The zeros it has from then on are kept, those of weights that are trained
-    themselves too (`ZeroGuardCallback`), and checked at every log, before every save and at the end; every log holds
-    `sparsity`.
+    If the arguments set `sparsity` or `pattern`, the model is pruned when training begins, or step by step by
+    `pruning_schedule` (see `PruningCallback`). During training the zeros of the prunable weights are kept, also in
+    weights that are trained directly (see `ZeroGuardCallback`). They are checked at each log, before each save, and at
+    the end of training. Each log of the training contains `sparsity`, the fraction of zeros in the prunable weights.
 
-    With `retraining_schedule` the learning rates are those of `learning_rates`: η is what `learning_rate`,
-    `lr_scheduler_type` and warm-up give over `original_steps`.
+    If the arguments set `retraining_schedule`, the learning rates are those of the function `retraining_schedule`. The
+    original schedule η is the one that `learning_rate`, `lr_scheduler_type` and the warm-up describe, over
+    `original_steps`.
 
-    With `recovery="reconstruct"` training is `reconstruct`, on the first `calibration_samples` of the training set:
-    optimiser, schedule, epochs or `max_steps` (of each region), batch, accumulation, clipping, bf16, seed, logging and
-    callbacks are those of the arguments. The model stays where it is, only the blocks in turn go to the device.
-    Finished regions are kept in `output_dir/reconstruction`, for `train(resume_from_checkpoint=True)`, unless
-    `save_strategy="no"`.
+    If the arguments set `recovery="reconstruct"`, training is a call of `reconstruct` on the first
+    `calibration_samples` samples of the training set. Optimiser, learning rate schedule, epochs or `max_steps` (of
+    each region), batch size, gradient accumulation, gradient clipping, bf16, seed, logging and callbacks are those of
+    the arguments. The model stays on its device, and only the blocks that are fitted move to the training device.
+    Finished regions are saved in `output_dir/reconstruction`, unless `save_strategy="no"`;
+    `train(resume_from_checkpoint=True)` continues from them.
 
-    With `distillation` the loss in training is (1 - α) · L_task + α · L_distillation, α the `distillation_weight`,
-    each a mean over the predictions that have a label: T² · KL(p_t ‖ p_s) of the logits at the
-    `distillation_temperature` T, or the relative squared error of the hidden states after each block (`distillation`).
-    Losses in evaluation are the task's.
+    If the arguments set `distillation`, the training loss is (1 - α) · L_task + α · L_distillation with
+    α = `distillation_weight`. Both losses are means over the predictions that have a label. L_distillation is
+    T² · KL(p_t ‖ p_s) of the logits at temperature T = `distillation_temperature`, or the relative squared error of
+    the hidden states after each block. The evaluation loss is the task loss.
 
     Args:
-        args: a `SparseTrainingArguments`.
-        peft_config: the tuner that reconstruction trains with; by default the region's full weights.
-        teacher: the dense model that `distillation` learns from, of any dtype, with the same tokeniser. By default a
-            copy of the model, without adapters, made before it is pruned here: as much memory again. It is moved to
-            the device, not trained and not saved.
-        everything else: as in `Trainer`. What a `model_init` makes is pruned each time.
+        model: the model to train, as in `Trainer`.
+        args: the training arguments, a `SparseTrainingArguments`. Default: `SparseTrainingArguments()`.
+        data_collator: forms a batch from a list of samples, as in `Trainer`.
+        train_dataset: the training set, as in `Trainer`. Its first samples are also the calibration data.
+        eval_dataset: the evaluation set, or a dict of several, as in `Trainer`.
+        processing_class: the tokeniser or processor, which is saved with the model, as in `Trainer`.
+        model_init: a function that returns a new model for each call of `train`, as in `Trainer`. Each model is
+            pruned, and gets its own adapter if `peft_config` is given.
+        compute_loss_func: computes the task loss from outputs, labels and the number of items, as in `Trainer`.
+        compute_metrics: computes metrics at evaluation, as in `Trainer`.
+        callbacks: further callbacks, as in `Trainer`.
+        optimizers: an optimiser and a learning rate schedule, as in `Trainer`.
+        optimizer_cls_and_kwargs: an optimiser class and its arguments, as in `Trainer`.
+        preprocess_logits_for_metrics: applied to the logits at evaluation, as in `Trainer`.
+        peft_config: the configuration of an adapter, such as `MaskLoRAConfig(target_modules="all-linear")`. For
+            retraining, the trainer attaches it to the model with `peft.get_peft_model`, as TRL's trainers do. For
+            reconstruction, it is the tuner that fits each region, and is merged afterwards. None trains the model as
+            it is; reconstruction then trains all weights of a region.
+        teacher: the dense model for `distillation`, of any dtype, with the same tokeniser. It is moved to the training
+            device; it is neither trained nor saved. By default the trainer copies the model, without adapters, before
+            it prunes; the copy takes as much memory as the model.
 
     Raises:
-        TypeError: `args` is another kind of arguments.
-        ValueError: calibration is needed and the training set is shorter than `calibration_samples`; `peft_config`
-            without reconstruction, or reconstruction of a model with adapters; "allr" without pruning here; no
-            teacher where one is needed, or one that does not fit; FSDP1. In `train`: arguments that ask for another
-            pruning than when the trainer was made; a trial of a hyperparameter search that is to reconstruct.
-        RuntimeError: while training, a pruned weight lost a zero.
+        TypeError: `args` is not a `SparseTrainingArguments`.
+        ValueError: the model has adapters already, and `peft_config` or `recovery="reconstruct"` is given; calibration
+            is needed, and there is no training set or it has fewer samples than `calibration_samples`; distillation
+            has no teacher, or one that does not fit; the training is parallel by FSDP1. In `train`: the arguments ask
+            for another pruning than when the trainer was made; a trial of a hyperparameter search is to reconstruct.
+        RuntimeError: during training a weight lost a zero.
     """
 
     args: SparseTrainingArguments
-    # None while `Trainer` makes itself, and from a `model_init` a model that is not trained.
+    # None while `Trainer.__init__` calls `model_init`: the model that it makes there is not trained, and not pruned.
     _pruning: PruningCallback | None = None
 
     def __init__(
         self,
-        model: Any = None,
+        model: PreTrainedModel | nn.Module | None = None,
         args: SparseTrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: "Dataset | IterableDataset | datasets.Dataset | None" = None,
+        eval_dataset: "Dataset | dict[str, Dataset] | datasets.Dataset | None" = None,
+        processing_class: (
+            PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin | None
+        ) = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
         peft_config: PeftConfig | None = None,
         teacher: nn.Module | None = None,
-        **kwargs: Any,
     ) -> None:
         args = SparseTrainingArguments() if args is None else args
         if not isinstance(args, SparseTrainingArguments):
-            raise TypeError(f"Expected `args` as SparseTrainingArguments, got {type(args).__name__}.")
-        reconstructs = args.recovery == "reconstruct"
-        if peft_config is not None and not reconstructs:
-            raise ValueError(
-                '`peft_config` says what `recovery="reconstruct"` trains. To retrain, attach the adapter yourself: '
-                "get_peft_model(model, peft_config)."
+            raise TypeError(
+                f"Expected `args` as SparseTrainingArguments, got {type(args).__name__}. SparseTrainingArguments has "
+                "every argument of TrainingArguments."
             )
-        if reconstructs and isinstance(model, PeftModel):
+        if args.recovery == "reconstruct" and isinstance(model, PeftModel):
             raise ValueError(
-                "Reconstruction attaches and merges its adapters region by region. Pass the plain model, and the "
-                "configuration as `peft_config`."
+                "Reconstruction attaches and merges an adapter for each region, and the model has an adapter already. "
+                "Pass the plain model, and the configuration of the adapter as `peft_config`."
             )
-        super().__init__(model, args, **kwargs)
+        self.peft_config = peft_config
+        # `_attach` reads the arguments before `Trainer.__init__` sets them.
+        self.args = args
+        if model is not None:
+            model = self._attach(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
         if getattr(getattr(self.accelerator.state, "fsdp_plugin", None), "fsdp_version", None) == 1:
             raise ValueError(FSDP1)
-        self.peft_config = peft_config
         self.reconstruction_report: ReconstructionReport | None = None
-        self._asked = self._pruning_options()
-        if args.pruning_pattern() is not None and not reconstructs:
-            beside: dict[str, Any] = {
-                "allocation": args.allocation,
-                "refinement": args.refinement,
-                "update": args.update_kept,
-            }
-            measured = find_criterion(args.criterion)[1].needs or any(beside.values())
-            calibration = self._calibration(1) if measured else None
-            self._pruning = PruningCallback(
-                schedule=args.pruning_times(), calibration=calibration, **self._pruning_options(), **beside
-            )
+        self._asked = args.pruning_options()
+        if args.pruning_pattern() is not None and args.recovery != "reconstruct":
+            calibration = self._calibration(1) if self._measures() else None
+            self._pruning = PruningCallback(calibration=calibration, schedule=args.pruning_times(), **self._asked)
             self.add_callback(self._pruning)
         self.add_callback(ZeroGuardCallback(args.target_modules, args.exclude_modules))
         if args.save_on_sigterm:
             self.add_callback(TerminationCallback())
         self.teacher = self._find_teacher(teacher)
 
+    def _attach(self, model: nn.Module) -> nn.Module:
+        """Return `model` with the adapter of `peft_config`, if retraining is to have one."""
+        if self.peft_config is None or self.args.recovery == "reconstruct":
+            return model
+        if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                "`peft_config` attaches an adapter, and the model has adapters already. Leave `peft_config` out, or "
+                "pass the model without adapters."
+            )
+        # The initial adapter is the same in every process and in every run.
+        set_seed(self.args.seed)
+        # PEFT writes the names of the adapted layers into the configuration, which may serve another model too.
+        adapted: nn.Module = get_peft_model(cast(PreTrainedModel, model), copy.deepcopy(self.peft_config))
+        return adapted
+
+    def _measures(self) -> bool:
+        """Return whether pruning needs calibration."""
+        options = self._asked
+        beside = options["allocation"] or options["refinement"] or options["update"]
+        return bool(find_criterion(options["criterion"])[1].needs or beside)
+
     @property
     def pruning_report(self) -> PruningReport | None:
-        """The report of what was pruned when training began, None before or without pruning."""
+        """The report of the last pruning, None if nothing was pruned yet."""
         if self.reconstruction_report is not None:
             return self.reconstruction_report.pruning
         return self._pruning.report if self._pruning else None
@@ -137,12 +210,24 @@ class SparseTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Prune if asked and not done yet, then train as `Trainer.train` does; or reconstruct."""
+        """Prune the model if asked, and then train it, or reconstruct it.
+
+        Args:
+            resume_from_checkpoint: True continues from the last checkpoint in `output_dir`, and a path from that
+                checkpoint. With `recovery="reconstruct"` it continues after the last finished region.
+            trial: the trial of a hyperparameter search, as in `Trainer.train`.
+            ignore_keys_for_eval: as in `Trainer.train`.
+
+        Raises:
+            ValueError: the arguments ask for another pruning than when the trainer was made; a trial is given with
+                `recovery="reconstruct"`; the checkpoint belongs to a model with other masks, or does not exist.
+            RuntimeError: a weight lost a zero.
+        """
         if self.args.recovery == "reconstruct":
             if trial is not None:
                 raise ValueError(
-                    "Hyperparameter search sets the arguments of a training, which reconstruction is none of. Make a "
-                    "SparseTrainer for each trial, and search with the library itself."
+                    '`hyperparameter_search` does not support `recovery="reconstruct"`. Make one SparseTrainer for '
+                    "each trial, and call the search library directly."
                 )
             return self._reconstruct(resume_from_checkpoint)
         if self.model_init is None:
@@ -150,13 +235,13 @@ class SparseTrainer(Trainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Return a new model, as `Trainer` does for each training, pruned if asked."""
-        model: nn.Module = super().call_model_init(trial)
+        """Return a new model from `model_init`, with the adapter of `peft_config`, and pruned if asked."""
+        model = self._attach(super().call_model_init(trial))
         self._prune_first(model)
         return model
 
     def _prune_first(self, model: nn.Module) -> None:
-        # Before a checkpoint is loaded: on the weights that the first run pruned, trained biases included.
+        # A resumed run prunes before it loads the checkpoint: the biases are then those that the first run measured.
         if self._pruning and self._pruning.schedule is None and not self._pruning.has_pruned(model):
             self._pruning.prune(model, self.args.seed)
 
@@ -165,17 +250,17 @@ class SparseTrainer(Trainer):
         self._check_unchanged()
         method = self.args.retraining_schedule
         if method is not None and trainer.lr_scheduler is None:
-            cycles = self.args.pruning_rounds if self.args.pruning_schedule == "cycles" else None
+            rounds = self.args.pruning_rounds if self.args.pruning_schedule == "cycles" else None
             drop: Any = None
-            if method == "allr" and self._pruning and (cycles or self._pruning.norms):
-                drop = self._pruning.norm_drop if cycles else norm_drop(*self._pruning.norms)
+            if method == "allr" and self._pruning and (rounds or self._pruning.norms):
+                drop = self._pruning.norm_drop if rounds else norm_drop(*self._pruning.norms)
             trainer.lr_scheduler = retraining_schedule(
                 method,
                 optimizer or trainer.optimizer,
                 self.args.original_rates(num_training_steps),
                 num_training_steps,
                 norm_drop=drop,
-                cycles=cycles or 1,
+                rounds=rounds or 1,
             )
             trainer._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
@@ -187,12 +272,12 @@ class SparseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the loss of `Trainer`, while training mixed with that of `distillation`."""
+        """Return the loss of `Trainer`, in training combined with the loss of `distillation`."""
         name, weight = self.args.distillation, self.args.distillation_weight
         if name is None or self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         kept = predictions(model, inputs)
-        # First, so that what it computes is gone before the other's activations stay.
+        # The teacher runs first, so that its activations are freed before those of the model are kept for backward.
         with self.accelerator.autocast():
             taught = outputs_of(self.teacher, inputs, name)
         asked = {"output_hidden_states": True} if name == "hidden_states" else {}
@@ -201,7 +286,7 @@ class SparseTrainer(Trainer):
         if num_items_in_batch is None:
             loss = total / kept.sum().clamp_min(1)
         else:
-            # As the task loss: of all accumulated batches, and of all processes where they share one count.
+            # As for the task loss, the count is that of all accumulated batches, and may be that of all processes.
             shared = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = total * shared / num_items_in_batch
         loss = (1 - weight) * task_loss + weight * loss
@@ -212,24 +297,24 @@ class SparseTrainer(Trainer):
         if args.distillation is None:
             if teacher is not None:
                 raise ValueError(
-                    '`teacher` is given and `distillation` is not. Set distillation="logits" or "hidden_states".'
+                    '`teacher` is given without `distillation`. Set distillation="logits" or "hidden_states".'
                 )
             return None
         if args.n_gpu > 1:
             raise ValueError(
-                f"Distillation runs one process per GPU, and this one has {args.n_gpu}. Start it with accelerate "
-                "launch or torchrun."
+                f"Distillation needs one process per GPU, and this process has {args.n_gpu} GPUs. Start the script "
+                "with `accelerate launch` or `torchrun`."
             )
         if teacher is None:
             if self._pruning is None:
                 raise ValueError(
-                    f"`distillation={args.distillation!r}` learns from the dense model, which nobody gave. Pass it as "
-                    "`teacher`, or let SparseTrainer prune: set `sparsity` or `pattern`."
+                    f"`distillation={args.distillation!r}` needs the dense model. Pass it as `teacher`, or set "
+                    "`sparsity` or `pattern`, so that SparseTrainer prunes the model and copies it before."
                 )
             share = sparsity(self.model, args.target_modules, args.exclude_modules)
             teacher = dense_copy(self.model, share)
         check_teacher(teacher, self.model, args.distillation)
-        # One that was loaded across devices stays there.
+        # A teacher that was loaded across several devices stays there.
         return teacher if hasattr(teacher, "hf_device_map") else teacher.to(args.device)
 
     def _reconstruct(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
@@ -292,23 +377,17 @@ class SparseTrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     def _pruning_options(self) -> dict[str, Any]:
-        args, pattern = self.args, self.args.pruning_pattern()
-        return {
-            "pattern": pattern,
-            "criterion": args.criterion,
-            # A pattern of the arguments' "n:m" has its own group.
-            "group": None if isinstance(pattern, SemiStructured) else args.group,
-            "target_modules": args.target_modules,
-            "exclude_modules": args.exclude_modules,
-        }
+        """Return the pruning arguments that are set, for `reconstruct`, whose defaults are the same."""
+        options = self.args.pruning_options()
+        return {name: value for name, value in options.items() if value is not None and value is not False}
 
     def _check_unchanged(self) -> None:
-        for name, value in self._pruning_options().items():
+        for name, value in self.args.pruning_options().items():
             if value != self._asked[name]:
                 raise ValueError(
-                    f"The arguments now ask for another `{name}`, {value}, than when this SparseTrainer was made, "
-                    f"{self._asked[name]}, by which it pruned. Make a new one; to search over pruning, call `prune` "
-                    "in `model_init`."
+                    f"The arguments now have `{name}={value}`, and had `{name}={self._asked[name]}` when this "
+                    "SparseTrainer was made. It prunes by the latter. Make a new SparseTrainer. To search over "
+                    "pruning arguments, call `prune` in `model_init`."
                 )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -323,18 +402,33 @@ class SparseTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def save_merged_model(self, output_dir: str) -> None:
-        """Save the model with its adapters merged, for `from_pretrained`: gathered from all processes, written by one.
+        """Save the model with its adapters merged, for `from_pretrained`.
 
-        The model stays as it is. Call it in every process.
+        The trained model does not change. With several processes, call this in each of them: the weights are gathered
+        from all processes, and one process writes.
+
+        Args:
+            output_dir: the folder to write to.
 
         Raises:
-            TypeError: adapters that cannot be merged so, see `merged_state_dict`.
-            RuntimeError: a pruned weight lost a zero.
+            TypeError: the model has adapters that cannot be merged in this way, see `merged_state_dict`.
+            RuntimeError: a weight lost a zero.
         """
         self._save_plain(output_dir, merge=True)
 
     def save_base_model(self, output_dir: str) -> None:
-        """Save the model below the adapters, which they are loaded onto; everything else as in `save_merged_model`."""
+        """Save the base model without its adapters, for `from_pretrained`. The saved adapters are loaded onto it.
+
+        The trained model does not change. With several processes, call this in each of them: the weights are gathered
+        from all processes, and one process writes.
+
+        Args:
+            output_dir: the folder to write to.
+
+        Raises:
+            TypeError: the base weights cannot be saved in this way, see `merged_state_dict`.
+            RuntimeError: a weight lost a zero.
+        """
         self._save_plain(output_dir, merge=False)
 
     def _save_plain(self, output_dir: str, merge: bool) -> None:
@@ -348,27 +442,29 @@ class SparseTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _guard(self) -> ZeroGuardCallback:
-        # Looked up, not kept: resuming may replace the callback by one restored from the checkpoint.
+        # Not an attribute, because resuming may replace the callback by one restored from the checkpoint.
         return next(c for c in self.callback_handler.callbacks if isinstance(c, ZeroGuardCallback))
 
     def _calibration(self, batch_size: int) -> "_FirstSamples":
         if self.train_dataset is None:
-            purpose = "Reconstruction" if self.args.recovery == "reconstruct" else f"Criterion {self.args.criterion!r}"
-            raise ValueError(f"{purpose} is calibrated on `train_dataset`, which is missing.")
+            raise ValueError(
+                f"Calibration uses the first {self.args.calibration_samples} samples of `train_dataset`, and there is "
+                "none. Pass `train_dataset`."
+            )
         dataset, count = self.train_dataset, self.args.calibration_samples
         if isinstance(dataset, IterableDataset):
             dataset = list(itertools.islice(dataset, count))
         if len(dataset) < count:
             raise ValueError(
-                f"`calibration_samples={count}`, but the training set has only {len(dataset)} samples. Ask for fewer, "
-                "or bring more text."
+                f"`calibration_samples={count}` needs as many training samples, and the training set has only "
+                f"{len(dataset)}. Lower `calibration_samples`, or pass a larger training set."
             )
         collator = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
         return _FirstSamples(dataset, collator, count, batch_size)
 
 
 class _FirstSamples:
-    """The first samples of a dataset, collated in batches; every process sees the same, in the same order."""
+    """The first samples of a dataset, collated in batches, in the same order in every process."""
 
     def __init__(self, dataset: Any, collator: Any, count: int, batch_size: int) -> None:
         self.dataset, self.collator, self.count, self.batch_size = dataset, collator, count, batch_size
