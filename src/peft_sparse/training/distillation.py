@@ -1,4 +1,4 @@
-"""What a pruned model learns from the dense one while it is trained: its logits, or the states after its blocks."""
+"""Distillation: the losses by which a pruned model learns from the dense model, and the teacher's part in training."""
 
 import copy
 import inspect
@@ -16,36 +16,41 @@ from ..model.sharding import has_shards
 
 
 DISTILLATIONS = ("logits", "hidden_states")
-# Entries of the logits that are in float32 at a time: 64 MiB of each model's.
+# How many logits of each model are converted to float32 at a time: 64 MiB.
 CHUNK = 2**24
-# A dense model may hold a few zeros by chance.
+# The fraction of zeros up to which a model counts as dense. A dense model may have a few zeros by chance.
 DENSE = 0.01
 
 
 def logits_loss(student: Tensor, teacher: Tensor, kept: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return T² · Σ KL(p_t ‖ p_s) over the kept predictions, where p = softmax(logits / T).
+    """Return T² · Σ KL(p_t ‖ p_s) over the selected predictions, where p = softmax(logits / T).
 
-    Hinton et al. 2015, arXiv:1503.02531, section 2; T² keeps the gradient's scale when T changes. Of the size of the
-    logits only their gradient is made: softmaxes exist by chunks, and are computed again in backward.
+    p_t is the teacher's distribution and p_s the student's. The factor T² keeps the scale of the gradient when T
+    changes. Hinton et al. 2015, arXiv:1503.02531, section 2.
+
+    The softmaxes are computed in float32, in chunks of rows, and again in the backward pass. The only new tensor with
+    the size of the logits is their gradient.
 
     Args:
-        student: logits (..., classes), of any dtype; computed with in float32.
-        teacher: logits of the same shape; no gradient.
-        kept: bools (...), the predictions that count.
+        student: logits (..., classes), of any dtype.
+        teacher: logits of the same shape, of any dtype. They get no gradient.
+        kept: bools (...), True for the predictions that are summed.
+        temperature: T, positive.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes do not match.
     """
     if student.shape != teacher.shape or student.shape[:-1] != kept.shape:
         raise ValueError(
-            f"Expected logits of teacher and student and labels for the same predictions, got {tuple(teacher.shape)}, "
-            f"{tuple(student.shape)} and {tuple(kept.shape)}. Distil from a model with the same tokeniser and head."
+            "Expected logits of teacher and student and labels for the same predictions. Got the shapes "
+            f"{tuple(teacher.shape)}, {tuple(student.shape)} and {tuple(kept.shape)}. Use a teacher with the same "
+            "tokeniser and head."
         )
     return _SumOfDivergences.apply(student.flatten(0, -2), teacher.flatten(0, -2), kept.flatten(), temperature)
 
 
 class _SumOfDivergences(torch.autograd.Function):
-    """T² · Σ KL(p_t ‖ p_s) of rows; its gradient is T · (p_s - p_t)."""
+    """T² · Σ KL(p_t ‖ p_s) over rows. The gradient with respect to the student is T · (p_s - p_t)."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, kept: Tensor, temperature: float) -> Tensor:
@@ -55,7 +60,7 @@ class _SumOfDivergences(torch.autograd.Function):
         for rows in _chunks(student):
             ours, theirs = _log_probabilities(student[rows], teacher[rows], temperature)
             divergences = nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-            # Not a product: what padding brings may not be finite.
+            # Not a product with the mask: the values of padding may not be finite.
             total += torch.where(kept[rows], divergences, 0.0).sum()
         return total * temperature**2
 
@@ -71,26 +76,30 @@ class _SumOfDivergences(torch.autograd.Function):
 
 
 def hidden_states_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], kept: Tensor) -> Tensor:
-    """Return Σ over the kept tokens of the mean over blocks l of ‖h_s^l - h_t^l‖² / ‖h_t^l‖².
+    """Return Σ over the selected tokens of (1/L) · Σ_l ‖h_s^l - h_t^l‖² / ‖h_t^l‖².
 
-    The layer-wise relative error of SquareHead, Kurtic et al. 2023, arXiv:2310.06927, with the ratio taken token by
-    token: the few tokens with huge states do not outweigh the others, and a batch in parts gives the same sum.
-    Autograd keeps one float32 difference of the states of each block.
+    h_s^l and h_t^l are the hidden states of student and teacher after block l of L. This is the relative error of
+    SquareHead (Kurtic et al. 2023, arXiv:2310.06927), with one difference: the ratio is computed for each token, and
+    not as a ratio of two means. A few tokens with very large hidden states then do not dominate the loss, and a batch
+    gives the same sum if it is split.
+
+    For the backward pass, autograd keeps one float32 tensor of the size of the hidden states for each block.
 
     Args:
-        student: hidden states (..., d) after each block.
-        teacher: the same of the teacher; no gradient.
-        kept: bools (...), the tokens that count.
+        student: the student's hidden states (..., d) after each block.
+        teacher: the teacher's hidden states (..., d) after each block. They get no gradient.
+        kept: bools (...), True for the tokens that are summed.
 
     Raises:
-        ValueError: the states are not one for each entry of `kept`, or the models differ in blocks or width.
+        ValueError: student and teacher differ in the number of blocks or in d, or their hidden states do not have the
+            shape of `kept`.
     """
     shapes = [[tuple(states.shape) for states in model] for model in (student, teacher)]
     if shapes[0] != shapes[1] or any(shape[:-1] != kept.shape for shape in shapes[0]):
         raise ValueError(
-            "Expected the hidden states of teacher and student after as many blocks, one for each label, got "
-            f"{len(teacher)} of {shapes[1][:1]} and {len(student)} of {shapes[0][:1]} for labels {tuple(kept.shape)}. "
-            'Use distillation="logits", which needs the same outputs only.'
+            "Expected the same number of hidden states from teacher and student, one vector per label. Got "
+            f"{len(teacher)} of shape {shapes[1][:1]} and {len(student)} of shape {shapes[0][:1]} for labels of shape "
+            f'{tuple(kept.shape)}. Use distillation="logits", which needs equal outputs only.'
         )
     total = torch.zeros((), device=kept.device)
     for ours, theirs in zip(student, teacher, strict=True):
@@ -102,19 +111,20 @@ def hidden_states_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], kep
 
 
 def predictions(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Return which outputs of `model` have a label, bools of the shape of the labels: -100 marks what has none.
+    """Return which outputs of `model` have a label, as bools of the shape of the labels.
 
-    A causal language model predicts the label one further on, so that its last output has none.
+    The label -100 means that there is none. A causal language model predicts the next token, so that output i has the
+    label i + 1, and the last output has none.
 
     Raises:
-        ValueError: there are no labels.
+        ValueError: the inputs contain no labels.
     """
     if "shift_labels" in inputs:
         return inputs["shift_labels"].ne(-100)
     if "labels" not in inputs:
         raise ValueError(
-            f"Distillation counts the predictions that have labels, and the inputs are {', '.join(inputs)}. Add "
-            "`labels`, for causal language models a copy of `input_ids`."
+            "Distillation needs `labels` among the inputs, to know which predictions count. The inputs are "
+            f"{', '.join(inputs)}. Add `labels`; for causal language models they are a copy of `input_ids`."
         )
     kept = inputs["labels"].ne(-100)
     base: Any = base_model(model)
@@ -125,57 +135,65 @@ def predictions(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def dense_copy(model: nn.Module, share_of_zeros: float) -> nn.Module:
-    """Return a copy of `model` to learn from, without the adapters on it.
+    """Return a copy of `model` without its adapters, as a teacher.
+
+    Args:
+        share_of_zeros: the sparsity of `model`.
 
     Raises:
-        ValueError: it is pruned already, which the copy would be too.
+        ValueError: the model is pruned already, so that the copy would be no dense model.
     """
     if share_of_zeros > DENSE:
         raise ValueError(
-            f"The model has {share_of_zeros:.1%} zeros already, so that no dense model is here to learn from. Pass "
-            "one: SparseTrainer(..., teacher=AutoModelForCausalLM.from_pretrained(...))."
+            f"Distillation needs a dense teacher, and {share_of_zeros:.1%} of the model's weights are zero already. "
+            "Pass the dense model: SparseTrainer(..., teacher=AutoModelForCausalLM.from_pretrained(...))."
         )
     teacher = copy.deepcopy(model)
     return teacher.unload() if isinstance(teacher, (PeftModel, PeftMixedModel)) else teacher
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module, distillation: str) -> None:
-    """Compare what can be compared before anything is computed. The same tokeniser is the caller's promise.
+    """Check that `student` can learn from `teacher`. The function does not check that the tokenisers are the same.
 
     Raises:
-        ValueError: the two share weights, or differ in vocabulary, or in blocks or width where hidden states count;
-            the teacher's weights are in parts.
+        ValueError: the two models share parameters; they differ in the size of the vocabulary, or for "hidden_states"
+            in the number of blocks or in the hidden size; the teacher's weights are sharded.
     """
     if has_shards(teacher):
         raise ValueError(
-            "The teacher's weights are in parts, which nothing puts together when it runs. Load it before the "
-            "training arguments are made, with which ZeRO-3 begins to partition."
+            "The teacher's weights are sharded over processes, and nothing gathers them when the teacher runs. Load "
+            "the teacher before the training arguments are made, because ZeRO-3 shards each model loaded after them."
         )
     models: list[Any] = [base_model(teacher), base_model(student)]
     if {id(parameter) for parameter in teacher.parameters()} & {id(parameter) for parameter in student.parameters()}:
         raise ValueError(
-            "The teacher shares parameters with the model that is trained, and would be pruned with it. Pass a model "
-            "of its own: load it again, or copy.deepcopy(model) before pruning."
+            "The teacher shares parameters with the model that is trained, and would be pruned too. Load the teacher "
+            "separately, or pass copy.deepcopy(model), made before pruning."
         )
-    compared = {"vocabulary": [getattr(m.config.get_text_config(), "vocab_size", None) for m in models]}
+    compared = {
+        "the size of the vocabulary": [getattr(m.config.get_text_config(), "vocab_size", None) for m in models]
+    }
     if distillation == "hidden_states":
-        compared |= {"blocks": [len(find_blocks(m)) for m in models], "width": [hidden_size(m) for m in models]}
+        compared |= {
+            "the number of blocks": [len(find_blocks(m)) for m in models],
+            "the hidden size": [hidden_size(m) for m in models],
+        }
     for what, (theirs, ours) in compared.items():
         if theirs != ours:
             raise ValueError(
-                f"Teacher and model differ in {what}: {theirs} and {ours}. Pass the dense model that this one was "
-                "pruned from, or one that shares its tokeniser and shape."
+                f"Teacher and model differ in {what}: {theirs} and {ours}. Pass the dense model from which this model "
+                "was pruned, or a model with the same tokeniser and shape."
             )
 
 
 @torch.no_grad()
 def outputs_of(teacher: nn.Module, inputs: Mapping[str, Any], distillation: str) -> Any:
-    """Return what the teacher makes of a batch, without dropout and without the loss."""
+    """Return the teacher's outputs for a batch, in evaluation mode and without a loss."""
     accepts = inspect.signature(base_model(teacher).forward).parameters
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepts else {}
     if distillation == "hidden_states":
         options["output_hidden_states"] = True
-    # Encoder-decoders make the decoder's inputs of the labels.
+    # Encoder-decoders compute the decoder's inputs from the labels.
     skipped = () if getattr(base_model(teacher).config, "is_encoder_decoder", False) else ("labels", "shift_labels")
     with evaluation_mode(teacher):
         return teacher(**{name: value for name, value in inputs.items() if name not in skipped}, **options)
@@ -184,11 +202,11 @@ def outputs_of(teacher: nn.Module, inputs: Mapping[str, Any], distillation: str)
 def sum_of_losses(
     distillation: str, outputs: Mapping[str, Any], teacher: Mapping[str, Any], kept: Tensor, temperature: float
 ) -> Tensor:
-    """Return the loss named `distillation`, summed over the kept predictions, from the outputs of two models."""
+    """Return the loss that `distillation` names, summed over the kept predictions, from the outputs of both models."""
     if distillation == "logits":
         return logits_loss(outputs["logits"], teacher["logits"].to(kept.device), kept, temperature)
     states = [found.get("hidden_states") or found["decoder_hidden_states"] for found in (outputs, teacher)]
-    # The first are the embeddings.
+    # The first hidden states are the embeddings.
     return hidden_states_loss(states[0][1:], states[1][1:], kept)
 
 

@@ -1,4 +1,4 @@
-"""Saving when the machine is taken away: SIGTERM ends training after the step, with a checkpoint."""
+"""SIGTERM during training: finish the step, save a checkpoint and stop."""
 
 import signal
 from types import FrameType
@@ -11,10 +11,13 @@ from ..model.processes import place, total_of
 
 
 class TerminationCallback(TrainerCallback):
-    """Saves a checkpoint and stops when the step is done in which SIGTERM came, to whichever process.
+    """Saves a checkpoint and stops training after the step in which any process received SIGTERM.
 
-    Unlike `enable_jit_checkpoint` of transformers, all processes agree on the step, at the price of adding up one
-    number per step, and callbacks hear of the save. While training, SIGTERM does nothing else; a second one neither.
+    All processes stop after the same step. For this they add up one number in each step. Callbacks are notified of the
+    save as of any other. The `enable_jit_checkpoint` of transformers does neither.
+
+    While training runs, SIGTERM has no other effect, and a second SIGTERM has none either. The previous handler is
+    restored when training ends without an error.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The guard that no zero is lost while training, whoever holds the weights: one process or parts of them many."""
+"""The zero guard: it keeps the zeros of the weights during training, in one process or in several that share them."""
 
 import logging
 from functools import partial
@@ -33,37 +33,53 @@ from ..tuners import remember_proof
 
 logger = logging.getLogger(__name__)
 
-# How often a callback pruned each model: what tells guards, whatever the order of callbacks, that there are new zeros.
+# How often each model was pruned. Guards compare the count, because the order of the callbacks is the caller's.
 _prunings: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def note_pruning(model: nn.Module) -> None:
-    """Tell the guards of `model` that it has new zeros to keep."""
+    """Record that `model` has new zeros, for its zero guards."""
     _prunings[base_model(model)] = _prunings.get(base_model(model), 0) + 1
 
 
 class ZeroGuardCallback(TrainerCallback, ExportableState):
-    """Remembers the zeros of the model when training begins, at 1/8 byte per weight, and raises if one is lost.
+    """Keeps the zeros of the weights during training, and raises if a zero is lost. Works with any Trainer.
 
-    Weights that are trained themselves keep theirs under any optimiser: full fine-tuning of a pruned model, FullFT in
-    Zimmer et al. 2023, arXiv:2312.15230. Their gradient is M ⊙ ∇W before it is clipped, and after each step
-    W ← M ⊙ W, which matters to optimisers that mix entries, such as Muon. What the optimiser holds for pruned entries
-    when training begins, momentum above all, is cleared; it stays zero. Where a `PruningCallback` prunes on the way,
-    the guard takes the new zeros for those to keep.
+    When training begins, the callback stores the mask M of each prunable weight, at 1/8 byte per entry. It compares
+    the weights with the masks at the end of training. `SparseTrainer` also compares them at each log and before each
+    save; with another Trainer call `check`.
 
-    Of weights that FSDP2 or ZeRO-3 shard each process remembers its own part. DeepSpeed steps on copies of its own,
-    which stay zero where the gradient and the momentum are, so under any optimiser that treats entries one by one.
+    Weights that are trained directly, without an adapter, keep their zeros under any optimiser: this is full
+    fine-tuning of a pruned model, "FullFT" in Zimmer et al. 2023, arXiv:2312.15230. The gradient becomes M ⊙ ∇W before
+    it is clipped. After each optimiser step, W becomes M ⊙ W; this matters for optimisers that combine several
+    entries, such as Muon. The optimiser's state for pruned entries, such as the momentum, is set to zero when training
+    begins, and stays zero. If a `PruningCallback` prunes during training, the guard stores the new masks.
 
-    LoRA on a pruned weight is told of once: training loses no zero, merging will.
+    If FSDP2 or ZeRO-3 shard the weights, each process stores the mask of its own part. DeepSpeed's optimisers update
+    copies of the weights. The zeros of the copies stay because gradients and momenta are zero there, so that the
+    optimiser must treat each entry by itself.
 
-    A fingerprint of each mask travels in `trainer_state.json`, so that a run resumed on other zeros is refused.
+    If LoRA is attached to a pruned weight, the callback logs a warning: training keeps the zeros of the base weight,
+    and merging fills them.
+
+    The checkpoint's `trainer_state.json` holds a fingerprint of each mask.
+
+    Args:
+        target_modules: the layers to guard, as names, name endings or a regular expression, as in PEFT. The default is
+            every linear layer and every fused expert inside the blocks.
+        exclude_modules: layers not to guard, as in PEFT.
+
+    Raises:
+        ValueError: when training begins: the run is resumed from a checkpoint whose masks differ from the model's; the
+            model is sharded by FSDP1.
+        RuntimeError: when training ends: a weight lost a zero.
     """
 
     def __init__(self, target_modules: Targets = None, exclude_modules: Targets = None) -> None:
         self.target_modules = target_modules
         self.exclude_modules = exclude_modules
         self.weights: dict[str, WeightView] = {}
-        # By the first weight that each is the storage of: of fused experts, one parameter holds several weights.
+        # One parameter may store several weights, those of fused experts: the key is the first weight's name.
         self.parameters: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
         self.pruned: list[str] = []
@@ -74,9 +90,9 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         self._followed = 0
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the guard: the fingerprints of the masks that its weights have."""
+        """Return what a checkpoint stores of this callback: its arguments and the fingerprints of the masks."""
         targets = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
-        # One process alone asks for this, and parts of weights are put together by all: then they did so before.
+        # One process alone calls this, and gathering needs all: fingerprints of shards were computed in `on_step_end`.
         found = self.fingerprints if self._sharded() else self.fingerprints | self._changed()
         return {"args": targets, "attributes": {"fingerprints": found}}
 
@@ -123,24 +139,25 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         self.check()
 
     def check(self) -> None:
-        """Compare the weights with the remembered zeros; all processes must do so together.
+        """Compare the weights with the stored masks. All processes must call this together.
 
         Raises:
-            RuntimeError: an entry that was zero is not any more; names the first weight.
+            RuntimeError: an entry that was zero when its mask was stored is not zero now. The message names the first
+                such weight.
         """
         lost = [_lost(packed_mask(parameter), self.kept[name]) for name, parameter in self.parameters.items()]
         if not any(flags := totals(lost, list(self.parameters.values()))):
             return
         name = next(name for name, flag in zip(self.parameters, flags, strict=True) if flag)
         raise RuntimeError(
-            f"The weight of {self._culprit(name)!r} lost zeros that it had when training began "
-            f"({sum(map(bool, flags))} such weights). Nothing was saved. Something wrote to a pruned weight between "
-            "optimiser steps, which put zeros back: a dense adapter merged into it, or code of your own. Train with "
-            "MaskLoRAConfig, which cannot fill a zero."
+            f"The weight of {self._culprit(name)!r} lost zeros during training. The number of such weights is "
+            f"{sum(map(bool, flags))}. The model was not saved. The zeros were changed between two optimiser steps, "
+            "for example by merging a dense adapter, or by code of your own. Train with MaskLoRAConfig, whose merge "
+            "fills no zero."
         )
 
     def _culprit(self, name: str) -> str:
-        """Return the name of the first weight that lost zeros, of those that share the parameter of `name`."""
+        """Return the first weight that lost zeros, among those that share the parameter of `name`."""
         parameter = self.parameters[name]
         if is_sharded(parameter):
             return name
@@ -149,11 +166,11 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         return next((key for key, weight in weights if weight.matrix_of(lost).any()), name)
 
     def sparsity(self) -> float:
-        """Return the fraction of zeros over the guarded weights; all processes must ask for it together."""
+        """Return the fraction of zeros in the guarded weights. All processes must call this together."""
         return share(self._counts().values())
 
     def _remember(self, optimizer: Optimizer | None) -> None:
-        """Take the zeros there are for those to keep."""
+        """Store the masks that the weights have now, and begin to keep them."""
         self._forget_hooks()
         self._followed = self._pruned()
         if self._model is not None:
@@ -163,7 +180,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
             firsts.setdefault(id(weight.storage), name)
         self.parameters = {name: self.weights[name].storage for name in firsts.values()}
         self.kept = {name: packed_mask(parameter) for name, parameter in self.parameters.items()}
-        # What the optimiser has is trained too while it is frozen: it may thaw.
+        # A parameter that is frozen now may be unfrozen later, if the optimiser holds it.
         groups = [] if optimizer is None else optimizer.param_groups
         optimised = {id(parameter) for group in groups for parameter in group["params"]}
         self.pruned = [name for name, (zeros, _) in self._counts().items() if zeros]
@@ -174,7 +191,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         }
         for parameter in self.trained.values():
             frozen = not parameter.requires_grad
-            # Only what requires a gradient takes a hook, and keeps it while frozen.
+            # PyTorch registers a hook only while a gradient is required, and keeps it afterwards.
             self._hooks.append(keep_gradients_masked(parameter.requires_grad_(True)))
             parameter.requires_grad_(not frozen)
             _clear_state(optimizer, parameter)
@@ -185,8 +202,8 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         dense = [pruned[id(base_layer(layer))] for layer in adapted if id(base_layer(layer)) in pruned]
         if dense:
             logger.warning(
-                "LoRA trains %d pruned weights (first %r): their zeros are kept below it, and filled when it is "
-                "merged. Train MaskLoRAConfig instead, or never merge.",
+                "LoRA is attached to %d pruned weights, the first of which is %r. Training keeps the zeros of the "
+                "base weights, and merging fills them. Use MaskLoRAConfig, or do not merge.",
                 len(dense),
                 dense[0],
             )
@@ -199,10 +216,10 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         return {name: (size - k, size) for name, k, size in zip(self.parameters, kept, sizes, strict=True)}
 
     def _changed(self) -> dict[str, str]:
-        """Return the fingerprints that are not what they were when training began."""
+        """Return the fingerprints that may have changed since the masks were stored."""
         if self._behind():
             return _fingerprints(self.weights)
-        # Trained weights are in the checkpoint with what training itself brought to zero, in half precision above all.
+        # Training can bring further entries of trained weights to exactly zero, above all in half precision.
         storages = {id(parameter) for parameter in self.trained.values()}
         return _fingerprints({name: w for name, w in self.weights.items() if id(w.storage) in storages})
 
@@ -221,12 +238,12 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
 
 
 def _lost(mask: Tensor, kept: Tensor) -> Tensor:
-    # A block may have moved to another device since, for its turn.
+    # The block may be on another device than when the mask was stored.
     return (mask & ~kept.to(mask.device)).any()
 
 
 def packed_mask(parameter: Tensor) -> Tensor:
-    """Return the mask of this process's part of `parameter`, at 1/8 byte per entry."""
+    """Return the packed mask of this process's part of `parameter`."""
     return pack(mask_of(own_part(parameter)))
 
 
@@ -242,18 +259,22 @@ def _fingerprints(weights: dict[str, WeightView]) -> dict[str, str]:
 
 
 def keep_gradients_masked(parameter: Tensor) -> RemovableHandle:
-    """Write zeros into every gradient of `parameter` from now on where it is zero itself."""
+    """Set each later gradient of `parameter` to zero where the parameter is zero."""
     if isinstance(parameter, DTensor):
-        # Autograd sees what FSDP gathers; the gradient of the part is set, and its hooks called, by FSDP.
+        # Autograd computes the gradient of the gathered weight. FSDP sets the shard's gradient and calls this hook.
         return parameter.register_post_accumulate_grad_hook(_mask_gradient)
     return parameter.register_hook(partial(_masked, parameter))
 
 
 @torch.no_grad()
 def put_zeros_back(parameter: Tensor, kept: Tensor) -> None:
-    """Set this process's part of `parameter` to zero wherever the packed mask `kept` says so. In place."""
+    """Set the pruned entries of this process's part of `parameter` to zero. In place.
+
+    Args:
+        kept: the packed mask of this process's part.
+    """
     part = own_part(parameter)
-    # Half the time of filling where a mask says so, on CPUs.
+    # On CPUs this takes half the time of `masked_fill_`.
     mask_(part, unpack(kept.to(part.device), part.shape).to(part.dtype))
 
 
@@ -263,17 +284,17 @@ def _mask_gradient(parameter: Tensor) -> None:
 
 
 def _masked(parameter: Tensor, gradient: Tensor) -> Tensor:
-    # A hook on the tensor, unlike one after accumulation, runs before DDP averages. It must not change its argument.
+    # Unlike a hook after accumulation, a tensor's hook runs before DDP averages. It must not change its argument.
     return mask_(gradient.clone(), parameter.detach())
 
 
 def _clear_state(optimizer: Optimizer | None, parameter: Tensor) -> None:
-    """Zero what `optimizer` holds for the entries of `parameter` that are zero."""
+    """Set the optimiser's state to zero for the entries of `parameter` that are zero."""
     if optimizer is not None:
         for part, value in deepspeed_copies(parameter, optimizer):
             mask_(value, part.to(value.dtype))
     for value in {} if optimizer is None else optimizer.state.get(parameter, {}).values():
-        # Factored and quantised state has no entry per weight, or zero is not its code of zero.
+        # Factored state has no entry per weight. In quantised state a zero may not be stored as 0.
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
             own_part(value).masked_fill_(~mask_of(own_part(parameter)), 0)
 
@@ -282,6 +303,6 @@ def _compare(saved: dict[str, str], found: dict[str, str]) -> None:
     differing = [name for name in saved | found if saved.get(name) != found.get(name)]
     if differing:
         raise ValueError(
-            f"The checkpoint was written with other zeros than the model has, in {len(differing)} layers, first "
-            f"{differing[0]!r}. Resume on the same base model, with the same pruning arguments and calibration data."
+            f"The masks of the checkpoint and of the model differ in {len(differing)} weights, the first of which is "
+            f"{differing[0]!r}. Resume with the same base model, pruning arguments and calibration data."
         )
