@@ -146,17 +146,6 @@ def test_allr_measures_each_cycle(tmp_path):
     assert logged(trainer) == pytest.approx([first, first / 2, second, second * 2 / 3, second / 3], rel=1e-3)
 
 
-@pytest.mark.parametrize("more", [{}, {"pruning_schedule": "cycles", "pruning_rounds": 2}], ids=["once", "cycles"])
-def test_a_resumed_run_has_the_rates_of_an_uninterrupted_one(more, tmp_path):
-    options = {"sparsity": 0.6, "retraining_schedule": "allr", "original_steps": 20} | more
-    args = arguments(tmp_path, save_strategy="steps", save_steps=3, **options)
-    whole = SparseTrainer(tiny("llama"), args, train_dataset=Samples())
-    whole.train()
-    resumed = SparseTrainer(tiny("llama"), args, train_dataset=Samples())
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert logged(resumed) == logged(whole)
-
-
 def test_the_schedule_serves_a_plain_trainer(tmp_path):
     model = tiny("llama")
     prune(model, 0.5)

@@ -17,10 +17,8 @@ from trainers import arguments
 
 arguments = partial(arguments, max_steps=8, sparsity=0.75, save_on_sigterm=True)
 
+# Resuming from a checkpoint in the other modes: test_resuming.py.
 MODES = {
-    "MaskLoRA": (True, {}),
-    "full": (False, {}),
-    "cubic": (False, {"pruning_schedule": "cubic", "pruning_rounds": 2, "pruning_interval": 2}),
     "cycles": (True, {"pruning_schedule": "cycles", "pruning_rounds": 2}),
     "unfinished batch": (False, {"gradient_accumulation_steps": 2, "max_steps": 4}),
 }
