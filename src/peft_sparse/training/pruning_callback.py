@@ -63,31 +63,35 @@ class PruningCallback(TrainerCallback):
     learning rate schedule "allr" (see `retraining_schedule`).
 
     Args:
-        pattern: a sparsity in [0, 1), "n:m" (n kept of every m inputs), an `Unstructured` or a `SemiStructured`; or a
-            dict of these, whose keys are layer names, name endings or regular expressions for whole names. The first
-            key that matches counts, and a layer that no key matches is not pruned.
-        calibration: token ids (sequences, tokens), or an iterable of model inputs. Needed by criteria, allocations,
-            refinements and updates that measure the inputs of layers.
-        sparsity: the same as a number for `pattern`. Give one of the two.
-        criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; a value such as
-            `SparseGPT(damping=0.1)`; a function (weight (out, in), `Statistics`) -> scores (out, in), where a higher
-            score means kept; or a `Criterion`, which also says what the function needs.
-        group: the entries that are compared with each other: "row" (one output), "matrix" or "model". The default is
-            that of the criterion's paper.
-        allocation: how the sparsity is shared out among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
-            "owl"; a value such as `OWL(outlier_factor=5.0)`; or a dict of sparsities with keys as in `pattern`. By
-            default each layer gets the requested sparsity.
-        refinement: "dsnot", "swap", or a value such as `Swap(max_swaps=100)`: exchange pruned for kept entries after
-            the selection.
-        update: True, or a value such as `LeastSquares(damping=0.1)`: fit the kept weights to the dense outputs by
-            least squares.
-        target_modules: the layers to prune, as names, name endings or a regular expression, as in PEFT. The default is
-            every linear layer and every fused expert inside the blocks.
-        exclude_modules: layers not to prune, as in PEFT.
-        prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned too.
-        batch_size: how many sequences of a tensor of token ids run together during calibration.
-        activations: where hidden states are kept between blocks during calibration: "device", "cpu" or "disk".
-        device: where each block is moved for its turn, and back. None computes where the block is.
+        pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
+            `Unstructured` or `SemiStructured`. A dict gives one of these per layer: its keys are names, name endings
+            or regular expressions for the whole name, the first key that matches counts, and a layer that no key
+            matches is not pruned.
+        calibration: token ids (sequences, tokens), or an iterable of model inputs. Tokens that an input's
+            `attention_mask` marks as padding are not counted. A criterion that needs no calibration uses it to report
+            output errors.
+        sparsity: another way to write a `pattern` that is a number.
+        criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; or one of these as a value with its
+            numbers, such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores
+            (out, in), higher = kept; or a `Criterion`, which also says what the function needs.
+        group: which entries are compared with each other: "row" (one output), "matrix" or "model". By default the
+            group of the criterion's paper. n:m compares within each m entries and SparseGPT within blocks of columns,
+            so these take no group. For "model", the inputs are those of the unpruned model.
+        allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
+            "owl"; or one of these as a value, such as `OWL(spread=0.1)`; or a dict of sparsities, with keys as in
+            `pattern`, that together give the requested total. The total is exact to the entry. n:m works with "owl",
+            which mixes several n.
+        refinement: "dsnot" or "swap", or a value such as `Swap(max_swaps=100)`: exchange pruned entries for kept ones
+            after the criterion has selected.
+        update: True, or a `LeastSquares` with its numbers: set the kept weights to the solution of a regularised
+            least-squares problem, see `masked_least_squares`.
+        target_modules: which layers are pruned: a list of names or name endings, or a regular expression for the whole
+            name, as in PEFT. By default every linear layer and every fused expert inside the blocks.
+        exclude_modules: which layers are not pruned, in the same form.
+        prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
+        batch_size: how many sequences of a tensor of token ids run together.
+        activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
+        device: where each block is moved while it is processed. None computes where the block is.
         schedule: a `CubicSchedule` or `PruningCycles`. None prunes once, when training begins.
 
     Raises:
