@@ -55,7 +55,9 @@ def trainer_for(mode, folder, strategy=None, kind=SparseTrainer, **kwargs):
     torch.manual_seed(0)
     model = tiny("llama")
     if mode in ADAPTERS:
-        model = get_peft_model(model, ADAPTERS[mode](r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+        # Cycles change weights without an adapter too, which a checkpoint must hold.
+        targets = ["q_proj", "v_proj"] if mode == "cycles" else "all-linear"
+        model = get_peft_model(model, ADAPTERS[mode](r=2, target_modules=targets, task_type="CAUSAL_LM"))
     options = {"max_steps": STEPS, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "seed": 3} | kwargs
     options["per_device_train_batch_size"] = 4 // int(os.environ.get("WORLD_SIZE", "1"))
     if mode == "callback":
