@@ -27,6 +27,7 @@ from .reconstruction import reconstruct, reconstruct_checkpoint
 from .structured import compact, prune_structured
 from .training.arguments import SparseTrainingArguments
 from .training.freezing import FreezingCallback
+from .training.learning_rates import retraining_schedule
 from .training.pruning_callback import PruningCallback
 from .training.pruning_schedules import CubicSchedule, PruningCycles
 from .training.trainer import SparseTrainer
@@ -78,6 +79,7 @@ __all__ = [
     "prune_structured",
     "reconstruct",
     "reconstruct_checkpoint",
+    "retraining_schedule",
     "sample_sequences",
     "sparsity",
     "trainable_shares",

@@ -22,7 +22,7 @@ Rates = Callable[[int], float]
 def ft(eta: Sequence[float], steps: int) -> Rates:
     """Return the rates of fine-tuning: η(T - 1) in every step.
 
-    Renda et al. 2020, arXiv:2003.02389, section 2.
+    Renda et al. 2020, arXiv:2003.02389.
 
     Args:
         eta: η(0), ..., η(T - 1).
@@ -42,7 +42,7 @@ def ft(eta: Sequence[float], steps: int) -> Rates:
 def lrw(eta: Sequence[float], steps: int) -> Rates:
     """Return the rates of learning rate rewinding: η(T - N + t).
 
-    Renda et al. 2020, arXiv:2003.02389, section 2.
+    Renda et al. 2020, arXiv:2003.02389.
 
     Args:
         eta: η(0), ..., η(T - 1).

@@ -10,7 +10,7 @@ class CubicSchedule:
 
         s_t = s_f + (s_i - s_f) · (1 - (t - t_0) / (n · Δt))³    at the steps t = t_0, t_0 + Δt, ..., t_0 + n · Δt
 
-    s_f is the requested sparsity. Zhu and Gupta 2017, arXiv:1710.01878, section 3.
+    s_f is the requested sparsity. Zhu and Gupta 2017, arXiv:1710.01878.
 
     Args:
         rounds: n, how often the sparsity rises.
@@ -73,7 +73,7 @@ class PruningCycles:
     Each cycle prunes the same fraction p = 1 - (1 - s)^(1/n) of the remaining weights, where s is the requested
     sparsity. After the pruning of cycle k the sparsity is 1 - (1 - p)^k = 1 - (1 - s)^(k/n). All cycles have the same
     number of optimiser steps; the last cycle also has the steps that are left over. Han et al. 2015,
-    arXiv:1506.02626, section 3, and Renda et al. 2020, arXiv:2003.02389.
+    arXiv:1506.02626, and Renda et al. 2020, arXiv:2003.02389.
 
     Args:
         rounds: n, the number of cycles.
