@@ -374,7 +374,7 @@ def test_what_is_somebodys_own_is_not_overwritten(llama, tmp_path, theirs):
 def test_a_broken_weight_is_found_when_its_block_is_read(llama, tokens, tmp_path):
     llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     source = saved(llama, tmp_path / "source")
-    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj' holds NaN or infinity. Mend") as caught:
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj' holds NaN or infinity. Correct") as caught:
         prune_checkpoint(source, tmp_path / "pruned", 0.5)
     assert "'model.layers.1': the blocks before it are pruned" in caught.value.__notes__[0]
 

@@ -48,7 +48,7 @@ def exchange(value: Any) -> list[Any]:
     if failed:
         rank, failure = failed[0]
         raise OtherProcessError(
-            f"Expected all processes to reach this step, but process {rank} stopped with {failure}. Mend the error "
+            f"Expected all processes to reach this step, but process {rank} stopped with {failure}. Correct the error "
             "there. This process did not fail."
         )
     return [value for value, _ in met]

@@ -165,7 +165,7 @@ def check_finite(weights: dict[str, WeightView]) -> None:
     finite = to_host([weight.matrix().isfinite().all() for weight in weights.values()])
     if not all(finite):
         name = list(weights)[finite.index(False)]
-        raise ValueError(f"The weight of {name!r} holds NaN or infinity. Mend the checkpoint before pruning it.")
+        raise ValueError(f"The weight of {name!r} holds NaN or infinity. Correct the checkpoint before pruning it.")
 
 
 def zero_counts(weights: dict[str, WeightView]) -> dict[str, tuple[int, int]]:
