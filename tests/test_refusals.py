@@ -63,6 +63,7 @@ from peft_sparse.tuners.proof import check_masks
 from peft_sparse.tuners.registration import register
 
 from conftest import CONFIGS, tiny
+from rebuilding import rebuild as rebuilt
 from trainers import StopAt
 
 
@@ -204,7 +205,7 @@ def unpicturable():
 
 
 def rebuild(model=None, **options):
-    return reconstruct(model or llama(), TOKENS, **{"pattern": 0.5, "max_steps": 2} | options)
+    return rebuilt(model or llama(), TOKENS, **{"max_steps": 2} | options)
 
 
 def post_norm():
@@ -987,12 +988,16 @@ REFUSALS = [
     (
         lambda: rebuild(region="layer"),
         ValueError,
-        "`region` must be \"matrix\", .* a number of blocks .*, got 'layer'",
+        "`region` must be \"matrix\", .* a number of blocks of at least 1, got 'layer'",
     ),
     (lambda: rebuild(mode="DS"), ValueError, "`mode` must be one of 'DD', 'SS', 'SD', got 'DS'"),
     (lambda: rebuild(loss="ce"), ValueError, "`loss` must be one of 'mse', 'relative_mse', 'cosine', got 'ce'"),
-    (lambda: rebuild(pattern=None), ValueError, "Expected either `pattern`, .*, or `dense`, .*; got neither"),
-    (lambda: rebuild(region="matrix", mode="SD"), ValueError, "Single matrices are solved exactly .* Use `region="),
+    (lambda: rebuild(pattern=None), ValueError, "Expected either `pattern` .*, or `dense`, .*; got neither"),
+    (
+        lambda: rebuild(region="matrix", mode="SD"),
+        ValueError,
+        "solves a least-squares problem for each .* Use `region=",
+    ),
     (
         lambda: rebuild(tuner="lora"),
         TypeError,
@@ -1001,7 +1006,7 @@ REFUSALS = [
     (
         lambda: rebuild(tuner=MaskLoRAConfig(train_head="full")),
         ValueError,
-        "`train_head='full'` reaches beyond what a region holds. Leave it out",
+        "`train_head='full'` trains parameters that belong to no region. Leave it out",
     ),
     (
         lambda: rebuild(tuner=MaskLoRAConfig(target_modules=["lm_head"])),
@@ -1014,26 +1019,41 @@ REFUSALS = [
         "The tuner filled zeros of 'model.layers.0.self_attn.q_proj' .* such as MaskLoRAConfig",
     ),
     (lambda: rebuild(holdout=1.0), ValueError, r"`holdout` must be in \[0, 1\), got 1.0"),
-    (lambda: rebuild(group="model"), ValueError, '`group="model"` compares the weights of all regions at once'),
-    (lambda: rebuild(adapted()), ValueError, "has adapters; reconstruction attaches and merges its own"),
+    (
+        lambda: rebuild(group="model"),
+        ValueError,
+        '`group="model"` compares the weights of all regions with each other',
+    ),
+    (
+        lambda: rebuild(pattern=None, dense=tiny("llama"), update=True),
+        ValueError,
+        "`allocation`, `refinement` and `update` are part of pruning, .* Remove them, or pass them to `prune`",
+    ),
+    (lambda: rebuild(batch_size=0), ValueError, "`batch_size` must be at least 1, got 0"),
+    (lambda: reconstruct(llama(), 0.5), ValueError, "Expected `calibration`, because a region is fitted on its"),
+    (
+        lambda: rebuild(adapted()),
+        ValueError,
+        "has adapters, but reconstruction attaches and merges adapters of its own",
+    ),
     (lambda: rebuild(pattern=None, dense=shallow()), ValueError, "Expected `dense` .* got one with other blocks"),
     (lambda: rebuild(llama(), activations="gpu"), ValueError, "`activations` must be one of 'device', .* got 'gpu'"),
     (
         lambda: rebuild(post_norm()),
         ValueError,
-        "Attention and MLP of 'model.encoder.layers.0' cannot be told apart: .* Use `region=\"block\"`",
+        "Expected a block .*, but 'model.encoder.layers.0' computes something else; .* Use `region=\"block\"`",
     ),
     (other_state, ValueError, "holds the state of a run with another data. Resume with the same model, data"),
     (other_region, ValueError, "holds the state of a run with another model. Resume with the same model, data"),
     (
         reconstructed_by_trainer,
         RuntimeError,
-        "stopped reconstruction in 'model.layers.0 .attention.': the 0 regions before .* load the model again",
+        "stopped reconstruction in 'model.layers.0 .attention.'. The 0 regions before .* Load the model again",
     ),
     (
         lambda: reconstructed_by_trainer(resume_from_checkpoint="no-such-folder"),
         ValueError,
-        "Expected 'no-such-folder' to hold what a reconstruction kept, found nothing of it. Resume with the `output",
+        "Expected 'no-such-folder' to hold the finished regions of a reconstruction, found none. Resume with",
     ),
     (
         lambda: arguments(recovery="reconstruct", sparsity=0.5, save_on_sigterm=True),

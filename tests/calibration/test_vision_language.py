@@ -6,6 +6,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from peft_sparse import prune, reconstruct, sparsity
 from peft_sparse.model.blocks import prunable_weights
+from peft_sparse.reconstruction import Fit
 
 from checks import inputs_by_hooks, zeros_of
 
@@ -86,10 +87,8 @@ def test_by_text_alone_the_language_model_is_pruned_and_the_tower_not(llava, bat
 @pytest.mark.parametrize("mode", ["SS", "DD", "SD"])
 def test_the_language_model_alone_is_reconstructed(llava, batches, mode):
     tokens = torch.cat([batch["input_ids"] for batch in batches[:2]])
-    report = reconstruct(
-        llava, tokens, pattern=0.5, criterion="wanda", target_modules=LANGUAGE, mode=mode, learning_rate=1e-3,
-        holdout=0, epochs=3,
-    )  # fmt: skip
+    fit = Fit(learning_rate=1e-3, holdout=0, epochs=3)
+    report = reconstruct(llava, 0.5, tokens, criterion="wanda", target_modules=LANGUAGE, mode=mode, fit=fit)
     assert [region.name for region in report.regions][::2] == [
         f"model.language_model.layers.{i} (attention)" for i in range(2)
     ]

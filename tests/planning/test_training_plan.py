@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -22,6 +23,7 @@ from peft_sparse import (
     reconstruct,
 )
 from peft_sparse.planning import training as planning
+from peft_sparse.reconstruction import Fit
 
 import distributed
 from conftest import tiny
@@ -131,7 +133,7 @@ RECONSTRUCTIONS = {
     "submodule": {},
     "block": {"region": "block"},
     "two-blocks": {"region": 2},
-    "mask-lora": {"tuner": MaskLoRAConfig(r=8, target_modules="all-linear")},
+    "mask-lora": {"fit": Fit(tuner=MaskLoRAConfig(r=8, target_modules="all-linear"))},
     "sparsegpt": {"criterion": "sparsegpt", "region": "block"},
     "bfloat16": {"dtype": torch.bfloat16},
     "disk": {"activations": "disk"},
@@ -142,7 +144,7 @@ RECONSTRUCTIONS = {
 def test_the_peak_of_reconstruction_is_what_the_allocator_tells(case, tmp_path):
     options = {"criterion": "wanda", "batch_size": 2} | RECONSTRUCTIONS[case]
     planned = plan_reconstruction(CONFIGS["llama"], 0.5, sequences=8, length=LENGTH, **options)
-    options["tuner"] = copy.copy(options.get("tuner", "full"))
+    options["fit"] = replace(options.get("fit", Fit()), max_steps=2)
     dtype = options.pop("dtype", torch.float32)
     tokens = torch.randint(0, 2000, (8, LENGTH))
 
@@ -150,17 +152,20 @@ def test_the_peak_of_reconstruction_is_what_the_allocator_tells(case, tmp_path):
         # Loaded here, or the allocator would not tell what is freed when a block changes its precision.
         model = loaded("llama").to(dtype)
         assert planned.model_bytes == sum(p.nbytes for p in model.parameters())
-        assert planned.regions == len(reconstruct(model, tokens, pattern=0.5, max_steps=2, **options).regions)
+        assert planned.regions == len(reconstruct(model, 0.5, tokens, **options).regions)
 
     measured = allocated(run, tmp_path / "trace.json")
     assert planned.peak_bytes == pytest.approx(measured, rel=0.1)
 
 
-def test_single_matrices_are_planned_from_above(tmp_path):
-    options = {"region": "matrix", "batch_size": 2}
+@pytest.mark.parametrize(
+    "options", [{"region": "matrix"}, {"criterion": "wanda", "allocation": "erk", "refinement": "swap", "update": True}]
+)
+def test_solvers_are_planned_from_above(options, tmp_path):
+    options = options | {"batch_size": 2}
     planned = plan_reconstruction(CONFIGS["llama"], 0.5, sequences=8, length=LENGTH, **options)
     model, tokens = loaded("llama"), torch.randint(0, 2000, (8, LENGTH))
-    run = partial(reconstruct, model, tokens, pattern=0.5, **options)
+    run = partial(reconstruct, model, 0.5, tokens, fit=Fit(max_steps=2), **options)
     measured = planned.model_bytes + allocated(run, tmp_path / "trace.json")
     assert measured < planned.peak_bytes < 1.4 * measured
 

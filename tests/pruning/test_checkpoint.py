@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from peft_sparse import Criterion, prune, prune_checkpoint, reconstruct_checkpoint, sparsity
 from peft_sparse.model.blocks import find_blocks
 from peft_sparse.pruning import checkpoint as streaming
+from peft_sparse.reconstruction import Fit
 
 from checks import assert_same_weights, named
 from conftest import FAMILIES, VOCABULARY, inputs_of, tiny
@@ -283,9 +284,9 @@ def test_reconstruction_drops_its_windows_on_the_way(options, tmp_path, monkeypa
             weights.extend((part, weakref.ref(weight)) for weight in self.blocks[part].parameters())
 
     monkeypatch.setattr(streaming.StreamedModel, "load", loads)
-    reconstruct_checkpoint(
-        source, tmp_path / "sparse", calibration_of("llama"), pattern=0.5, criterion="wanda", max_steps=1, **options
-    )
+    fit = Fit(max_steps=1)
+    calibration = calibration_of("llama")
+    reconstruct_checkpoint(source, tmp_path / "sparse", 0.5, calibration, criterion="wanda", fit=fit, **options)
     assert weights
 
 

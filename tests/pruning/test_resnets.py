@@ -9,6 +9,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, SparseTrainer, prune, reconstruct, sparsity
 from peft_sparse.model.blocks import prunable_weights
 from peft_sparse.pruning.criteria import CRITERIA
+from peft_sparse.reconstruction import Fit
 
 from checks import assert_same_zeros, zeros_of
 from trainers import arguments
@@ -87,7 +88,7 @@ def test_a_loss_in_a_dict_is_found(images):
 
 @pytest.mark.parametrize("region", ["submodule", "block", "matrix"])
 def test_it_is_reconstructed(resnet, images, region):
-    report = reconstruct(resnet, images, pattern=0.5, criterion="wanda", region=region, learning_rate=1e-3, holdout=0)
+    report = reconstruct(resnet, 0.5, images, criterion="wanda", region=region, fit=Fit(learning_rate=1e-3, holdout=0))
     assert sum(r.error for r in report.regions) < sum(r.error_pruned for r in report.regions)
     assert sparsity(resnet) == pytest.approx(0.5, abs=0.01)
 

@@ -60,7 +60,7 @@ def test_the_last_of_two_results_counts(tmp_path):
     assert notes == {"reports": []}
 
 
-# -- killed at any moment --------------------------------------------------------------------------------------------
+# -- killed at any moment -------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -122,7 +122,7 @@ def test_processes_that_write_the_same_do_not_trip_over_each_other(tmp_path, mon
     assert Progress(tmp_path, OWN).load(4)[1]["reports"] == NOTES["reports"]
 
 
-# -- whose state it is -----------------------------------------------------------------------------------------------
+# -- whose state it is ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Regions against the blocks they are cut from: what they compute, what belongs to them, what they leave behind."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,8 @@ from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalL
 
 from peft_sparse.calibration.runner import BlockRunner, Call
 from peft_sparse.model.blocks import find_stacks, is_norm
-from peft_sparse.reconstruction.regions import regions_of_blocks, regions_of_submodules, widened, widened_call
+from peft_sparse.reconstruction.regions import regions_by_names, regions_of_blocks, regions_of_submodules
+from peft_sparse.reconstruction.streams import Window
 
 from conftest import FAMILIES, SIZES, inputs_of, tiny
 
@@ -53,7 +56,7 @@ def output_of(block, hidden, call):
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-# -- what regions compute --------------------------------------------------------------------------------------------
+# -- what regions compute -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", IN_PARTS)
@@ -120,7 +123,7 @@ def test_blocks_in_a_row_are_one_region(llama, tokens):
     assert single.name == "model.layers.1"
 
 
-# -- what belongs to them --------------------------------------------------------------------------------------------
+# -- what belongs to them -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", IN_PARTS)
@@ -212,7 +215,7 @@ def test_a_region_holds_its_parameters_and_nothing_equal_to_them():
     assert not attention.holds(weight.clone())
 
 
-# -- blocks that are not made of two parts ---------------------------------------------------------------------------
+# -- blocks that are not made of two parts --------------------------------------------------------------------------
 
 
 def bart():
@@ -233,7 +236,7 @@ def post_norm_opt():
 def test_a_norm_after_the_residual_is_refused(post_norm):
     model, batch = post_norm()
     name, block, hidden, call = captured(model, batch)
-    with pytest.raises(ValueError, match=f'{name}.* cannot be told apart: .* Use `region="block"`'):
+    with pytest.raises(ValueError, match=f'but .{name}. computes something else; .* Use `region="block"`'):
         regions_of_submodules(name, block, 0, hidden, call)
     assert_nothing_left(block)
 
@@ -246,7 +249,7 @@ def test_a_block_without_both_parts_is_one_region():
     assert list(region.parameters) == ["h.0.0.weight", "h.0.0.bias"]
 
 
-# -- what they leave behind ------------------------------------------------------------------------------------------
+# -- what they leave behind -----------------------------------------------------------------------------------------
 
 
 def assert_nothing_left(block):
@@ -296,17 +299,31 @@ def test_half_precision_does_not_hide_the_parts():
     assert len(regions_of_submodules(name, block, 0, hidden, call)) == 2
 
 
-# -- precision -------------------------------------------------------------------------------------------------------
+# -- precision ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bart"])
+def test_regions_by_names_compute_what_those_that_were_tried_compute(family):
+    """What plans are made of: the same modules are silent, and no parameter that is trained is missing."""
+    name, block, hidden, call = of_family(family)
+    tried = regions_of_submodules(name, block, 0, hidden, call)
+    returned = {module: values for region in tried for module, values in region.silenced.items()}
+    named = regions_by_names({name: block}, 0, "submodule", returned)
+    assert [region.name for region in named] == [region.name for region in tried]
+    assert [region.silenced for region in named] == [region.silenced for region in tried]
+    assert all(one.parameters.keys() >= other.parameters.keys() for one, other in zip(named, tried, strict=True))
+    assert [region.name for region in regions_by_names({name: block}, 0, "block", {})] == [name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_widened_and_nothing_else(dtype):
-    value = torch.randn(3).to(dtype)
-    assert torch.equal(widened(value), value.float())
-    for other in (torch.ones(2), torch.ones(2, dtype=torch.float64), torch.tensor([True]), torch.arange(3), None, "x"):
-        assert widened(other) is other
-    mask = torch.tensor([True])
-    call = widened_call(Call((value, 3), {"position_embeddings": (value, value), "mask": mask}))
-    assert [v.dtype for v in (call.args[0], *call.kwargs["position_embeddings"])] == [torch.float32] * 3
-    assert call.args[1] == 3
-    assert call.kwargs["mask"] is mask
+def test_a_window_receives_half_precision_in_float32_and_all_else_as_it_is(dtype):
+    value, mask, wide = torch.randn(3).to(dtype), torch.tensor([True]), torch.ones(2, dtype=torch.float64)
+    call = Call((value, 3, None), {"position_embeddings": (value, value), "mask": mask, "wide": wide, "mode": "x"})
+    stream = SimpleNamespace(batches=[SimpleNamespace(calls=[call])])
+    (found,) = Window(stream, 0, {"block": nn.Linear(1, 1)}).calls(0)
+    assert torch.equal(found.args[0], value.float())
+    assert [v.dtype for v in (found.args[0], *found.kwargs["position_embeddings"])] == [torch.float32] * 3
+    assert found.args[1:] == (3, None)
+    assert found.kwargs["mask"] is mask
+    assert found.kwargs["wide"] is wide
+    assert found.kwargs["mode"] == "x"

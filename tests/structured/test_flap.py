@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import MaskLoRAConfig, compact, prune_structured, reconstruct, sparsity
+from peft_sparse.reconstruction import Fit
 from peft_sparse.structured.metrics import METRICS
 from peft_sparse.structured.units import find_units
 
@@ -257,7 +258,7 @@ def test_reconstruction_repairs_what_was_removed(tokens):
     zeros = zeros_of(model)
     target = dense(tokens).logits
     before = (model(tokens).logits - target).norm()
-    reconstruct(model, calibration=tokens, dense=dense, max_steps=20, learning_rate=1e-3)
+    reconstruct(model, calibration=tokens, dense=dense, fit=Fit(max_steps=20, learning_rate=1e-3))
     assert (model(tokens).logits - target).norm() < before
     assert all(found[zeros[name]].all() for name, found in zeros_of(model).items())
 

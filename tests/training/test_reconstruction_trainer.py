@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, prune, reconstruct, sparsity
 
 from checks import assert_same_weights, assert_same_zeros, named, zeros_of
-from conftest import tiny
+from rebuilding import assert_close_weights, lively, split
 from trainers import StopAt
 
 
@@ -43,14 +43,6 @@ def batches(size=2, count=8):
     ]
 
 
-def lively(family="llama"):
-    model, generator = tiny(family), torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model
-
-
 def arguments(path, **kwargs):
     defaults = {
         "sparsity": 0.5,
@@ -69,7 +61,7 @@ def arguments(path, **kwargs):
 
 def trainer_of(path, model=None, callbacks=None, peft_config=None, **kwargs):
     return SparseTrainer(
-        model or lively(),
+        model or lively("llama"),
         arguments(path, **kwargs),
         train_dataset=Samples(),
         callbacks=callbacks,
@@ -79,7 +71,7 @@ def trainer_of(path, model=None, callbacks=None, peft_config=None, **kwargs):
 
 def by_function(**options):
     """The same run by the plain function, as `Trainer` would choose optimiser and schedule."""
-    model = lively()
+    model = lively("llama")
     defaults = {
         "pattern": 0.5,
         "learning_rate": 5e-3,
@@ -91,7 +83,7 @@ def by_function(**options):
             optimizer, lambda step: 1 - step / steps
         ),
     }
-    return model, reconstruct(model, batches(), **(defaults | options))
+    return model, reconstruct(model, calibration=batches(), **split(defaults | options))
 
 
 @functools.cache
@@ -101,11 +93,6 @@ def plain_run():
 
 def logged(trainer, key):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def assert_close_weights(model, other):
-    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # -- it is reconstruct -----------------------------------------------------------------------------------------------
@@ -204,7 +191,7 @@ def test_the_first_samples_are_used_and_no_others(tmp_path):
             seen.add(index)
             return super().__getitem__(index)
 
-    SparseTrainer(lively(), arguments(tmp_path, calibration_samples=5), train_dataset=Spied()).train()
+    SparseTrainer(lively("llama"), arguments(tmp_path, calibration_samples=5), train_dataset=Spied()).train()
     assert seen == set(range(5))
 
 
@@ -320,7 +307,7 @@ def test_steps_can_be_logged_by_share(tmp_path):
 
 
 def test_what_got_worse_is_logged_as_reverted(tmp_path):
-    trainer, pruned = trainer_of(tmp_path, learning_rate=30.0), lively()
+    trainer, pruned = trainer_of(tmp_path, learning_rate=30.0), lively("llama")
     trainer.train()
     prune(pruned, 0.5)
     assert logged(trainer, "reverted") == [1.0] * 6
@@ -369,7 +356,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, by_path):
     found = resumed.train(resume_from_checkpoint=str(folder) if by_path else True)
     assert_same_weights(resumed.model, whole.model)
     assert found.global_step == expected.global_step == 24
-    # Finished regions are told of in the log, and not trained again.
+    # Finished regions appear in the log, and are not trained again.
     assert logged(resumed, "error") == logged(whole, "error")
     losses = [(entry["step"], entry["loss"]) for entry in whole.state.log_history if "loss" in entry]
     assert [(entry["step"], entry["loss"]) for entry in resumed.state.log_history if "loss" in entry] == losses[6:]
@@ -382,20 +369,22 @@ def test_a_callback_that_stops_leaves_a_run_to_be_resumed_and_no_model(tmp_path)
     whole = trainer_of(tmp_path / "whole", save_strategy="steps")
     whole.train()
     stopped = trainer_of(tmp_path / "halves", save_strategy="steps", callbacks=[StopAt(14)])
-    said = r"stopped reconstruction in 'model.layers.1 \(mlp\)': the 3 regions before .* Go on where it stopped with"
+    said = r"stopped reconstruction in 'model.layers.1 \(mlp\)'. The 3 regions before it .* Resume it with"
     with pytest.raises(RuntimeError, match=said):
         stopped.train()
     resumed = trainer_of(tmp_path / "halves", save_strategy="steps")
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(resumed.model, whole.model)
-    with pytest.raises(RuntimeError, match='Nothing was kept, as `save_strategy="no"`: load the model again'):
+    with pytest.raises(RuntimeError, match='Nothing was kept, as `save_strategy="no"`: Load the model again'):
         trainer_of(tmp_path / "none", callbacks=[StopAt(1)]).train()
 
 
 @pytest.mark.parametrize("path", [True, "reconstructoin"])
 def test_resuming_where_nothing_was_kept_is_refused(tmp_path, path):
     where = "reconstruction" if path is True else path
-    with pytest.raises(ValueError, match=f"Expected '.*{where}' to hold what a reconstruction kept, found nothing"):
+    with pytest.raises(
+        ValueError, match=f"Expected '.*{where}' to hold the finished regions of a reconstruction, found none"
+    ):
         trainer_of(tmp_path).train(resume_from_checkpoint=path)
 
 
@@ -435,7 +424,7 @@ def test_resuming_with_other_arguments_is_refused(tmp_path, changed):
 
 REFUSALS = [
     ({"recovery": "rest"}, ValueError, "`recovery` must be one of 'retrain', 'reconstruct', got 'rest'"),
-    ({"sparsity": None}, ValueError, "Expected either `pattern`, to prune region by region, or `dense`"),
+    ({"sparsity": None}, ValueError, "Expected either `pattern` .*, to prune region by region, or `dense`"),
     ({"reconstruction_region": "layer"}, ValueError, "`region` must be .* got 'layer'"),
     ({"reconstruction_region": "0"}, ValueError, "`region` must be .* got 0"),
     ({"reconstruction_mode": "DS"}, ValueError, "`mode` must be one of 'DD', 'SS', 'SD', got 'DS'"),
@@ -443,7 +432,7 @@ REFUSALS = [
     (
         {"reconstruction_region": "matrix", "reconstruction_mode": "SD"},
         ValueError,
-        "Single matrices are solved exactly",
+        '`region="matrix"` solves a least-squares problem',
     ),
     ({"activations": "gpu"}, ValueError, "`activations` must be one of 'device', 'cpu', 'disk', got 'gpu'"),
     ({"fp16": True}, ValueError, "Reconstruction does not scale the loss, and `fp16` needs that. Use `bf16=True`"),
@@ -458,14 +447,14 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(tmp_path, given, er
 
 
 def test_adapters_are_not_attached_beforehand(tmp_path):
-    model = get_peft_model(lively(), MaskLoRAConfig(r=2, target_modules="all-linear"))
+    model = get_peft_model(lively("llama"), MaskLoRAConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match="attaches and merges an adapter for each region, .* Pass the plain model"):
         trainer_of(tmp_path, model)
 
 
 def test_training_data_is_needed_and_enough_of_it(tmp_path):
     with pytest.raises(ValueError, match="Calibration uses the first 8 samples of `train_dataset`, and there is none"):
-        SparseTrainer(lively(), arguments(tmp_path)).train()
+        SparseTrainer(lively("llama"), arguments(tmp_path)).train()
     with pytest.raises(ValueError, match="`calibration_samples=11` needs as many .* has only 10"):
         trainer_of(tmp_path, calibration_samples=11).train()
 
@@ -474,7 +463,7 @@ def test_a_bad_holdout_is_refused_before_anything_is_pruned(tmp_path):
     trainer = trainer_of(tmp_path, reconstruction_holdout=1.0)
     with pytest.raises(ValueError, match=r"`holdout` must be in \[0, 1\), got 1.0"):
         trainer.train()
-    assert_same_weights(trainer.model, lively())
+    assert_same_weights(trainer.model, lively("llama"))
 
 
 def test_the_report_is_ready_for_json(tmp_path):

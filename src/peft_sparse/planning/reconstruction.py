@@ -1,18 +1,17 @@
-"""What reconstruction will take: the fit of every kind of region simulated, pruning and what waits counted."""
+"""Plans a reconstruction: the fit of each kind of region is simulated; pruning and waiting tensors are counted."""
 
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from peft import PeftConfig
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import get_linear_schedule_with_warmup
 
-from ..calibration.activations import Activations, check_activations
+from ..calibration.activations import Activations
 from ..calibration.inputs import as_inputs
 from ..calibration.runner import BlockRunner, Call
 from ..calibration.statistics import SAMPLED_TOKENS
@@ -20,34 +19,39 @@ from ..calibration.text import SEQUENCE_LENGTH
 from ..model.blocks import Targets, attention_and_mlp, find_stacks
 from ..model.masks import mask_of
 from ..model.weights import WeightView
-from ..pruning.criteria import Criterion, Score
+from ..pruning.allocation import Allocation
+from ..pruning.criteria import CriterionLike
 from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import Group
+from ..pruning.refinement import Refinement
 from ..pruning.task import PatternLike, PruningTask
-from ..reconstruction.checks import check_amounts, check_choices, check_models, check_task
-from ..reconstruction.fitting import Loss, Recipe, fit, trainable
-from ..reconstruction.regions import Region, RegionSize, regions_of_blocks, widened, widened_call
-from ..reconstruction.streams import held_wide
+from ..reconstruction.checks import checked_task
+from ..reconstruction.fitting import Fit, trainable
+from ..reconstruction.regions import Region, RegionSize, regions_by_names
+from ..reconstruction.streams import held_in_float32
 from .pruning import batch_tokens, measured_bytes, selecting_bytes
 from .simulation import GIB, Described, LiveBytes, Simulation, bytes_of, described
-from .training import Optimizer, refusing
+from .training import refusing
 
 
 @dataclass(frozen=True)
 class ReconstructionPlan:
-    """Memory in bytes that `reconstruct` will take.
+    """The memory in bytes that `reconstruct` will take.
 
     Args:
-        regions: how many are fitted.
+        regions: number of regions that are fitted.
         model_bytes: all parameters, as they are stored.
         outside_bytes: parameters outside the blocks.
-        window_bytes: parameters of the blocks that are at work together, in float32: one, or as many as a region has.
-        stored_window_bytes: the same as they are stored.
-        waiting_bytes: hidden states of all sequences before the first region and before the present one, and targets.
+        window_bytes: parameters of the blocks that are at work together, in float32: one block, or as many blocks as a
+            region has.
+        stored_window_bytes: the same parameters as they are stored.
+        waiting_bytes: hidden states of all sequences, before the first region and before the present region, and the
+            targets.
         activations: where these wait; on disk they take no memory.
         pruning_bytes: statistics and working memory while a region is pruned.
-        fitting_bytes: while a region is fitted: gradients, optimiser, adapters, masks, the weights before, its
-            statistics, and all that forward and backward of one batch hold.
+        fitting_bytes: memory while a region is fitted: gradients, optimiser state, adapters, masks, a copy of the
+            weights before the fit, the statistics of the region, and all that forward and backward pass of one batch
+            hold.
     """
 
     regions: int
@@ -62,17 +66,17 @@ class ReconstructionPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """`reconstruct` on a loaded model, all of it in one memory."""
+        """Peak of `reconstruct` on a loaded model, if everything is in one memory."""
         return self.model_bytes - self.stored_window_bytes + self.window_bytes + self._beside_weights()
 
     @property
     def streamed_bytes(self) -> int:
-        """`reconstruct_checkpoint`, likewise."""
+        """Peak of `reconstruct_checkpoint`, if everything is in one memory."""
         return self.outside_bytes + self.window_bytes + self._beside_weights()
 
     @property
     def device_bytes(self) -> int:
-        """What is needed where regions are computed, if the model waits elsewhere (`device=`)."""
+        """Peak on the device on which regions are computed, if the model waits elsewhere (`device=`)."""
         waiting = self.waiting_bytes if self.activations == "device" else 0
         return self.window_bytes + waiting + max(self.pruning_bytes, self.fitting_bytes)
 
@@ -93,160 +97,183 @@ class ReconstructionPlan:
 
 def plan_reconstruction(
     model: Described,
-    pattern: PatternLike | Mapping[str, PatternLike],
+    pattern: PatternLike | Mapping[str, PatternLike] | None = None,
     *,
-    criterion: str | Score | Criterion = "magnitude",
+    sparsity: float | None = None,
+    criterion: CriterionLike = "magnitude",
     group: Group | None = None,
+    allocation: str | Allocation | Mapping[str, float] | None = None,
+    refinement: str | Refinement | None = None,
+    update: bool | LeastSquares = False,
     target_modules: Targets = None,
     exclude_modules: Targets = None,
-    region: RegionSize = "submodule",
-    loss: Loss = "mse",
-    tuner: Literal["full"] | PeftConfig = "full",
+    prune_tied: bool = False,
     batch_size: int = 1,
-    gradient_accumulation_steps: int = 1,
-    optimizer: Optimizer | None = None,
-    autocast: torch.dtype | None = None,
+    activations: Activations = "device",
+    region: RegionSize = "submodule",
+    fit: Fit = Fit(),
     sequences: int = 128,
     length: int = SEQUENCE_LENGTH,
-    activations: Activations = "device",
     dtype: torch.dtype | None = None,
 ) -> ReconstructionPlan:
-    """Return what `reconstruct` or `reconstruct_checkpoint` will take, before a weight is loaded.
+    """Return the memory that `reconstruct` or `reconstruct_checkpoint` will take, before a weight is loaded.
 
-    Every kind of region is fitted on tensors without values, by the code that fits it. Modes "SS" and "DD" take as
-    much; "SD" a second stream of hidden states.
+    One region of each kind is fitted on tensors that have shapes and no values, by the code that fits it in a run.
+    Modes "SS" and "DD" take the same memory. Mode "SD" takes a second stream of hidden states, which is not counted;
+    neither is a `dense` model.
 
     Args:
-        model, dtype: as in `plan_training`; without adapters.
-        sequences, length: the calibration data, in sequences and tokens of each, without padding.
-        everything else: as in `reconstruct`.
+        model: a language model without adapters, also one on the meta device; a configuration; or the folder or name
+            of a saved model. The model is not changed.
+        pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
+            `Unstructured` or `SemiStructured`; or a dict of these by layer.
+        sparsity: another way to write a `pattern` that is a number.
+        criterion: a name, value or function, as in `reconstruct`.
+        group: which entries are compared with each other: "row" (one output) or "matrix".
+        allocation: how the sparsity is divided among the layers. It is checked; it does not change the memory.
+        refinement: "dsnot" or "swap", or a value such as `Swap(max_swaps=100)`.
+        update: True, or a `LeastSquares`: kept weights are updated before the fit.
+        target_modules: which layers are pruned: a list of names or name endings, or a regular expression for the whole
+            name, as in PEFT. By default every linear layer and every fused expert inside the blocks.
+        exclude_modules: which layers are not pruned, in the same form.
+        prune_tied: allow a target whose weight is also an embedding.
+        batch_size: sequences of one batch.
+        activations: where the hidden states between regions, and the targets, wait: "device", "cpu" or "disk".
+        region: what is fitted at a time: "submodule", "block", a number of blocks, or "matrix".
+        fit: how a region is trained. Its tuner, loss, accumulation, optimiser and autocast change the memory. The
+            optimiser must run on tensors without values; those of torch do.
+        sequences: number of calibration sequences.
+        length: tokens of each sequence, without padding.
+        dtype: dtype of the parameters. By default that of the model, or the one its configuration names.
 
     Raises:
-        TypeError, ValueError: as `reconstruct`, for what does not depend on the weights' values; as `plan_training`.
+        TypeError: `update` is neither a bool nor a `LeastSquares`.
+        ValueError: an argument is invalid, or does not go with another one; the model has adapters or quantised
+            parameters, or cannot be run without values.
     """
-    check_choices(region, "SS", loss, tuner, False, True)
-    check_amounts(0.0, 1, None, batch_size, gradient_accumulation_steps)
-    check_activations(activations)
     whole = described(model, dtype)
-    check_models(whole, None)
-    task = PruningTask.of(
+    task = checked_task(
         whole,
         pattern,
+        sparsity=sparsity,
         criterion=criterion,
         group=group,
+        allocation=allocation,
+        refinement=refinement,
+        update=update,
         target_modules=target_modules,
         exclude_modules=exclude_modules,
+        prune_tied=prune_tied,
+        batch_size=batch_size,
+        activations=activations,
+        dense=None,
+        region=region,
+        mode="SS",
+        fit=fit,
         loaded=False,
     )
-    check_task(task, tuner)
-    recipe = Recipe(
-        tuner=tuner,
-        loss=loss,
-        optimizer=optimizer or partial(torch.optim.AdamW, weight_decay=0.0, fused=True),
-        scheduler=lambda opt, steps: get_linear_schedule_with_warmup(opt, 0, steps),
-        epochs=1,
-        # The second has the state of the optimiser from the first.
-        max_steps=2,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        max_grad_norm=None,
-        autocast=autocast,
-        seed=0,
-        on_step=None,
-    )
-    work = _Work(Simulation(), task, recipe, region, batch_tokens(sequences, length, batch_size), activations)
+    # Two steps are enough: the second holds the optimiser state that the first made. Schedule and clipping need none.
+    short = replace(fit, max_steps=2, scheduler=None, max_grad_norm=None)
+    work = _Work(Simulation(), task, short, region, batch_tokens(sequences, length, batch_size), activations)
     whole.requires_grad_(False).eval()
     with refusing(whole), LiveBytes():
         running = work.simulation.of(whole, whole)
         tokens = torch.zeros(min(batch_size, sequences), length, dtype=torch.long)
         for stack, fake in zip(find_stacks(whole), find_stacks(running), strict=True):
             work.add(stack, BlockRunner(running, fake, as_inputs(running, tokens, len(tokens))))
-    inside = bytes_of(p for stack in find_stacks(whole) for block in stack.values() for p in block.parameters())
-    total = bytes_of(whole.parameters())
-    window, stored = max(work.windows)
-    return ReconstructionPlan(
-        regions=work.regions,
-        model_bytes=total,
-        outside_bytes=total - inside,
-        window_bytes=window,
-        stored_window_bytes=stored,
-        waiting_bytes=max(work.waiting),
-        activations=activations,
-        pruning_bytes=max(pruning for sizes in work.sizes.values() for pruning, _ in sizes),
-        fitting_bytes=max(fitting for sizes in work.sizes.values() for _, fitting in sizes),
-    )
+    return work.plan(whole)
 
 
 @dataclass
 class _Work:
-    """Takes the windows of every stack, as `Reconstruction` does, and simulates each kind of window once."""
+    """Takes the windows of every stack as `Reconstruction` does, and simulates each kind of window once.
+
+    Args:
+        simulation: makes tensors without values.
+        task: what is pruned and how.
+        fit: how a region is trained.
+        size: size of the regions.
+        batches: number of tokens of each batch.
+        activations: where hidden states and targets wait.
+        regions: number of regions so far.
+        windows: (bytes in float32, bytes as stored) of each window.
+        waiting: bytes that wait, for each stack.
+        sizes: (pruning bytes, fitting bytes) of each region, by kind of window.
+    """
 
     simulation: Simulation
     task: PruningTask
-    recipe: Recipe
+    fit: Fit
     size: RegionSize
     batches: list[int]
     activations: Activations
     regions: int = 0
     windows: list[tuple[int, int]] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
-    # (pruning, fitting) of each region, by kind of window.
     sizes: dict[Any, list[tuple[int, int]]] = field(default_factory=dict)
 
     def add(self, stack: dict[str, nn.Module], runner: BlockRunner) -> None:
-        """Count the stack `stack`, whose fake twin `runner` has captured one batch of."""
+        """Count a stack of blocks. `runner` has its twin without values, and has captured one batch."""
         hidden = runner.batches[0].hidden
         assert isinstance(hidden, Tensor)
-        # Where they came from and where they are, and targets in float32.
+        # Hidden states before the first and before the present region, and targets in float32.
         self.waiting.append(sum(self.batches) * (2 * hidden.nbytes + 4 * hidden.numel()) // self.batches[0])
         names, step = list(stack), self.size if isinstance(self.size, int) else 1
         for first in range(0, len(names), step):
             window = {name: stack[name] for name in names[first : first + step]}
-            stored = bytes_of(p for block in window.values() for p in block.parameters())
+            stored = _parameter_bytes(window)
             kind = tuple(
                 (_kind(block), tuple(w.shape for w in self.task.inside(n).values())) for n, block in window.items()
             )
             seen = None if kind in self.sizes else self._seen(runner, first, window)
-            with held_wide(window.values()):
-                self.windows.append((bytes_of(p for block in window.values() for p in block.parameters()), stored))
+            with held_in_float32(window.values()):
+                self.windows.append((_parameter_bytes(window), stored))
                 if seen is not None:
                     calls = runner.batches[0].calls[first : first + len(window)]
-                    regions = self._regions(window, first, seen)
+                    regions = regions_by_names(window, first, self.size, seen.values)
                     self.sizes[kind] = [self._region(region, seen, hidden, calls) for region in regions]
             self.regions += len(self.sizes[kind])
 
+    def plan(self, whole: nn.Module) -> ReconstructionPlan:
+        """Return the plan of the stacks that were added, of the model `whole`."""
+        inside = bytes_of(p for stack in find_stacks(whole) for block in stack.values() for p in block.parameters())
+        total = bytes_of(whole.parameters())
+        window, stored = max(self.windows)
+        return ReconstructionPlan(
+            regions=self.regions,
+            model_bytes=total,
+            outside_bytes=total - inside,
+            window_bytes=window,
+            stored_window_bytes=stored,
+            waiting_bytes=max(self.waiting),
+            activations=self.activations,
+            pruning_bytes=max(pruning for sizes in self.sizes.values() for pruning, _ in sizes),
+            fitting_bytes=max(fitting for sizes in self.sizes.values() for _, fitting in sizes),
+        )
+
     def _seen(self, runner: BlockRunner, first: int, window: dict[str, nn.Module]) -> "_Seen":
-        """Run the fake twins of a window."""
+        """Run the twins of a window, and note what their modules receive and return."""
         seen = _Seen()
-        inputs: list[Any] = []
-
-        def note_inputs(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-            leader = next((other for known, other in inputs if known is args[0]), name)
-            inputs.append((args[0], name))
-            seen.leaders[name] = leader
-
-        def note_values(place: tuple[int, int], module: nn.Module, args: Any, output: Any) -> None:
-            seen.values[place] = len(output) if isinstance(output, tuple) else 0
-
         with contextlib.ExitStack() as hooks:
-            for offset, name in enumerate(window):
+            for offset, (name, block) in enumerate(window.items()):
                 twin = runner.blocks[first + offset]
                 for weight, view in self.task.inside(name).items():
                     if view.expert is None:
                         layer = twin.get_submodule(weight.removeprefix(f"{name}."))
-                        hooks.callback(layer.register_forward_pre_hook(partial(note_inputs, weight)).remove)
-                for part, modules in enumerate(attention_and_mlp(twin)):
-                    for number, module in enumerate(modules):
-                        hook = partial(note_values, (part, number))
-                        hooks.callback(module.register_forward_hook(hook).remove)
+                        hooks.callback(layer.register_forward_pre_hook(partial(seen.note_inputs, weight)).remove)
+                for own, twins in zip(attention_and_mlp(block), attention_and_mlp(twin), strict=True):
+                    for module, other in zip(own, twins, strict=True):
+                        hooks.callback(other.register_forward_hook(partial(seen.note_values, module)).remove)
             for offset in range(len(window)):
                 runner.run(first + offset, lambda batch, call: None)
         return seen
 
     def _region(self, region: Region, seen: "_Seen", hidden: Tensor, calls: list[Call]) -> tuple[int, int]:
+        """Return the bytes that pruning and fitting `region` take."""
         weights = {name: weight for name, weight in self.task.weights.items() if region.holds(weight.storage)}
         if self.size == "matrix":
-            # Solved from Hessians, whatever the criterion.
-            task, fitting = replace(self.task, update=LeastSquares()), 0
+            # Each matrix is solved from its Hessian, whatever the criterion.
+            task, fitting = replace(self.task, update=self.task.update or LeastSquares()), 0
         else:
             task, fitting = self.task, self._fitting(region, weights, hidden, calls)
         if not weights:
@@ -258,75 +285,72 @@ class _Work:
             for name, weight in weights.items()
         )
         if self.size == "matrix":
-            # Those that share inputs are solved together, from what they were before.
+            # Weights that share inputs are solved together, and their dense values are kept until then.
             sharing = [[w for n, w in weights.items() if seen.leaders.get(n, n) == leader] for leader in leading]
             selecting += max(sum(weight.matrix().nbytes for weight in group) for group in sharing)
-        # What was measured lives until its region is fitted.
+        # The statistics live until the region is fitted.
         return statistics + max(outputs, selecting), statistics + fitting
 
-    def _regions(self, window: dict[str, nn.Module], first: int, seen: "_Seen") -> list[Region]:
-        """Return the regions of a window as `regions_of_submodules` does, without a value to try them on."""
-        whole = regions_of_blocks(window, first)
-        parts = attention_and_mlp(next(iter(window.values())))
-        if self.size != "submodule" or not all(parts):
-            return whole
-        regions = []
-        for silent, modules in reversed(list(enumerate(parts))):
-            others = {id(parameter) for module in modules for parameter in module.parameters()}
-            own = {name: p for name, p in whole[0].parameters.items() if id(p) not in others}
-            values = {module: seen.values.get((silent, number), 0) for number, module in enumerate(modules)}
-            regions.append(Region(whole[0].name, first, window, values, own))
-        return regions
-
     def _fitting(self, region: Region, weights: dict[str, WeightView], hidden: Tensor, calls: list[Call]) -> int:
-        """Return the most that fitting `region` takes beside its weights and what waits."""
+        """Return the most bytes that fitting `region` takes, beside its weights and what waits."""
         waits = self.activations == "device"
         live = LiveBytes(p for block in region.blocks.values() for p in block.parameters())
         simulation = Simulation(self.simulation.mode)
         target = simulation.fake(hidden.float())
 
+        def run(index: int, inputs: Tensor) -> Tensor:
+            return fake.region(inputs, [Call(*convert_to_fp32((call.args, call.kwargs))) for call in calls])
+
         def pair(index: int) -> tuple[Tensor, Tensor, None]:
-            return (widened(hidden), target, None) if waits else (widened(hidden.clone()), target.clone(), None)
+            inputs = hidden if waits else hidden.clone()
+            return convert_to_fp32(inputs), target if waits else target.clone(), None
 
         with contextlib.ExitStack() as undo:
-            # Adapters have no values to draw, and `fit` is to meet fakes of all that there is.
+            # On the meta device, because no values are drawn for adapters there; they become fakes with the others.
             with live, torch.device("meta"):
                 zeros = [~mask_of(weight.matrix()) for weight in weights.values()]
-                trained = undo.enter_context(trainable(region, weights, self.recipe.tuner))
-            parameters, masks = trained[:2]
-            fake = simulation.of(region, *region.blocks.values())
-            fake_parameters = [simulation.memo[id(parameter)] for parameter in parameters]
-            fake_masks = {simulation.memo[id(p)]: simulation.fake(mask) for p, mask in masks.items()}
-            everything = [t for block in fake.blocks.values() for t in (*block.parameters(), *block.buffers())]
+                trained = undo.enter_context(trainable(region, weights, self.fit.tuner))
+            simulation.memo |= {id(mask): simulation.fake(mask) for mask in trained.masks.values()}
+            fake = simulation.of(trained, *region.blocks.values())
+            everything = [t for block in fake.region.blocks.values() for t in (*block.parameters(), *block.buffers())]
             arguments = [t for t in tree_leaves([(c.args, c.kwargs) for c in calls]) if isinstance(t, Tensor)]
-            live.know([*everything, *fake_masks.values(), *arguments, hidden, target])
-
-            def run(index: int, inputs: Tensor) -> Tensor:
-                return fake(inputs, [widened_call(call) for call in calls])
-
+            live.know([*everything, *fake.masks.values(), *arguments, hidden, target])
             with live:
-                count = self.recipe.gradient_accumulation_steps
-                fit(fake, run, pair, [0] * count, fake_parameters, fake_masks, self.recipe, 0)
-            *_, unload = trained
-            unload()
+                fake.train(run, pair, [0] * self.fit.gradient_accumulation_steps, self.fit, 0)
+            trained.undo()
             del zeros
         return live.peak
 
 
 @dataclass
 class _Seen:
-    """What a window showed when it was run.
+    """What was seen when a window was run.
 
     Args:
-        leaders: weight -> the weight that was given the same inputs first.
-        values: (attention or MLP, number of the module) -> how many values it returns, 0 for a tensor.
+        leaders: name of a weight -> name of the first weight that received the same inputs.
+        values: module of attention or MLP -> how many values it returns, 0 for a tensor.
+        inputs: the inputs that were seen, each with the name of the first weight that received them.
     """
 
     leaders: dict[str, str] = field(default_factory=dict)
-    values: dict[tuple[int, int], int] = field(default_factory=dict)
+    values: dict[nn.Module, int] = field(default_factory=dict)
+    inputs: list[tuple[Any, str]] = field(default_factory=list)
+
+    def note_inputs(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note that the weight `name` received `args`; a hook."""
+        self.leaders[name] = next((leader for known, leader in self.inputs if known is args[0]), name)
+        self.inputs.append((args[0], name))
+
+    def note_values(self, noted: nn.Module, module: nn.Module, args: Any, output: Any) -> None:
+        """Note how many values `noted`, whose twin is `module`, returns; a hook."""
+        self.values[noted] = len(output) if isinstance(output, tuple) else 0
 
 
 def _kind(block: nn.Module) -> Any:
-    """Return what tells blocks apart that take different memory."""
+    """Return a value that is equal for blocks that take the same memory."""
     shapes = tuple((name, parameter.shape, parameter.dtype) for name, parameter in block.named_parameters())
     return type(block), shapes
+
+
+def _parameter_bytes(blocks: dict[str, nn.Module]) -> int:
+    return bytes_of(parameter for block in blocks.values() for parameter in block.parameters())

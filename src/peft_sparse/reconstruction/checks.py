@@ -1,92 +1,121 @@
-"""Refuses what `reconstruct` cannot do, before anything is done; and spells its choices, for a run that is resumed."""
+"""Checks the arguments of `reconstruct` before anything is changed, and spells them for the fingerprint of a run."""
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..calibration.activations import Activations, check_activations
 from ..model.blocks import find_blocks
-from ..pruning.task import PruningTask
-from .fitting import Loss, adapted_weights, check_tuner
-from .work import Mode
+from ..pruning.task import PatternLike, PruningTask
+from .fitting import Fit, adapted_weights
+from .regions import RegionSize
 
 
-def check_choices(region: Any, mode: str, loss: str, tuner: Any, no_pattern: bool, no_dense: bool) -> None:
-    """Raise ValueError or TypeError for choices that are none, or that do not go together."""
+Mode = Literal["DD", "SS", "SD"]
+
+
+def checked_task(
+    model: nn.Module,
+    pattern: PatternLike | Mapping[str, PatternLike] | None,
+    *,
+    dense: nn.Module | None,
+    region: RegionSize,
+    mode: Mode,
+    fit: Fit,
+    batch_size: int,
+    activations: Activations,
+    loaded: bool,
+    sparsity: float | None = None,
+    **pruning: Any,
+) -> PruningTask:
+    """Return the pruning task of a reconstruction, with all arguments checked. Only names and shapes are read.
+
+    Args:
+        model, pattern, dense, region, mode, fit, batch_size, activations, sparsity: the arguments of `reconstruct`.
+        loaded: whether the weights must be in memory. False is for a model on the meta device.
+        pruning: the other arguments of `reconstruct` that `PruningTask.of` takes.
+
+    Raises:
+        TypeError, ValueError: see `reconstruct`.
+    """
+    no_pattern = pattern is None and sparsity is None
+    check_choices(region, mode, fit, no_pattern, dense is None)
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size!r}.")
+    _check_models(model, dense)
+    check_activations(activations)
+    task = PruningTask.of(model, 0.0 if no_pattern else pattern, sparsity=sparsity, loaded=loaded, **pruning)
+    _check_task(task, fit, no_pattern)
+    return task
+
+
+def check_choices(region: Any, mode: str, fit: Fit, no_pattern: bool, no_dense: bool) -> None:
+    """Raise ValueError if a choice is unknown, or if choices do not go together."""
     if region not in ("matrix", "submodule", "block") and not (isinstance(region, int) and region >= 1):
         raise ValueError(
-            f'`region` must be "matrix", "submodule", "block" or a number of blocks from 1 on, got {region!r}.'
+            f'`region` must be "matrix", "submodule", "block" or a number of blocks of at least 1, got {region!r}.'
         )
-    for name, value, choices in (("mode", mode, get_args(Mode)), ("loss", loss, get_args(Loss))):
-        if value not in choices:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-    check_tuner(tuner)
+    if mode not in get_args(Mode):
+        raise ValueError(f"`mode` must be one of {', '.join(map(repr, get_args(Mode)))}, got {mode!r}.")
     if no_pattern == no_dense:
         raise ValueError(
-            "Expected either `pattern`, to prune region by region, or `dense`, the model before it was pruned; got "
-            f"{'neither' if no_pattern else 'both'}."
+            "Expected either `pattern` (or `sparsity`), to prune region by region, or `dense`, the model before it "
+            f"was pruned; got {'neither' if no_pattern else 'both'}."
         )
-    if region == "matrix" and (mode == "SD" or tuner != "full" or loss != "mse" or no_pattern):
+    if region == "matrix" and (mode == "SD" or fit.tuner != "full" or fit.loss != "mse" or no_pattern):
         raise ValueError(
-            'Single matrices are solved exactly from their inputs: `region="matrix"` goes with `pattern`, mode "DD" '
-            'or "SS", loss "mse" and tuner "full". Use `region="submodule"` for the others.'
+            '`region="matrix"` solves a least-squares problem for each matrix and trains nothing. It needs `pattern`, '
+            'mode "DD" or "SS", loss "mse" and tuner "full". Use `region="submodule"` for other choices.'
         )
 
 
-def check_amounts(
-    holdout: float, epochs: float, max_steps: int | None, batch_size: int, gradient_accumulation_steps: int
-) -> None:
-    for name, value, accepted, wanted in (
-        ("holdout", holdout, 0 <= holdout < 1, "in [0, 1)"),
-        ("epochs", epochs, epochs > 0, "above 0"),
-        ("max_steps", max_steps, max_steps is None or max_steps >= 0, "None or at least 0"),
-        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-        (
-            "gradient_accumulation_steps",
-            gradient_accumulation_steps,
-            gradient_accumulation_steps >= 1,
-            "at least 1",
-        ),
-    ):
-        if not accepted:
-            raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
-
-
-def check_models(model: nn.Module, dense: nn.Module | None) -> None:
+def _check_models(model: nn.Module, dense: nn.Module | None) -> None:
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if adapted:
         raise ValueError(
-            f"Layer {adapted[0]!r} has adapters; reconstruction attaches and merges its own, region by region. Merge "
-            "or unload them first, and pass their configuration as `tuner`."
+            f"Layer {adapted[0]!r} has adapters, but reconstruction attaches and merges adapters of its own. Merge or "
+            "unload them first, and pass their configuration as `Fit(tuner=...)`."
         )
     if dense is not None and (dense is model or list(find_blocks(dense)) != list(find_blocks(model))):
         raise ValueError(
-            "Expected `dense` as the model before it was pruned, got "
-            f"{'the pruned model itself' if dense is model else 'one with other blocks'}. Load it once more."
+            "Expected `dense` to be the model before it was pruned, got "
+            f"{'the pruned model itself' if dense is model else 'one with other blocks'}. Load the dense model again."
         )
 
 
-def check_task(task: PruningTask, tuner: Literal["full"] | PeftConfig) -> None:
+def _check_task(task: PruningTask, fit: Fit, no_pattern: bool) -> None:
     if task.group == "model":
         raise ValueError(
-            '`group="model"` compares the weights of all regions at once, and each is pruned in its turn. Use `prune` '
-            'first and pass the model before it as `dense`, or `group="row"` or "matrix".'
+            '`group="model"` compares the weights of all regions with each other, but each region is pruned on its '
+            'own. Use `allocation="global"`, or use `prune` first and pass the model before it as `dense`.'
         )
-    groups = getattr(tuner, "train_norms", False) or getattr(tuner, "bias", "none") != "none"
-    if tuner != "full" and not groups and not adapted_weights(tuner, task.weights):
+    if no_pattern and (task.allocation is not None or task.refinement is not None or task.update is not None):
+        raise ValueError(
+            "`allocation`, `refinement` and `update` are part of pruning, but with `dense` nothing is pruned. Remove "
+            "them, or pass them to `prune`."
+        )
+    tuner = fit.tuner
+    in_place = getattr(tuner, "train_norms", False) or getattr(tuner, "bias", "none") != "none"
+    if tuner != "full" and not in_place and not adapted_weights(tuner, task.weights):
         raise ValueError(
             f"`target_modules={tuner.target_modules!r}` of the tuner matches none of the pruned weights, such as "
-            f'{next(iter(task.weights))!r}. Fused experts take no adapters: use `tuner="full"`.'
+            f'{next(iter(task.weights))!r}. Fused experts take no adapters; use `tuner="full"` for them.'
         )
 
 
-def spell(choice: Any) -> str:
-    """Return what a choice says of itself, the same in every process: no addresses, and sets in order."""
+def spelled(choice: Any) -> str:
+    """Return a choice as text that is the same in every process: without addresses, and with sets in order."""
     if isinstance(choice, PeftConfig):
         fields = {key: sorted(v) if isinstance(v, set) else v for key, v in choice.to_dict().items()}
         return f"{type(choice).__name__} {fields}"
     if isinstance(choice, functools.partial):
-        return f"{spell(choice.func)} {choice.args} {choice.keywords}"
+        return f"{spelled(choice.func)} {choice.args} {choice.keywords}"
+    if dataclasses.is_dataclass(choice) and not isinstance(choice, type):
+        values = [f"{f.name}={spelled(getattr(choice, f.name))}" for f in dataclasses.fields(choice)]
+        return f"{type(choice).__name__}({', '.join(values)})"
     return str(getattr(choice, "__qualname__", choice))

@@ -1,12 +1,12 @@
-"""Trains one region to reproduce given outputs, by masked full weights or by any PEFT tuner that keeps zeros."""
+"""Trains one region to reproduce given outputs: its own weights under their masks, or a tuner that keeps zeros."""
 
 import contextlib
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftConfig
@@ -16,114 +16,213 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_linear_schedule_with_warmup
 
 from ..model.blocks import is_norm
 from ..model.masks import mask_of
 from ..model.weights import WeightView
+from .observer import Step
 from .regions import Region
 
 
 Loss = Literal["mse", "relative_mse", "cosine"]
+Tuner = Literal["full"] | PeftConfig
+# batch, inputs -> outputs of the region.
+Run = Callable[[int, Tensor], Tensor]
+# batch -> inputs, targets, and which tokens are not padding.
 Pair = Callable[[int], tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
-class Step:
-    """One optimiser step, as it is told to whoever logs: `loss` is on the device still, and waits to be read."""
+class Fit:
+    """How `reconstruct` fits a region f with kept weights θ and mask M to its targets t.
 
-    region: str
-    number: int
-    of: int
-    loss: Tensor
-    learning_rate: float
+        min over θ of loss(f(x; θ, M), t), with x the calibration inputs of the region
 
+    Each region is trained on its own, in float32, with the model's dropout off. A step adds up the gradients of
+    `gradient_accumulation_steps` batches. Tokens that `attention_mask` marks as padding are not counted. If the error
+    on the held-out batches is higher after training, the region is put back as pruning left it.
 
-@dataclass(frozen=True)
-class Recipe:
-    """How every region is trained; the arguments of `reconstruct` of the same names."""
+    Zimmer et al. 2023, arXiv:2312.15230, section 3.3 (PERP). "A Free Lunch in LLM Compression", 2025,
+    arXiv:2510.14444.
 
-    tuner: Literal["full"] | PeftConfig
-    loss: Loss
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-    scheduler: Callable[[torch.optim.Optimizer, int], LRScheduler]
-    epochs: float
-    max_steps: int | None
-    gradient_accumulation_steps: int
-    max_grad_norm: float | None
-    autocast: torch.dtype | None
-    seed: int
-    on_step: Callable[[Step], None] | None
+    Args:
+        tuner: what is trained. "full" trains all parameters of the region and holds its pruned entries at zero. A PEFT
+            configuration trains adapters of that kind and merges them into the weights when the region is finished;
+            it must be of a tuner that keeps zeros, such as `MaskLoRAConfig` or `ScaledLoRAConfig`. Its `train_norms`
+            and `bias` also train the norms and biases of the region in place.
+        loss: "mse": mean of (f(x) - t)² over tokens and features. "relative_mse": Σ (f(x) - t)² / Σ t². "cosine":
+            mean over tokens of 1 - cos(f(x), t).
+        learning_rate: peak learning rate of the default optimiser and schedule. It is not used if `optimizer` is
+            given.
+        epochs: passes over the training batches for each region, above 0; fractions are allowed. It is not used if
+            `max_steps` is given.
+        max_steps: optimiser steps for each region; 0 prunes without training.
+        gradient_accumulation_steps: batches for each optimiser step.
+        max_grad_norm: the norm of the gradients is clipped to this value; None does not clip.
+        optimizer: function parameters -> optimizer. None is AdamW without weight decay.
+        scheduler: function (optimizer, steps) -> learning-rate scheduler. None is a linear warm-up over the first 10 %
+            of the steps, and then a linear decay to 0.
+        autocast: dtype of mixed precision in the forward pass, such as `torch.bfloat16`; None computes in float32.
+        holdout: fraction of the batches, in [0, 1), that are not trained on: the last ones. Errors are measured on
+            them. With 0, errors are measured on the training batches.
+        seed: decides the order of the batches, the initial values of adapters, dropout of adapters, and the scores of
+            the criterion "random". Each region draws from its own generator.
+
+    Raises:
+        TypeError: `tuner` is neither "full" nor the configuration of a PEFT tuner.
+        ValueError: an unknown loss, or an amount out of range; a tuner that also trains modules outside the blocks.
+    """
+
+    tuner: Tuner = "full"
+    loss: Loss = "mse"
+    learning_rate: float = 1e-4
+    epochs: float = 1
+    max_steps: int | None = None
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float | None = None
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
+    scheduler: Callable[[torch.optim.Optimizer, int], LRScheduler] | None = None
+    autocast: torch.dtype | None = None
+    holdout: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in get_args(Loss):
+            raise ValueError(f"`loss` must be one of {', '.join(map(repr, get_args(Loss)))}, got {self.loss!r}.")
+        for name, accepted, wanted in (
+            ("holdout", 0 <= self.holdout < 1, "in [0, 1)"),
+            ("epochs", self.epochs > 0, "above 0"),
+            ("max_steps", self.max_steps is None or self.max_steps >= 0, "None or at least 0"),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"),
+        ):
+            if not accepted:
+                raise ValueError(f"`{name}` must be {wanted}, got {getattr(self, name)!r}.")
+        _check_tuner(self.tuner)
 
     def steps(self, batches: int) -> int:
-        """Return how many optimiser steps a region takes on so many batches."""
+        """Return how many optimiser steps a region takes on this number of training batches."""
         if self.max_steps is not None:
             return self.max_steps
         # Parts of an epoch round up, as in `Trainer`.
         return max(1, math.ceil(self.epochs * -(-batches // self.gradient_accumulation_steps)))
 
+    def split(self, batches: int) -> tuple[list[int], list[int]]:
+        """Return the numbers of the batches to train on, and of those to measure errors on."""
+        # Rounded first: 0.14 * 50 is 7.000000000000001. One batch at least is left to train on.
+        held = min(math.ceil(round(self.holdout * batches, 6)), batches - 1)
+        train, held_out = range(batches - held), range(batches - held, batches)
+        return list(train), list(held_out or train)
 
-def fit(
-    region: Region,
-    run: Callable[[int, Tensor], Tensor],
-    pair: Pair,
-    batches: list[int],
-    parameters: list[nn.Parameter],
-    masks: dict[nn.Parameter, Tensor],
-    recipe: Recipe,
-    number: int,
-) -> int:
-    """Train `parameters` until `run` reproduces the targets; return the number of optimiser steps.
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimiser of `parameters`."""
+        if self.optimizer is not None:
+            return self.optimizer(parameters)
+        return torch.optim.AdamW(parameters, self.learning_rate, weight_decay=0.0, fused=True)
+
+    def make_scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+        """Return the learning-rate scheduler of a run of `steps` steps."""
+        if self.scheduler is not None:
+            return self.scheduler(optimizer, steps)
+        return get_linear_schedule_with_warmup(optimizer, int(0.1 * steps), steps)
+
+
+@dataclass
+class TrainableRegion:
+    """A region while it is trained.
 
     Args:
-        run: (batch, inputs) -> outputs of the region.
-        pair: batch -> (inputs, targets, which tokens are not padding).
-        batches: those to train on; their order is drawn anew each epoch from the seed and `number`.
-        masks: of parameters whose zeros stay zero.
+        region: the region, with the adapters attached.
+        parameters: the parameters that are trained.
+        masks: the masks of those parameters whose zeros must stay zero.
+        merge: makes what was learned a part of the plain weights.
+        undo: puts the weights back as they were, before or after `merge`.
     """
-    steps = recipe.steps(len(batches))
-    optimizer = recipe.optimizer(parameters)
-    scheduler = recipe.scheduler(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed_of(recipe.seed, number))
-    device = parameters[0].device
-    half = recipe.autocast is not None
-    with contextlib.ExitStack() as undo:
-        for parameter, mask in masks.items():
-            undo.callback(parameter.register_post_accumulate_grad_hook(_masking(mask)).remove)
-        undo.enter_context(torch.enable_grad())
-        for done, window in enumerate(_windows(batches, recipe.gradient_accumulation_steps, steps, generator)):
-            loss, size = torch.zeros((), device=device), torch.zeros((), device=device)
-            for i in window:
-                inputs, target, keep = pair(i)
-                with torch.autocast(device.type, recipe.autocast, enabled=half):
-                    outputs = run(i, inputs)
-                part, of = region_loss(outputs.float(), target, keep, recipe.loss)
-                part.backward()
-                loss, size = loss + part.detach(), size + of
-            # Batches count by their tokens, so that a step does not depend on how sequences are batched.
-            scale = size.clamp_min(torch.finfo(size.dtype).tiny).reciprocal()
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
-            if recipe.max_grad_norm:
-                nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                for parameter, mask in masks.items():
-                    parameter.mul_(mask)
-            if recipe.on_step is not None:
-                rate = float(scheduler.get_last_lr()[0])
-                recipe.on_step(Step(region.name, done + 1, steps, loss * scale, rate))
-    return steps
+
+    region: Region
+    parameters: list[nn.Parameter]
+    masks: dict[nn.Parameter, Tensor]
+    merge: Callable[[], None]
+    undo: Callable[[], None]
+
+    def train(
+        self,
+        run: Run,
+        pair: Pair,
+        batches: list[int],
+        fit: Fit,
+        number: int,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> int:
+        """Train the parameters until `run` reproduces the targets, and return the number of optimiser steps.
+
+        Args:
+            run: (batch, inputs) -> outputs of the region.
+            pair: batch -> (inputs, targets, which tokens are not padding).
+            batches: the batches to train on. Their order is drawn for each epoch from the seed and `number`.
+            fit: how to train.
+            number: number of the region.
+            on_step: called after each optimiser step.
+        """
+        steps = fit.steps(len(batches)) if self.parameters else 0
+        if not steps:
+            return 0
+        optimizer = fit.make_optimizer(self.parameters)
+        scheduler = fit.make_scheduler(optimizer, steps)
+        generator = torch.Generator().manual_seed(seed_of(fit.seed, number))
+        with contextlib.ExitStack() as undo:
+            for parameter, mask in self.masks.items():
+                undo.callback(parameter.register_post_accumulate_grad_hook(_masking(mask)).remove)
+            undo.enter_context(torch.enable_grad())
+            for done, chosen in enumerate(_by_step(batches, fit.gradient_accumulation_steps, steps, generator)):
+                loss = self._accumulate(run, pair, chosen, fit)
+                if fit.max_grad_norm:
+                    nn.utils.clip_grad_norm_(self.parameters, fit.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                self._put_zeros_back()
+                if on_step is not None:
+                    rate = float(scheduler.get_last_lr()[0])
+                    on_step(Step(self.region.name, done + 1, steps, loss, rate))
+        return steps
+
+    def _accumulate(self, run: Run, pair: Pair, batches: list[int], fit: Fit) -> Tensor:
+        """Compute the gradients of the loss over all tokens of `batches`, and return the loss."""
+        device = self.parameters[0].device
+        loss, size = torch.zeros((), device=device), torch.zeros((), device=device)
+        for i in batches:
+            inputs, target, keep = pair(i)
+            with torch.autocast(device.type, fit.autocast, enabled=fit.autocast is not None):
+                outputs = run(i, inputs)
+            part, of = region_loss(outputs.float(), target, keep, fit.loss)
+            part.backward()
+            loss, size = loss + part.detach(), size + of
+        # Divided once at the end: each batch counts by its tokens, so the batch size does not change a step.
+        scale = size.clamp_min(torch.finfo(size.dtype).tiny).reciprocal()
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        return loss * scale
+
+    @torch.no_grad()
+    def _put_zeros_back(self) -> None:
+        for parameter, mask in self.masks.items():
+            parameter.mul_(mask)
 
 
 def region_loss(outputs: Tensor, target: Tensor, keep: Tensor | None, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Return numerator and denominator of the loss of outputs f(x) against targets t.
+    """Return the numerator and the denominator of the loss of outputs f(x) against targets t.
 
-    All tokens that `keep` (sequences, tokens) marks count. mse: mean of (f(x) - t)² over tokens and features.
-    relative_mse: Σ (f(x) - t)² / Σ t². cosine: mean over tokens of 1 - cos(f(x), t). Of several batches, each is the
-    sum of the numerators by that of the denominators.
+    The loss of several batches is the sum of the numerators divided by the sum of the denominators.
+
+    Args:
+        outputs: f(x), (sequences, tokens, features).
+        target: t, of the same shape.
+        keep: which tokens count, (sequences, tokens). A mask of another shape belongs to another stack and is not
+            used.
+        loss: "mse": mean of (f(x) - t)² over tokens and features. "relative_mse": Σ (f(x) - t)² / Σ t². "cosine":
+            mean over tokens of 1 - cos(f(x), t).
     """
     if keep is not None and keep.shape == outputs.shape[:-1]:
         outputs, target = outputs[keep], target[keep]
@@ -135,8 +234,8 @@ def region_loss(outputs: Tensor, target: Tensor, keep: Tensor | None, loss: Loss
 
 
 @torch.no_grad()
-def relative_error_of(run: Callable[[int, Tensor], Tensor], pair: Pair, batches: list[int]) -> float:
-    """Return ||f(x) - t|| / ||t|| over the tokens of `batches` that are not padding; 0 where t is."""
+def relative_error_of(run: Run, pair: Pair, batches: list[int]) -> float:
+    """Return ||f(x) - t|| / ||t|| over the tokens of `batches` that are not padding, and 0 if t is zero."""
     sums = []
     for i in batches:
         inputs, target, keep = pair(i)
@@ -145,25 +244,21 @@ def relative_error_of(run: Callable[[int, Tensor], Tensor], pair: Pair, batches:
     return math.sqrt(error / size) if size else 0.0
 
 
-def held_out_batches(holdout: float, batches: int) -> int:
-    """Return how many of so many batches measure errors and are not trained on; one at least is left to train."""
-    # Rounded first: 0.14 * 50 is 7.000000000000001.
-    return min(math.ceil(round(holdout * batches, 6)), batches - 1)
-
-
 def seed_of(seed: int, number: int) -> int:
-    """Return the seed of region `number`, the same whatever was drawn before it."""
+    """Return the seed of region `number`. It does not depend on what was drawn before."""
     return seed * 1_000_003 + number
 
 
 @contextlib.contextmanager
-def trainable(
-    region: Region, weights: dict[str, WeightView], tuner: Literal["full"] | PeftConfig
-) -> Iterator[tuple[list[nn.Parameter], dict[nn.Parameter, Tensor], Callable[[], None], Callable[[], None]]]:
-    """Make what `tuner` trains of the region trainable within the context.
+def trainable(region: Region, weights: dict[str, WeightView], tuner: Tuner) -> Iterator[TrainableRegion]:
+    """Make the parameters that `tuner` trains trainable within the context.
 
-    Yields the parameters; the masks of those that must keep zeros; a function that makes what was learned part of the
-    plain weights; and one that undoes it, before or after that, which an error does as well.
+    If an error leaves the context, the region is put back as it was.
+
+    Args:
+        region: the region.
+        weights: the pruned weights of the region, by name. Adapters are attached to these.
+        tuner: "full", or the configuration of a PEFT tuner.
     """
     adapted = {} if tuner == "full" else {name: weights[name] for name in adapted_weights(tuner, weights)}
     plain = _plain_parameters(region, tuner, adapted)
@@ -171,7 +266,7 @@ def trainable(
     before = [(parameter, parameter.detach().clone()) for parameter in changed.values()]
     adapters: list[BaseTuner] = []
 
-    def keep() -> None:
+    def merge() -> None:
         while adapters:
             adapters.pop().merge_and_unload()
 
@@ -187,10 +282,10 @@ def trainable(
             adapters.extend(_attach(region, list(adapted), tuner))
         for parameter in plain:
             parameter.requires_grad_(True)
-        inside = [p for block in region.blocks.values() for p in block.parameters() if p.requires_grad]
-        # Of matrices that are not pruned now too: they may have been before.
+        parameters = [p for block in region.blocks.values() for p in block.parameters() if p.requires_grad]
+        # Every matrix has a mask: one that is not pruned in this run may have been pruned before.
         masks = {p: mask_of(p.detach()) for p in plain if p.dim() > 1}
-        yield inside, masks, keep, undo
+        yield TrainableRegion(region, parameters, masks, merge, undo)
     except BaseException:
         undo()
         raise
@@ -200,7 +295,7 @@ def trainable(
             parameter.grad = None
 
 
-def check_tuner(tuner: Any) -> None:
+def _check_tuner(tuner: Any) -> None:
     """Raise unless `tuner` is "full" or a PEFT configuration that regions can take."""
     if tuner == "full":
         return
@@ -213,30 +308,30 @@ def check_tuner(tuner: Any) -> None:
         value = getattr(tuner, name, none)
         if value not in (none, None, []):
             raise ValueError(
-                f"`{name}={value!r}` reaches beyond what a region holds. Leave it out of the configuration; "
-                "`train_norms` and `bias` work."
+                f"`{name}={value!r}` trains parameters that belong to no region. Leave it out of the configuration. "
+                "`train_norms` and `bias` can be used."
             )
 
 
 def adapted_weights(config: PeftConfig, weights: dict[str, WeightView]) -> list[str]:
-    """Return the names of those of `weights` that `config` puts adapters on, by its `target_modules`."""
+    """Return the names of the weights that `config` puts adapters on, by its `target_modules`."""
     wanted: Any = copy.copy(config)
     names = [name for name, weight in weights.items() if weight.expert is None]
     if wanted.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
-        # Not a regular expression, beside which PEFT heeds no choice of layers.
+        # A set, because PEFT ignores `layers_to_transform` beside a regular expression.
         wanted.target_modules = {name.rpartition(".")[2] for name in names}
     hits = {name: check_target_module_exists(wanted, name) for name in names}
     return [name for name, hit in hits.items() if hit and not isinstance(hit, _ExcludedModule)]
 
 
 def _attach(region: Region, names: list[str], config: PeftConfig) -> Iterator[BaseTuner]:
-    """Put adapters on the weights called so, block by block, and yield the tuners."""
+    """Put adapters on the weights of these names, block by block, and yield the tuners."""
     for block_name, block in region.blocks.items():
         inside = {name.removeprefix(f"{block_name}."): name for name in names if name.startswith(f"{block_name}.")}
         if inside:
             own: Any = copy.copy(config)
             own.target_modules = set(inside)
-            # PERP's groups are trained in place, region by region; the rest has been chosen by the model's names.
+            # Norms and biases are trained in place, and the layers have been chosen by the names of the whole model.
             for option, off in (("train_norms", False), ("bias", "none"), ("exclude_modules", None),
                                 ("layers_to_transform", None), ("layers_pattern", None)):  # fmt: skip
                 if hasattr(own, option):
@@ -249,10 +344,8 @@ def _attach(region: Region, names: list[str], config: PeftConfig) -> Iterator[Ba
             yield PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](block, own, "default")
 
 
-def _plain_parameters(
-    region: Region, tuner: Literal["full"] | PeftConfig, adapted: dict[str, WeightView]
-) -> list[nn.Parameter]:
-    """Return the region's own parameters that are trained in place: all, or those of PERP's groups."""
+def _plain_parameters(region: Region, tuner: Tuner, adapted: dict[str, WeightView]) -> list[nn.Parameter]:
+    """Return the region's own parameters that are trained in place: all, or its norms and biases as `tuner` says."""
     if tuner == "full":
         return [p for p in region.parameters.values() if p.is_floating_point()]
     bias = getattr(tuner, "bias", "none")
@@ -261,7 +354,7 @@ def _plain_parameters(
     for module in (module for block in region.blocks.values() for module in block.modules()):
         if getattr(tuner, "train_norms", False) and is_norm(module):
             chosen |= {id(parameter) for parameter in module.parameters()}
-        # As in PEFT: those of all modules, or, if the choice is called "..._only", those of adapted layers.
+        # As in PEFT: "all" means the biases of all modules, "..._only" those of the layers that have adapters.
         if bias == "all" or (bias != "none" and any(module is layer for layer in layers)):
             chosen.add(id(getattr(module, "bias", None)))
     return [parameter for parameter in region.parameters.values() if id(parameter) in chosen]
@@ -275,8 +368,8 @@ def _masking(mask: Tensor) -> Callable[[Tensor], None]:
     return apply
 
 
-def _windows(batches: list[int], size: int, steps: int, generator: torch.Generator) -> Iterable[list[int]]:
-    """Yield, for each of so many steps, the batches whose gradients it adds up."""
+def _by_step(batches: list[int], size: int, steps: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Yield the batches of each step, `size` at most; every epoch draws a new order."""
     done = 0
     while True:
         order = torch.randperm(len(batches), generator=generator).tolist()

@@ -1,7 +1,8 @@
-"""Single matrices, whose reconstruction is a least-squares problem: solved, not trained."""
+"""Single matrices as regions: their reconstruction is a least-squares problem, which is solved and not trained."""
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..calibration.statistics import BlockStatistics
 from ..model.masks import mask_of
 from ..model.weights import WeightView
-from ..pruning.least_squares import masked_least_squares
+from ..pruning.least_squares import LeastSquares
 from ..pruning.one_weight import prune_weights
 from ..pruning.refinement import row_error
 from ..pruning.task import PruningTask
@@ -23,33 +24,49 @@ def solve_matrices(
     *,
     in_turn: bool,
 ) -> list[RegionReport]:
-    """Prune each of `weights`, and solve for its kept entries by `masked_least_squares`.
+    """Prune each of `weights`, and solve for its kept entries by `masked_least_squares`. In place.
+
+    A solution that is worse than the pruned weight is not written.
 
     Args:
-        measure: weights -> statistics of their inputs, Hessians included.
-        in_turn: measure each on inputs that those solved before it made; else all at once, on the dense ones'.
+        weights: the weights of one block, by name.
+        task: how to prune them. Its `update` has the numbers of the solver; the default is `LeastSquares()`.
+        measure: weights -> statistics of their inputs, including Hessians.
+        in_turn: measure the inputs of a weight after the weights before it are solved. Otherwise all inputs are
+            measured once, on the dense block.
+
+    Returns:
+        One report for each weight; its errors are ||(W - W')X|| / ||WX|| for the pruned and for the final W'.
     """
+    solver = task.update or LeastSquares()
+    selecting = replace(task, update=None)
     measured = measure(weights)
-    sharing: dict[int, list[str]] = {}
-    for name, statistics in measured.inputs.items():
-        sharing.setdefault(id(statistics), []).append(name)
     reports = []
-    for position, names in enumerate(sharing.values()):
+    for position, names in enumerate(_sharing_inputs(measured)):
         group = {name: weights[name] for name in names}
         if position and in_turn:
             measured = measure(group)
         dense = {name: weight.matrix().clone() for name, weight in group.items()}
-        prune_weights(group, task, measured)
+        prune_weights(group, selecting, measured)
         for name, weight in group.items():
-            hessian = measured.inputs[name].hessian
-            assert hessian is not None
+            statistics = task.statistics(name, measured)
+            assert statistics.hessian is not None, "calibration measures what the solver needs"
             pruned = weight.matrix()
-            solution = masked_least_squares(dense[name], mask_of(pruned), hessian, start=pruned)
-            before, after = (_matrix_error(dense[name], w, hessian) for w in (pruned, solution))
+            solution = solver.solve(dense[name], mask_of(pruned), statistics, start=pruned)
+            before, after = (_matrix_error(dense[name], w, statistics.hessian) for w in (pruned, solution))
             if after <= before:
                 weight.write(solution)
             reports.append(RegionReport(name, before, min(before, after), 0, 0.0, not after <= before))
+    task.warned = selecting.warned
     return reports
+
+
+def _sharing_inputs(measured: BlockStatistics) -> list[list[str]]:
+    """Return the names of the weights in groups that share their inputs, in the order in which these were seen."""
+    groups: dict[int, list[str]] = {}
+    for name, statistics in measured.inputs.items():
+        groups.setdefault(id(statistics), []).append(name)
+    return list(groups.values())
 
 
 def _matrix_error(dense: Tensor, weight: Tensor, hessian: Tensor) -> float:

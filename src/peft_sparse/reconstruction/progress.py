@@ -1,4 +1,4 @@
-"""What a long run keeps on disk of the regions it is done with, so that it goes on where it was killed."""
+"""Keeps finished regions on disk, so that a run that was killed can be resumed."""
 
 import hashlib
 import json
@@ -17,22 +17,24 @@ _FINGERPRINT = "fingerprint.json"
 
 
 def is_progress(folder: Path) -> bool:
-    """Tell whether a run began to keep its regions in `folder`."""
+    """Return whether a run has begun to keep its regions in `folder`."""
     return (folder / _FINGERPRINT).is_file()
 
 
 class Progress:
-    """A folder with one file per finished region, and the fingerprint of the run that wrote them.
+    """A folder with one file for each finished region, and the fingerprint of the run that wrote them.
 
-    Files appear whole or not at all, so that a run killed at any moment leaves a folder that can be resumed from.
+    A file is renamed to its final name once it is complete. A run that is killed at any moment therefore leaves a
+    folder that can be resumed from.
 
     Args:
-        folder: where; None keeps nothing.
-        fingerprint: what must be the same for the results to be reused, by name.
-        by_region: compare the dense weights of each finished region too, which `fingerprint` does not know.
+        folder: the folder; None keeps nothing.
+        fingerprint: what must be equal for the results to be reused, by name.
+        by_region: also compare the dense weights of each finished region. This is needed if `fingerprint` does not
+            include the weights.
 
     Raises:
-        ValueError: the folder was written by another run.
+        ValueError: the folder was written by a run with another fingerprint.
     """
 
     def __init__(self, folder: str | Path | None, fingerprint: Mapping[str, str], by_region: bool = False) -> None:
@@ -51,14 +53,14 @@ class Progress:
             _write_whole(written, json.dumps(dict(fingerprint), indent=2).encode())
 
     def of_region(self, parameters: Mapping[str, Tensor]) -> str | None:
-        """Return what `load` and `save` know a region by before it is pruned; None if they need not."""
+        """Return the fingerprint of a region before it is pruned, for `load` and `save`; None without `by_region`."""
         return fingerprint_of_tensors(parameters.items()) if self.by_region else None
 
     def load(self, number: int, as_read: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the tensors and notes of region `number` if it was finished, else None.
+        """Return the tensors and notes of region `number`, or None if it is not finished.
 
         Raises:
-            ValueError: it was finished from other weights than those that `as_read` tells of.
+            ValueError: the region was finished from weights with another fingerprint than `as_read`.
         """
         path = self._path(number)
         if path is None or not path.exists():
@@ -71,14 +73,14 @@ class Progress:
     def save(
         self, number: int, tensors: Mapping[str, Tensor], notes: dict[str, Any], as_read: str | None = None
     ) -> None:
-        """Keep the tensors and notes of region `number`, which was made from the weights that `as_read` tells of."""
+        """Keep the tensors and notes of region `number`; `as_read` is its fingerprint before it was pruned."""
         path = self._path(number)
         if path is None:
             return
         _write_whole(path.with_suffix(".json"), json.dumps(notes | {"as_read": as_read}).encode())
         unfinished = _unfinished(path)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
-        # Renamed last: whoever finds it finds the notes too.
+        # Renamed last, so that a region that is found has its notes.
         os.replace(unfinished, path)
 
     def _of_another(self, differing: list[str]) -> str:
@@ -92,17 +94,17 @@ class Progress:
 
 
 def fingerprint_of_model(model: nn.Module) -> str:
-    """Return a hash of names, shapes and sums of all parameters that are loaded, the same on every device."""
+    """Return a hash of the names, shapes and sums of all parameters. It is the same on every device."""
     return fingerprint_of_tensors(model.named_parameters())
 
 
 def fingerprint_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a hash of names, shapes and sums of `tensors`, of those on the meta device without sums."""
+    """Return a hash of the names, shapes and sums of `tensors`. A tensor on the meta device has no sum."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in tensors:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta and parameter.numel():
-            # Sums of integers: those of floats depend on the order, and so on the number of threads.
+            # Sums of integers, because a sum of floats depends on the number of threads.
             bits = parameter.detach().contiguous().flatten().view(_INTEGERS[parameter.element_size()])
             sums = torch.stack([part.sum(dtype=torch.int64) for part in bits.split(1 << 20)])
             digest.update(sums.cpu().numpy().tobytes())
@@ -113,7 +115,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _unfinished(path: Path) -> Path:
-    # Processes that share the folder may write the same file at once.
+    # Processes that share the folder may write the same file at the same time.
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
 
 

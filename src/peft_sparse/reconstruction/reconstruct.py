@@ -1,201 +1,333 @@
-"""reconstruct: the arguments of layer-wise reconstruction, checked and put to work."""
+"""`reconstruct` and `reconstruct_checkpoint`: the arguments of layer-wise reconstruction, checked and put to work."""
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_linear_schedule_with_warmup
 
-from ..calibration.activations import Activations, check_activations
+from ..calibration.activations import Activations
 from ..calibration.gradients import gradient_sums
 from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, fingerprint_of_inputs
 from ..calibration.runner import on_device
 from ..model.blocks import Targets
 from ..model.weights import check_finite
+from ..pruning.all_weights import allocated_patterns
+from ..pruning.allocation import Allocation, in_memory
 from ..pruning.checkpoint import StreamedModel
-from ..pruning.criteria import Criterion, Score
+from ..pruning.criteria import CriterionLike
+from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import Group
+from ..pruning.refinement import Refinement
 from ..pruning.task import PatternLike, PruningTask, check_calibration, count_sequences
-from .checks import check_amounts, check_choices, check_models, check_task, spell
-from .fitting import Loss, Recipe, Step, held_out_batches
+from .checks import Mode, checked_task, spelled
+from .fitting import Fit
+from .observer import ReconstructionObserver
 from .progress import Progress, fingerprint_of_model
 from .regions import RegionSize
-from .report import ReconstructionReport, RegionReport
-from .work import Mode, Reconstruction
+from .report import ReconstructionReport
+from .work import Reconstruction
 
 
 def reconstruct(
     model: nn.Module,
-    calibration: Calibration,
-    *,
     pattern: PatternLike | Mapping[str, PatternLike] | None = None,
-    criterion: str | Score | Criterion = "magnitude",
+    calibration: Calibration | None = None,
+    *,
+    sparsity: float | None = None,
+    criterion: CriterionLike = "magnitude",
     group: Group | None = None,
+    allocation: str | Allocation | Mapping[str, float] | None = None,
+    refinement: str | Refinement | None = None,
+    update: bool | LeastSquares = False,
     target_modules: Targets = None,
     exclude_modules: Targets = None,
+    prune_tied: bool = False,
+    batch_size: int = 1,
+    activations: Activations = "device",
+    device: torch.device | str | None = None,
     dense: nn.Module | None = None,
     region: RegionSize = "submodule",
     mode: Mode = "SS",
-    loss: Loss = "mse",
-    tuner: Literal["full"] | PeftConfig = "full",
-    learning_rate: float = 1e-4,
-    epochs: float = 1,
-    max_steps: int | None = None,
-    batch_size: int = 1,
-    gradient_accumulation_steps: int = 1,
-    max_grad_norm: float | None = None,
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
-    scheduler: Callable[[torch.optim.Optimizer, int], LRScheduler] | None = None,
-    autocast: torch.dtype | None = None,
-    holdout: float = 0.1,
-    seed: int = 0,
-    activations: Activations = "device",
-    device: torch.device | str | None = None,
+    fit: Fit = Fit(),
     state_dir: str | Path | None = None,
-    on_start: Callable[[int], None] | None = None,
-    on_step: Callable[[Step], None] | None = None,
-    on_region: Callable[[RegionReport], None] | None = None,
-    streamed: StreamedModel | None = None,
+    observer: ReconstructionObserver | None = None,
 ) -> ReconstructionReport:
-    """Prune the model region by region, and fit each region's kept weights to its dense outputs. In place.
+    """Prune a model region by region, and fit the kept weights of each region to its dense outputs. In place.
 
-    For each region in turn: min over θ of mean ||f(x; θ, M) - t||², x its calibration inputs, t what the dense region
-    gives. "A Free Lunch in LLM Compression", 2025, arXiv:2510.14444; PERP, arXiv:2312.15230, section 3.3. The region
-    is scored, pruned and fitted before the next is fed; it computes in float32 meanwhile, with dropout off; afterwards
-    it consists of plain modules again, with exactly the zeros that pruning left. What got worse on held-out sequences
-    is undone.
+    For each region f with parameters θ and mask M, in the order of the model:
+
+        min over θ of mean ||f(x; θ, M) - t||²
+
+    x are the calibration inputs of the region, and t is what the dense region returns for them. Only one region is
+    trained at a time, so that gradients, optimiser state and activations of one region are all that training needs in
+    memory. A region is scored, pruned and fitted before the next one receives its inputs. While it is at work, its
+    blocks compute in float32 with dropout off. Afterwards the model consists of plain modules again, and its zeros are
+    exactly those that pruning wrote. A fit that made the error on the held-out batches larger is undone.
+
+    Zimmer et al. 2023, arXiv:2312.15230, section 3.3 (PERP). "A Free Lunch in LLM Compression", 2025,
+    arXiv:2510.14444.
 
     Args:
-        calibration: as in `prune`; a batch of it is a batch of training.
-        pattern, criterion, group, target_modules, exclude_modules: as in `prune`, but no `group="model"`.
-            `pattern=None` takes the model as pruned already, and needs `dense`.
-        dense: the model before it was pruned, for targets.
-        region: "matrix", "submodule" (attention and MLP apart, each with its residual), "block", or so many blocks in
-            a row. A matrix is solved exactly, by `masked_least_squares`, on XᵀX.
-        mode: "DD": inputs and targets from the dense model, so that regions are independent and several processes
-            share them. "SS": inputs x that went through the pruned regions before, targets f_dense(x). "SD": those
-            inputs, and targets from the dense model, which corrects what has drifted.
-        loss: "mse", "relative_mse" or "cosine".
-        tuner: "full" trains all parameters of the region, pruned entries held at zero; a PEFT configuration such as
-            `MaskLoRAConfig` trains its adapters (and norms and biases, if it says so), merged region by region.
-        learning_rate: of AdamW without weight decay, which falls linearly after 10 % of warm-up.
-        optimizer, scheduler: parameters -> optimizer, and (optimizer, steps) -> scheduler, in place of those.
-        epochs, max_steps: how long each region is trained; `max_steps` wins.
-        autocast: dtype of mixed precision.
-        holdout: fraction of the batches, from the last back, on which errors are measured and not trained; 0 measures
-            on the training batches.
+        model: a model whose weights are in memory and not quantised, without adapters.
+        pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
+            `Unstructured` or `SemiStructured`. A dict gives one of these per layer: its keys are names, name endings
+            or regular expressions for the whole name, the first key that matches counts, and a layer that no key
+            matches is not pruned. None, without `sparsity`, is for a model that has been pruned, and needs `dense`.
+        calibration: token ids (sequences, tokens), or an iterable of model inputs. Each batch is also a batch of
+            training. Tokens that an input's `attention_mask` marks as padding are not counted.
+        sparsity: another way to write a `pattern` that is a number.
+        criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; or one of these as a value with its
+            numbers, such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores
+            (out, in), higher = kept; or a `Criterion`, which also says what the function needs.
+        group: which entries are compared with each other: "row" (one output) or "matrix". By default the group of the
+            criterion's paper. n:m and SparseGPT take no group. "model" is refused, because regions are pruned one
+            after the other.
+        allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
+            "owl"; or one of these as a value, such as `OWL(spread=0.1)`; or a dict of sparsities, with keys as in
+            `pattern`, that together give the requested total. It is computed once, on the dense model.
+        refinement: "dsnot" or "swap", or a value such as `Swap(max_swaps=100)`: exchange pruned entries for kept ones
+            after the criterion has selected, before the fit.
+        update: True, or a `LeastSquares` with its numbers: set the kept weights to the solution of a regularised
+            least-squares problem before the fit, see `masked_least_squares`. `region="matrix"` always does this and
+            takes only the numbers from here.
+        target_modules: which layers are pruned: a list of names or name endings, or a regular expression for the whole
+            name, as in PEFT. By default every linear layer and every fused expert inside the blocks.
+        exclude_modules: which layers are not pruned, in the same form.
+        prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
+        batch_size: how many sequences of a tensor of token ids run together, in calibration and in training.
         activations: where the hidden states between regions, and the targets, wait: "device", "cpu" or "disk".
-        device: where each block is moved for its turn.
-        state_dir: a folder for finished regions; a run that was killed goes on where it was, with the same result.
-            Other arguments are refused; `optimizer` and `scheduler` are compared by name, and a `functools.partial`
-            by what it holds.
-        on_start, on_step, on_region: called with the number of optimiser steps of a region once all arguments are
-            checked, after each optimiser step, and after each region, also one that an earlier run finished.
-        streamed: what `reconstruct_checkpoint` reads the blocks of `model` from, and writes them to.
+        device: where each block is moved while it is at work. None computes where the block is.
+        dense: the model before it was pruned, if `model` has been pruned by other means. It gives the targets.
+        region: what is fitted at a time. "submodule": the attention and the MLP of a block, one after the other, each
+            with its residual. "block": one block. A number: so many consecutive blocks. "matrix": each weight matrix;
+            it is not trained but solved for, by `masked_least_squares` on XᵀX.
+        mode: where inputs x and targets t come from. "SS": x has passed through the pruned regions before, and t is
+            what the dense region returns for this x. "DD": both come from the dense model; regions are then
+            independent, and the processes of a `torch.distributed` group share them. "SD": x has passed through the
+            pruned regions before, and t comes from the dense model.
+        fit: how a region is trained: tuner, loss, learning rate, steps, optimiser, held-out batches, seed.
+        state_dir: a folder in which finished regions are kept. The same call with the same folder resumes a run that
+            was killed, and ends with the same weights. Functions are compared by name, and a `functools.partial` also
+            by its arguments.
+        observer: a `ReconstructionObserver` that follows the run: its start, its steps, its finished regions.
+
+    Returns:
+        A report with the error of each region before and after the fit, and with the report of the pruning.
 
     Raises:
-        TypeError: a tuner that is none.
-        ValueError: as `prune`; choices that do not go together; a model with adapters; a `dense` that is another
-            model; a `state_dir` of another run; a tuner that filled zeros, or that finds nothing to train.
+        TypeError: `update` is neither a bool nor a `LeastSquares`.
+        ValueError: an argument is invalid, or does not go with another one; calibration is missing, or never reaches
+            the block of a target; a weight, a statistic or a score is not finite; the model has adapters; `dense` is
+            another model; `state_dir` holds another run; attention and MLP of a block cannot be separated; the tuner
+            filled zeros. If an error occurs after some blocks were finished, its note names the block.
     """
     started = time.perf_counter()
-    recipe = Recipe(
-        tuner=tuner,
-        loss=loss,
-        optimizer=optimizer
-        or (lambda parameters: torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0, fused=True)),
-        scheduler=scheduler or (lambda opt, steps: get_linear_schedule_with_warmup(opt, int(0.1 * steps), steps)),
-        epochs=epochs,
-        max_steps=max_steps,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        max_grad_norm=max_grad_norm,
-        autocast=autocast,
-        seed=seed,
-        on_step=on_step,
-    )
-    check_choices(region, mode, loss, tuner, pattern is None, dense is None)
-    check_amounts(holdout, epochs, max_steps, batch_size, gradient_accumulation_steps)
-    check_models(model, dense)
-    check_activations(activations)
-    given = 0.0 if pattern is None else pattern
-    task = PruningTask.of(
+    task = checked_task(
         model,
-        given,
+        pattern,
+        sparsity=sparsity,
         criterion=criterion,
         group=group,
+        allocation=allocation,
+        refinement=refinement,
+        update=update,
         target_modules=target_modules,
         exclude_modules=exclude_modules,
-        loaded=streamed is None,
+        prune_tied=prune_tied,
+        batch_size=batch_size,
+        activations=activations,
+        dense=dense,
+        region=region,
+        mode=mode,
+        fit=fit,
+        loaded=True,
     )
-    check_task(task, tuner)
-    check_calibration(task, calibration)
-    if streamed is None:
-        check_finite(task.weights)
-    else:
-        streamed.start(task)
-    inputs = as_inputs(model, calibration, batch_size)
-    task.sequences = count_sequences(inputs)
-    choices = (task.patterns, task.criterion, task.group, region, mode, holdout, loss, learning_rate, epochs,
-               max_steps, max_grad_norm, gradient_accumulation_steps, autocast, seed, *map(spell, (tuner, optimizer,
-               scheduler)))  # fmt: skip
-    fingerprint = {} if state_dir is None else {
-        "model": fingerprint_of_model(model),
-        "dense model": "" if dense is None else fingerprint_of_model(dense),
-        "data": fingerprint_of_inputs(inputs),
-        "arguments": " ".join(map(str, choices)),
-    }  # fmt: skip
-    # What streaming reads block by block, the fingerprint of the model does not know.
-    progress = Progress(state_dir, fingerprint, by_region=streamed is not None)
-    work = Reconstruction(model, dense, task, recipe, region, mode, holdout, activations, progress, on_region)
-    with evaluation_mode(model), evaluation_mode(model if dense is None else dense), frozen(model):
-        if on_start is not None:
-            on_start(recipe.steps(len(inputs) - held_out_batches(holdout, len(inputs))))
-        if "gradients" in task.needs:
-            task.gradients = gradient_sums(model, task.weights, inputs, offload=activations != "device")
-        if streamed is None:
-            work.run(inputs, on_device(device))
-        else:
-            work.run(inputs, streamed.resident, streamed.save)
-            streamed.finish()
+    inputs = as_inputs(model, _checked(task, calibration), batch_size)
+    check_finite(task.weights)
+    work = Reconstruction(
+        model, dense, task, fit, region, mode, activations, on_device(device), observer or ReconstructionObserver()
+    )
+    _run(work, inputs, state_dir)
     return work.report(time.perf_counter() - started)
 
 
 def reconstruct_checkpoint(
     source: str | Path,
     output: str | Path,
-    calibration: Calibration,
+    pattern: PatternLike | Mapping[str, PatternLike] | None = None,
+    calibration: Calibration | None = None,
     *,
+    sparsity: float | None = None,
+    criterion: CriterionLike = "magnitude",
+    group: Group | None = None,
+    allocation: str | Allocation | Mapping[str, float] | None = None,
+    refinement: str | Refinement | None = None,
+    update: bool | LeastSquares = False,
+    target_modules: Targets = None,
+    exclude_modules: Targets = None,
+    prune_tied: bool = False,
+    batch_size: int = 1,
     activations: Activations = "cpu",
     device: torch.device | str = "cpu",
-    **options: Any,
+    region: RegionSize = "submodule",
+    mode: Mode = "SS",
+    fit: Fit = Fit(),
+    state_dir: str | Path | None = None,
+    observer: ReconstructionObserver | None = None,
 ) -> ReconstructionReport:
-    """Reconstruct the model saved in `source` without loading it whole, and save it to `output` for `from_pretrained`.
+    """Reconstruct the model saved in `source` without loading all of it, and save the result to `output`.
 
-    The blocks of one region are read from safetensors, pruned and fitted as `reconstruct` would, written, and dropped
-    before the next are read.
+    The blocks of one region are read from safetensors, pruned and fitted as `reconstruct` does it, written to
+    `output`, and removed from memory before the next are read. `output` can be loaded with `from_pretrained` once all
+    blocks are written; if the run is killed, it has no index, and nothing loads it by mistake. `source` is only read.
 
     Args:
-        source, output: as in `prune_checkpoint`.
-        activations: where hidden states and targets wait: "cpu", "disk", or "device".
-        device: where blocks are loaded to.
-        everything else: as in `reconstruct`.
+        source: a local folder as `save_pretrained` writes it: config.json and safetensors.
+        output: a folder that does not exist, is empty, or holds the result of a killed run, which is overwritten.
+        pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
+            `Unstructured` or `SemiStructured`. A dict gives one of these per layer: its keys are names, name endings
+            or regular expressions for the whole name, the first key that matches counts, and a layer that no key
+            matches is not pruned.
+        calibration: token ids (sequences, tokens), or an iterable of model inputs. Each batch is also a batch of
+            training. Tokens that an input's `attention_mask` marks as padding are not counted.
+        sparsity: another way to write a `pattern` that is a number.
+        criterion: "magnitude", "random", "wanda", "ria" or "sparsegpt"; or one of these as a value with its numbers,
+            such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores (out, in),
+            higher = kept; or a `Criterion`, which also says what the function needs. Criteria that need gradients are
+            refused.
+        group: which entries are compared with each other: "row" (one output) or "matrix". By default the group of the
+            criterion's paper. n:m and SparseGPT take no group.
+        allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
+            "owl"; or one of these as a value, such as `OWL(spread=0.1)`; or a dict of sparsities, with keys as in
+            `pattern`, that together give the requested total. It is computed once, on the dense model, whose blocks
+            are read once more for this.
+        refinement: "dsnot" or "swap", or a value such as `Swap(max_swaps=100)`: exchange pruned entries for kept ones
+            after the criterion has selected, before the fit.
+        update: True, or a `LeastSquares` with its numbers: set the kept weights to the solution of a regularised
+            least-squares problem before the fit, see `masked_least_squares`. `region="matrix"` always does this and
+            takes only the numbers from here.
+        target_modules: which layers are pruned: a list of names or name endings, or a regular expression for the whole
+            name, as in PEFT. By default every linear layer and every fused expert inside the blocks.
+        exclude_modules: which layers are not pruned, in the same form.
+        prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
+        batch_size: how many sequences of a tensor of token ids run together, in calibration and in training.
+        activations: where the hidden states between regions, and the targets, wait: "cpu", "disk" or "device".
+        device: where each block is loaded to.
+        region: what is fitted at a time. "submodule": the attention and the MLP of a block, one after the other, each
+            with its residual. "block": one block. A number: so many consecutive blocks. "matrix": each weight matrix;
+            it is not trained but solved for, by `masked_least_squares` on XᵀX.
+        mode: where inputs x and targets t come from. "SS": x has passed through the pruned regions before, and t is
+            what the dense region returns for this x. "DD": both come from the dense model. "SD": x has passed through
+            the pruned regions before, and t comes from the dense model.
+        fit: how a region is trained: tuner, loss, learning rate, steps, optimiser, held-out batches, seed.
+        state_dir: a folder in which finished regions are kept. The same call with the same folder resumes a run that
+            was killed, and ends with the same weights. Functions are compared by name, and a `functools.partial` also
+            by its arguments.
+        observer: a `ReconstructionObserver` that follows the run: its start, its steps, its finished regions.
+
+    Returns:
+        A report with the error of each region before and after the fit, and with the report of the pruning.
 
     Raises:
-        ValueError: as `reconstruct` and `prune_checkpoint`.
+        TypeError: `update` is neither a bool nor a `LeastSquares`.
+        ValueError: an argument is invalid, or does not go with another one; `output` holds something else; the tensors
+            of the checkpoint have other names than the model's parameters; the model has more than one stack of
+            blocks; several processes run; calibration is missing, or never reaches the block of a target; a weight, a
+            statistic or a score is not finite; `state_dir` holds another run; attention and MLP of a block cannot be
+            separated; the tuner filled zeros.
     """
+    started = time.perf_counter()
     streamed = StreamedModel(source, output, device)
-    return reconstruct(streamed.model, calibration, activations=activations, streamed=streamed, **options)
+    model = streamed.model
+    task = checked_task(
+        model,
+        pattern,
+        sparsity=sparsity,
+        criterion=criterion,
+        group=group,
+        allocation=allocation,
+        refinement=refinement,
+        update=update,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        prune_tied=prune_tied,
+        batch_size=batch_size,
+        activations=activations,
+        dense=None,
+        region=region,
+        mode=mode,
+        fit=fit,
+        loaded=False,
+    )
+    inputs = as_inputs(model, _checked(task, calibration), batch_size)
+    streamed.start(task)
+    work = Reconstruction(
+        model, None, task, fit, region, mode, activations, streamed.resident, observer or ReconstructionObserver()
+    )
+    _run(work, inputs, state_dir, streamed)
+    streamed.finish()
+    return work.report(time.perf_counter() - started)
+
+
+def _checked(task: PruningTask, calibration: Calibration | None) -> Calibration:
+    if calibration is None:
+        raise ValueError(
+            "Expected `calibration`, because a region is fitted on its calibration inputs. Pass token ids of shape "
+            "(sequences, tokens), or an iterable of model inputs."
+        )
+    check_calibration(task, calibration)
+    return calibration
+
+
+def _run(
+    work: Reconstruction,
+    inputs: list[dict[str, Any]],
+    state_dir: str | Path | None,
+    streamed: StreamedModel | None = None,
+) -> None:
+    """Divide the sparsity, sum up gradients if the criterion needs them, and reconstruct region by region.
+
+    Args:
+        work: the reconstruction, with its arguments checked.
+        inputs: the calibration data as model inputs.
+        state_dir: where finished regions are kept, or None.
+        streamed: what reads and writes the blocks, if the model is not in memory.
+    """
+    model, task, dense = work.model, work.task, work.dense
+    task.sequences = count_sequences(inputs)
+    # The blocks of a streamed model are not in memory, so `fingerprint_of_model` does not include their weights.
+    work.progress = Progress(state_dir, _fingerprint(work, inputs) if state_dir else {}, by_region=bool(streamed))
+    with evaluation_mode(model), evaluation_mode(model if dense is None else dense), _frozen(model):
+        work.observer.start(work.fit.steps(len(work.fit.split(len(inputs))[0])))
+        if task.allocation is not None:
+            reading = in_memory if streamed is None else streamed.weight_in_memory
+            task.patterns = allocated_patterns(model, task, inputs, work.activations, work.residence, reading)
+        if "gradients" in task.needs:
+            task.gradients = gradient_sums(model, task.weights, inputs, offload=work.activations != "device")
+        work.run(inputs, None if streamed is None else streamed.save)
+
+
+def _fingerprint(work: Reconstruction, inputs: list[dict[str, Any]]) -> dict[str, str]:
+    """Return what must be equal for the finished regions of an earlier run to be used again."""
+    task = work.task
+    allocation = dict(task.allocation) if isinstance(task.allocation, Mapping) else task.allocation
+    choices = (task.patterns, task.rule, task.group, allocation, task.refinement, task.update, work.size, work.mode,
+               work.fit)  # fmt: skip
+    return {
+        "model": fingerprint_of_model(work.model),
+        "dense model": "" if work.dense is None else fingerprint_of_model(work.dense),
+        "data": fingerprint_of_inputs(inputs),
+        "arguments": " ".join(map(spelled, choices)),
+    }
 
 
 @contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Train nothing but what a region asks for."""
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Make all parameters need no gradient within the context; a region in turn sets its own."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     try:

@@ -1,13 +1,12 @@
-"""Regions of a model that are reconstructed on their own, and how hidden states pass through them."""
+"""Regions: the parts of a model that are reconstructed one at a time, and how hidden states pass through them."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..calibration.runner import Call, restore_forward
 from ..model.blocks import attention_and_mlp
@@ -19,17 +18,17 @@ RegionSize = Literal["matrix", "submodule", "block"] | int
 
 @dataclass
 class Region:
-    """One block, several in a row, or the attention or MLP of one with the residual around it.
+    """One block, several consecutive blocks, or the attention or the MLP of one block with the residual around it.
 
     Args:
-        name: of its blocks, and which part of them.
-        first: index of its first block.
+        name: name of its blocks, and of the part of them.
+        first: index of its first block in the stack.
         blocks: its blocks, by name.
-        silenced: modules that add nothing while this region runs, the other part of the block, and how many values
-            each returns; 0 for one that returns a tensor.
-        parameters: what belongs to the region, by the model's names.
-        joins: "input" for an attention whose MLP reads the same input (parallel residual), "output" for that MLP;
-            None where one region's output is the next one's input.
+        silenced: the modules of the other part of the block, which return zeros while this region runs; and how many
+            values each of them returns, 0 for one that returns a tensor.
+        parameters: the parameters that belong to the region, by their names in the model.
+        joins: "input" for an attention whose MLP reads the same input (parallel residual), and "output" for that MLP.
+            None if the output of this region is the input of the next.
     """
 
     name: str
@@ -43,8 +42,8 @@ class Region:
         """Return the hidden states after the region.
 
         Args:
-            hidden: (sequences, tokens, features).
-            calls: the arguments of each of its blocks.
+            hidden: hidden states before the region, (sequences, tokens, features).
+            calls: the other arguments of each of its blocks.
         """
         with _silent(self.silenced):
             for block, call in zip(self.blocks.values(), calls, strict=True):
@@ -58,7 +57,7 @@ class Region:
 
 
 def regions_in(stack: dict[str, nn.Module], size: RegionSize) -> int:
-    """Return how many regions of `size` a stack of blocks has; single matrices of a block count as one."""
+    """Return how many regions of `size` a stack of blocks has. The single matrices of a block count as one region."""
     if isinstance(size, int):
         return -(-len(stack) // size)
     if size != "submodule":
@@ -67,7 +66,7 @@ def regions_in(stack: dict[str, nn.Module], size: RegionSize) -> int:
 
 
 def regions_of_blocks(blocks: dict[str, nn.Module], first: int, label: str | None = None) -> list[Region]:
-    """Return the one region that consists of `blocks`, the first of which is number `first`."""
+    """Return the one region that consists of `blocks`; `first` is the index of the first of them in the stack."""
     names = list(blocks)
     name = label or (names[0] if len(names) == 1 else f"{names[0]} .. {names[-1].rpartition('.')[2]}")
     parameters = {key: value for n, block in blocks.items() for key, value in _parameters(n, block).items()}
@@ -75,33 +74,34 @@ def regions_of_blocks(blocks: dict[str, nn.Module], first: int, label: str | Non
 
 
 def regions_of_submodules(name: str, block: nn.Module, index: int, hidden: Tensor, call: Call) -> list[Region]:
-    """Return attention and MLP of one block as two regions, having tried on `hidden` that they make up the block.
+    """Return the attention and the MLP of a block as two regions, or the block if one of the two is not found.
+
+    The block is run on `hidden` to see which of the two comes first and which parameters each depends on.
+
+    Args:
+        name: name of the block.
+        block: the block.
+        index: index of the block in its stack.
+        hidden: hidden states before the block, (sequences, tokens, features).
+        call: the other arguments of the block.
 
     Raises:
-        ValueError: they do not: the block normalises after its residual, or is built otherwise.
+        ValueError: attention and MLP together do not give the output of the block, for example because the block
+            normalises after the residual.
     """
     attention, mlp = attention_and_mlp(block)
     if not attention or not mlp:
         return regions_of_blocks({name: block}, index)
-    returned: dict[nn.Module, int] = {}
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        returned[module] = len(output) if isinstance(output, tuple) else 0
-
-    with torch.no_grad(), contextlib.ExitStack() as hooks:
-        for module in (*attention, *mlp):
-            hooks.callback(module.register_forward_hook(note).remove)
-        whole = regions_of_blocks({name: block}, index)[0](hidden, [call])
-    first = Region(f"{name} (attention)", index, {name: block}, {module: returned.get(module, 0) for module in mlp})
-    second = Region(f"{name} (mlp)", index, {name: block}, {module: returned.get(module, 0) for module in attention})
+    whole, returned = _run_noting_values(name, block, index, hidden, call)
+    first, second = _halves(name, block, index, attention, mlp, returned)
     with torch.no_grad():
         after_attention = first(hidden, [call])
         in_a_row = _close(second(after_attention, [call]), whole)
         side_by_side = not in_a_row and _close(second(hidden, [call]) + after_attention - hidden, whole)
     if not in_a_row and not side_by_side:
         raise ValueError(
-            f"Attention and MLP of {name!r} cannot be told apart: one after the other they do not give the block's "
-            'output, as where a norm follows the residual. Use `region="block"`.'
+            f"Expected a block whose output is that of its attention followed by its MLP, but {name!r} computes "
+            'something else; this is so if a norm follows the residual. Use `region="block"`.'
         )
     if side_by_side:
         first.joins, second.joins = "input", "output"
@@ -109,10 +109,69 @@ def regions_of_submodules(name: str, block: nn.Module, index: int, hidden: Tenso
     return [first, second]
 
 
-def _parameters(name: str, block: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what a block computes with, by the model's names.
+def regions_by_names(
+    blocks: dict[str, nn.Module], first: int, size: RegionSize, returned: Mapping[nn.Module, int]
+) -> list[Region]:
+    """Return the regions of a window of blocks without running it: parameters are assigned by the module they lie in.
 
-    Not its embeddings, T5's position bias: what they make is handed on to blocks that have been given theirs already.
+    For tensors without values, on which `regions_of_submodules` cannot be tried. A norm before attention or MLP
+    belongs to both regions here.
+
+    Args:
+        blocks: the blocks of the window, by name.
+        first: index of the first of them in the stack.
+        size: size of the regions.
+        returned: how many values each module of attention and MLP returns, 0 for a tensor.
+    """
+    (whole,) = regions_of_blocks(blocks, first)
+    attention, mlp = attention_and_mlp(next(iter(blocks.values())))
+    if size != "submodule" or not attention or not mlp:
+        return [whole]
+    ((name, block),) = blocks.items()
+    halves = _halves(name, block, first, attention, mlp, returned)
+    for half in halves:
+        others = {id(parameter) for module in half.silenced for parameter in module.parameters()}
+        half.parameters = {key: value for key, value in whole.parameters.items() if id(value) not in others}
+    return halves
+
+
+def _halves(
+    name: str,
+    block: nn.Module,
+    index: int,
+    attention: Sequence[nn.Module],
+    mlp: Sequence[nn.Module],
+    returned: Mapping[nn.Module, int],
+) -> list[Region]:
+    """Return the regions of attention and MLP of a block, without parameters."""
+    return [
+        Region(f"{name} ({part})", index, {name: block}, {module: returned.get(module, 0) for module in silenced})
+        for part, silenced in (("attention", mlp), ("mlp", attention))
+    ]
+
+
+def _run_noting_values(
+    name: str, block: nn.Module, index: int, hidden: Tensor, call: Call
+) -> tuple[Tensor, dict[nn.Module, int]]:
+    """Return the output of a block, and how many values each module of its attention and MLP returned."""
+    returned: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        returned[module] = len(output) if isinstance(output, tuple) else 0
+
+    with torch.no_grad(), contextlib.ExitStack() as hooks:
+        for modules in attention_and_mlp(block):
+            for module in modules:
+                hooks.callback(module.register_forward_hook(note).remove)
+        whole = regions_of_blocks({name: block}, index)[0](hidden, [call])
+    return whole, returned
+
+
+def _parameters(name: str, block: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a block that can be trained with it, by their names in the model.
+
+    Embeddings inside a block are left out. In T5 they are the position bias, and later blocks have received its values
+    already, so training it here would not reach them.
     """
     handed_on = {id(p) for module in block.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     return {f"{name}.{key}": value for key, value in block.named_parameters() if id(value) not in handed_on}
@@ -121,15 +180,16 @@ def _parameters(name: str, block: nn.Module) -> dict[str, nn.Parameter]:
 def _assign(parameters: dict[str, nn.Parameter], first: Region, second: Region, hidden: Tensor, call: Call) -> None:
     """Give each parameter to the region whose output depends on it.
 
-    Neither gets what both depend on, such as the one norm before a parallel residual: fitting one region would change
-    what the other computes. What did not run, an expert that no token was sent to, goes with the MLP.
+    A parameter that both depend on, such as the one norm before a parallel residual, belongs to neither: fitting one
+    region would change the output of the other. A parameter that neither depends on, such as that of an expert that
+    received no token, belongs to the second region.
     """
     trained = {key: value for key, value in parameters.items() if value.is_floating_point()}
     reached = [_gradients(region, list(trained.values()), hidden, call) for region in (first, second)]
     for (key, parameter), gradients in zip(trained.items(), zip(*reached, strict=True), strict=True):
         depends = [gradient is not None for gradient in gradients]
         if all(depends):
-            # A norm of what is silenced is in the graph, and changes nothing.
+            # The norm before a silenced module is part of the graph, but its gradient is zero.
             depends = [bool(gradient.any()) for gradient in gradients if gradient is not None]
         if not all(depends):
             (first if depends[0] else second).parameters[key] = parameter
@@ -138,7 +198,7 @@ def _assign(parameters: dict[str, nn.Parameter], first: Region, second: Region, 
 def _gradients(
     region: Region, parameters: list[nn.Parameter], hidden: Tensor, call: Call
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the sum of the region's output."""
+    """Return the gradients of the sum of the region's output, None for a parameter that it does not depend on."""
     wanted = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
         for parameter in parameters:
@@ -151,14 +211,14 @@ def _gradients(
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    # Half precision rounds each of the two differently.
+    # In half precision the two are rounded at different places.
     precision = 1e-4 if one.dtype in (torch.float32, torch.float64) else 0.05
     return bool((one.float() - other.float()).norm() <= precision * other.float().norm())
 
 
 @contextlib.contextmanager
 def _silent(modules: dict[nn.Module, int]) -> Iterator[None]:
-    """Have `modules` return zeros without computing anything."""
+    """Make `modules` return zeros without computing anything."""
     with contextlib.ExitStack() as undo:
         for module, values in modules.items():
             undo.callback(restore_forward, module, module.__dict__.get("forward"))
@@ -179,13 +239,3 @@ def _zeros_for(module: nn.Module, values: int) -> Callable[..., Any]:
 
 def _outputs(module: Any) -> int:
     return int(module.out_features if isinstance(module, nn.Linear) else module.nf)
-
-
-def widened(value: Any) -> Any:
-    """Return `value`, in float32 if it is a tensor of half precision."""
-    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
-
-
-def widened_call(call: Call) -> Call:
-    """Return `call` with its tensors of half precision in float32."""
-    return Call(tree_map(widened, call.args), tree_map(widened, call.kwargs))

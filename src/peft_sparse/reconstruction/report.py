@@ -8,15 +8,16 @@ from ..pruning.report import PruningReport
 
 @dataclass(frozen=True)
 class RegionReport:
-    """One region.
+    """One region f, with its targets t.
 
     Args:
-        name: of the region.
-        error_pruned: ||f(x) - t|| / ||t|| on held-out sequences once it was pruned; f(x) and t include the residual.
-        error: the same once it was fitted.
-        steps: optimiser steps; 0 where the solution is exact.
+        name: name of the region.
+        error_pruned: ||f(x) - t|| / ||t|| on the held-out sequences after pruning and before the fit. f(x) and t
+            include the residual.
+        error: the same error after the fit.
+        steps: optimiser steps; 0 for a region that was not trained.
         seconds: wall-clock time.
-        reverted: whether fitting made the error worse and was undone.
+        reverted: whether the fit made the error larger and was undone.
     """
 
     name: str
@@ -29,7 +30,18 @@ class RegionReport:
 
 @dataclass(frozen=True)
 class ReconstructionReport:
-    """What `reconstruct` did: the pruning, if it pruned, and each region; bytes and seconds."""
+    """What `reconstruct` did.
+
+    Args:
+        region: size of the regions: "matrix", "submodule", "block" or a number of blocks.
+        mode: "SS", "DD" or "SD".
+        loss: "mse", "relative_mse" or "cosine".
+        tuner: "full", or the name of the PEFT tuner.
+        seconds: wall-clock time of the run.
+        peak_memory: peak memory of the process in bytes, as `peak_memory()` returns it.
+        pruning: the report of the pruning; None if the model had been pruned before.
+        regions: one report for each region, and with `region="matrix"` one for each matrix.
+    """
 
     region: str
     mode: str

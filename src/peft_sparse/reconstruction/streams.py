@@ -1,19 +1,25 @@
-"""The hidden states of all batches on their way through the regions, and what a window of blocks is fed."""
+"""The hidden states of all batches on their way through the regions, and what a window of blocks receives of them."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import convert_to_fp32, send_to_device
 from torch import Tensor, nn
 
 from ..calibration.activations import Activations, ActivationStore
 from ..calibration.runner import BlockRunner, Call
-from .regions import Region, widened, widened_call
+from .regions import Region
 
 
 class Stream:
-    """The hidden states of all batches on their way through the regions."""
+    """The hidden states of all batches on their way through the regions of one stack.
+
+    Args:
+        runner: the stack, with its batches before the first block.
+        activations: where the hidden states wait: "device", "cpu" or "disk".
+    """
 
     def __init__(self, runner: BlockRunner, activations: Activations) -> None:
         self.batches = runner.batches
@@ -27,7 +33,10 @@ class Stream:
         return self.store.get(self.values[index])
 
     def advance(self, region: Region, index: int, outputs: Tensor) -> None:
-        """Replace the hidden states of batch `index`, or keep the outputs until the region beside this one is done."""
+        """Replace the hidden states of batch `index` by the outputs of `region`.
+
+        With a parallel residual the outputs of the attention are kept aside until those of the MLP are there.
+        """
         outputs = outputs.detach()
         if region.joins == "input":
             self.carried[index] = self.store.put(f"carried-{index}", outputs)
@@ -37,36 +46,62 @@ class Stream:
         self.values[index] = self.store.put(f"in-{index}", outputs.to(self.dtype))
 
 
+class Targets:
+    """The outputs that a region is fitted to, one tensor for each batch.
+
+    Args:
+        activations: where they wait: "device", "cpu" or "disk".
+        device: where they are read to.
+    """
+
+    def __init__(self, activations: Activations, device: torch.device) -> None:
+        self.store, self.device = ActivationStore(activations), device
+        self.values: list[Tensor | Path] = []
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.store.get(self.values[index]).to(self.device)
+
+    def append(self, outputs: Tensor) -> None:
+        """Keep the outputs of the next batch."""
+        self.values.append(self.store.put(str(len(self.values)), outputs))
+
+
 class Window:
-    """Some blocks in a row, and what they are fed: inputs and arguments, on their device and in float32."""
+    """Consecutive blocks that are in memory together, and what they receive: on their device and in float32.
+
+    Args:
+        stream: the hidden states that the blocks receive.
+        first: index of the first block in its stack.
+        blocks: the blocks, by name.
+    """
 
     def __init__(self, stream: Stream, first: int, blocks: dict[str, nn.Module]) -> None:
         self.batches, self.first, self.blocks, self.stream = stream.batches, first, blocks, stream
         self.device = next(next(iter(blocks.values())).parameters()).device
 
     def inputs(self, index: int, stream: Stream | None = None) -> Tensor:
-        """Return the hidden states of a batch before the window."""
-        return widened((stream or self.stream)[index].to(self.device))
+        """Return the hidden states of a batch before the window, (sequences, tokens, features)."""
+        inputs: Tensor = convert_to_fp32((stream or self.stream)[index].to(self.device))
+        return inputs
 
     def calls(self, index: int, stream: Stream | None = None) -> list[Call]:
-        """Return the arguments of every block for a batch."""
+        """Return the other arguments of every block for a batch."""
         chosen = (stream or self.stream).batches[index].calls[self.first : self.first + len(self.blocks)]
-        placed = [Call(send_to_device(c.args, self.device), send_to_device(c.kwargs, self.device)) for c in chosen]
-        return [widened_call(call) for call in placed]
+        return [Call(*convert_to_fp32(send_to_device((call.args, call.kwargs), self.device))) for call in chosen]
 
     def keep(self, index: int) -> Tensor | None:
-        """Return which tokens of a batch are not padding."""
+        """Return which tokens of a batch are not padding, (sequences, tokens), or None without padding."""
         keep = self.batches[index].keep
         return None if keep is None else keep.to(self.device)
 
     def outputs(self, region: Region, index: int, stream: Stream | None = None) -> Tensor:
-        """Return what `region` makes of a batch."""
+        """Return the outputs of `region` for a batch."""
         return region(self.inputs(index, stream), self.calls(index, stream))
 
 
 @contextlib.contextmanager
-def held_wide(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Hold the parameters of `blocks` in float32 where they are in half precision."""
+def held_in_float32(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Hold the parameters of `blocks` in float32 within the context, and in their own half precision afterwards."""
     changed = [
         (parameter, parameter.dtype)
         for block in blocks

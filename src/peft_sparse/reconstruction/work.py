@@ -1,12 +1,11 @@
-"""Works through a model region by region: targets, pruning, fit, and on to the next."""
+"""Works through a model region by region: targets, pruning, fit, and on to the next region."""
 
 import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -14,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..calibration.activations import Activations, ActivationStore
+from ..calibration.activations import Activations
 from ..calibration.measure import measure_inputs
 from ..calibration.runner import Batch, BlockRunner, Call, Residence, on_device
 from ..calibration.statistics import BlockStatistics, Need
@@ -24,91 +23,118 @@ from ..model.masks import mask_of
 from ..model.weights import WeightView
 from ..pruning.one_weight import prune_weights
 from ..pruning.task import PruningTask
-from .fitting import Recipe, Step, fit, held_out_batches, relative_error_of, seed_of, trainable
+from .checks import Mode
+from .fitting import Fit, relative_error_of, seed_of, trainable
 from .matrices import solve_matrices
+from .observer import ReconstructionObserver, Step
 from .progress import Progress
 from .regions import Region, RegionSize, regions_in, regions_of_blocks, regions_of_submodules
 from .report import ReconstructionReport, RegionReport
-from .streams import Stream, Window, held_wide
+from .streams import Stream, Targets, Window, held_in_float32
 
 
-Mode = Literal["DD", "SS", "SD"]
+Notes = dict[str, Any]
+
+
+@dataclass
+class _Turn:
+    """What a region needs in its turn.
+
+    Args:
+        number: number of the region in the model.
+        region: the region to prune and to fit.
+        teacher: the region whose outputs are the targets: itself while it is dense, or that of the dense model.
+        window: the blocks of the region, and what they receive.
+        taught: the hidden states that the teacher receives.
+        weights: the weights of the region that are pruned, by name.
+        targets: the outputs of the teacher.
+        as_read: the fingerprint of the region before it is pruned, if it is needed.
+        measured: the statistics of the inputs of `weights`, if they were measured together with the targets.
+    """
+
+    number: int
+    region: Region
+    teacher: Region
+    window: Window
+    taught: Stream
+    weights: dict[str, WeightView]
+    targets: Targets
+    as_read: str | None
+    measured: BlockStatistics | None = None
+
+    def run(self, index: int, inputs: Tensor) -> Tensor:
+        """Return the outputs of the region for the inputs of a batch."""
+        return self.region(inputs, self.window.calls(index))
+
+    def pair(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return inputs, targets, and which tokens are not padding, of a batch."""
+        return self.window.inputs(index), self.targets[index], self.window.keep(index)
 
 
 @dataclass
 class Reconstruction:
+    """A reconstruction, with its arguments checked.
+
+    Args:
+        model, dense, fit, mode, activations: the arguments of `reconstruct`.
+        task: what is pruned and how.
+        size: the argument `region` of `reconstruct`.
+        residence: (block name, block) -> a context within which the block can run.
+        observer: follows the run.
+        progress: keeps finished regions.
+        reports: the reports of finished regions, by number of the region.
+        reported: the numbers of the regions that `observer` knows.
+        count: how many regions had their turn.
+        regions: all regions, if processes share them. Otherwise a region is not held, so that a streamed model can
+            drop its weights.
+        on_step: called after each optimiser step.
+    """
+
     model: nn.Module
     dense: nn.Module | None
     task: PruningTask
-    recipe: Recipe
+    fit: Fit
     size: RegionSize
     mode: Mode
-    holdout: float
     activations: Activations
-    progress: Progress
-    on_region: Callable[[RegionReport], None] | None
+    residence: Residence
+    observer: ReconstructionObserver
+    progress: Progress = field(default_factory=lambda: Progress(None, {}))
     reports: dict[int, list[RegionReport]] = field(default_factory=dict)
-    told: set[int] = field(default_factory=set)
+    reported: set[int] = field(default_factory=set)
     count: int = 0
-    # Only where processes share them: a region holds its weights, which streaming is to drop.
     regions: list[Region] = field(default_factory=list)
     on_step: Callable[[Step], None] | None = None
 
-    def run(
-        self, inputs: list[dict[str, Any]], residence: Residence, after_block: Callable[[str], None] | None = None
-    ) -> None:
-        """Work through all stacks that are pruned; `after_block` is called while a finished block is there."""
+    def run(self, inputs: list[dict[str, Any]], after_block: Callable[[str], None] | None = None) -> None:
+        """Work through all stacks that are pruned.
 
-        def stream(model: nn.Module, stack: dict[str, nn.Module]) -> Stream:
-            runner = BlockRunner(model, stack, inputs, activations=self.activations, residence=residence)
-            return Stream(runner, self.activations)
-
+        Args:
+            inputs: the calibration data as model inputs.
+            after_block: called with the name of each finished block while its weights are in memory.
+        """
         dense = self.model if self.dense is None else self.dense
         stacks, teachers = find_stacks(self.model), find_stacks(dense)
-        pruned = [any(map(self.task.inside, stack)) for stack in stacks]
-        # Where targets are those of the dense model, what follows a pruned stack corrects what has drifted.
-        drifted = [self.mode == "SD" and any(pruned[:number]) for number in range(len(stacks))]
-        numbers = [number for number in range(len(stacks)) if pruned[number] or drifted[number]]
-        # All of them before anything is pruned: what an encoder hands its decoder is to be dense as well.
-        untouched = {} if self.mode == "SS" else {number: stream(dense, teachers[number]) for number in numbers}
+        numbers = self._stacks_at_work(stacks)
+        # Captured before anything is pruned: a decoder must receive what the dense encoder hands it.
+        untouched = {n: self._stream(dense, teachers[n], inputs) for n in numbers} if self.mode != "SS" else {}
         for number, stack in enumerate(stacks):
             if number not in numbers:
-                # A region's number is what its seed is drawn by, whatever else is left out.
+                # The seed of a region depends on its number, which must not depend on what is left out.
                 self.count += regions_in(stack, self.size)
                 continue
-            main = untouched[number] if self.mode == "DD" else stream(self.model, stack)
-            other = untouched[number] if self.mode == "SD" else main
-            teacher = None if self.dense is None else teachers[number]
-            step = self.size if isinstance(self.size, int) else 1
-            bar = tqdm(range(0, len(stack), step), desc="reconstructing", unit="window", disable=None)
-            self.on_step = showing_loss(bar, self.recipe.on_step)
-            for first in bar:
-                blocks = dict(list(stack.items())[first : first + step])
-                try:
-                    with contextlib.ExitStack() as context:
-                        for name, block in blocks.items():
-                            context.enter_context(residence(name, block))
-                        taught = [] if teacher is None else [teacher[name] for name in blocks]
-                        device = next(next(iter(blocks.values())).parameters()).device
-                        for block in taught:
-                            context.enter_context(on_device(device)("", block))
-                        with held_wide([*blocks.values(), *taught]):
-                            self._work(Window(main, first, blocks), other, teacher)
-                        if after_block is not None:
-                            for name in blocks:
-                                after_block(name)
-                except Exception as error:
-                    error.add_note(f"While reconstructing {next(iter(blocks))!r}: the blocks before are finished.")
-                    raise
-        self._share_out()
+            main = untouched[number] if self.mode == "DD" else self._stream(self.model, stack, inputs)
+            taught = untouched[number] if self.mode == "SD" else main
+            self._stack(stack, main, taught, None if self.dense is None else teachers[number], after_block)
+        self._exchange_regions()
 
     def report(self, seconds: float) -> ReconstructionReport:
         """Return what was done."""
-        tuner = self.recipe.tuner
+        tuner = self.fit.tuner
         return ReconstructionReport(
             region=str(self.size),
             mode=self.mode,
-            loss=self.recipe.loss,
+            loss=self.fit.loss,
             tuner=tuner if isinstance(tuner, str) else str(getattr(tuner.peft_type, "value", tuner.peft_type)),
             seconds=seconds,
             peak_memory=peak_memory(),
@@ -116,56 +142,65 @@ class Reconstruction:
             regions=tuple(report for number in sorted(self.reports) for report in self.reports[number]),
         )
 
-    def _work(self, window: Window, other: Stream, teacher: dict[str, nn.Module] | None) -> None:
-        """Take the regions of a window one by one: targets, pruning, fit, and on to the next."""
+    def _stacks_at_work(self, stacks: list[dict[str, nn.Module]]) -> list[int]:
+        """Return the numbers of the stacks that are pruned or whose inputs have changed."""
+        pruned = [any(map(self.task.inside, stack)) for stack in stacks]
+        # In mode SD, a stack after a pruned one is fitted to correct the error of its inputs.
+        return [n for n in range(len(stacks)) if pruned[n] or (self.mode == "SD" and any(pruned[:n]))]
+
+    def _stream(self, model: nn.Module, stack: dict[str, nn.Module], inputs: list[dict[str, Any]]) -> Stream:
+        runner = BlockRunner(model, stack, inputs, activations=self.activations, residence=self.residence)
+        return Stream(runner, self.activations)
+
+    def _stack(
+        self,
+        stack: dict[str, nn.Module],
+        main: Stream,
+        taught: Stream,
+        teacher: dict[str, nn.Module] | None,
+        after_block: Callable[[str], None] | None,
+    ) -> None:
+        """Work through a stack, window by window."""
+        step = self.size if isinstance(self.size, int) else 1
+        bar = tqdm(range(0, len(stack), step), desc="reconstructing", unit="window", disable=None)
+        self.on_step = LossOnBar(bar, self.observer.step)
+        for first in bar:
+            blocks = dict(list(stack.items())[first : first + step])
+            teachers = {} if teacher is None else {name: teacher[name] for name in blocks}
+            try:
+                with self._resident(blocks, teachers):
+                    with held_in_float32([*blocks.values(), *teachers.values()]):
+                        self._window(Window(main, first, blocks), taught, teachers)
+                    if after_block is not None:
+                        for name in blocks:
+                            after_block(name)
+            except Exception as error:
+                error.add_note(f"While reconstructing {next(iter(blocks))!r}: the blocks before it are finished.")
+                raise
+
+    @contextlib.contextmanager
+    def _resident(self, blocks: dict[str, nn.Module], teachers: dict[str, nn.Module]) -> Iterator[None]:
+        """Hold blocks, and those of the dense model, where they can run."""
+        with contextlib.ExitStack() as context:
+            for name, block in blocks.items():
+                context.enter_context(self.residence(name, block))
+            device = next(next(iter(blocks.values())).parameters()).device
+            for name, block in teachers.items():
+                context.enter_context(on_device(device)(name, block))
+            yield
+
+    def _window(self, window: Window, taught: Stream, teachers: dict[str, nn.Module]) -> None:
+        """Work through the regions of a window."""
         regions = self._regions_of(window, window.blocks)
-        teachers = regions
-        if teacher is not None:
-            teachers = self._regions_of(window, {name: teacher[name] for name in window.blocks})
-        for region, taught_by in zip(regions, teachers, strict=True):
+        dense = self._regions_of(window, teachers) if teachers else regions
+        for region, teacher in zip(regions, dense, strict=True):
             number, self.count = self.count, self.count + 1
             if self._shared:
                 self.regions.append(region)
             weights = {name: weight for name, weight in self.task.weights.items() if region.holds(weight.storage)}
+            targets = Targets(self.activations, window.device)
             as_read = self.progress.of_region(region.parameters)
-            finished = self.progress.load(number, as_read)
-            mine = finished is None and self._mine(number)
-            store = ActivationStore(self.activations)
-            targets: list[Tensor | Path] = []
-
-            def keep(outputs: Tensor, store: ActivationStore = store, targets: list[Any] = targets) -> None:
-                targets.append(store.put(str(len(targets)), outputs))
-
-            def target(index: int, store: ActivationStore = store, targets: list[Any] = targets) -> Tensor:
-                return store.get(targets[index]).to(window.device)
-
-            measured = None
-            if taught_by is region and other is window.stream and mine and weights and self.size != "matrix":
-                # The dense region is run once, for its targets and for the statistics of its inputs.
-                measured = self._measure(region, window, weights, self.task.needs, keep)
-            elif self.size != "matrix" or self.mode == "DD":
-                with torch.no_grad():
-                    for i in range(len(window.batches)):
-                        keep(window.outputs(taught_by, i, other))
-            if finished is not None:
-                self._take(number, region, *finished)
-            elif mine:
-                self._region(number, region, window, weights, target, measured, as_read)
-            self._tell(number)
-            with torch.no_grad():
-                for i in range(len(window.batches)):
-                    if self.mode != "SS":
-                        other.advance(region, i, target(i))
-                    if self.mode != "DD":
-                        window.stream.advance(region, i, window.outputs(region, i))
-
-    def _tell(self, number: int) -> None:
-        """Hand the reports of region `number` to `on_region`, once they are there, and once only."""
-        if number in self.reports and number not in self.told:
-            self.told.add(number)
-            for report in self.reports[number]:
-                if self.on_region is not None:
-                    self.on_region(report)
+            self._take_turn(_Turn(number, region, teacher, window, taught, weights, targets, as_read))
 
     def _regions_of(self, window: Window, blocks: dict[str, nn.Module]) -> list[Region]:
         if self.size != "submodule":
@@ -173,104 +208,126 @@ class Reconstruction:
         ((name, block),) = blocks.items()
         return regions_of_submodules(name, block, window.first, window.inputs(0), window.calls(0)[0])
 
-    def _region(
-        self,
-        number: int,
-        region: Region,
-        window: Window,
-        weights: dict[str, WeightView],
-        target: Callable[[int], Tensor],
-        measured: BlockStatistics | None,
-        as_read: str | None,
-    ) -> None:
-        """Prune and fit one region, and keep what came of it."""
+    def _take_turn(self, turn: _Turn) -> None:
+        """Compute the targets of a region, prune and fit it, and advance the hidden states past it."""
+        finished = self.progress.load(turn.number, turn.as_read)
+        mine = finished is None and self._is_mine(turn.number)
+        self._find_targets(turn, mine)
+        if finished is not None:
+            self._restore(turn.number, turn.region, *finished)
+        elif mine:
+            self._prune_and_fit(turn)
+        self._observe(turn.number)
+        self._advance(turn)
+
+    @torch.no_grad()
+    def _find_targets(self, turn: _Turn, mine: bool) -> None:
+        """Run the teacher for the targets of a region, before it is pruned."""
+        if self.size == "matrix" and self.mode == "SS":
+            return
+        window = turn.window
+        is_own_teacher = turn.teacher is turn.region and turn.taught is window.stream
+        if is_own_teacher and mine and turn.weights and self.size != "matrix":
+            # One run of the dense region gives the targets and the statistics of its inputs.
+            turn.measured = self._measure(turn, turn.weights, self.task.needs, turn.targets.append)
+            return
+        for i in range(len(window.batches)):
+            turn.targets.append(window.outputs(turn.teacher, i, turn.taught))
+
+    @torch.no_grad()
+    def _advance(self, turn: _Turn) -> None:
+        """Replace the hidden states of all batches by the outputs of the region, or of its teacher."""
+        window = turn.window
+        for i in range(len(window.batches)):
+            if self.mode != "SS":
+                turn.taught.advance(turn.region, i, turn.targets[i])
+            if self.mode != "DD":
+                window.stream.advance(turn.region, i, window.outputs(turn.region, i))
+
+    def _prune_and_fit(self, turn: _Turn) -> None:
+        """Prune and fit a region, and keep the result."""
         started = time.perf_counter()
-        if not weights and self.dense is None and self.mode != "SD":
-            # Nothing was pruned, so the region computes its targets already.
-            reports = [RegionReport(region.name, 0.0, 0.0, 0, 0.0, False)]
+        if not turn.weights and self.dense is None and self.mode != "SD":
+            # Nothing was pruned, so the outputs of the region are its targets.
+            reports = [RegionReport(turn.region.name, 0.0, 0.0, 0, 0.0, False)]
         else:
-            with _seeded(self.recipe.seed, number, window.device):
-                if self.size == "matrix":
-                    reports = solve_matrices(
-                        weights, self.task, lambda some: self._measure(region, window, some, ("inputs", "hessian")),
-                        in_turn=self.mode == "SS",
-                    )  # fmt: skip
-                else:
-                    if self.dense is None and weights:
-                        measured = measured or self._measure(region, window, weights, self.task.needs)
-                        prune_weights(weights, self.task, measured)
-                    reports = [self._fit(number, region, window, weights, target)]
+            with _seeded(self.fit.seed, turn.number, turn.window.device):
+                reports = self._solve(turn) if self.size == "matrix" else [self._fit(turn)]
         seconds = (time.perf_counter() - started) / len(reports)
-        self.reports[number] = [replace(report, seconds=seconds) for report in reports]
-        self.progress.save(number, region.parameters, self._notes(number, weights), as_read)
+        self.reports[turn.number] = [replace(report, seconds=seconds) for report in reports]
+        notes = self._notes(turn.number, turn.weights)
+        self.progress.save(turn.number, turn.region.parameters, notes, turn.as_read)
+
+    def _solve(self, turn: _Turn) -> list[RegionReport]:
+        """Prune the matrices of a region and solve for their kept entries."""
+        needs: tuple[Need, ...] = tuple(dict.fromkeys((*self.task.needs, "inputs", "hessian")))
+
+        def measure(weights: dict[str, WeightView]) -> BlockStatistics:
+            return self._measure(turn, weights, needs)
+
+        return solve_matrices(turn.weights, self.task, measure, in_turn=self.mode == "SS")
+
+    def _fit(self, turn: _Turn) -> RegionReport:
+        """Prune a region, unless it was pruned before, and fit it to its targets."""
+        if self.dense is None and turn.weights:
+            measured = turn.measured or self._measure(turn, turn.weights, self.task.needs)
+            prune_weights(turn.weights, self.task, measured)
+        train, held_out = self.fit.split(len(turn.window.batches))
+        zeros = {name: ~mask_of(weight.matrix()) for name, weight in turn.weights.items()}
+        before = relative_error_of(turn.run, turn.pair, held_out)
+        with trainable(turn.region, turn.weights, self.fit.tuner) as trained:
+            steps = trained.train(turn.run, turn.pair, train, self.fit, turn.number, self.on_step)
+            trained.merge()
+            # Measured after merging, because some adapters compute something else before (LoRA-Prune).
+            after = relative_error_of(turn.run, turn.pair, held_out)
+            if math.isfinite(after):
+                _check_zeros(turn.weights, zeros)
+            reverted = not after <= before
+            if reverted:
+                trained.undo()
+        return RegionReport(turn.region.name, before, before if reverted else after, steps, 0.0, reverted)
 
     def _measure(
         self,
-        region: Region,
-        window: Window,
+        turn: _Turn,
         weights: dict[str, WeightView],
         needs: tuple[Need, ...],
         keep: Callable[[Tensor], None] | None = None,
     ) -> BlockStatistics:
-        """Return the statistics of the inputs of `weights`; `keep` is given the region's outputs."""
+        """Run the region and return the statistics of the inputs of `weights`; `keep` receives its outputs."""
+        window = turn.window
 
         @torch.no_grad()
         def run(before_batch: Callable[[Batch, Call], None]) -> None:
             for i, batch in enumerate(window.batches):
                 calls = window.calls(i)
                 before_batch(batch, Call(tuple((call.args, call.kwargs) for call in calls), {}))
-                outputs = region(window.inputs(i), calls)
+                outputs = turn.region(window.inputs(i), calls)
                 if keep is not None:
                     keep(outputs)
 
         return measure_inputs(self.model, weights, needs, len(window.batches), run)
 
-    def _fit(
-        self,
-        number: int,
-        region: Region,
-        window: Window,
-        weights: dict[str, WeightView],
-        target: Callable[[int], Tensor],
-    ) -> RegionReport:
-        count = len(window.batches)
-        held = held_out_batches(self.holdout, count)
-        train, held_out = list(range(count - held)), list(range(count - held, count)) or list(range(count))
-        zeros = {name: ~mask_of(weight.matrix()) for name, weight in weights.items()}
-
-        def run(index: int, inputs: Tensor) -> Tensor:
-            return region(inputs, window.calls(index))
-
-        def pair(index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-            return window.inputs(index), target(index), window.keep(index)
-
-        recipe = replace(self.recipe, on_step=self.on_step)
-        before = relative_error_of(run, pair, held_out)
-        with trainable(region, weights, self.recipe.tuner) as (parameters, masks, keep, undo):
-            steps = fit(region, run, pair, train, parameters, masks, recipe, number) if parameters else 0
-            keep()
-            # Of what is kept: some adapters, LoRA-Prune's, compute something else until they are merged.
-            after = relative_error_of(run, pair, held_out)
-            filled = [name for name, zero in zeros.items() if bool(weights[name].matrix()[zero].any())]
-            if filled and math.isfinite(after):
-                raise ValueError(
-                    f"The tuner filled zeros of {filled[0]!r} ({len(filled)} such weights). Use one that keeps them, "
-                    "such as MaskLoRAConfig or ScaledLoRAConfig."
-                )
-            reverted = not after <= before
-            if reverted:
-                undo()
-        return RegionReport(region.name, before, before if reverted else after, steps, 0.0, reverted)
+    def _observe(self, number: int) -> None:
+        """Report region `number` to the observer, if it is finished and has not been reported."""
+        if number in self.reports and number not in self.reported:
+            self.reported.add(number)
+            for report in self.reports[number]:
+                self.observer.region(report)
 
     def _notes(self, number: int, weights: dict[str, WeightView]) -> dict[str, Any]:
+        """Return what is known of a finished region beside its parameters, as plain values."""
+        task = self.task
         return {
             "reports": [asdict(report) for report in self.reports[number]],
-            "counts": {name: self.task.counts[name] for name in weights if name in self.task.counts},
-            "errors": {name: float(self.task.errors[name]) for name in weights if name in self.task.errors},
-        }
+            "counts": {name: task.counts[name] for name in weights if name in task.counts},
+            "errors": {name: float(task.errors[name]) for name in weights if name in task.errors},
+            "errors_selected": {name: float(task.errors_selected[name]) for name in weights
+                                if name in task.errors_selected},
+        }  # fmt: skip
 
-    def _take(self, number: int, region: Region, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Take over what an earlier run, or another process, made of a region."""
+    def _restore(self, number: int, region: Region, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """Put the result of an earlier run, or of another process, into a region."""
         with torch.no_grad():
             for name, parameter in region.parameters.items():
                 if name in tensors:
@@ -278,19 +335,20 @@ class Reconstruction:
         self.reports[number] = [RegionReport(**report) for report in notes["reports"]]
         self.task.counts |= {name: (zeros, size) for name, (zeros, size) in notes["counts"].items()}
         self.task.errors |= {name: torch.tensor(error) for name, error in notes["errors"].items()}
-
-    def _mine(self, number: int) -> bool:
-        """Tell whether this process fits region `number`; unless regions are independent, each process fits all."""
-        state = PartialState()
-        return not self._shared or number % state.num_processes == state.process_index
+        self.task.errors_selected |= {name: torch.tensor(error) for name, error in notes["errors_selected"].items()}
 
     @property
     def _shared(self) -> bool:
-        """Whether regions are shared out among processes."""
+        """Whether several processes share the regions. They can do so if the regions are independent."""
         return self.mode == "DD" and PartialState().num_processes > 1
 
-    def _share_out(self) -> None:
-        """Give every process the regions that the others fitted."""
+    def _is_mine(self, number: int) -> bool:
+        """Return whether this process fits region `number`. If regions are not shared, each process fits all."""
+        state = PartialState()
+        return not self._shared or number % state.num_processes == state.process_index
+
+    def _exchange_regions(self) -> None:
+        """Give every process the regions that the other processes fitted."""
         if not self._shared:
             return
         state, weights = PartialState(), self.task.weights
@@ -301,35 +359,41 @@ class Reconstruction:
         everything = dict(gather_object(list(mine.items())))
         for number, region in enumerate(self.regions):
             for parameter in region.parameters.values():
-                # Backends send what lies on their own device.
+                # A backend sends only tensors of its own device.
                 value = parameter.data.to(state.device)
                 torch.distributed.broadcast(value, number % state.num_processes)
                 parameter.data.copy_(value)
-            self._take(number, region, {}, everything[number])
-            self._tell(number)
+            self._restore(number, region, {}, everything[number])
+            self._observe(number)
 
 
-def showing_loss(bar: Any, on_step: Callable[[Step], None] | None) -> Callable[[Step], None] | None:
-    """Return `on_step` preceded by showing region and loss on a progress bar, where there is one."""
-    if bar.disable:
-        return on_step
-    shown = -math.inf
+class LossOnBar:
+    """Shows the region and the loss of a step on a progress bar, and then hands the step to `on_step`."""
 
-    def show(step: Step) -> None:
-        nonlocal shown
-        # Reading the loss makes the host wait for the device: once a second, not once a step.
-        if time.monotonic() - shown > 1:
-            shown = time.monotonic()
-            bar.set_postfix(region=step.region, loss=f"{float(step.loss):.3g}")
-        if on_step is not None:
-            on_step(step)
+    def __init__(self, bar: Any, on_step: Callable[[Step], None]) -> None:
+        self.bar, self.on_step = bar, on_step
+        self.shown = -math.inf
 
-    return show
+    def __call__(self, step: Step) -> None:
+        # Reading the loss makes the host wait for the device, so it is read once a second and not in every step.
+        if not self.bar.disable and time.monotonic() - self.shown > 1:
+            self.shown = time.monotonic()
+            self.bar.set_postfix(region=step.region, loss=f"{float(step.loss):.3g}")
+        self.on_step(step)
+
+
+def _check_zeros(weights: dict[str, WeightView], zeros: dict[str, Tensor]) -> None:
+    filled = [name for name, zero in zeros.items() if bool(weights[name].matrix()[zero].any())]
+    if filled:
+        raise ValueError(
+            f"The tuner filled zeros of {filled[0]!r} ({len(filled)} such weights). Use a tuner that keeps them, such "
+            "as MaskLoRAConfig or ScaledLoRAConfig."
+        )
 
 
 @contextlib.contextmanager
 def _seeded(seed: int, number: int, device: torch.device) -> Iterator[None]:
-    """Draw what region `number` draws, whatever was drawn before: resumed, in another order, in another process."""
+    """Draw random numbers from the seed of region `number`, and restore the generators afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed_of(seed, number))
         yield

@@ -14,6 +14,7 @@ from ..pruning.criteria import CRITERIA
 from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import GROUPS, Pattern, SemiStructured, parse_pattern
 from ..pruning.refinement import REFINEMENTS
+from ..reconstruction import Fit
 from ..reconstruction.checks import check_choices
 from ..reconstruction.regions import RegionSize
 from .distillation import DISTILLATIONS
@@ -289,7 +290,7 @@ class SparseTrainingArguments(TrainingArguments):
         if self.recovery != "reconstruct":
             return
         check_choices(
-            self.region_size(), self.reconstruction_mode, self.reconstruction_loss, "full",
+            self.region_size(), self.reconstruction_mode, Fit(loss=self.reconstruction_loss),  # type: ignore[arg-type]
             no_pattern=self.pruning_pattern() is None, no_dense=True,
         )  # fmt: skip
         check_activations(self.activations)

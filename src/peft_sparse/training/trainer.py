@@ -34,9 +34,8 @@ from ..model.sharding import FSDP1
 from ..pruning.criteria import find_criterion
 from ..pruning.prune import sparsity
 from ..pruning.report import PruningReport
-from ..reconstruction import reconstruct
+from ..reconstruction import Fit, ReconstructionReport, reconstruct
 from ..reconstruction.progress import is_progress
-from ..reconstruction.report import ReconstructionReport
 from ..tuners import merged_state_dict
 from .arguments import SparseTrainingArguments
 from .distillation import check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
@@ -324,32 +323,33 @@ class SparseTrainer(Trainer):
         state_dir = self._state_dir(resume_from_checkpoint)
         logged = TrainingLog(self, args.region_size(), kept=state_dir is not None)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
-        report = reconstruct(
-            self.model,
-            list(self._calibration(args.per_device_train_batch_size)),
-            **self._pruning_options(),
-            region=args.region_size(),
-            mode=args.reconstruction_mode,
-            loss=args.reconstruction_loss,
+        fit = Fit(
             tuner=self.peft_config or "full",
+            loss=args.reconstruction_loss,
             learning_rate=args.learning_rate,
             epochs=args.num_train_epochs,
             max_steps=args.max_steps if args.max_steps > 0 else None,
-            batch_size=args.per_device_train_batch_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             max_grad_norm=args.max_grad_norm,
-            # Partials, whose choices a resumed run compares.
+            # Partials, because a resumed run compares their arguments.
             optimizer=partial(optimizer_of, optimizer_class, args.weight_decay, options),
             scheduler=partial(schedule_of, args.lr_scheduler_type, args.warmup_steps, args.lr_scheduler_kwargs),
             autocast=torch.bfloat16 if args.bf16 else None,
             holdout=args.reconstruction_holdout,
             seed=args.seed,
+        )
+        report = reconstruct(
+            self.model,
+            calibration=list(self._calibration(args.per_device_train_batch_size)),
+            **self._pruning_options(),
+            region=args.region_size(),
+            mode=args.reconstruction_mode,
+            fit=fit,
+            batch_size=args.per_device_train_batch_size,
             activations=args.activations,
             device=args.device,
             state_dir=state_dir,
-            on_start=logged.start,
-            on_step=logged.step,
-            on_region=logged.region,
+            observer=logged,
         )
         self.reconstruction_report = report
         return logged.finish(report)
@@ -363,12 +363,12 @@ class SparseTrainer(Trainer):
         if not resume_from_checkpoint:
             if self.is_world_process_zero():
                 shutil.rmtree(folder, ignore_errors=True)
-            # Nobody writes before it is gone.
+            # No process writes before the folder is gone.
             self.accelerator.wait_for_everyone()
         elif not is_progress(folder):
             raise ValueError(
-                f"Expected {str(folder)!r} to hold what a reconstruction kept, found nothing of it. Resume with the "
-                "`output_dir` of that run, or leave `resume_from_checkpoint` out to start anew."
+                f"Expected {str(folder)!r} to hold the finished regions of a reconstruction, found none. Resume with "
+                "the `output_dir` of that run, or leave `resume_from_checkpoint` out to start again."
             )
         return folder
 

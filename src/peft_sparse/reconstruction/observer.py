@@ -1,0 +1,58 @@
+"""What a caller may follow of a reconstruction while it runs: its start, its optimiser steps, its finished regions."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .report import RegionReport
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step of one region.
+
+    Args:
+        region: name of the region.
+        number: number of this step, from 1 to `of`.
+        of: number of steps that the region takes.
+        loss: loss of the step, a tensor on the device of the region. Reading it makes the host wait for the device.
+        learning_rate: learning rate of the step after this one.
+    """
+
+    region: str
+    number: int
+    of: int
+    loss: Tensor
+    learning_rate: float
+
+
+class ReconstructionObserver:
+    """Follows `reconstruct`: subclass it and override the methods that you need. The methods do nothing by default.
+
+    An error that a method raises stops the reconstruction. Finished regions stay as they are, and with a `state_dir`
+    the run can be resumed.
+    """
+
+    def start(self, steps_per_region: int) -> None:
+        """Note that the run begins. It is called once, after all arguments are checked and before anything is pruned.
+
+        Args:
+            steps_per_region: optimiser steps of each region that is trained.
+        """
+
+    def step(self, step: Step) -> None:
+        """Note that an optimiser step was made. It is called after every step.
+
+        Args:
+            step: the step and its loss.
+        """
+
+    def region(self, report: RegionReport) -> None:
+        """Note that a region is finished. It is called once for each region.
+
+        In a resumed run it is also called for each region that an earlier run finished. If several processes share
+        the regions, the regions of the other processes are reported at the end of the run.
+
+        Args:
+            report: the errors of the region. With `region="matrix"` there is one report for each matrix.
+        """
