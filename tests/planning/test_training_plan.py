@@ -159,7 +159,8 @@ def test_the_peak_of_reconstruction_is_what_the_allocator_tells(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"region": "matrix"}, {"criterion": "wanda", "allocation": "erk", "refinement": "swap", "update": True}]
+    "options",
+    [{"region": "matrix"}, {"criterion": "wanda", "allocation": "erk", "refinement": "swap", "update": True}],
 )
 def test_solvers_are_planned_from_above(options, tmp_path):
     options = options | {"batch_size": 2}

@@ -11,7 +11,16 @@ from checks import assert_same_weights
 from rebuilding import OwnError, Told, batches_of, lively, split
 
 
-@pytest.mark.parametrize("options", [{}, {"region": 2, "mode": "DD"}, {"region": "matrix", "criterion": "wanda"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"region": 2, "mode": "DD"},
+        {"region": "matrix", "criterion": "wanda"},
+        {"criterion": "wanda", "allocation": "owl", "refinement": "swap", "update": True},
+        {"allocation": "erk"},
+    ],
+)
 def test_a_checkpoint_is_reconstructed_as_the_loaded_model_would_be(tmp_path, options):
     lively("llama").save_pretrained(tmp_path / "dense")
     calibration, model = batches_of("llama"), lively("llama")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_sparse import prune
+from peft_sparse import LeastSquares, prune
 
 from checks import assert_same_zeros, inputs_by_hooks, zeros_of
 from rebuilding import batches_of, lively, rebuild, weight_of
@@ -19,15 +19,23 @@ def test_single_matrices_get_better(family):
     assert all(region.steps == 0 for region in report.regions)
 
 
-def test_single_matrices_reach_their_optimum():
+@pytest.mark.parametrize(
+    ("damping", "options"),
+    [
+        (0.01, {}),
+        (0.01, {"update": True}),
+        (0.3, {"update": LeastSquares(damping=0.3), "criterion": "wanda", "refinement": "swap"}),
+    ],
+)
+def test_single_matrices_reach_their_optimum(damping, options):
     """q, k and v of the first block, whose inputs no other matrix changes."""
     model, dense, tokens = lively("llama"), lively("llama"), batches_of("llama")
-    rebuild(model, tokens, region="matrix", mode="SS")
+    rebuild(model, tokens, region="matrix", mode="SS", **options)
     inputs = inputs_by_hooks(dense, tokens)
     for kind in "qkv":
         name = f"model.layers.0.self_attn.{kind}_proj"
         X, W, found = inputs[name].double(), weight_of(dense, name), weight_of(model, name)
-        ridge = 0.01 * (X.T @ X).diagonal().mean().sqrt() ** 2
+        ridge = damping * (X.T @ X).diagonal().mean().sqrt() ** 2
         extended = torch.cat([X, ridge.sqrt() * torch.eye(X.shape[1])])
         for row, kept in enumerate(found != 0):
             best = torch.linalg.lstsq(extended[:, kept], extended @ W[row]).solution

@@ -10,7 +10,7 @@ import torch
 from peft import PromptTuningConfig
 from transformers import get_linear_schedule_with_warmup
 
-from peft_sparse import MaskLoRAConfig, prune, reconstruct
+from peft_sparse import OWL, LeastSquares, MaskLoRAConfig, Swap, prune, reconstruct, sparsity
 from peft_sparse.model.blocks import find_blocks
 from peft_sparse.pruning.criteria import CRITERIA
 
@@ -20,6 +20,7 @@ from rebuilding import (
     TUNERS,
     OwnError,
     Told,
+    assert_close_weights,
     batches_of,
     errors_by_definition,
     lively,
@@ -223,6 +224,50 @@ def test_the_first_region_is_scored_as_prune_would_and_later_ones_on_reconstruct
     scores = weight_of(dense, name).abs() * inputs_by_hooks(dense, calibration)[name].double().norm(dim=0)
     assert torch.equal(found[name], scores < scores.sort(dim=1).values[:, 8:9])
     assert not torch.equal(found[name], alone[name])
+
+
+BESIDE = {
+    "owl": {"allocation": "owl"},
+    "erk": {"allocation": "erk"},
+    "given": {"allocation": {"q_proj": 0.25, "k_proj": 0.75, "v_proj": 0.75, "o_proj": 0.5, "mlp.*": 0.5}},
+    "dsnot": {"refinement": "dsnot"},
+    "swap": {"refinement": Swap(max_swaps=3)},
+    "update": {"update": True},
+    "all": {"allocation": OWL(spread=0.2), "refinement": "swap", "update": LeastSquares(damping=0.1)},
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_without_steps_it_prunes_as_prune_does(beside):
+    """Allocation, refinement and update included: the same weights, errors and totals."""
+    calibration, options = batches_of("llama"), {"criterion": "wanda"} | BESIDE[beside]
+    model, pruned = lively("llama"), lively("llama")
+    report = rebuild(model, calibration, region="block", max_steps=0, **options)
+    expected = prune(pruned, 0.5, calibration, **options)
+    assert_close_weights(model, pruned)
+    assert_same_zeros(model, zeros_of(pruned))
+    assert [weight.sparsity for weight in report.pruning.weights] == [weight.sparsity for weight in expected.weights]
+    assert report.pruning.error == pytest.approx(expected.error, rel=1e-3)
+    if expected.error_selected is not None:
+        assert report.pruning.error_selected == pytest.approx(expected.error_selected, rel=1e-3)
+    assert (report.pruning.allocation, report.pruning.refinement) == (expected.allocation, expected.refinement)
+
+
+@pytest.mark.parametrize(
+    ("region", "mode"), [("submodule", "SS"), ("submodule", "SD"), (2, "DD"), ("matrix", "SS"), ("matrix", "DD")]
+)
+@pytest.mark.parametrize("beside", ["owl", "erk", "dsnot", "swap", "all"])
+def test_what_is_beside_the_criterion_works_in_every_mode(beside, region, mode):
+    """The total is exact, and the first matrices, whose inputs are those of `prune` in all modes, get its masks."""
+    calibration, options = batches_of("llama"), {"criterion": "wanda"} | BESIDE[beside]
+    model, pruned = lively("llama"), lively("llama")
+    report = rebuild(model, calibration, region=region, mode=mode, max_steps=2, **options)
+    prune(pruned, 0.5, calibration, **options)
+    assert report.pruning.sparsity == sparsity(model) == sparsity(pruned) == 0.5
+    found, expected = zeros_of(model), zeros_of(pruned)
+    assert all(found[name].sum() == zeros.sum() for name, zeros in expected.items())
+    first = [f"model.layers.0.self_attn.{kind}_proj" for kind in "qkv"]
+    assert all(torch.equal(found[name], expected[name]) for name in first)
 
 
 @pytest.mark.parametrize(("family", "activations"), [("phi", "disk"), ("t5", "disk"), ("t5", "cpu")])

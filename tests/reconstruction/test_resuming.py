@@ -30,6 +30,11 @@ KILLED = {
     "within a region": ("llama", {"mode": "SD", "gradient_accumulation_steps": 2}, (3, 2)),
     "within the first region": ("llama", {}, (0, 1)),
     "with adapters": ("llama", {"tuner": LORA, "mode": "DD"}, (2, 1)),
+    "with allocation, refinement and update": (
+        "llama",
+        {"criterion": "wanda", "allocation": "owl", "refinement": "dsnot", "update": True},
+        (3, 2),
+    ),
     "single matrices": ("llama", {"region": "matrix", "criterion": "wanda"}, (2, None)),
     "in the second stack": ("t5", {"region": "block", "mode": "SD"}, (2, 3)),
 }
