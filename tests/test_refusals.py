@@ -1224,12 +1224,12 @@ REFUSALS = [
     (
         lambda: plan_training(adapted(), MaskLoRAConfig()),
         ValueError,
-        "has adapters already. Leave `peft_config` out, or pass the model without",
+        "has adapters already. Leave `peft_config` out, or pass a model without",
     ),
     (
         lambda: plan_training(AutoModel.from_config(CONFIGS["llama"])),
         ValueError,
-        "LlamaModel cannot be run on tokens without values, .* Pass a language model with its head",
+        "LlamaModel cannot be run on tensors without values, .* Pass a language model with its head",
     ),
     (
         lambda: plan_training(integer_parameters()),

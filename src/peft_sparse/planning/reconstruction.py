@@ -108,42 +108,53 @@ def plan_reconstruction(
     target_modules: Targets = None,
     exclude_modules: Targets = None,
     prune_tied: bool = False,
+    sequences: int = 128,
+    length: int = SEQUENCE_LENGTH,
     batch_size: int = 1,
     activations: Activations = "device",
     region: RegionSize = "submodule",
     fit: Fit = Fit(),
-    sequences: int = 128,
-    length: int = SEQUENCE_LENGTH,
     dtype: torch.dtype | None = None,
 ) -> ReconstructionPlan:
     """Return the memory that `reconstruct` or `reconstruct_checkpoint` will take, before a weight is loaded.
 
     One region of each kind is fitted on tensors that have shapes and no values, by the code that fits it in a run.
     Modes "SS" and "DD" take the same memory. Mode "SD" takes a second stream of hidden states, which is not counted;
-    neither is a `dense` model.
+    neither is a `dense` model. Allocation does not change the memory.
 
     Args:
-        model: a language model without adapters, also one on the meta device; a configuration; or the folder or name
-            of a saved model. The model is not changed.
+        model: a language model without adapters, which may be on the meta device; a configuration; or the folder or
+            name of a saved model. The model is not changed.
         pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
-            `Unstructured` or `SemiStructured`; or a dict of these by layer.
+            `Unstructured` or `SemiStructured`. A dict gives one of these per layer: its keys are names, name endings
+            or regular expressions for the whole name, the first key that matches counts, and a layer that no key
+            matches is not pruned.
         sparsity: another way to write a `pattern` that is a number.
-        criterion: a name, value or function, as in `reconstruct`.
-        group: which entries are compared with each other: "row" (one output) or "matrix".
-        allocation: how the sparsity is divided among the layers. It is checked; it does not change the memory.
-        refinement: "dsnot" or "swap", or a value such as `Swap(max_swaps=100)`.
-        update: True, or a `LeastSquares`: kept weights are updated before the fit.
+        criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; or one of these as a value with its
+            numbers, such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores
+            (out, in), higher = kept; or a `Criterion`, which also says what the function needs.
+        group: which entries are compared with each other: "row" (one output) or "matrix". By default the group of the
+            criterion's paper. n:m compares within each m entries and SparseGPT within blocks of columns, so these take
+            no group. "model" is refused.
+        allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
+            "owl"; or one of these as a value, such as `OWL(spread=0.1)`; or a dict of sparsities, with keys as in
+            `pattern`, that together give the requested total. The total is exact to the entry. n:m works with "owl",
+            which mixes several n.
+        refinement: "dsnot" or "swap", or a value such as `Swap(max_swaps=100)`: exchange pruned entries for kept ones
+            after the criterion has selected.
+        update: True, or a `LeastSquares` with its numbers: set the kept weights to the solution of a regularised
+            least-squares problem, see `masked_least_squares`.
         target_modules: which layers are pruned: a list of names or name endings, or a regular expression for the whole
             name, as in PEFT. By default every linear layer and every fused expert inside the blocks.
         exclude_modules: which layers are not pruned, in the same form.
-        prune_tied: allow a target whose weight is also an embedding.
-        batch_size: sequences of one batch.
-        activations: where the hidden states between regions, and the targets, wait: "device", "cpu" or "disk".
+        prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
+        sequences: the number of calibration sequences.
+        length: the number of tokens of a calibration sequence, without padding.
+        batch_size: how many sequences of a tensor of token ids run together.
+        activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         region: what is fitted at a time: "submodule", "block", a number of blocks, or "matrix".
         fit: how a region is trained. Its tuner, loss, accumulation, optimiser and autocast change the memory. The
             optimiser must run on tensors without values; those of torch do.
-        sequences: number of calibration sequences.
-        length: tokens of each sequence, without padding.
         dtype: dtype of the parameters. By default that of the model, or the one its configuration names.
 
     Raises:

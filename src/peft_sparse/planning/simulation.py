@@ -1,8 +1,8 @@
-"""Runs a model on tensors that have shapes and no values, and counts the bytes that live at once.
+"""Runs a model on tensors that have shapes and no values, and counts the bytes that are alive at the same time.
 
-A model whose parameters are fake tensors of the CPU runs the code, and chooses the kernels, that it runs with values;
-so what lives when is what will live, and nothing is said in formulas here. Only token ids are real: what a model asks
-them, whether sequences were packed above all, gets its answer.
+A model whose parameters are fake tensors on the CPU runs the same code, and chooses the same kernels, as with values.
+Its tensors therefore live as long as they will in the run, and no formulas are needed. Only token ids have values,
+because models read them, for example to see whether sequences were packed.
 """
 
 import copy
@@ -27,13 +27,13 @@ GIB = 2**30
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of what operations make within the context, from when it is made until it is freed.
+    """Counts the bytes of the tensors that operations create within the context, until they are freed.
 
     Args:
-        known: tensors that were there before and do not count; views of them do not either.
-        gradient_share: divisor of a finished gradient, of which a device keeps only its part.
-        units: parameters whose gradients wait for each other to become parts, by way of a copy, which lives until
-            the next unit's.
+        known: tensors that exist already. They and their views are not counted.
+        gradient_share: number of devices that share a finished gradient; this device keeps one part of it.
+        units: groups of parameters whose gradients are reduced together. The reduction of a group makes a copy of its
+            gradients, which lives until the reduction of the next group.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class LiveBytes(TorchDispatchMode):
         self.know(known)
 
     def know(self, tensors: Iterable[Tensor]) -> None:
-        """Leave `tensors` out from here on."""
-        # Held, so that no other storage comes to their ids.
+        """Do not count `tensors` from now on."""
+        # The storages are held, so that no other storage gets the same id.
         self._known |= {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
 
     def __torch_dispatch__(
@@ -66,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
         return output
 
     def finished(self, parameter: Tensor) -> None:
-        """Take the gradient of `parameter` for one that stays; a hook for after it is accumulated."""
+        """Count the gradient of `parameter` as finished; a hook for after it is accumulated."""
         if id(parameter) not in self._units:
             self._reduce([parameter])
             return
@@ -77,14 +77,14 @@ class LiveBytes(TorchDispatchMode):
             self._reduce(waiting)
 
     def finish(self) -> None:
-        """Take the gradients that wait for parameters without one as they are; for the end of backward."""
+        """Reduce the gradients whose group is incomplete; for the end of the backward pass."""
         for waiting in self._waiting.values():
             self._reduce(waiting)
 
     def _reduce(self, waiting: list[Tensor]) -> None:
         if len(waiting) > 1:
             copied = sum(tensor.nbytes for tensor in waiting)
-            # Accumulated gradients are parts already, to which those of this step are added.
+            # A gradient of an earlier batch has been divided already, and that of this batch is added to it.
             again = sum(tensor.nbytes for tensor in waiting if self._storage_of(tensor) in self._finished)
             self.peak = max(self.peak, self.live + self._underway + copied + again)
             self._underway = copied
@@ -124,10 +124,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 def described(model: Described, dtype: torch.dtype | None = None) -> nn.Module:
-    """Return a model on the meta device: of a configuration, of a saved model, or a copy of one that is loaded.
+    """Return a model on the meta device.
+
+    Args:
+        model: a model, of which a copy is made; a configuration; or the folder or name of a saved model.
+        dtype: dtype of the parameters; None keeps their own.
 
     Raises:
-        ValueError: as `empty_model`; parameters that are quantised.
+        ValueError: the configuration does not name exactly one class of transformers, or parameters are quantised.
     """
     if isinstance(model, nn.Module):
         copied = replaced(model, [model], lambda tensor: tensor.to("meta"), {})
@@ -136,21 +140,21 @@ def described(model: Described, dtype: torch.dtype | None = None) -> nn.Module:
     for name, parameter in copied.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(
-                f"The parameter {name!r} is {parameter.dtype}: what quantised layers compute with cannot be "
-                "simulated. Plan the model in half precision, which is an upper bound."
+                f"Expected floating-point parameters, got {parameter.dtype} for {name!r}: quantised layers cannot be "
+                "simulated. Plan the model in half precision, which gives an upper bound."
             )
     return copied if dtype is None else copied.to(dtype)
 
 
 class Simulation:
-    """Turns modules and tensors into fakes of one kind, and what was turned once into the same fake again."""
+    """Replaces tensors by fakes of one mode. The same tensor or module always becomes the same fake."""
 
     def __init__(self, mode: FakeTensorMode | None = None) -> None:
         self.mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
         self.memo: dict[int, Any] = {}
 
     def of(self, whole: Whole, *modules: nn.Module) -> Whole:
-        """Return a copy of `whole`, in which the tensors of `modules` are fake."""
+        """Return a copy of `whole` in which the parameters and buffers of `modules` are fake."""
         return replaced(whole, modules, self.fake, self.memo)
 
     def fake(self, tensor: Tensor) -> Tensor:
@@ -162,9 +166,13 @@ class Simulation:
 def replaced(
     whole: Whole, modules: Iterable[nn.Module], by: Callable[[Tensor], Tensor], memo: dict[int, Any]
 ) -> Whole:
-    """Return a copy of `whole` with `by(tensor)` for every parameter and buffer of `modules`; what is tied stays so.
+    """Return a copy of `whole` with `by(tensor)` for every parameter and buffer of `modules`. Tied tensors stay tied.
 
-    `memo` takes what each tensor and module became, by id.
+    Args:
+        whole: a module, or any object that holds modules.
+        modules: the modules whose tensors are replaced.
+        by: tensor -> its replacement.
+        memo: what each tensor and module has become, by id. In place.
     """
     for module in modules:
         for parameter in module.parameters():
@@ -177,12 +185,12 @@ def replaced(
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Return how many bytes `tensors` hold, counting none twice."""
+    """Return how many bytes `tensors` hold. A tensor that is listed twice is counted once."""
     return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # torch knows the shapes of grouped products in bfloat16 alone; in other precisions they are the same.
+    # torch computes the shapes of grouped products only in bfloat16; they are the same in other precisions.
     if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
         return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).to(args[0].dtype)
     return func(*args, **kwargs)

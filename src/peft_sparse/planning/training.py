@@ -1,4 +1,4 @@
-"""What a training run will take, per device: one optimiser step simulated, and shared out by strategy."""
+"""Plans the memory of a training run on each device: one optimiser step is simulated and divided by strategy."""
 
 import contextlib
 import copy
@@ -27,20 +27,23 @@ _BUCKET, _LIVE_PARAMETERS = 5 * 10**8, 10**9
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Memory in bytes of one device in a training run: simulated on one device, shared out by arithmetic among more.
+    """The memory of one device in a training run, in bytes. It is simulated on one device and divided by arithmetic.
 
     Args:
-        strategy, devices: how many share what.
-        parameters, trained: how many there are in all, and how many are trained.
-        parameter_bytes: those of this device between steps.
-        gradient_bytes: all gradients of this device.
-        optimizer_bytes: what the optimiser remembers.
-        mask_bytes: what `ZeroGuardCallback` remembers, 1/8 byte per prunable weight.
-        activation_bytes: all that forward and backward hold beside gradients at their fullest: what is kept for
-            backward, logits and loss, and temporaries.
-        gathered_bytes: parameters of other devices that are here while they are computed with.
-        buffer_bytes: gradients on their way between devices.
-        peak_bytes: the fullest moment of a step. Less than the sum, since gradients grow while activations go.
+        strategy: what the devices share: "ddp", "fsdp", "zero2" or "zero3".
+        devices: number of devices.
+        parameters: number of parameters of the model.
+        trained: number of parameters that are trained.
+        parameter_bytes: parameters on this device between steps.
+        gradient_bytes: all gradients on this device.
+        optimizer_bytes: optimiser state on this device.
+        mask_bytes: masks that `ZeroGuardCallback` keeps, 1/8 byte per prunable weight.
+        activation_bytes: the most that forward and backward pass hold beside gradients: tensors kept for the backward
+            pass, logits, loss and temporaries.
+        gathered_bytes: parameters of other devices that are on this device while they are used.
+        buffer_bytes: gradients that are being sent between devices.
+        peak_bytes: the peak of a step. It is less than the sum of the parts, because gradients grow while activations
+            are freed.
     """
 
     strategy: Strategy
@@ -76,7 +79,7 @@ class TrainingPlan:
 
 @dataclass
 class _Step:
-    """What one simulated optimiser step held, beside parameters."""
+    """What one simulated optimiser step held beside the parameters, in bytes."""
 
     gradients: int = 0
     optimizer: int = 0
@@ -99,35 +102,38 @@ def plan_training(
     strategy: Strategy = "ddp",
     devices: int = 1,
 ) -> TrainingPlan:
-    """Return what retraining with `SparseTrainer` will take on each device, before a weight is loaded.
+    """Return the memory that retraining with `SparseTrainer` will take on each device, before a weight is loaded.
 
-    Forward, backward and optimiser step are run on tensors without values, so kept activations, the loss and
-    temporaries are those of the model's own code. Sequences are taken to be without padding, as `pack_sequences` makes
-    them.
+    Forward pass, backward pass and optimiser step of the model's own code are run on tensors without values. The
+    sequences have no padding, as `pack_sequences` makes them.
 
     Args:
-        model: a language model, also one on the meta device or with adapters; a configuration; or the folder or name
-            of a saved one. It is not changed.
-        peft_config: adapters to attach, such as `MaskLoRAConfig`; None trains what the model trains, by default all.
+        model: a language model, which may be on the meta device or have adapters; a configuration; or the folder or
+            name of a saved model. The model is not changed.
+        peft_config: the adapters to attach, such as `MaskLoRAConfig`. None trains the parameters that need gradients,
+            by default all.
         batch_size: sequences of one device in one forward pass (`per_device_train_batch_size`).
-        length: tokens of a sequence.
-        gradient_accumulation_steps, activation_checkpointing: as in `TrainingArguments`.
-        dtype: of the base parameters; by default the model's, or what its configuration says.
-        autocast: dtype of mixed precision; `torch.bfloat16` for `TrainingArguments(bf16=True)`.
-        optimizer: parameters -> optimizer; by default AdamW.
-        strategy: what `devices` share: "ddp" nothing; "zero2" gradients and optimiser; "zero3" and "fsdp" parameters
-            too. Of DeepSpeed's, the float32 copies of parameters in half precision count as part of the optimiser.
+        length: the number of tokens of a sequence.
+        gradient_accumulation_steps: batches for each optimiser step.
+        activation_checkpointing: whether activations inside the blocks are computed again in the backward pass
+            (`gradient_checkpointing` in `TrainingArguments`).
+        dtype: dtype of the base parameters. By default that of the model, or the one its configuration names.
+        autocast: dtype of mixed precision, such as `torch.bfloat16` for `TrainingArguments(bf16=True)`.
+        optimizer: function parameters -> optimizer. By default AdamW.
+        strategy: what the devices share. "ddp": nothing. "zero2": gradients and optimiser state. "zero3" and "fsdp":
+            parameters too. DeepSpeed's float32 copies of parameters count as part of the optimiser state.
+        devices: number of devices.
 
     Raises:
-        ValueError: an unknown strategy; numbers below 1; a model with adapters and a `peft_config`; quantised
-            parameters; a model that computes no loss from tokens, or that cannot be run without values.
+        ValueError: the strategy is unknown; a number is below 1; the model has adapters and `peft_config` is given;
+            parameters are quantised; the model computes no loss from tokens, or cannot be run without values.
     """
     _check(strategy, batch_size, length, gradient_accumulation_steps, devices)
     whole = _attached(described(model, dtype), peft_config)
     whole.train()
     if activation_checkpointing:
         checkpointed: Any = whole
-        # Older versions of Transformers know the other name only.
+        # Older versions of Transformers have only the second name.
         getattr(checkpointed, "activation_checkpointing_enable", checkpointed.gradient_checkpointing_enable)()
     simulated = Simulation().of(whole, whole)
     with refusing(simulated):
@@ -157,13 +163,13 @@ def _attached(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
     if peft_config is None:
         return model
     if isinstance(model, PeftModel):
-        raise ValueError("The model has adapters already. Leave `peft_config` out, or pass the model without them.")
+        raise ValueError("The model has adapters already. Leave `peft_config` out, or pass a model without adapters.")
     adapted: nn.Module = get_peft_model(model, copy.deepcopy(peft_config), low_cpu_mem_usage=True)
     return adapted
 
 
 def _loss(model: nn.Module, tokens: Tensor, autocast: torch.dtype | None) -> Tensor:
-    # As `Trainer` does: the loss alone outlives the forward pass, and nothing is cached for generation.
+    # As in `Trainer`: only the loss lives longer than the forward pass, and nothing is cached for generation.
     accepts = inspect.signature(base_model(model).forward).parameters
     extra = {"use_cache": False} if "use_cache" in accepts else {}
     with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
@@ -182,24 +188,29 @@ def _step(
     units: list[list[nn.Parameter]],
     masters: bool,
 ) -> _Step:
-    """Simulate a step of training, with the guard of the zeros of what is trained.
+    """Simulate a training step, with the guard of the zeros of trained weights.
 
     Args:
-        gradient_share, units: as in `LiveBytes`.
-        masters: the optimiser works on float32 copies of the parameters.
+        model: the model, with tensors without values.
+        loss: runs the forward pass and returns the loss.
+        accumulated: number of batches whose gradients are added up.
+        optimizer: function parameters -> optimizer.
+        gradient_share: number of devices that share the gradients.
+        units: groups of parameters whose gradients are reduced together.
+        masters: whether the optimiser works on float32 copies of the parameters.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     waiting = [[parameter for parameter in unit if parameter.requires_grad] for unit in units]
     live = LiveBytes([*model.parameters(), *model.buffers()], gradient_share, waiting)
     stored = {id(weight.storage): weight.storage for weight in prunable_weights(model).values()}
     guarded = [parameter for parameter in stored.values() if parameter.requires_grad]
-    # The guard's hook comes first, on what is not accumulated yet.
+    # The hook of the guard comes first, because it changes a gradient before it is accumulated.
     for parameter in guarded:
         keep_gradients_masked(parameter)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(live.finished)
     with live:
-        # More than two add nothing that the second does not.
+        # Further batches take no more memory than the second.
         for _ in range(min(accumulated, 2)):
             loss().backward()
             live.finish()
@@ -217,7 +228,7 @@ def _step(
 
 
 def _guarding(live: LiveBytes, guarded: list[Tensor]) -> int:
-    """Return the most that `ZeroGuardCallback` holds while it puts zeros back after a step."""
+    """Return the most bytes that `ZeroGuardCallback` holds while it puts zeros back after a step."""
     if not guarded:
         return 0
     largest = max(guarded, key=Tensor.numel)
@@ -246,7 +257,7 @@ def _shared_out(model: nn.Module, step: _Step, strategy: Strategy, devices: int)
     gathered, buffers = _between_devices(model, strategy) if devices > 1 else (0, 0)
     resident = [bytes_of(parameters) // sharded, step.optimizer // shared_state, masks // sharded]
     optimizer_peak = step.gradients + (step.optimizer_peak - step.gradients) // shared_state
-    # ZeRO-3 has room for all gradients at all times.
+    # ZeRO-3 holds memory for all gradients at all times.
     backward_peak = step.gradients + step.activations if strategy == "zero3" else step.backward_peak
     return TrainingPlan(
         strategy=strategy,
@@ -265,14 +276,14 @@ def _shared_out(model: nn.Module, step: _Step, strategy: Strategy, devices: int)
 
 
 def _between_devices(model: nn.Module, strategy: Strategy) -> tuple[int, int]:
-    """Return the bytes of gathered parameters, and of gradients on their way, beside those of the simulated step."""
+    """Return the bytes of gathered parameters and of gradients being sent, which the simulated step does not have."""
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     outside, *blocks = map(bytes_of, _units(model))
     if strategy == "ddp":
         return 0, bytes_of(trained)
     if strategy == "fsdp":
-        # Two blocks, since the next is fetched while one computes.
+        # Two blocks, because the next one is gathered while one computes.
         return 2 * max(blocks) + outside, 0
     bucket = _BUCKET * max((p.element_size() for p in trained), default=0)
     live = min(bytes_of(parameters), _LIVE_PARAMETERS * max(parameter.element_size() for parameter in parameters))
@@ -280,7 +291,7 @@ def _between_devices(model: nn.Module, strategy: Strategy) -> tuple[int, int]:
 
 
 def _units(model: nn.Module) -> list[list[nn.Parameter]]:
-    """Return the parameters outside the blocks, and those of each block."""
+    """Return the parameters outside the blocks, followed by those of each block."""
     blocks = [list(block.parameters()) for block in find_blocks(model).values()]
     inside = {id(parameter) for block in blocks for parameter in block}
     return [[parameter for parameter in model.parameters() if id(parameter) not in inside], *blocks]
@@ -288,17 +299,13 @@ def _units(model: nn.Module) -> list[list[nn.Parameter]]:
 
 @contextlib.contextmanager
 def refusing(model: nn.Module) -> Iterator[None]:
-    """Say of what fails in the context that it cannot be simulated.
-
-    Raises:
-        ValueError: something failed.
-    """
+    """Turn any error that leaves the context into a ValueError which says that `model` cannot be simulated."""
     try:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
         raise ValueError(
-            f"{type(base_model(model)).__name__} cannot be run on tokens without values, from loss to gradients: "
-            f"{reason} Pass a language model with its head; of several implementations of attention or experts choose "
-            'one that does not read values, such as `experts_implementation="grouped_mm"`.'
+            f"{type(base_model(model)).__name__} cannot be run on tensors without values: {reason} Pass a language "
+            "model with its head. If there are several implementations of attention or experts, choose one that does "
+            'not read values, such as `experts_implementation="grouped_mm"`.'
         ) from error

@@ -65,8 +65,11 @@ def reconstruct(
     x are the calibration inputs of the region, and t is what the dense region returns for them. Only one region is
     trained at a time, so that gradients, optimiser state and activations of one region are all that training needs in
     memory. A region is scored, pruned and fitted before the next one receives its inputs. While it is at work, its
-    blocks compute in float32 with dropout off. Afterwards the model consists of plain modules again, and its zeros are
-    exactly those that pruning wrote. A fit that made the error on the held-out batches larger is undone.
+    blocks compute in float32 with dropout off. Afterwards the model consists of plain modules again, and every zero
+    that pruning wrote is still there. A fit that made the error on the held-out batches larger is undone.
+
+    Allocation is computed once, on the dense model. Refinement and update are part of pruning a region, before its
+    fit. With `region="matrix"` the update replaces the fit: it is always made, and `update` gives its numbers.
 
     Zimmer et al. 2023, arXiv:2312.15230, section 3.3 (PERP). "A Free Lunch in LLM Compression", 2025,
     arXiv:2510.14444.
@@ -76,7 +79,7 @@ def reconstruct(
         pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
             `Unstructured` or `SemiStructured`. A dict gives one of these per layer: its keys are names, name endings
             or regular expressions for the whole name, the first key that matches counts, and a layer that no key
-            matches is not pruned. None, without `sparsity`, is for a model that has been pruned, and needs `dense`.
+            matches is not pruned.
         calibration: token ids (sequences, tokens), or an iterable of model inputs. Each batch is also a batch of
             training. Tokens that an input's `attention_mask` marks as padding are not counted.
         sparsity: another way to write a `pattern` that is a number.
@@ -84,24 +87,25 @@ def reconstruct(
             numbers, such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores
             (out, in), higher = kept; or a `Criterion`, which also says what the function needs.
         group: which entries are compared with each other: "row" (one output) or "matrix". By default the group of the
-            criterion's paper. n:m and SparseGPT take no group. "model" is refused, because regions are pruned one
-            after the other.
+            criterion's paper. n:m compares within each m entries and SparseGPT within blocks of columns, so these take
+            no group. "model" is refused, because each region is pruned on its own.
         allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
             "owl"; or one of these as a value, such as `OWL(spread=0.1)`; or a dict of sparsities, with keys as in
-            `pattern`, that together give the requested total. It is computed once, on the dense model.
+            `pattern`, that together give the requested total. The total is exact to the entry. n:m works with "owl",
+            which mixes several n.
         refinement: "dsnot" or "swap", or a value such as `Swap(max_swaps=100)`: exchange pruned entries for kept ones
-            after the criterion has selected, before the fit.
+            after the criterion has selected.
         update: True, or a `LeastSquares` with its numbers: set the kept weights to the solution of a regularised
-            least-squares problem before the fit, see `masked_least_squares`. `region="matrix"` always does this and
-            takes only the numbers from here.
+            least-squares problem, see `masked_least_squares`.
         target_modules: which layers are pruned: a list of names or name endings, or a regular expression for the whole
             name, as in PEFT. By default every linear layer and every fused expert inside the blocks.
         exclude_modules: which layers are not pruned, in the same form.
         prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
-        batch_size: how many sequences of a tensor of token ids run together, in calibration and in training.
-        activations: where the hidden states between regions, and the targets, wait: "device", "cpu" or "disk".
-        device: where each block is moved while it is at work. None computes where the block is.
-        dense: the model before it was pruned, if `model` has been pruned by other means. It gives the targets.
+        batch_size: how many sequences of a tensor of token ids run together.
+        activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
+        device: where each block is moved while it is processed. None computes where the block is.
+        dense: the model before it was pruned, if `model` has been pruned by other means. It gives the targets, and
+            `pattern` and `sparsity` stay None.
         region: what is fitted at a time. "submodule": the attention and the MLP of a block, one after the other, each
             with its residual. "block": one block. A number: so many consecutive blocks. "matrix": each weight matrix;
             it is not trained but solved for, by `masked_least_squares` on XᵀX.
@@ -119,7 +123,7 @@ def reconstruct(
         A report with the error of each region before and after the fit, and with the report of the pruning.
 
     Raises:
-        TypeError: `update` is neither a bool nor a `LeastSquares`.
+        TypeError: `update` is neither a bool nor a `LeastSquares`, or a convolution's inputs cannot be measured.
         ValueError: an argument is invalid, or does not go with another one; calibration is missing, or never reaches
             the block of a target; a weight, a statistic or a score is not finite; the model has adapters; `dense` is
             another model; `state_dir` holds another run; attention and MLP of a block cannot be separated; the tuner
@@ -182,12 +186,16 @@ def reconstruct_checkpoint(
     """Reconstruct the model saved in `source` without loading all of it, and save the result to `output`.
 
     The blocks of one region are read from safetensors, pruned and fitted as `reconstruct` does it, written to
-    `output`, and removed from memory before the next are read. `output` can be loaded with `from_pretrained` once all
-    blocks are written; if the run is killed, it has no index, and nothing loads it by mistake. `source` is only read.
+    `output`, and removed from memory before the next are read. `source` is only read. If the run is killed, `output`
+    holds the finished blocks but no index, so no loader takes it for a complete checkpoint.
+
+    Allocation is computed once, on the dense model, whose blocks are read once more for this. Refinement and update
+    are part of pruning a region, before its fit. With `region="matrix"` the update replaces the fit: it is always
+    made, and `update` gives its numbers.
 
     Args:
-        source: a local folder as `save_pretrained` writes it: config.json and safetensors.
-        output: a folder that does not exist, is empty, or holds the result of a killed run, which is overwritten.
+        source: a local folder as `save_pretrained` writes it, with config.json and safetensors.
+        output: a folder that does not exist, is empty, or holds what a killed run left. Such remains are overwritten.
         pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
             `Unstructured` or `SemiStructured`. A dict gives one of these per layer: its keys are names, name endings
             or regular expressions for the whole name, the first key that matches counts, and a layer that no key
@@ -195,28 +203,27 @@ def reconstruct_checkpoint(
         calibration: token ids (sequences, tokens), or an iterable of model inputs. Each batch is also a batch of
             training. Tokens that an input's `attention_mask` marks as padding are not counted.
         sparsity: another way to write a `pattern` that is a number.
-        criterion: "magnitude", "random", "wanda", "ria" or "sparsegpt"; or one of these as a value with its numbers,
-            such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores (out, in),
-            higher = kept; or a `Criterion`, which also says what the function needs. Criteria that need gradients are
-            refused.
+        criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; or one of these as a value with its
+            numbers, such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores
+            (out, in), higher = kept; or a `Criterion`, which also says what the function needs.
         group: which entries are compared with each other: "row" (one output) or "matrix". By default the group of the
-            criterion's paper. n:m and SparseGPT take no group.
+            criterion's paper. n:m compares within each m entries and SparseGPT within blocks of columns, so these take
+            no group. "model" is refused, because each region is pruned on its own.
         allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
             "owl"; or one of these as a value, such as `OWL(spread=0.1)`; or a dict of sparsities, with keys as in
-            `pattern`, that together give the requested total. It is computed once, on the dense model, whose blocks
-            are read once more for this.
+            `pattern`, that together give the requested total. The total is exact to the entry. n:m works with "owl",
+            which mixes several n.
         refinement: "dsnot" or "swap", or a value such as `Swap(max_swaps=100)`: exchange pruned entries for kept ones
-            after the criterion has selected, before the fit.
+            after the criterion has selected.
         update: True, or a `LeastSquares` with its numbers: set the kept weights to the solution of a regularised
-            least-squares problem before the fit, see `masked_least_squares`. `region="matrix"` always does this and
-            takes only the numbers from here.
+            least-squares problem, see `masked_least_squares`.
         target_modules: which layers are pruned: a list of names or name endings, or a regular expression for the whole
             name, as in PEFT. By default every linear layer and every fused expert inside the blocks.
         exclude_modules: which layers are not pruned, in the same form.
         prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
-        batch_size: how many sequences of a tensor of token ids run together, in calibration and in training.
-        activations: where the hidden states between regions, and the targets, wait: "cpu", "disk" or "device".
-        device: where each block is loaded to.
+        batch_size: how many sequences of a tensor of token ids run together.
+        activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
+        device: where each block is loaded.
         region: what is fitted at a time. "submodule": the attention and the MLP of a block, one after the other, each
             with its residual. "block": one block. A number: so many consecutive blocks. "matrix": each weight matrix;
             it is not trained but solved for, by `masked_least_squares` on XᵀX.
@@ -233,12 +240,12 @@ def reconstruct_checkpoint(
         A report with the error of each region before and after the fit, and with the report of the pruning.
 
     Raises:
-        TypeError: `update` is neither a bool nor a `LeastSquares`.
-        ValueError: an argument is invalid, or does not go with another one; `output` holds something else; the tensors
-            of the checkpoint have other names than the model's parameters; the model has more than one stack of
-            blocks; several processes run; calibration is missing, or never reaches the block of a target; a weight, a
-            statistic or a score is not finite; `state_dir` holds another run; attention and MLP of a block cannot be
-            separated; the tuner filled zeros.
+        TypeError: `update` is neither a bool nor a `LeastSquares`, or a convolution's inputs cannot be measured.
+        ValueError: an argument is invalid, or does not go with another one; `output` holds other files; the
+            checkpoint's tensors do not have the names of the model's parameters; the model has more than one stack of
+            blocks; the criterion needs the whole model; several processes run; calibration is missing, or never
+            reaches the block of a target; a weight, a statistic or a score is not finite; `state_dir` holds another
+            run; attention and MLP of a block cannot be separated; the tuner filled zeros.
     """
     started = time.perf_counter()
     streamed = StreamedModel(source, output, device)
