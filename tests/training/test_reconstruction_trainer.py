@@ -375,7 +375,7 @@ def test_a_callback_that_stops_leaves_a_run_to_be_resumed_and_no_model(tmp_path)
     resumed = trainer_of(tmp_path / "halves", save_strategy="steps")
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(resumed.model, whole.model)
-    with pytest.raises(RuntimeError, match='Nothing was kept, as `save_strategy="no"`: Load the model again'):
+    with pytest.raises(RuntimeError, match='Nothing was kept, because `save_strategy="no"`. Load the model again'):
         trainer_of(tmp_path / "none", callbacks=[StopAt(1)]).train()
 
 

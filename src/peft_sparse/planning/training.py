@@ -305,7 +305,7 @@ def refusing(model: nn.Module) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
         raise ValueError(
-            f"{type(base_model(model)).__name__} cannot be run on tensors without values: {reason} Pass a language "
+            f"{type(base_model(model)).__name__} cannot be run on tensors without values ({reason}). Pass a language "
             "model with its head. If there are several implementations of attention or experts, choose one that does "
             'not read values, such as `experts_implementation="grouped_mm"`.'
         ) from error
