@@ -254,9 +254,19 @@ def test_without_steps_it_prunes_as_prune_does(beside):
 
 
 @pytest.mark.parametrize(
-    ("region", "mode"), [("submodule", "SS"), ("submodule", "SD"), (2, "DD"), ("matrix", "SS"), ("matrix", "DD")]
+    ("beside", "region", "mode"),
+    [
+        ("owl", "submodule", "SS"),
+        ("erk", "submodule", "SD"),
+        ("dsnot", "matrix", "SS"),
+        ("swap", 2, "DD"),
+        ("swap", "matrix", "DD"),
+        ("all", "submodule", "SS"),
+        ("all", "submodule", "SD"),
+        ("all", 2, "DD"),
+        ("all", "matrix", "SS"),
+    ],
 )
-@pytest.mark.parametrize("beside", ["owl", "erk", "dsnot", "swap", "all"])
 def test_what_is_beside_the_criterion_works_in_every_mode(beside, region, mode):
     """The total is exact, and the first matrices, whose inputs are those of `prune` in all modes, get its masks."""
     calibration, options = batches_of("llama"), {"criterion": "wanda"} | BESIDE[beside]

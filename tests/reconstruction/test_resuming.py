@@ -194,7 +194,7 @@ def test_a_run_on_other_data_or_another_model_is_not_resumed(state, tmp_path):
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-SHARED = {"tuner": LORA, "mode": "DD", "criterion": "wanda"}
+SHARED = {"tuner": LORA, "mode": "DD", "criterion": "wanda", "allocation": "owl"}
 
 
 def run_as_one_of_many(folder):

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from peft import PeftConfig
@@ -26,7 +26,7 @@ from .regions import Region
 
 
 Loss = Literal["mse", "relative_mse", "cosine"]
-Tuner = Literal["full"] | PeftConfig
+Tuner: TypeAlias = Literal["full"] | PeftConfig
 # batch, inputs -> outputs of the region.
 Run = Callable[[int, Tensor], Tensor]
 # batch -> inputs, targets, and which tokens are not padding.

@@ -14,6 +14,7 @@ from ..calibration.gradients import gradient_sums
 from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, fingerprint_of_inputs
 from ..calibration.runner import on_device
 from ..model.blocks import Targets
+from ..model.processes import working_together
 from ..model.weights import check_finite
 from ..pruning.all_weights import allocated_patterns
 from ..pruning.allocation import Allocation, in_memory
@@ -312,7 +313,9 @@ def _run(
         work.observer.start(work.fit.steps(len(work.fit.split(len(inputs))[0])))
         if task.allocation is not None:
             reading = in_memory if streamed is None else streamed.weight_in_memory
-            task.patterns = allocated_patterns(model, task, inputs, work.activations, work.residence, reading)
+            # Processes share the batches that an allocation measures.
+            with working_together(f"the allocation of {task.pattern} to {len(task.weights)} weights"):
+                task.patterns = allocated_patterns(model, task, inputs, work.activations, work.residence, reading)
         if "gradients" in task.needs:
             task.gradients = gradient_sums(model, task.weights, inputs, offload=work.activations != "device")
         work.run(inputs, None if streamed is None else streamed.save)

@@ -33,12 +33,9 @@ from .report import ReconstructionReport, RegionReport
 from .streams import Stream, Targets, Window, held_in_float32
 
 
-Notes = dict[str, Any]
-
-
 @dataclass
 class _Turn:
-    """What a region needs in its turn.
+    """What is needed to prune and fit one region.
 
     Args:
         number: number of the region in the model.
@@ -84,7 +81,7 @@ class Reconstruction:
         progress: keeps finished regions.
         reports: the reports of finished regions, by number of the region.
         reported: the numbers of the regions that `observer` knows.
-        count: how many regions had their turn.
+        count: number of the next region.
         regions: all regions, if processes share them. Otherwise a region is not held, so that a streamed model can
             drop its weights.
         on_step: called after each optimiser step.
@@ -252,7 +249,7 @@ class Reconstruction:
             reports = [RegionReport(turn.region.name, 0.0, 0.0, 0, 0.0, False)]
         else:
             with _seeded(self.fit.seed, turn.number, turn.window.device):
-                reports = self._solve(turn) if self.size == "matrix" else [self._fit(turn)]
+                reports = self._solve(turn) if self.size == "matrix" else [self._fit_region(turn)]
         seconds = (time.perf_counter() - started) / len(reports)
         self.reports[turn.number] = [replace(report, seconds=seconds) for report in reports]
         notes = self._notes(turn.number, turn.weights)
@@ -267,7 +264,7 @@ class Reconstruction:
 
         return solve_matrices(turn.weights, self.task, measure, in_turn=self.mode == "SS")
 
-    def _fit(self, turn: _Turn) -> RegionReport:
+    def _fit_region(self, turn: _Turn) -> RegionReport:
         """Prune a region, unless it was pruned before, and fit it to its targets."""
         if self.dense is None and turn.weights:
             measured = turn.measured or self._measure(turn, turn.weights, self.task.needs)
