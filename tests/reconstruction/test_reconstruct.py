@@ -8,14 +8,14 @@ import tempfile
 import pytest
 import torch
 from peft import PromptTuningConfig
-from transformers import get_linear_schedule_with_warmup
+from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with_warmup
 
 from peft_sparse import OWL, LeastSquares, MaskLoRAConfig, Swap, prune, reconstruct, sparsity
 from peft_sparse.model.blocks import find_blocks
 from peft_sparse.pruning.criteria import CRITERIA
 
 from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, inputs_by_hooks, zeros_of
-from conftest import FAMILIES, tiny
+from conftest import FAMILIES, SIZES, VOCABULARY, tiny
 from rebuilding import (
     TUNERS,
     OwnError,
@@ -290,6 +290,20 @@ def test_where_activations_wait_changes_nothing(family, activations, tmp_path, m
     assert_same_weights(one, other)
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_that_is_also_the_embedding_is_pruned_only_if_asked():
+    def tied():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=VOCABULARY))
+        model.model.layers[1].mlp.up_proj.weight = model.model.embed_tokens.weight
+        return model
+
+    calibration, model = batches_of("llama"), tied()
+    with pytest.raises(ValueError, match="'model.layers.1.mlp.up_proj' is also the embedding"):
+        rebuild(tied(), calibration)
+    rebuild(model, calibration, prune_tied=True)
+    assert float((model.model.embed_tokens.weight == 0).float().mean()) == 0.5
 
 
 def test_layers_with_patterns_of_their_own():
