@@ -289,10 +289,14 @@ class SparseTrainingArguments(TrainingArguments):
     def _check_reconstruction(self) -> None:
         if self.recovery != "reconstruct":
             return
+        loss: Any = self.reconstruction_loss
         check_choices(
-            self.region_size(), self.reconstruction_mode, Fit(loss=self.reconstruction_loss),  # type: ignore[arg-type]
-            no_pattern=self.pruning_pattern() is None, no_dense=True,
-        )  # fmt: skip
+            self.region_size(),
+            self.reconstruction_mode,
+            Fit(loss=loss, holdout=self.reconstruction_holdout),
+            no_pattern=self.pruning_pattern() is None,
+            no_dense=True,
+        )
         check_activations(self.activations)
         if self.fp16:
             raise ValueError("Reconstruction does not scale the loss, and `fp16` needs that. Use `bf16=True`.")

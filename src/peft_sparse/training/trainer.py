@@ -341,7 +341,7 @@ class SparseTrainer(Trainer):
         report = reconstruct(
             self.model,
             calibration=list(self._calibration(args.per_device_train_batch_size)),
-            **self._pruning_options(),
+            **args.pruning_options(),
             region=args.region_size(),
             mode=args.reconstruction_mode,
             fit=fit,
@@ -375,11 +375,6 @@ class SparseTrainer(Trainer):
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         if self.args.recovery != "reconstruct":
             super()._move_model_to_device(model, device)
-
-    def _pruning_options(self) -> dict[str, Any]:
-        """Return the pruning arguments that are set, for `reconstruct`, whose defaults are the same."""
-        options = self.args.pruning_options()
-        return {name: value for name, value in options.items() if value is not None and value is not False}
 
     def _check_unchanged(self) -> None:
         for name, value in self.args.pruning_options().items():
