@@ -53,6 +53,7 @@ from peft_sparse import (
     sample_sequences,
 )
 from peft_sparse.model.environment import environment
+from peft_sparse.reconstruction import Fit
 from peft_sparse.reconstruction.regions import RegionSize
 
 from common import (
@@ -108,11 +109,9 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         needed = None if criterion == "magnitude" else calibration
         return lambda m: prune(m, pattern, criterion=criterion, calibration=needed, batch_size=args.batch_size)
 
-    def rebuilt(criterion: str, pattern: str, **options: Any) -> Any:
-        return lambda m: reconstruct(
-            m, calibration, pattern=pattern, criterion=criterion, batch_size=1, learning_rate=RATE,
-            seed=args.seed, **options,
-        )  # fmt: skip
+    def rebuilt(criterion: str, pattern: str, tuner: Any = "full", **options: Any) -> Any:
+        fit = Fit(tuner=tuner, learning_rate=RATE, seed=args.seed)
+        return lambda m: reconstruct(m, pattern, calibration, criterion=criterion, fit=fit, **options)
 
     def retrain(criterion: str, pattern: str, tokens: Tensor) -> Any:
         return lambda m: retrained(m, pruned(criterion, pattern), tokens, args)
@@ -171,10 +170,8 @@ def loop(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.rounds):
         ours, theirs = copy.deepcopy(dense), copy.deepcopy(dense)
         started = time.perf_counter()
-        report = reconstruct(
-            ours, tokens, pattern=0.5, criterion="wanda", region="block", mode="SS", learning_rate=RATE, holdout=0,
-            max_steps=args.sequences,
-        )  # fmt: skip
+        fit = Fit(learning_rate=RATE, holdout=0, max_steps=args.sequences)
+        report = reconstruct(ours, 0.5, tokens, criterion="wanda", region="block", mode="SS", fit=fit)
         middle = time.perf_counter()
         errors = published_loop(theirs, tokens, RATE)
         ended = time.perf_counter()
@@ -290,11 +287,11 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 def job(args: argparse.Namespace) -> None:
     """Run one job of `memory` in this process, and print its peak."""
     tokens = torch.randint(0, 4096, (args.sequences, args.length), generator=torch.Generator().manual_seed(0))
-    options: dict[str, Any] = {"pattern": 0.5, "criterion": "wanda", "batch_size": args.batch_size, "max_steps": 4}
+    options: dict[str, Any] = {"criterion": "wanda", "batch_size": args.batch_size, "fit": Fit(max_steps=4)}
     if args.job in ("loaded", "reconstruct", "lora"):
         model = AutoModelForCausalLM.from_pretrained(smollm2_dir())
     if args.job == "reconstruct":
-        reconstruct(model, tokens, **options)
+        reconstruct(model, 0.5, tokens, **options)
     if args.job == "lora":
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
         rows = tokens[: args.batch_size]
@@ -304,7 +301,7 @@ def job(args: argparse.Namespace) -> None:
         prune_checkpoint(source, output, 0.5, criterion="sparsegpt", calibration=tokens, activations="disk")
     if args.job == "reconstructed from disk":
         source, output = Path(args.folder) / "large", Path(args.folder) / "sparse"
-        reconstruct_checkpoint(source, output, tokens, activations="disk", **options)
+        reconstruct_checkpoint(source, output, 0.5, tokens, activations="disk", **options)
     print(peak_resident())
 
 

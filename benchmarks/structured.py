@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_sparse import compact, pack_sequences, perplexity, prune_structured, reconstruct, sample_sequences
+from peft_sparse.reconstruction import Fit
 
 from common import Rows, add_text_arguments, described, documents, parser, smollm2_dir
 
@@ -63,7 +64,8 @@ def measure(args: argparse.Namespace) -> None:
             started = time.perf_counter()
             report = prune_structured(model, ratio, calibration=calibration, batch_size=args.batch_size, **options)
             if rebuilt:
-                reconstruct(model, calibration, dense=dense, learning_rate=args.learning_rate, seed=args.seed)
+                fit = Fit(learning_rate=args.learning_rate, seed=args.seed)
+                reconstruct(model, calibration=calibration, dense=dense, fit=fit)
             seconds = time.perf_counter() - started
             compact(model)
             rows.add(

@@ -42,6 +42,7 @@ from peft_sparse import (
     sparsity,
 )
 from peft_sparse.model.environment import environment
+from peft_sparse.reconstruction import Fit
 
 from common import parser, write_json
 
@@ -189,10 +190,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         add(share, "magnitude, of each matrix", "", dense, prune, pattern=share)
         for criterion in ("wanda", "ria", "gblm", "sparsegpt"):
             add(share, criterion, "", dense, prune, pattern=share, criterion=criterion, calibration=calibration)
-        fit = {"region": "block", "learning_rate": 1e-3, "epochs": 20}
         add(
             share, "wanda", "reconstructed", dense, reconstruct, pattern=share, criterion="wanda",
-            calibration=calibration, **fit,
+            calibration=calibration, region="block", fit=Fit(learning_rate=1e-3, epochs=20),
         )  # fmt: skip
         base = add(share, "magnitude, of the model", "", dense, prune, pattern=share, group="model")
         for way in RATES:
