@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from peft_sparse.model.environment import environment
+from peft_sparse import environment
 
 
 # The model and the texts are those of the examples.

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, MixtralConfig
 
-from peft_sparse import MaskLoRAConfig, plan_reconstruction, plan_training
-from peft_sparse.model.environment import environment
+from peft_sparse import MaskLoRAConfig, environment, plan_reconstruction, plan_training
 
 from common import parser, write_json
 

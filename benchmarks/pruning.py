@@ -33,8 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_sparse import prune, sample_sequences
-from peft_sparse.model.environment import environment
+from peft_sparse import environment, prune, sample_sequences
 from peft_sparse.pruning.least_squares import masked_least_squares
 from peft_sparse.pruning.patterns import Pattern, SemiStructured, Unstructured, select
 from peft_sparse.pruning.refinement import swap

@@ -44,6 +44,7 @@ from peft_sparse import (
     MaskLoRAConfig,
     SparseTrainer,
     SparseTrainingArguments,
+    environment,
     pack_sequences,
     perplexity,
     prune,
@@ -52,7 +53,6 @@ from peft_sparse import (
     reconstruct_checkpoint,
     sample_sequences,
 )
-from peft_sparse.model.environment import environment
 from peft_sparse.reconstruction import Fit
 from peft_sparse.reconstruction.regions import RegionSize
 

@@ -22,12 +22,12 @@ from peft_sparse import (
     ScaledLoRAConfig,
     SparseTrainer,
     SparseTrainingArguments,
+    environment,
     pack_sequences,
     perplexity,
     prune,
     sparsity,
 )
-from peft_sparse.model.environment import environment
 
 from common import digest, parser, python_documents, smollm2_dir, write_json
 

@@ -29,8 +29,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peft_sparse.tuners.layer
-from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune
-from peft_sparse.model.environment import environment
+from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, environment, prune
 from peft_sparse.model.weights import WeightView
 from peft_sparse.pruning.patterns import Unstructured, select
 

@@ -37,11 +37,11 @@ from peft_sparse import (
     ScaledLoRAConfig,
     SparseTrainer,
     SparseTrainingArguments,
+    environment,
     prune,
     reconstruct,
     sparsity,
 )
-from peft_sparse.model.environment import environment
 from peft_sparse.reconstruction import Fit
 
 from common import parser, write_json

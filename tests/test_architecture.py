@@ -59,6 +59,11 @@ def test_every_module_has_its_place():
 
 def test_public_names_are_these():
     assert peft_sparse.__all__ == [
+        "Fit",
+        "ReconstructionObserver",
+        "ReconstructionReport",
+        "RegionReport",
+        "Step",
         "ERK",
         "GBLM",
         "LAMP",

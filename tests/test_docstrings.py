@@ -6,7 +6,7 @@ import re
 import pytest
 
 import peft_sparse
-from peft_sparse import PruningCallback, prune, prune_checkpoint
+from peft_sparse import PruningCallback, prune, prune_checkpoint, reconstruct, reconstruct_checkpoint
 
 
 PUBLIC = {name: getattr(peft_sparse, name) for name in peft_sparse.__all__}
@@ -26,7 +26,7 @@ PRUNING = [
     "batch_size",
     "activations",
 ]
-PRUNERS = [prune, prune_checkpoint, PruningCallback]
+PRUNERS = [prune, prune_checkpoint, PruningCallback, reconstruct, reconstruct_checkpoint]
 
 
 def described(thing):

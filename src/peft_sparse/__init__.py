@@ -23,7 +23,15 @@ from .pruning.prune import prune, sparsity
 from .pruning.refinement import DSnoT, Swap
 from .pruning.report import PruningReport
 from .pruning.sparsegpt import SparseGPT
-from .reconstruction import reconstruct, reconstruct_checkpoint
+from .reconstruction import (
+    Fit,
+    ReconstructionObserver,
+    ReconstructionReport,
+    RegionReport,
+    Step,
+    reconstruct,
+    reconstruct_checkpoint,
+)
 from .structured import compact, prune_structured
 from .training.arguments import SparseTrainingArguments
 from .training.freezing import FreezingCallback
@@ -44,6 +52,7 @@ __all__ = [
     "Criterion",
     "CubicSchedule",
     "DSnoT",
+    "Fit",
     "FreezingCallback",
     "GlobalMagnitude",
     "LeastSquares",
@@ -53,12 +62,16 @@ __all__ = [
     "PruningCycles",
     "PruningReport",
     "Random",
+    "ReconstructionObserver",
+    "ReconstructionReport",
+    "RegionReport",
     "ScaledLoRAConfig",
     "SemiStructured",
     "SparseGPT",
     "SparseTrainer",
     "SparseTrainingArguments",
     "Statistics",
+    "Step",
     "Swap",
     "Uniform",
     "UniformPlus",
