@@ -1,0 +1,193 @@
+"""Every refusal of `calibration/`, with its words."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from peft_sparse import pack_sequences, perplexity, prune, sample_sequences
+
+from conftest import CONFIGS, tiny
+from refusing import TOKENS, flap, llama, nan_norm, rebuild, wanda
+
+
+def zero_norm(model):
+    model.model.layers[1].input_layernorm.weight.zero_()
+
+
+def nan_head(model):
+    model.lm_head.weight[0, 0] = torch.nan
+
+
+class Fickle(nn.Module):
+    """A block whose second layer is given the first one's inputs on one batch, and its own on another."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, hidden):
+        return self.one(hidden) + self.two(hidden if hidden.shape[1] > 1 else hidden + 1)
+
+
+class FickleModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Fickle()])
+
+    def forward(self, hidden):
+        return self.layers[0](hidden)
+
+
+def fickle():
+    batches = [{"hidden": torch.randn(1, size, 4)} for size in (2, 1)]
+    prune(FickleModel(), 0.5, criterion="wanda", calibration=batches)
+
+
+def headless_gradients():
+    prune(AutoModel.from_config(CONFIGS["llama"]), 0.5, criterion="gblm", calibration=TOKENS)
+
+
+class TwoTowers(torch.nn.Module):
+    """Of which no input comes to the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (
+            torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(4, 4))]) for _ in range(2)
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.one[0](x)
+
+
+class Stairs(torch.nn.Module):
+    """Does something between its blocks."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.steps = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(3))
+        self.in_place = in_place
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+            x = x.add_(1) if self.in_place else x + 1
+        return x
+
+
+def words(text, **options):
+    return {"input_ids": text.split()}
+
+
+def unused_layer(model):
+    model.model.layers[0].idle = nn.Linear(4, 4)
+
+
+REFUSALS = [
+    (
+        lambda: prune(llama(), 0.5, criterion="wanda", calibration=TOKENS.float()),
+        ValueError,
+        "Expected `calibration` as token ids, .* got torch.float32",
+    ),
+    (lambda: prune(llama(), 0.5, criterion="wanda", calibration=TOKENS[0]), ValueError, r"of shape \(8,\)"),
+    (lambda: prune(llama(), 0.5, criterion="wanda", calibration=[]), ValueError, "`calibration` holds no batch"),
+    (
+        lambda: wanda(llama(), calibration={"input_ids": TOKENS}),
+        ValueError,
+        "got dict. .* Put a single batch into a list",
+    ),
+    (
+        lambda: wanda(llama(), calibration=[{"input_ids": [1, 2]}]),
+        ValueError,
+        "at least one tensor, got dict. .* pass `r",
+    ),
+    (
+        lambda: wanda(llama(), activations="ram"),
+        ValueError,
+        "`activations` must be one of 'device', 'cpu', 'disk', got",
+    ),
+    (
+        lambda: prune(llama(nan_norm), 0.5, criterion="wanda", calibration=TOKENS),
+        ValueError,
+        "Expected finite inputs, but those of layer 'model.layers.1.self_attn.q_proj' hold NaN",
+    ),
+    (
+        lambda: wanda(llama(), calibration=[{"inputs_embeds": torch.full((1, 4, 16), torch.nan)}]),
+        ValueError,
+        "Expected finite inputs, but those of layer 'model.layers.0.self_attn.q_proj' hold NaN",
+    ),
+    (
+        lambda: wanda(llama(zero_norm)),
+        ValueError,
+        "All inputs of layer 'model.layers.1.self_attn.q_proj' are zero, so they say nothing about its weights. Check",
+    ),
+    (
+        lambda: wanda(llama(unused_layer)),
+        ValueError,
+        "'model.layers.0.idle' saw no calibration token.* add 'model.layers.0.idle' to `exclude_modules`",
+    ),
+    (
+        lambda: wanda(tiny("mixtral"), calibration=TOKENS[:1, :1]),
+        ValueError,
+        r"experts.gate_up_proj.\d' saw no calibration token.* add '[\w.]*.gate_up_proj' to `exclude_modules`",
+    ),
+    (
+        fickle,
+        RuntimeError,
+        "Expected 'layers.0.two' to have the inputs of 'layers.0.one' on every batch, .* Prune these",
+    ),
+    (headless_gradients, ValueError, '"gblm" needs a loss, and LlamaModel returned none. Give .* with `labels`'),
+    (
+        lambda: prune(llama(unused_layer), 0.5, criterion="gblm", calibration=TOKENS),
+        ValueError,
+        r"No gradient reached 'model.layers.0.idle' \(1 such weights\)",
+    ),
+    (
+        lambda: prune(llama(nan_head), 0.5, criterion="gblm", calibration=TOKENS),
+        ValueError,
+        "The gradient of 'model.layers.2.mlp.down_proj' is not finite. Run the model in float32",
+    ),
+    (
+        lambda: sample_sequences(["a b c", "a b"], words, count=2, length=2),
+        ValueError,
+        "Expected 2 documents of more than 2 tokens, found 1 among 2. Give more",
+    ),
+    (
+        lambda: pack_sequences(["a b", "c"], words, length=4),
+        ValueError,
+        "Expected a text of at least one sequence of 4 tokens, got 3 tokens",
+    ),
+    (
+        lambda: perplexity(llama(), TOKENS.float()),
+        ValueError,
+        "Expected `sequences` as token ids, .* got torch.float32",
+    ),
+    (lambda: perplexity(llama(), "text"), ValueError, "Expected `sequences` as token ids .* got str. Make token ids"),
+    (lambda: perplexity(llama(), ["text"]), ValueError, "each batch of `sequences` as a dict .* got str. Make token"),
+    (lambda: perplexity(llama(), []), ValueError, "`sequences` holds no batch. Give at least one sequence"),
+    (lambda: flap(activations="ram"), ValueError, "`activations` must be one of 'device', 'cpu', 'disk', got 'ram'"),
+    (lambda: rebuild(llama(), activations="gpu"), ValueError, "`activations` must be one of 'device', .* got 'gpu'"),
+    (
+        lambda: wanda(TwoTowers(), calibration=[{"x": torch.ones(1, 2, 4)}]),
+        ValueError,
+        "No calibration batch runs the blocks of 'two'. Give batches that do, .* or leave these layers out",
+    ),
+    (
+        lambda: wanda(Stairs(in_place=False), calibration=[{"x": torch.ones(1, 2, 4)}]),
+        ValueError,
+        "Between 'steps.0' and 'steps.1' the model changes the hidden states, .* Prune by a criterion that needs no",
+    ),
+    (
+        lambda: wanda(Stairs(in_place=True), calibration=[{"x": torch.ones(1, 2, 4)}]),
+        ValueError,
+        "Between 'steps.0' and 'steps.1' the model changes the hidden states, .* or give batches for which the model",
+    ),
+]
+
+
+@pytest.mark.parametrize(("refused", "error", "words"), REFUSALS, ids=[words[:40] for _, _, words in REFUSALS])
+def test_the_refusal_says_what_to_do(refused, error, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=words):
+        refused()

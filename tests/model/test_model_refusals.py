@@ -1,0 +1,86 @@
+"""Every refusal of `model/`, with its words."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from peft_sparse import plan_pruning, prune
+from peft_sparse.model import processes
+from peft_sparse.model.weights import as_matrix
+from peft_sparse.training.zero_guard import ZeroGuardCallback
+
+from refusing import _State, arguments, flap, llama, wanda
+
+
+def nan_weight(model):
+    model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
+
+
+def grouped_convolution():
+    model = nn.Sequential(nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))]))
+    model.forward = lambda pixels: model[0][0](pixels)
+    prune(model, 0.5, criterion="wanda", calibration=[{"pixels": torch.randn(1, 4, 5, 5)}])
+
+
+def no_norms():
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])})
+    plan_pruning(model, 0.5, criterion="wanda", flops_per_second=1)
+
+
+def beside(other, failure=None):
+    """Prune as process 0 of two, of which the other says `other` where all tell what they do, or that it failed."""
+    with (
+        mock.patch.object(processes, "place", return_value=(0, 2)),
+        mock.patch.object(processes, "_gathered", side_effect=lambda own: [own, (other, failure)]),
+    ):
+        wanda(llama())
+
+
+def flattened():
+    model = llama()
+    model.model.layers[0] = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    torch.nn.Module.__init__(model.model.layers[0])
+    ZeroGuardCallback().on_train_begin(arguments(), _State(), None, model=model)
+
+
+REFUSALS = [
+    (lambda: as_matrix(nn.Embedding(3, 3), torch.zeros(3, 3)), TypeError, "one of `Linear`.* got Embedding"),
+    (
+        lambda: beside("magnitude"),
+        ValueError,
+        "Expected the same call in all 2 processes, got 'wanda, row, .* to 0.5 .* Give",
+    ),
+    (
+        lambda: beside("", "OSError: full"),
+        RuntimeError,
+        "process 1 stopped with OSError: full. Correct the error",
+    ),
+    (lambda: prune(llama(), 0.5, target_modules=["q_prj"]), ValueError, "'q_prj' in `target_modules` matches no"),
+    (lambda: prune(llama(), 0.5, exclude_modules=["x"]), ValueError, "'x' in `exclude_modules` .* end in q_proj, k_"),
+    (lambda: prune(llama(), 0.5, target_modules="nothing.*"), ValueError, "`target_modules='nothing.*'` .* leaves no"),
+    (lambda: prune(nn.Sequential(nn.Linear(2, 2)), 0.5), ValueError, "Expected a model with blocks"),
+    (
+        lambda: prune(llama(nan_weight), 0.5),
+        ValueError,
+        "layers.1.mlp.up_proj' holds NaN or infinity. Correct",
+    ),
+    (grouped_convolution, TypeError, "Expected a Conv2d without groups .* got groups=2, .* Add it to `exclude_mod"),
+    (no_norms, ValueError, "Expected blocks with a normalisation layer, which tells the hidden size"),
+    (
+        lambda: flap(target_modules=["heads"]),
+        ValueError,
+        "'heads' in `target_modules` matches no prunable layer. Prunable layers here end in self_attn, mlp, q_proj",
+    ),
+    (lambda: flap(llama(nan_weight)), ValueError, "layers.1.mlp.up_proj' holds NaN or infinity. Correct"),
+    (flattened, ValueError, "FSDP1 flattens weights, .* Set `fsdp_version: 2` in the configuration of accelerate"),
+]
+
+
+@pytest.mark.parametrize(("refused", "error", "words"), REFUSALS, ids=[words[:40] for _, _, words in REFUSALS])
+def test_the_refusal_says_what_to_do(refused, error, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=words):
+        refused()

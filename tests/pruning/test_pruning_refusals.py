@@ -1,0 +1,319 @@
+"""Every refusal of `pruning/`, with its words."""
+
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from peft_sparse import Criterion, Magnitude, SparseGPT, plan_pruning, prune, prune_checkpoint
+from peft_sparse.model.weights import WeightView
+from peft_sparse.pruning import checkpoint as streaming
+from peft_sparse.pruning.allocation import allocate
+from peft_sparse.pruning.choices import chosen
+from peft_sparse.pruning.criteria import CRITERIA
+from peft_sparse.pruning.least_squares import masked_least_squares
+from peft_sparse.pruning.patterns import SemiStructured, Unstructured, parse_pattern
+from peft_sparse.pruning.refinement import find_refinement
+from peft_sparse.pruning.report import PruningReport
+from peft_sparse.pruning.sparsegpt import sparsegpt
+
+from conftest import tiny
+from refusing import TOKENS, adapted, arguments, llama, merged
+
+
+def streamed(model=None, edit=None, original=False, **options):
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        (model or llama()).save_pretrained(source, save_original_format=original)
+        if edit is not None:
+            edit(Path(folder))
+        prune_checkpoint(source, Path(folder) / "pruned", 0.5, **options)
+
+
+def streamed_by_two():
+    with mock.patch.object(streaming, "PartialState", return_value=SimpleNamespace(num_processes=2)):
+        streamed()
+
+
+def occupy(folder):
+    (folder / "pruned").mkdir()
+    (folder / "pruned" / "something").touch()
+
+
+def remove_weights(folder):
+    (folder / "source" / "model.safetensors").unlink()
+
+
+def forget_the_class(folder):
+    LlamaConfig().save_pretrained(folder / "source")
+
+
+def allocated(method, share=0.5, **options):
+    """Two weights of 16 entries, one of them with 4 zeros."""
+    layers = {name: nn.Linear(4, 4) for name in ("one", "two")}
+    layers["one"].weight.data[0] = 0
+    return allocate(method, {name: WeightView(layer) for name, layer in layers.items()}, share, blocks={}, **options)
+
+
+def unpicturable():
+    with mock.patch.dict(sys.modules, {"matplotlib.figure": None}):
+        PruningReport("magnitude", "0.5", "row", 0.5, 1.0, 1, ()).plot("unused")
+
+
+def nan_hessian():
+    masked_least_squares(torch.ones(2, 2), torch.eye(2).bool(), torch.full((2, 2), torch.nan))
+
+
+REFUSALS = [
+    (lambda: Unstructured(1.0), ValueError, r"`sparsity` must be in \[0, 1\), got 1.0. Use 0.5"),
+    (lambda: parse_pattern(-0.1), ValueError, r"must be in \[0, 1\), got -0.1"),
+    (lambda: parse_pattern(float("nan")), ValueError, r"must be in \[0, 1\), got nan"),
+    (lambda: SemiStructured(5, 4), ValueError, "needs 1 <= n <= m, got 5:4. Use 2:4"),
+    (lambda: parse_pattern("0:4"), ValueError, "needs 1 <= n <= m, got 0:4"),
+    (lambda: parse_pattern("half"), ValueError, "A pattern is a sparsity such as 0.5 .* got 'half'"),
+    (
+        lambda: find_refinement("swaps"),
+        ValueError,
+        "`refinement` must be one of 'dsnot', 'swap', or a value .* got 'swaps'",
+    ),
+    (lambda: prune(llama()), ValueError, "Expected one of `pattern`, .* and `sparsity`, .* got neither"),
+    (lambda: prune(llama(), 0.5, sparsity=0.4), ValueError, "got pattern=0.5 and sparsity=0.4"),
+    (
+        lambda: prune(llama(), 0.5, update="yes"),
+        TypeError,
+        "`update` must be True, False or a `LeastSquares`, got 'yes'",
+    ),
+    (lambda: SparseGPT(damping=0), ValueError, "`damping` of SparseGPT must be above 0, got 0"),
+    (
+        lambda: chosen("criterion", CRITERIA, "ria", {"power": 2}),
+        ValueError,
+        "`criterion='ria'` has no option 'power'. Its options are 'exponent'",
+    ),
+    (
+        lambda: chosen("criterion", CRITERIA, SparseGPT(), {"damping": 0.1}),
+        ValueError,
+        "`criterion_options` goes with a name, but `criterion` is the value SparseGPT.* Put the options into",
+    ),
+    (
+        lambda: Criterion(None, group="matrix"),
+        TypeError,
+        "`score` must be a function .* got NoneType. For SparseGPT use",
+    ),
+    (
+        lambda: prune(llama(), 0.5, criterion="wand"),
+        ValueError,
+        "`criterion` must be one of 'magnitude', .* got 'wand'. A function",
+    ),
+    (lambda: prune(llama(), 0.5, group="column"), ValueError, "`group` must be one of 'row', .* got 'column'"),
+    (
+        lambda: prune(llama(), "2:4", group="row"),
+        ValueError,
+        "2:4 compares within each 4 inputs. Remove `group='row'`",
+    ),
+    (lambda: Criterion(Magnitude().score, group="rows"), ValueError, "`group` must be one of 'row', .* got 'rows'"),
+    (
+        lambda: Criterion(Magnitude().score, group="row", needs="inputs"),
+        ValueError,
+        "`needs` must be a tuple .* got 'inputs'",
+    ),
+    (
+        lambda: prune(llama(), 0.5, criterion="sparsegpt", group="row", calibration=TOKENS),
+        ValueError,
+        "'sparsegpt' compares within 128 columns, .* Remove `group='row'`",
+    ),
+    (lambda: prune(llama(), {"q_proj": 0.5}, group="model"), ValueError, "`pattern` is a dict that gives them"),
+    (
+        lambda: prune(llama(), {"q_proj": 0.5}, allocation="erk"),
+        ValueError,
+        "`allocation` divides one sparsity among the layers, but `pattern` is a dict",
+    ),
+    (
+        lambda: prune(llama(), 0.5, allocation="erk", group="model"),
+        ValueError,
+        '`group="model"` finds the sparsity of each layer itself. .* `allocation="global"` compares',
+    ),
+    (
+        lambda: prune(llama(), "2:4", allocation="erk"),
+        ValueError,
+        "2:4 fixes the sparsity of every group .* `allocation=\"owl\"`, .* got allocation 'erk'",
+    ),
+    (
+        lambda: prune(llama(), 0.5, allocation="owl"),
+        ValueError,
+        "Expected `calibration`, because allocation 'owl' measures the inputs of each layer. Pass token ids",
+    ),
+    (
+        lambda: prune(llama(), 0.5, allocation={"q_prj": 0.5}),
+        ValueError,
+        "'q_prj' in `allocation` matches no weight",
+    ),
+    (lambda: prune(llama(), 0.5, allocation={"q_proj": 0.5}), ValueError, "a mapping that has none for .*k_proj'"),
+    (
+        lambda: prune(llama(), 0.5, group="model", update=True, calibration=TOKENS),
+        ValueError,
+        '`group="model"` selects in all layers at once.* Use `allocation="global"`',
+    ),
+    (
+        lambda: prune(llama(), 0.5, criterion="sparsegpt", refinement="swap", calibration=TOKENS),
+        ValueError,
+        "'sparsegpt' updates the weights while it selects, .* Remove `refinement`",
+    ),
+    (
+        lambda: prune(llama(), 0.5, refinement="swap"),
+        ValueError,
+        "Expected `calibration`, because refinement 'swap' measures the inputs of each layer. Pass token ids",
+    ),
+    (
+        lambda: arguments(sparsity=0.5, allocation="best"),
+        ValueError,
+        "`allocation` must be one of 'uniform', .* got 'best'",
+    ),
+    (streamed_by_two, ValueError, "Expected one process, because one output is written, got 2. Start it in one"),
+    (lambda: prune(llama(), {}), ValueError, "`pattern` is an empty dict, which prunes nothing"),
+    (lambda: prune(llama(), {"*.q_proj": 0.5}), ValueError, r"'\*.q_proj' in `pattern` is no regular expression"),
+    (lambda: prune(llama(), {"x_proj": 0.5}), ValueError, "'x_proj' in `pattern` matches no weight, .* end in q_proj"),
+    (
+        lambda: prune(llama(), {"q_proj|k_proj": 0.5, "k_proj": 0.25}),
+        ValueError,
+        "'k_proj' in `pattern` matches no weight, or only weights that an earlier key matches",
+    ),
+    (
+        lambda: prune(tiny("mixtral"), {"experts": 0.5}),
+        ValueError,
+        "'experts' in `pattern` matches no weight, .* k_proj, v_proj, o_proj, gate_up_proj, down_proj.$",
+    ),
+    (lambda: prune(llama(), {"q_proj": 1.5}), ValueError, r"`sparsity` must be in \[0, 1\), got 1.5"),
+    (lambda: prune(llama(), {"q_proj": "5:4"}), ValueError, "needs 1 <= n <= m, got 5:4"),
+    (
+        lambda: prune(llama(), {"q_proj": "2:4", "k_proj": 0.5}, group="row"),
+        ValueError,
+        "2:4 compares within each 4 inputs. Remove `group='row'`",
+    ),
+    (
+        lambda: prune(llama(), {"q_proj": "2:4", "k_proj": "2:5"}),
+        ValueError,
+        "2:5 .* 'model.layers.0.self_attn.k_proj",
+    ),
+    (
+        lambda: prune(llama(), "2:5"),
+        ValueError,
+        "2:5 needs a number of inputs divisible by 5, but .*q_proj' has 16 .21 such",
+    ),
+    (
+        lambda: prune(llama(), 0.5, criterion="wanda"),
+        ValueError,
+        "Expected `calibration`, because criterion 'wanda' measures the inputs .* Pass token ids",
+    ),
+    (
+        lambda: prune(llama(), 0.5, criterion="wanda", target_modules=["lm_head"], calibration=TOKENS),
+        ValueError,
+        "'lm_head' lies outside the blocks",
+    ),
+    (
+        lambda: prune(llama(), 0.5, criterion=lambda weight, _: weight[0]),
+        ValueError,
+        r"scores of shape \(16, 16\) for 'model.layers.0.self_attn.q_proj', got \(16,\)",
+    ),
+    (
+        lambda: prune(llama(), 0.5, criterion=lambda weight, _: weight / 0),
+        ValueError,
+        "Expected finite scores for 'model.layers.0.self_attn.q_proj', got NaN or infinity",
+    ),
+    (
+        lambda: prune(adapted(), 0.5, criterion="gblm", calibration=TOKENS),
+        ValueError,
+        "'gblm' needs gradients of the weights .*q_proj' runs with an adapter. .* `with model.disable_adapter",
+    ),
+    (
+        lambda: sparsegpt(torch.ones(2, 2), torch.eye(2)),
+        ValueError,
+        "either a `pattern` to select by or a `mask` to keep, got both or neither",
+    ),
+    (
+        lambda: sparsegpt(torch.ones(2, 2), -torch.eye(2), Unstructured(0.5)),
+        ValueError,
+        r"Expected a positive definite Hessian, but X\^T X is not",
+    ),
+    (
+        lambda: sparsegpt(torch.full((2, 2), torch.nan), torch.eye(2), Unstructured(0.5)),
+        ValueError,
+        "Expected finite weights from SparseGPT, got NaN",
+    ),
+    (unpicturable, ImportError, "A picture needs matplotlib, which is not installed. Run: pip install matplotlib"),
+    (
+        lambda: plan_pruning(LlamaConfig(), 0.5),
+        ValueError,
+        r"names one class of transformers in `architectures`, got \[\]",
+    ),
+    (lambda: streamed(edit=forget_the_class), ValueError, "names one class of transformers in `architectures`, got"),
+    (
+        lambda: streamed(edit=occupy),
+        ValueError,
+        "pruned' not to exist, to be empty, or to hold only what a killed run left. Give another `output`",
+    ),
+    (lambda: streamed(edit=remove_weights), ValueError, "Expected model.safetensors or model.safetensors.index.json"),
+    (lambda: streamed(group="model"), ValueError, "One block at a time is in memory, .* Use `prune`"),
+    (
+        lambda: streamed(criterion="gblm", calibration=TOKENS),
+        ValueError,
+        "criteria that need gradients need the whole model",
+    ),
+    (lambda: streamed(tiny("t5")), ValueError, "one stack of blocks, got several: encoder.block, decoder.blo"),
+    (
+        lambda: streamed(tiny("mixtral"), original=True),
+        ValueError,
+        "The checkpoint has no tensor 'model.layers.0.mlp.experts.down_proj' .* `save_pretrained.*save_original_form",
+    ),
+    (
+        lambda: streamed(target_modules=["lm_head"]),
+        ValueError,
+        "'lm_head' lies outside the blocks, which are all that is pruned on disk. Add it",
+    ),
+    (
+        lambda: allocated("layerwise"),
+        ValueError,
+        "`allocation` must be one of 'uniform', .* got 'layerwise'. A dict of sparsities by layer",
+    ),
+    (
+        lambda: allocated("erk", 0.99),
+        ValueError,
+        "between 4 and 30 zeros in total, .* got one that gives 31. Choose another sparsity",
+    ),
+    (
+        lambda: allocated("owl"),
+        ValueError,
+        "needs the input norms of each weight, got none for 'one'. Pass calibration",
+    ),
+    (
+        lambda: allocated({"one": 0.5}),
+        ValueError,
+        "Expected a sparsity for each weight .* got a mapping that has none for 'two'. Give the sparsity of all",
+    ),
+    (
+        lambda: allocated({"one": 0.5, "two": 0.75}),
+        ValueError,
+        "give 16 zeros in total, 0.500000 of the entries, got .* 20, 0.625000. Change the sparsities",
+    ),
+    (lambda: prune(merged(), 0.5), ValueError, "has merged adapters, and unmerging would restore"),
+    (lambda: prune(tiny("gpt2"), 0.5, target_modules=["lm_head"]), ValueError, "'lm_head' is also the embedding"),
+    (
+        lambda: prune(llama().to("meta"), 0.5),
+        ValueError,
+        "is torch.float32 on meta, but pruning needs floating-point weights in memory",
+    ),
+    (lambda: arguments(sparsity=1.5), ValueError, r"must be in \[0, 1\), got 1.5"),
+    (nan_hessian, ValueError, "Expected a finite solution of the masked least squares, got NaN or infinity"),
+]
+
+
+@pytest.mark.parametrize(("refused", "error", "words"), REFUSALS, ids=[words[:40] for _, _, words in REFUSALS])
+def test_the_refusal_says_what_to_do(refused, error, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=words):
+        refused()

@@ -1,0 +1,110 @@
+"""Every refusal of `reconstruction/`, with its words."""
+
+import tempfile
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from peft_sparse import MaskLoRAConfig, reconstruct
+from peft_sparse.reconstruction.progress import Progress
+
+from conftest import tiny
+from refusing import adapted, llama, rebuild
+
+
+def post_norm():
+    model = tiny("bart")
+    with torch.no_grad():
+        # Two fresh norms in a row are one.
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def shallow():
+    model = llama()
+    del model.model.layers[2]
+    return model
+
+
+def other_state():
+    with tempfile.TemporaryDirectory() as folder:
+        Progress(folder, {"data": "these"})
+        Progress(folder, {"data": "those"})
+
+
+def other_region():
+    with tempfile.TemporaryDirectory() as folder:
+        Progress(folder, {}).save(0, {}, {}, as_read="these weights")
+        Progress(folder, {}).load(0, as_read="those weights")
+
+
+REFUSALS = [
+    (
+        lambda: rebuild(region="layer"),
+        ValueError,
+        "`region` must be \"matrix\", .* a number of blocks of at least 1, got 'layer'",
+    ),
+    (lambda: rebuild(mode="DS"), ValueError, "`mode` must be one of 'DD', 'SS', 'SD', got 'DS'"),
+    (lambda: rebuild(loss="ce"), ValueError, "`loss` must be one of 'mse', 'relative_mse', 'cosine', got 'ce'"),
+    (lambda: rebuild(pattern=None), ValueError, "Expected either `pattern` .*, or `dense`, .*; got neither"),
+    (
+        lambda: rebuild(region="matrix", mode="SD"),
+        ValueError,
+        "solves a least-squares problem for each .* Use `region=",
+    ),
+    (
+        lambda: rebuild(tuner="lora"),
+        TypeError,
+        "`tuner` must be \"full\" or the configuration of a PEFT .* got 'lora'",
+    ),
+    (
+        lambda: rebuild(tuner=MaskLoRAConfig(train_head="full")),
+        ValueError,
+        "`train_head='full'` trains parameters that belong to no region. Leave it out",
+    ),
+    (
+        lambda: rebuild(tuner=MaskLoRAConfig(target_modules=["lm_head"])),
+        ValueError,
+        "`target_modules={'lm_head'}` of the tuner matches none of the pruned weights",
+    ),
+    (
+        lambda: rebuild(tuner=LoraConfig(r=2, target_modules=["q_proj"]), learning_rate=1e-2),
+        ValueError,
+        "The tuner filled zeros of 'model.layers.0.self_attn.q_proj' .* such as MaskLoRAConfig",
+    ),
+    (lambda: rebuild(holdout=1.0), ValueError, r"`holdout` must be in \[0, 1\), got 1.0"),
+    (
+        lambda: rebuild(group="model"),
+        ValueError,
+        '`group="model"` compares the weights of all regions with each other',
+    ),
+    (
+        lambda: rebuild(pattern=None, dense=tiny("llama"), update=True),
+        ValueError,
+        "`allocation`, `refinement` and `update` are part of pruning, .* Remove them, or pass them to `prune`",
+    ),
+    (lambda: rebuild(batch_size=0), ValueError, "`batch_size` must be at least 1, got 0"),
+    (lambda: reconstruct(llama(), 0.5), ValueError, "Expected `calibration`, because a region is fitted on its"),
+    (
+        lambda: rebuild(adapted()),
+        ValueError,
+        "has adapters, but reconstruction attaches and merges adapters of its own",
+    ),
+    (lambda: rebuild(pattern=None, dense=shallow()), ValueError, "Expected `dense` .* got one with other blocks"),
+    (
+        lambda: rebuild(post_norm()),
+        ValueError,
+        "Expected a block .*, but 'model.encoder.layers.0' computes something else; .* Use `region=\"block\"`",
+    ),
+    (other_state, ValueError, "holds the state of a run with another data. Resume with the same model, data"),
+    (other_region, ValueError, "holds the state of a run with another model. Resume with the same model, data"),
+]
+
+
+@pytest.mark.parametrize(("refused", "error", "words"), REFUSALS, ids=[words[:40] for _, _, words in REFUSALS])
+def test_the_refusal_says_what_to_do(refused, error, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=words):
+        refused()

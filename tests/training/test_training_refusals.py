@@ -1,0 +1,362 @@
+"""Every refusal of `training/`, with its words."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments
+
+from peft_sparse import (
+    CubicSchedule,
+    FreezingCallback,
+    MaskLoRAConfig,
+    PruningCallback,
+    PruningCycles,
+    SparseTrainer,
+    SparseTrainingArguments,
+    prune,
+)
+from peft_sparse.training.distillation import check_teacher, hidden_states_loss, logits_loss, predictions
+from peft_sparse.training.learning_rates import norm_drop, retraining_schedule
+from peft_sparse.training.zero_guard import ZeroGuardCallback, _compare
+
+from conftest import tiny
+from refusing import TOKENS, _State, adapted, arguments, llama
+from trainers import StopAt
+
+
+def reconstructed_by_trainer(**resuming):
+    options = {"recovery": "reconstruct", "sparsity": 0.5, "calibration_samples": 2, "save_strategy": "no"}
+    data = [{"input_ids": row, "labels": row} for row in TOKENS]
+    SparseTrainer(llama(), arguments(**options), train_dataset=data, callbacks=[StopAt(1)]).train(**resuming)
+
+
+def flattening_trainer():
+    plugin = SimpleNamespace(fsdp_version=1, activation_checkpointing=False)
+    with mock.patch.object(AcceleratorState, "fsdp_plugin", plugin, create=True):
+        SparseTrainer(llama(), arguments())
+
+
+def changed_of_mind():
+    data = [{"input_ids": row, "labels": row} for row in TOKENS]
+    trainer = SparseTrainer(llama(), arguments(sparsity=0.5, max_steps=1, save_strategy="no"), train_dataset=data)
+    trainer.args.sparsity = 0.6
+    trainer.train()
+
+
+def guarded_vandalism():
+    model, guard = llama(), ZeroGuardCallback()
+    prune(model, 0.5)
+    model.requires_grad_(False)
+    guard.on_train_begin(None, _State(), None, model=model)
+    model.model.layers[2].mlp.up_proj.weight.add_(1)
+    guard.check()
+
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
+
+
+def scheduled(method, original=(0.1, 0.1, 0.1), lr=0.1):
+    return retraining_schedule(method, torch.optim.SGD([torch.zeros(1)], lr=lr), original, 3)
+
+
+def cycles(model, step=0, **options):
+    state = _State()
+    state.global_step = step
+    PruningCallback(0.5, schedule=PruningCycles(2)).on_train_begin(arguments(**options), state, None, model=model)
+
+
+def prune_in_parts(model):
+    next(model.parameters()).ds_tensor = torch.zeros(1)
+    PruningCallback(0.5, criterion="wanda", calibration=torch.zeros(1, 2).long()).prune(model, 0)
+
+
+def teacher_in_parts():
+    teacher = llama()
+    next(teacher.parameters()).ds_tensor = torch.zeros(1)
+    check_teacher(teacher, llama(), "logits")
+
+
+def two_gpus():
+    args = arguments(distillation="logits")
+    with mock.patch.object(SparseTrainingArguments, "n_gpu", 2):
+        SparseTrainer(llama(), args, teacher=llama())
+
+
+def half_pruned():
+    model = llama()
+    prune(model, 0.5)
+    return model
+
+
+def shared_teacher(model):
+    SparseTrainer(model, arguments(distillation="logits"), teacher=model)
+
+
+def freeze(model, sharded=False):
+    args = SimpleNamespace(fsdp=["full_shard"] if sharded else [], deepspeed=None, world_size=1)
+    FreezingCallback().on_train_begin(args, None, None, model=model)
+
+
+class TokenSamples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"input_ids": TOKENS[index]}
+
+
+REFUSALS = [
+    (
+        lambda: arguments(sparsity=0.5, allocation="erk", allocation_options="power=2"),
+        ValueError,
+        "`allocation_options` must be a dict, or JSON .* Got `allocation_options='power=2'` and `allocation='erk'`",
+    ),
+    (lambda: arguments(pattern="2:4", sparsity=0.7), ValueError, '`sparsity=0.7` contradicts `pattern="2:4"`'),
+    (lambda: arguments(group="all"), ValueError, "`group` must be one of .* got 'all'"),
+    (lambda: arguments(recovery="rest"), ValueError, "`recovery` must be one of 'retrain', .* got 'rest'"),
+    (lambda: arguments(calibration_samples=0), ValueError, "`calibration_samples` must be at least 1, got 0"),
+    (
+        lambda: SparseTrainer(llama(), TrainingArguments("unused", use_cpu=True)),
+        TypeError,
+        "Expected `args` as SparseTrainingArguments, got TrainingArguments",
+    ),
+    (
+        lambda: SparseTrainer(llama(), arguments(sparsity=0.5, criterion="wanda")),
+        ValueError,
+        "Calibration uses the first 128 samples of `train_dataset`, and there is none. Pass `train_dataset`",
+    ),
+    (
+        lambda: SparseTrainer(llama(), arguments(sparsity=0.5, criterion="wanda"), train_dataset=TokenSamples()),
+        ValueError,
+        "`calibration_samples=128` needs as many training samples, and the training set has only 4. Lower",
+    ),
+    (
+        reconstructed_by_trainer,
+        RuntimeError,
+        "stopped reconstruction in 'model.layers.0 .attention.'. The 0 regions before .* Load the model again",
+    ),
+    (
+        lambda: reconstructed_by_trainer(resume_from_checkpoint="no-such-folder"),
+        ValueError,
+        "Expected 'no-such-folder' to hold the finished regions of a reconstruction, found none. Resume with",
+    ),
+    (
+        lambda: arguments(recovery="reconstruct", sparsity=0.5, save_on_sigterm=True),
+        ValueError,
+        "can be resumed with `resume_from_checkpoint=True` after any interruption. Leave `save_on_sigterm` out",
+    ),
+    (lambda: reconstructed_by_trainer(trial={}), ValueError, "`hyperparameter_search` does not support `recovery=.*"),
+    (flattening_trainer, ValueError, "FSDP1 flattens weights, .* Set `fsdp_version: 2` in the configuration"),
+    (
+        changed_of_mind,
+        ValueError,
+        "have `pattern=0.6`, and had `pattern=0.5` when this SparseTrainer was made. .* Make a new SparseTrainer",
+    ),
+    (
+        lambda: arguments(recovery="reconstruct", sparsity=0.5, fp16=True),
+        ValueError,
+        "Reconstruction does not scale the loss, and `fp16` needs that. Use `bf16=True`",
+    ),
+    (
+        lambda: SparseTrainer(adapted(), arguments(sparsity=0.5), peft_config=MaskLoRAConfig()),
+        ValueError,
+        "`peft_config` attaches an adapter, and the model has adapters already. Leave `peft_config` out, or pass",
+    ),
+    (
+        lambda: SparseTrainer(adapted(), arguments(sparsity=0.5, recovery="reconstruct")),
+        ValueError,
+        "Reconstruction attaches and merges an adapter for each region, .* Pass the plain model",
+    ),
+    (lambda: scheduled("cosine"), ValueError, "The retraining schedule must be one of 'ft', .* got 'cosine'"),
+    (
+        lambda: scheduled("llr", lambda t: 0.1),
+        ValueError,
+        "`original` is a function, and its number of steps .* Pass `original_steps`",
+    ),
+    (
+        lambda: scheduled("llr", [0.0, 0.0]),
+        ValueError,
+        "Got 3 steps for 1 rounds, and 2 learning rates from 0.0 to 0.0",
+    ),
+    (
+        lambda: scheduled("llr", lr=0.0),
+        ValueError,
+        "multiplies the `lr` of the optimiser, which is 0.0. Pass an optimiser with a positive `lr`",
+    ),
+    (lambda: scheduled("allr"), ValueError, '"allr" depends on how much pruning removed. Pass `norm_drop`'),
+    (
+        lambda: scheduled("ft", [0.1, 0.0]),
+        ValueError,
+        '"ft" continues with the last learning rate .* which is 0. Use "lrw"',
+    ),
+    (
+        lambda: scheduled("lrw", [0.1, 0.1]),
+        ValueError,
+        '"lrw" repeats the last 3 learning rates .* has only 2. Retrain for',
+    ),
+    (
+        lambda: norm_drop((1.0, 4), (1.0, 4)),
+        ValueError,
+        'Pruning made no further entry zero, .* Start from the dense model, or use "llr"',
+    ),
+    (
+        lambda: arguments(retraining_schedule="llr", recovery="reconstruct", sparsity=0.5),
+        ValueError,
+        "`retraining_schedule='llr'` is a schedule for training with the task loss. Leave it out",
+    ),
+    (
+        lambda: arguments(retraining_schedule="allr"),
+        ValueError,
+        "`retraining_schedule='allr'` depends on the number of steps .* Set `original_steps`",
+    ),
+    (
+        lambda: arguments(
+            retraining_schedule="llr", lr_scheduler_type="reduce_lr_on_plateau", **EVALUATED
+        ).original_rates(3),
+        ValueError,
+        "and those of ReduceLROnPlateau are not known before it runs. Set the `lr_scheduler_type`",
+    ),
+    (
+        lambda: CubicSchedule(0, 5),
+        ValueError,
+        "`rounds` and `interval` of at least 1, .* Got rounds=0, interval=5, .* prunes every 50 steps",
+    ),
+    (
+        lambda: CubicSchedule(4, 5).sparsities(0.5, 20),
+        ValueError,
+        "The last of 4 rounds prunes after step 20, and the run has 20 steps. .* Train for more steps",
+    ),
+    (
+        lambda: CubicSchedule(4, 5, initial_sparsity=0.5).sparsities(0.5, 30),
+        ValueError,
+        "must be above the initial one, got 0.5 and `initial_sparsity=0.5`. Request a higher sparsity",
+    ),
+    (lambda: PruningCycles(0), ValueError, "`rounds` must be at least 1, got 0. One round prunes"),
+    (
+        lambda: PruningCycles(4).sparsities(0.5, 3),
+        ValueError,
+        "4 cycles need at least 4 optimiser steps, .* has 3. Train for",
+    ),
+    (
+        lambda: PruningCallback("2:4", schedule=PruningCycles(2)),
+        ValueError,
+        "A schedule raises a single sparsity, and the pattern is '2:4'. Pass a sparsity such as 0.5",
+    ),
+    (
+        lambda: cycles(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))),
+        ValueError,
+        "merges and resets the adapters, and 'base_model.model.model.layers.0.self_attn.q_proj', a Linear, does not",
+    ),
+    (
+        lambda: cycles(adapted(), 3),
+        FileNotFoundError,
+        "pruned several times during training. The file '.*pruned_base.safetensors' .* Resume with the `output_dir`",
+    ),
+    (teacher_in_parts, ValueError, "The teacher's weights are sharded over processes, .* Load the teacher before"),
+    (
+        lambda: prune_in_parts(llama()),
+        ValueError,
+        'Calibration needs whole blocks, and the weights are sharded .* Or prune by criterion "magnitude"',
+    ),
+    (
+        lambda: SparseTrainingArguments("unused", save_on_sigterm=True, enable_jit_checkpoint=True),
+        ValueError,
+        "`save_on_sigterm` and `enable_jit_checkpoint` both handle SIGTERM. Set one of them",
+    ),
+    (
+        lambda: cycles(adapted(), load_best_model_at_end=True, save_strategy="steps", save_steps=1, **EVALUATED),
+        ValueError,
+        "`load_best_model_at_end` may load a checkpoint of lower sparsity, .* Set it to False",
+    ),
+    (
+        lambda: arguments(sparsity=0.5, pruning_schedule="linear"),
+        ValueError,
+        "`pruning_schedule` must be one of 'cubic', 'cycles', got 'linear'. Leave it out",
+    ),
+    (
+        lambda: arguments(pruning_schedule="cubic"),
+        ValueError,
+        "`pruning_schedule='cubic'` prunes to `sparsity` during training. It needs `sparsity` and .* only \"cycles\"",
+    ),
+    (
+        lambda: arguments(distillation="labels"),
+        ValueError,
+        "`distillation` must be one of 'logits', 'hidden_states', got 'labels'",
+    ),
+    (
+        lambda: arguments(distillation="logits", distillation_weight=1.5),
+        ValueError,
+        r"`distillation_weight` must be in \(0, 1\] .* got 1.5 and 1.0. To train with the task loss alone",
+    ),
+    (
+        lambda: arguments(distillation="logits", recovery="reconstruct", sparsity=0.5),
+        ValueError,
+        "Reconstruction fits the outputs of the dense model already, .* Leave `distillation` out",
+    ),
+    (
+        lambda: arguments(distillation="logits", use_liger_kernel=True),
+        ValueError,
+        "With `use_liger_kernel` the model returns no logits .* Set `use_liger_kernel=False`",
+    ),
+    (
+        lambda: SparseTrainer(llama(), arguments(), teacher=llama()),
+        ValueError,
+        "`teacher` is given without `distillation`. Set distillation=",
+    ),
+    (
+        lambda: SparseTrainer(llama(), arguments(distillation="logits")),
+        ValueError,
+        "`distillation='logits'` needs the dense model. Pass it as `teacher`, or set `sparsity`",
+    ),
+    (two_gpus, ValueError, "one process per GPU, and this process has 2 GPUs. Start the script"),
+    (
+        lambda: SparseTrainer(half_pruned(), arguments(distillation="logits", sparsity=0.6)),
+        ValueError,
+        "needs a dense teacher, and 50.0% of the model's weights are zero already. .* SparseTrainer\\(..., teacher=",
+    ),
+    (
+        lambda: check_teacher(llama(), tiny("mistral"), "hidden_states"),
+        ValueError,
+        "Teacher and model differ in the number of blocks: 3 and 2. Pass the dense model",
+    ),
+    (lambda: shared_teacher(llama()), ValueError, "The teacher shares parameters .* copy.deepcopy"),
+    (
+        lambda: predictions(llama(), {"input_ids": TOKENS}),
+        ValueError,
+        "Distillation needs `labels` among the inputs, .* The inputs are input_ids. Add `labels`",
+    ),
+    (
+        lambda: logits_loss(torch.ones(2, 3), torch.ones(2, 4), torch.ones(2).bool()),
+        ValueError,
+        r"for the same predictions. Got the shapes \(2, 4\), \(2, 3\) and \(2,\). Use a teacher",
+    ),
+    (
+        lambda: hidden_states_loss([torch.ones(1, 5, 4)], [torch.ones(1, 5, 4)], torch.ones(1).bool()),
+        ValueError,
+        r"one vector per label. Got 1 of shape \[\(1, 5, 4\)\] .* Use distillation=",
+    ),
+    (lambda: FreezingCallback("thaw"), ValueError, "Expected `mode` 'freeze' or 'unfreeze', .* Got 'thaw' and 1"),
+    (lambda: freeze(llama(), sharded=True), ValueError, "Frozen blocks have no gradients. .* `ddp_find_unused_param"),
+    (
+        lambda: freeze(llama().requires_grad_(False)),
+        ValueError,
+        "None of the 3 blocks of this LlamaForCausalLM has a trained",
+    ),
+    (guarded_vandalism, RuntimeError, "'model.layers.2.mlp.up_proj' lost zeros"),
+    (
+        lambda: _compare({"a": 3}, {"a": 4}),
+        ValueError,
+        "masks of the checkpoint and of the model differ in 1 weights, the first of which is 'a'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("refused", "error", "words"), REFUSALS, ids=[words[:40] for _, _, words in REFUSALS])
+def test_the_refusal_says_what_to_do(refused, error, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=words):
+        refused()

@@ -1,0 +1,148 @@
+"""Every refusal of `tuners/`, with its words."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, MambaConfig
+
+from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig
+from peft_sparse.tuners import MaskLoraModel, merged_state_dict
+from peft_sparse.tuners.proof import check_masks
+from peft_sparse.tuners.registration import register
+
+from conftest import CONFIGS, tiny
+from refusing import TOKENS, adapted, llama, merged
+
+
+def headless():
+    return AutoModel.from_config(CONFIGS["llama"])
+
+
+def unreadable():
+    model = adapted()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.quantization_backend = ForwardOnlyQuantizationBackend("stub")
+    model(TOKENS)
+
+
+def foreign_mask():
+    one = nn.Sequential(nn.Linear(4, 4))
+    one[0].weight.data = 1.0 - torch.eye(4)
+    model = get_peft_model(one, MaskLoRAConfig(target_modules=["0"], save_mask=True, mask_fingerprints={"0": ""}))
+    model.base_model.model[0].saved_masks["default"].fill_(255)
+    model(torch.ones(1, 4))
+
+
+def experts(**options):
+    return get_peft_model(
+        tiny("mixtral"), MaskLoRAConfig(target_modules=[], target_parameters=["gate_up_proj"], **options)
+    )
+
+
+def other_parameters():
+    experts().add_adapter("other", MaskLoRAConfig(target_modules=[], target_parameters=["down_proj"]))
+
+
+def mamba():
+    config = MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, state_size=4)
+    get_peft_model(AutoModelForCausalLM.from_config(config), MaskLoRAConfig(target_modules=["out_proj"]))
+
+
+def vector_parameter():
+    get_peft_model(llama(), MaskLoRAConfig(target_modules=[], target_parameters=["input_layernorm.weight"]))
+
+
+def nan_adapter():
+    model = get_peft_model(llama(), MaskLoRAConfig(target_modules="all-linear"))
+    nn.init.constant_(model.base_model.model.model.layers[0].mlp.up_proj.mask_lora_B.default.weight, torch.nan)
+    return model
+
+
+class ForeignConfig:
+    """Stands for another package's method of the same name."""
+
+
+def mismatch():
+    config = MaskLoRAConfig(mask_fingerprints={"lm_head": "61x16:500:0000000000000000"})
+    check_masks(llama(), config)
+
+
+REFUSALS = [
+    (lambda: MaskLoRAConfig(r=0), ValueError, "`r` must be a positive integer, got 0"),
+    (lambda: MaskLoRAConfig(rank_pattern={"q": -1}), ValueError, r"`rank_pattern\['q'\]` must be a positive integer"),
+    (
+        lambda: MaskLoRAConfig(lora_alpha=None),
+        ValueError,
+        "`lora_alpha` must be a number, got None. Use `lora_alpha=r`",
+    ),
+    (lambda: MaskLoRAConfig(lora_dropout=1.0), ValueError, r"`lora_dropout` must be in \[0, 1\), got 1.0"),
+    (lambda: MaskLoRAConfig(bias="some"), ValueError, "`bias` must be one of .* got 'some'"),
+    (lambda: MaskLoRAConfig(on_mask_mismatch="no"), ValueError, "`on_mask_mismatch` must be one of"),
+    (
+        lambda: MaskLoRAConfig(target_modules="all-linear", layers_to_transform=[1]),
+        ValueError,
+        "`layers_to_transform` cannot be used when `target_modules` is a str. Got 'all-linear'. Pass a list",
+    ),
+    (
+        lambda: get_peft_model(llama(), MaskLoRAConfig(target_modules=["embed_tokens"])),
+        TypeError,
+        "Target module Embedding.* is not supported. MaskLoraModel adapts",
+    ),
+    (
+        lambda: MaskLoRAConfig(format_version=99),
+        ValueError,
+        "format version 99. The installed .* up to 1. Upgrade the pack",
+    ),
+    (lambda: MaskLoRAConfig(masking="later"), ValueError, "`masking` must be one of .* got 'later'"),
+    (lambda: ScaledLoRAConfig(init_weights="pissa"), ValueError, "`init_weights` must be one of .* got 'pissa'"),
+    (lambda: adapted(train_head="full", model=headless()), ValueError, "needs a model with an output head"),
+    (
+        lambda: adapted(train_head="adapter", model=tiny("gpt2")),
+        ValueError,
+        "'lm_head' shares its weight with the emb",
+    ),
+    (lambda: adapted()(TOKENS, adapter_names=["default"]), ValueError, "Length of `adapter_names` .* got 1 and 4"),
+    (
+        lambda: merged().eval()(TOKENS, adapter_names=["default"] * 4),
+        ValueError,
+        "Cannot pass `adapter_names` when there are",
+    ),
+    (
+        lambda: adapted().train()(TOKENS, adapter_names=["default"] * 4),
+        ValueError,
+        "when the model is in training mode. Call `model.eval",
+    ),
+    (
+        lambda: adapted()(TOKENS, adapter_names=["other"] * 4),
+        ValueError,
+        "non-existing adapter.*: other. The model has default",
+    ),
+    (unreadable, TypeError, "The weights of stub layers cannot be read, .* saved with `save_mask=True`"),
+    (foreign_mask, ValueError, "adapter 'default'. The mask .* keeps 25.0% of the .* Load the"),
+    (other_parameters, ValueError, "the same `target_parameters`. Adapter 'default' has .*gate_up_proj"),
+    (mamba, ValueError, "'out_proj' of a mamba model cannot be adapted, because .* Leave out_proj"),
+    (lambda: experts(lora_dropout=0.1), ValueError, "`lora_dropout` must be 0 for `target_parameters`, got 0.1"),
+    (
+        lambda: experts().eval()(TOKENS, adapter_names=["default"] * 4),
+        ValueError,
+        "are not supported with `target_parameters`. Choose one",
+    ),
+    (vector_parameter, ValueError, "needs parameters of 2 or 3 dimensions, got 'weight' of shape"),
+    (mismatch, ValueError, "trained on other zeros .* in 1 of 1 layers .*lm_head: adapter 0.5123, model 0.0000"),
+    (lambda: nan_adapter().merge_adapter(safe_merge=True), ValueError, "NaNs detected in the merged weights"),
+    (lambda: register("mask_lora", ForeignConfig, MaskLoraModel), RuntimeError, "'mask_lora' is registered already"),
+    (
+        lambda: merged_state_dict(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))),
+        TypeError,
+        "Expected one MaskLoRA or ScaledLoRA layer around .*, got Linear at .*q_proj'. Call `merge_and_unload",
+    ),
+]
+
+
+@pytest.mark.parametrize(("refused", "error", "words"), REFUSALS, ids=[words[:40] for _, _, words in REFUSALS])
+def test_the_refusal_says_what_to_do(refused, error, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=words):
+        refused()
