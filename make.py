@@ -33,7 +33,7 @@ def demo(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    # All of them run, so that one report holds all that is wrong.
+    # All four commands run even if one fails, so that one report shows every failure.
     codes = [
         run("ruff", "format", "--check", "."),
         run("ruff", "check", "."),
@@ -44,9 +44,9 @@ def test(arguments: list[str]) -> int:
 
 
 def set_up(extra: str) -> None:
-    """Create `.venv` with the tested versions, or add to it what `extra` still needs.
+    """Create `.venv` with the tested versions, or add the packages of `extra` to it.
 
-    It is made anew whenever what it is made from changes.
+    If `pyproject.toml` or `constraints.txt` has changed since `.venv` was created, it is created again.
     """
     sources = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
     wanted, stamp = hashlib.sha256(sources).hexdigest(), ENVIRONMENT / "made-from"
@@ -57,7 +57,7 @@ def set_up(extra: str) -> None:
     if made_from != wanted:
         venv.create(ENVIRONMENT, with_pip=True, clear=True)
         extras = ""
-    # torch first and alone: with it in place no other requirement can pull in another build.
+    # torch is installed first and alone, so that no other requirement installs another build of it.
     pip = [BIN / "python", "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
     for what in (["torch"], ["-e", f".[{extra}]"]):
         subprocess.run([*map(str, pip), *what], cwd=ROOT, check=True)

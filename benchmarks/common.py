@@ -63,7 +63,7 @@ def documents(args: argparse.Namespace) -> tuple[list[str], str]:
             train = [json.loads(line)["text"] for line in lines]
     text = "\n\n".join(held_out)
     if args.evaluation_file:
-        # The data set has one row per line of the file, blank lines as empty rows.
+        # The data set has one row for each line of the file. A blank line is an empty row.
         with gzip.open(args.evaluation_file, "rt", encoding="utf-8") as file:
             raw = file.read()
         text = "\n\n".join("" if line.isspace() else line for line in raw.splitlines(keepends=True))
@@ -97,7 +97,7 @@ def described(
 
 
 class Rows(list[dict[str, Any]]):
-    """The rows of a result. Each is written to the file as soon as it is measured, so a stopped run can go on.
+    """The rows of a result. Each is written to the file as soon as it is measured, so a stopped run can be continued.
 
     Args:
         output: the JSON file. The rows of an earlier run with the same settings are read from it.
@@ -110,7 +110,7 @@ class Rows(list[dict[str, Any]]):
         super().__init__(earlier["rows"] if {key: earlier.get(key) for key in settings} == settings else [])
 
     def find(self, **wanted: Any) -> dict[str, Any] | None:
-        """Return the first row with these values, or None. A row without a key has "" there."""
+        """Return the first row with these values, or None. A key that a row lacks counts as ""."""
         return next((row for row in self if all(row.get(key, "") == value for key, value in wanted.items())), None)
 
     def add(self, row: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ def synchronize() -> None:
 
 
 def reset_peak() -> None:
-    """Let Linux measure the peak of resident memory from here on."""
+    """Make Linux measure the peak of resident memory from now on."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -7,7 +7,7 @@ r"""Perplexity and layer-wise output error of every criterion at every pattern, 
 The model is SmolLM2-135M-Instruct from PyPI. The text is that of examples/demo.py, unless files are named: documents
 as JSON lines with a field "text" for calibration, and the raw test split of WikiText-2 for evaluation. Calibration
 takes random windows of random documents. Perplexity is measured on `"\n\n".join` of the evaluation text, in windows
-without overlap. The tail is dropped.
+without overlap. Tokens that do not fill the last window are dropped.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def chosen(beside: str) -> dict[str, Any]:
-    """Return the arguments of `prune` that "allocation=owl" or "refinement=swap,update" stand for."""
+    """Return the arguments of `prune` in a text such as "allocation=owl" or "refinement=swap,update"."""
     pairs = (part.partition("=") for part in beside.split(",") if part)
     return {name: value or True for name, _, value in pairs}
 

@@ -1,4 +1,4 @@
-"""Memory that retraining and reconstruction of large models would take: planned, not measured.
+"""Memory that retraining and reconstruction of large models need, as the plans estimate it. Nothing is measured.
 
     python benchmarks/planning.py --output benchmarks/results/planning-estimates.json
 

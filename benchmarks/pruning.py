@@ -15,8 +15,8 @@ With `--model`, the script measures whole runs on the first blocks of SmolLM2-13
 against the published loop, which runs every block twice, with a hook on every layer. Both take one sequence at a time.
 The first round is not timed.
 
-The inputs are correlated and their spectrum decays: X = (C; σI), the rows of C fall like i^-1/2, and the columns of C
-have a log-normal scale. The layer error is ||(W - W') X^T||² / ||W X^T||². Everything is float32.
+The inputs X = (C; σI) are correlated, and their spectrum decays: row i of the random matrix C is scaled by i^-1/2, and
+every column by a log-normal number. The layer error is ||(W - W') X^T||² / ||W X^T||². Everything is float32.
 """
 
 import argparse
@@ -49,7 +49,7 @@ HALF, TWO_OF_FOUR, FOUR_OF_EIGHT = Unstructured(0.5), SemiStructured(2, 4), Semi
 
 @dataclass
 class Layer:
-    """A weight W (out, in) and the inputs it sees, by way of X = (C; noise · I)."""
+    """A weight W (out, in) and its inputs X = (C; noise · I)."""
 
     weight: Tensor
     C: Tensor
@@ -62,7 +62,7 @@ class Layer:
         return hessian
 
     def power(self, weight: Tensor) -> float:
-        """||weight X^T||²."""
+        """Return ||weight X^T||²."""
         squares = (weight @ self.C.T).square().sum() + self.noise**2 * weight.square().sum()
         return squares.item()
 
@@ -79,7 +79,7 @@ def random_layer(rows: int, columns: int) -> Layer:
 
 
 def published_groups(scores: Tensor, pattern: SemiStructured) -> Tensor:
-    """The mask that keeps n of every m scores: one `topk` per group of columns."""
+    """Return the mask that keeps n of every m scores, by one `topk` per group of columns."""
     mask = torch.ones_like(scores, dtype=torch.bool)
     for start in range(0, scores.shape[1], pattern.m):
         group = scores[:, start : start + pattern.m]
@@ -89,21 +89,21 @@ def published_groups(scores: Tensor, pattern: SemiStructured) -> Tensor:
 
 
 def published_rows(scores: Tensor, pattern: Unstructured) -> Tensor:
-    """The mask that keeps the highest scores of every row: a stable sort, and a scatter."""
+    """Return the mask that keeps the highest scores of every row, by a stable sort and a scatter."""
     order = torch.sort(scores, dim=1, stable=True).indices
     mask = torch.ones_like(scores, dtype=torch.bool)
     return mask.scatter_(1, order[:, : int(scores.shape[1] * pattern.sparsity)], False)
 
 
 def published_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
-    """The upper U in H^-1 = U^T U: a factorisation, an inverse, and another factorisation."""
+    """Return the upper U in H^-1 = U^T U, by a factorisation, an inverse, and another factorisation."""
     damped = hessian.clone()
     damped.diagonal().add_(damping * damped.diagonal().mean())
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 
 def published_sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern, block_size: int = 128) -> Tensor:
-    """SparseGPT's weight: blocks of 128 columns, and a rank-1 update of the rest of the block for each."""
+    """Return SparseGPT's weight. Each column of a block is followed by a rank-1 update of the rest of the block."""
     W, U = weight.clone(), published_factor(hessian)
     for start in range(0, W.shape[1], block_size):
         stop = min(start + block_size, W.shape[1])
@@ -167,7 +167,7 @@ def steps(layer: Layer) -> dict[str, tuple[Step, Step]]:
 
 
 def steps_beside(layer: Layer) -> dict[str, tuple[Step]]:
-    """Return what may follow the criterion, from Wanda's mask of half of each row, by name."""
+    """Return the steps that may follow a criterion, by name. They start from Wanda's mask of half of each row."""
     W, hessian = layer.weight, layer.hessian
     mask = select(W.abs() * hessian.diagonal().sqrt(), HALF, "row")
     return {
@@ -198,7 +198,7 @@ def measure(name: str, layer: Layer, sides: tuple[Step] | tuple[Step, Step], rou
 
 
 def measure_matrices(arguments: argparse.Namespace, write: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Measure every step at every shape; `write` is called with the rows so far after each."""
+    """Measure every step at every shape. `write` is called after each step, with all rows that are measured."""
     rows: list[dict[str, Any]] = []
     for shape in arguments.shapes:
         layer = random_layer(*shape)
@@ -257,7 +257,7 @@ def _published_hook(total: Tensor, count: int) -> Callable[..., None]:
 
 
 def measure_model(rounds: int, blocks: int, sequences: int, length: int) -> list[dict[str, Any]]:
-    """Time of both sides on the first blocks, and the relative error of what comes out of the last of them."""
+    """Return the time of both sides on the first blocks, and the relative error of the outputs of the last of them."""
     dense = AutoModelForCausalLM.from_pretrained(smollm2_dir())
     dense.model.layers = dense.model.layers[:blocks]
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())

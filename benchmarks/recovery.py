@@ -5,8 +5,8 @@ r"""What each tuner recovers after pruning, at equal data and steps: loss by ste
 
 Half of the weights of SmolLM2-135M-Instruct are pruned by magnitude. The adapters alone are trained, on the text of
 examples/demo.py. Their rank is 16, unless the row names another. The learning rate is 2e-3 for additive updates, and
-1e-2 for multiplicative updates, because these move a weight in proportion to its size. It falls linearly after 10 % of
-warm-up. The optimiser is AdamW without weight decay.
+1e-2 for multiplicative updates, because these move a weight in proportion to its size. After 10 % of warm-up the
+learning rate falls linearly. The optimiser is AdamW without weight decay.
 """
 
 import time

@@ -9,7 +9,8 @@ SmolLM2-135M-Instruct is pruned by magnitude, every layer to the same sparsity. 
   ScaledLoRA, LoRA-Prune, LoRA that stays unmerged, all weights. The model has no biases, so there is no row for them.
 - cycles: iterative magnitude pruning against pruning once.
 - distillation: the logits or the hidden states of the dense model, beside the task loss.
-- rates: the ways with other learning rates. Each way has a rate of its own; this part shows how much depends on it.
+- rates: the ways with other learning rates. Each way has a rate of its own. This part shows how much the result
+  depends on the rate.
 
 A row is one training run. All runs share one process. The peak of resident memory is reset before each run, with the
 model loaded. On a busy machine compare tokens per CPU second, because other processes change them least. The text is
@@ -59,7 +60,10 @@ from common import (
 
 @dataclass(frozen=True)
 class Way:
-    """What is trained, its learning rate, and other rates to compare. Adam moves an entry by about its rate a step."""
+    """What is trained, its learning rate, and other rates to compare.
+
+    Multiplicative updates have other rates than additive ones, because Adam moves an entry by about its rate a step.
+    """
 
     attach: Callable[[Any], Any]
     rate: float

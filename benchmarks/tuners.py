@@ -7,8 +7,8 @@
 The first command measures forward and backward of SmolLM2-135M-Instruct on one sequence. The model is pruned to 50 %
 by magnitude, and every linear layer of its blocks is adapted. The second command measures one linear layer at several
 shapes and ranks. The third command measures blocks of the shapes of Llama 3.1 8B with random weights, and needs no
-download. LoRA takes a step right before each step of another tuner, and the ratio is that of the two steps, so a
-machine that becomes slower slows both. Memory is what autograd keeps from forward to backward, without the parameters.
+download. LoRA takes a step right before each step of another tuner. A ratio compares these two steps, so a machine
+that becomes slower slows both. Memory is what autograd keeps from forward to backward, without the parameters.
 The base weights are float32 on a CPU and bfloat16 on a GPU. PEFT keeps adapters in float32. With `--autocast` the
 forward pass runs under autocast to bfloat16, as with `bf16=True` in `TrainingArguments`.
 """
@@ -51,7 +51,7 @@ def plain_formula(
 
 
 class _ExactGradient(torch.autograd.Function):
-    """x W^T, and in backward the two products that every exact masked gradient needs: D W and G = D^T x."""
+    """Compute x W^T, and in backward the products D W and G = D^T x, which every exact masked gradient needs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, A: Tensor) -> Tensor:

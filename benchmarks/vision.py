@@ -7,8 +7,8 @@ r"""Accuracy of a pruned ResNet, and what recovers it.
 The model is the CIFAR-10 ResNet-20 with BatchNorm of github.com/akamaster/pytorch_resnet_cifar10 (He et al. 2015,
 arXiv:1512.03385, section 4.2, shortcuts of type A). Accuracy is measured on 1,000 test images. Each criterion prunes
 the model to 70 and 90 %, with statistics of 256 training images. Each model is evaluated as it is, and again after
-`torch.optim.swa_utils.update_bn` has measured the statistics of its BatchNorms on the training images. The model that
-is pruned by magnitude across all weights, as in PERP (Zimmer et al. 2023, arXiv:2312.15230, section 3.1), is also
+`torch.optim.swa_utils.update_bn` has measured the statistics of its BatchNorms on the training images. One model is
+pruned by magnitude across all weights, as in PERP (Zimmer et al. 2023, arXiv:2312.15230, section 3.1). It is also
 retrained: norms and biases alone, norms and biases with MaskLoRA or ScaledLoRA, and all weights. All of these take the
 same number of epochs, with random flips and shifts.
 
@@ -49,7 +49,7 @@ from common import parser, write_json
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 128
-# Three or four rates, a factor of three apart, were tried for each way at 90 %, one epoch each; these were the best.
+# The best of three or four rates, a factor of three apart, for each way at 90 % after one epoch.
 RATES = {"norms and biases": 3e-2, "MaskLoRA": 1e-2, "ScaledLoRA": 3e-2, "all weights": 1e-2}
 
 
@@ -90,7 +90,7 @@ class ResNet20(nn.Module):
 def load(path: Path) -> ResNet20:
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     model = ResNet20()
-    # The file has three stages of three blocks each, this class one list of nine blocks.
+    # The file has three stages of three blocks each. This class has one list of nine blocks.
     named = {}
     for name, value in state.items():
         parts = name.removeprefix("module.").split(".")

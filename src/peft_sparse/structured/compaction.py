@@ -15,10 +15,11 @@ def compact(model: nn.Module) -> nn.Module:
     A head or neuron is cut out if its columns of the output projection W (out, in) are zero. It does not matter what
     wrote the zeros. The outputs of the model stay the same up to rounding.
 
-    A key head and its value head are cut out together with the last of their query heads. In grouped-query attention
-    all remaining key heads need equally many query heads. Single query heads are therefore cut out only as far as
-    every remaining key head loses equally many. Each attention and each MLP keeps at least one head or neuron. An
-    attention or MLP whose heads or neurons cannot be found, such as a set of experts, is left as it is.
+    A key head and its value head are cut out if all their query heads are. In grouped-query attention all remaining
+    key heads need equally many query heads. Each keeps as many as the key head with the most query heads that
+    contribute, so some query heads that contribute nothing may stay. Each attention and each MLP keeps at least one
+    head or neuron. An attention or MLP whose heads or neurons cannot be found, such as a set of experts, is left as it
+    is.
 
     `save_pretrained` then saves the smaller model. If the configuration class of the model's family can describe it,
     which needs layers of equal width, plain `from_pretrained` loads it. Otherwise the class of the model becomes a
@@ -32,8 +33,8 @@ def compact(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is not a model of Transformers.
-        ValueError: the model has adapters; its weights are quantised or not loaded; no heads and no neurons can be
-            found in it.
+        ValueError: the model has no blocks or has adapters; its weights are quantised or not loaded; no heads and no
+            neurons can be found in it.
     """
     inner = base_model(model)
     if not isinstance(inner, PreTrainedModel):
@@ -60,6 +61,6 @@ def _contributing(units: Units) -> Tensor:
     alive = columns.view(units.count, units.heads_per_unit, units.head_dim).any(2)
     if not alive.any():
         alive[0, 0] = True
-    # Rank 0 is kept first: heads that contribute, by index, then the others, by index.
+    # The lowest ranks are kept: first the heads that contribute, by index, then the others, by index.
     rank = (~alive).to(torch.int8).argsort(dim=1, stable=True).argsort(dim=1)
     return (rank < alive.sum(1).max()) & alive.any(1, keepdim=True)

@@ -114,7 +114,7 @@ def prune_structured(
     sets = find_units(model, target_modules, exclude_modules)
     check_loaded(sets)
     check_finite({name: WeightView(layer) for units in sets for name, layer in units.named_layers().items()})
-    # Scores do not decide whether `ratio` can be reached, so an unreachable one is refused before calibration.
+    # Whether `ratio` can be reached does not depend on scores, so this refuses a bad `ratio` before calibration.
     select_units([_unscored(units) for units in sets], ratio, structure, attention_ratio)
     statistics: dict[str, Statistics] = {}
     if calibration is not None:

@@ -1,7 +1,7 @@
-"""Makes `save_pretrained` and `from_pretrained` work for models whose layers have other widths or biases.
+"""Makes `save_pretrained` and `from_pretrained` work for models with changed widths or additional biases.
 
-First the configuration of the model's own family is tried: a model is built from it on the meta device, and its shapes
-are compared with the pruned ones. If no configuration of the family gives these shapes, the classes of the
+First the configuration of the model's own family is tried. A model is built from it on the meta device, and its shapes
+are compared with those of the pruned model. If no configuration of the family gives these shapes, the classes of the
 configuration and the model become subclasses that store the width of every layer. They are registered with
 Transformers by its public `AutoConfig.register` and `AutoModel.register`.
 """
@@ -101,7 +101,8 @@ def __getattr__(name: str) -> Any:
     """Return the compact class with this name. Pickle finds the class of a model in this way.
 
     Raises:
-        AttributeError: the name is not "Compact" and the name of a configuration or model class of Transformers.
+        AttributeError: the name is not "Compact" followed by the name of a configuration or model class of
+            Transformers.
     """
     dense = getattr(transformers, name.removeprefix("Compact"), None) if name.startswith("Compact") else None
     if isinstance(dense, type) and issubclass(dense, PreTrainedConfig):

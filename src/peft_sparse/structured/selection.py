@@ -1,6 +1,6 @@
 """Selects the units to remove: scores and numbers of parameters -> masks, True = kept.
 
-This module knows numbers only, no layers and no models.
+This module works on numbers, without layers and models.
 """
 
 import math
@@ -37,9 +37,9 @@ class ScoredUnits:
         return len(self.scores) * self.cost
 
     def order(self) -> list[int]:
-        """Return the indices of the units from lowest to highest score, ties by index, without the last one.
+        """Return the indices of the units that may be removed, from lowest to highest score, ties by index.
 
-        The last one is never removed.
+        The unit with the highest score is left out, because it is never removed.
         """
         return self.scores.argsort(stable=True)[:-1].tolist()
 
@@ -146,8 +146,8 @@ def _remove(
 ) -> None:
     """Remove the lowest units of the sets `chosen` until `ratio` of `total` parameters is removed.
 
-    The last removed unit may be large. Smaller units that are then removed beyond need are kept after all, those with
-    the highest score first.
+    The last unit may be larger than what was still to remove. Units that need not be removed then are kept after all,
+    those with the highest scores first.
 
     Args:
         sets: all sets.

@@ -1,7 +1,8 @@
 """Finds the attention heads and MLP neurons of each block, and cuts them out.
 
 They are found from the module tree. An attention must have separate query, key, value and output projections. An MLP
-must consist of linear layers, of which the last reads what all the others produce. Other constructions are refused.
+must consist of linear layers, of which the last reads what all the others produce. `find_units` refuses other
+constructions, and `known_units` leaves them out.
 """
 
 from dataclasses import dataclass
@@ -230,8 +231,8 @@ def _heads(block: str, attention: nn.Module, names: dict[int, str]) -> Units | s
         given = f"{query.out_features}, {output.in_features}, {key.out_features} and {value.out_features}"
         return _reason(name, f"as many query rows as output columns, and as many key rows as value rows, got {given}")
     known = {id(parameter) for layer in linear for parameter in layer.parameters()}
-    # The norms of single heads stay as they are. Parameters of the attention itself, such as sinks, have one entry per
-    # head, and there may be as many heads as entries of one head.
+    # The norms of single heads stay as they are. Parameters of the attention itself, such as sinks, would have to be
+    # cut, and their shape does not tell: there may be as many heads as a head has entries.
     others = {n: p for n, p in attention.named_parameters() if id(p) not in known}
     unknown = [n for n, p in others.items() if "." not in n or p.shape != (head_dim,)]
     if unknown or any(isinstance(module, nn.ModuleList) for module in attention.modules()):

@@ -1,6 +1,6 @@
 """The PEFT tuners MaskLoRA and ScaledLoRA, which keep the zeros of the base weights.
 
-Importing this package registers them with PEFT. It rests on `model` alone.
+Importing this package registers them with PEFT. Of the other folders it imports `model` alone.
 """
 
 from .config import MaskLoRAConfig, ScaledLoRAConfig

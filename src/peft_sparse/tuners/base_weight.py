@@ -1,6 +1,6 @@
 """The base weight of one adapted layer: read it, write it, keep it while adapters are merged, prune it by saved masks.
 
-`SparseLoraLayer` in `layer` builds on it.
+`SparseLoraLayer` in `layer` is derived from `BaseWeight`.
 """
 
 import copy
@@ -22,8 +22,8 @@ from .cpu_packing import undo_cpu_packing
 from .functional import Factor, Weight
 
 
-# A dense checkpoint has a few zeros. A weight with a smaller fraction of zeros than this does not count as pruned, and
-# zeros up to this fraction do not contradict a saved mask.
+# A fraction of the entries of a weight. Dense checkpoints have a few zeros, so a weight with a smaller fraction of
+# zeros does not count as pruned. Zeros that a saved mask keeps contradict the mask only above this fraction.
 STRAY_ZEROS = 0.01
 
 
@@ -31,7 +31,7 @@ _FORWARDS = {nn.Linear.forward, Conv1D.forward, nn.Conv2d.forward}
 
 
 class BaseWeight(nn.Module, BaseTunerLayer):
-    """The frozen base weight below the adapters of one layer. Its zeros are the mask.
+    """The frozen base weight of one adapted layer. Its zeros are the mask.
 
     The mask is read off the weight wherever it is needed. A copy of it is stored only for adapters with `save_mask`.
 
@@ -44,7 +44,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
     factor: Factor
     merged_adapters: list[str]
 
-    # Types of what PEFT and subclasses define, which a type checker otherwise takes for any attribute of a module.
+    # PEFT and subclasses define these. Without declared types a type checker takes them for tensors or modules.
     base_layer: nn.Module
     bias: Tensor | None
     get_base_layer: Callable[[], nn.Module]
@@ -56,7 +56,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         setattr(self, f"{self.prefix}mask", BufferDict(persistent=True))
         self._unmerged_weight: Tensor | None = None
-        # In a tuple, because a plain attribute would register it as a submodule.
+        # The layer is in a tuple, because a plain attribute would make it a submodule.
         self._unmerged_layer: tuple[nn.Module] | None = None
         # The adapters whose saved mask is not yet written into the base weight, with their `on_mask_mismatch`.
         self._unsettled: dict[str, str] = {}
@@ -118,11 +118,11 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         return self.quantization_backend is None or self.quantization_backend.supports_merge
 
     def _is_plain(self) -> bool:
-        """Return whether the base layer computes its matrix product and nothing else, and no hook waits for it."""
+        """Return whether the base layer computes its matrix product and nothing else, and has no hooks."""
         layer = self.get_base_layer()
         if self.quantization_backend is None:
             if is_partitioned(stored_weight(layer)):
-                # These hooks are ZeRO-3's. They gather the weight, which is gathered around this layer already.
+                # The hooks are those of ZeRO-3. They gather the weight, and ZeRO-3 gathers it for this layer too.
                 return True
             if type(layer).forward not in _FORWARDS:
                 return False
@@ -149,7 +149,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         layer = copy.copy(self.get_base_layer())
         layer._parameters = copy.deepcopy(layer._parameters)
         if hasattr(layer, "state"):
-            # Here bitsandbytes' 8-bit layers keep their scales.
+            # The 8-bit layers of bitsandbytes keep their scales in this attribute.
             layer.state = copy.copy(layer.state)
         self._unmerged_layer = (layer,)
 
@@ -166,6 +166,8 @@ class BaseWeight(nn.Module, BaseTunerLayer):
 
     def add_saved_mask(self, adapter_name: str, config: SparseLoraConfig) -> None:
         """Add a buffer for the mask that is saved with the adapter, filled with the mask of the base weight.
+
+        If the base weight cannot be read, the buffer holds zeros until a saved mask is loaded.
 
         Args:
             adapter_name: name of the adapter.

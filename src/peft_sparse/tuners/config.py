@@ -1,6 +1,7 @@
-"""The configurations MaskLoRAConfig and ScaledLoRAConfig. Their fields have the names of `peft.LoraConfig`'s.
+"""The configurations MaskLoRAConfig and ScaledLoRAConfig.
 
-The models of `mask_lora` and `scaled_lora` read them; PEFT saves them as `adapter_config.json`.
+Fields that `peft.LoraConfig` has too carry the same names, except `init_weights`, which is `init_lora_weights` there.
+The models of `mask_lora` and `scaled_lora` read the configurations. PEFT saves them as `adapter_config.json`.
 """
 
 import math
@@ -88,9 +89,9 @@ class SparseLoraConfig(PeftConfig):
 
     @property
     def sparsity(self) -> float | None:
-        """Mean sparsity of the adapted weights, in [0, 1), from the fingerprints. None if there are no fingerprints.
+        """Mean sparsity of the adapted weights, a fraction, from the fingerprints. None if there are no fingerprints.
 
-        Every weight counts the same, whatever its size.
+        Large and small weights count equally in the mean.
         """
         shares = [sparsity_of_fingerprint(proof) for proof in self.mask_fingerprints.values()]
         return sum(shares) / len(shares) if shares else None
@@ -137,17 +138,19 @@ class MaskLoRAConfig(SparseLoraConfig):
     Args:
         r: rank of A and B.
         target_modules: which layers are adapted: `nn.Linear`, transformers `Conv1D`, `nn.Conv2d` and quantised linear
-            layers. A list of names matches each layer whose name is, or ends with, one of them. A string is a regular
-            expression for the whole name. "all-linear" means every linear layer except the output head. None means the
-            layers that LoRA adapts by default in this architecture.
+            layers. A list of names matches each layer whose name, or whose last parts of the name, are one of them:
+            "q_proj" matches "model.layers.0.self_attn.q_proj". A string is a regular expression for the whole name.
+            "all-linear" means every linear layer except the output head. None means the layers that LoRA adapts by
+            default in this architecture, or no layer if `target_parameters` is given.
         exclude_modules: which of these layers are left out. A list of names or a regular expression, as in
             `target_modules`.
-        target_parameters: names of bare parameters to adapt, or endings of their names, such as
-            "experts.gate_up_proj". For 2-D parameters (out, in) and for 3-D parameters, which hold one matrix for each
+        target_parameters: names of bare parameters to adapt, or the last parts of their names, such as
+            "experts.gate_up_proj". A parameter has the shape (out, in), or three dimensions with one matrix for each
             expert. Every expert gets an A and a B of its own.
         lora_alpha: numerator of the scaling s = lora_alpha / r.
         lora_dropout: probability in [0, 1) of dropping an entry of the adapter's input during training. The base
             weight receives the whole input. A layer with dropout computes a second matrix product during training.
+            It must be 0 with `target_parameters`.
         use_rslora: use s = lora_alpha / sqrt(r). Kalajdzievski 2023, arXiv:2312.03732.
         bias: which biases are trained and saved: "none", "all" for every bias of the model, or "mask_lora_only" for
             the biases of adapted layers.
@@ -161,8 +164,9 @@ class MaskLoRAConfig(SparseLoraConfig):
             names in `target_modules`.
         layers_pattern: name of the module list that holds the blocks, such as "layers", for models in which PEFT does
             not find it. Used with `layers_to_transform`.
-        rank_pattern: ranks that differ from `r`, by layer name or regular expression, such as {"q_proj": 16}.
-        alpha_pattern: values that differ from `lora_alpha`, by layer name or regular expression.
+        rank_pattern: ranks that differ from `r`, by the last parts of a layer's name or by a regular expression for
+            them, such as {"q_proj": 16}.
+        alpha_pattern: values that differ from `lora_alpha`, by keys of the same kind as those of `rank_pattern`.
         fan_in_fan_out: accepted because `LoraConfig` has it, and not used. The layer itself tells how it stores its
             weight.
         save_mask: save the mask of every adapted weight with the adapter, at 1 bit for each entry. Such an adapter can
@@ -171,8 +175,8 @@ class MaskLoRAConfig(SparseLoraConfig):
             is saved and compared when it is loaded. Not set by the user.
         on_mask_mismatch: what happens when an adapter is loaded onto a base model that has other zeros: "error" raises
             ValueError, "warn" warns, "ignore" does nothing. An adapter with `save_mask` is compared when it is first
-            used: "error" raises ValueError if its mask keeps more than 1 % of a weight's entries that are zero in the
-            base, and "warn" and "ignore" both accept that.
+            used. It differs if its mask keeps entries that are zero in the base model, and these are more than 1 % of
+            the entries of a weight. "error" then raises ValueError, and "warn" and "ignore" both accept it.
         format_version: version of the saved format. Not set by the user.
         requires: name of the package that loads the adapter, for people who read `adapter_config.json`. Not used.
         masking: when the mask is applied. "always" is the formula above. "merge" is LoRA-Prune of the same paper: the
@@ -212,7 +216,7 @@ class ScaledLoRAConfig(SparseLoraConfig):
         W ⊙ (1 + s · (BA - 1))          with a number, s = lora_alpha / r
 
     W (out, in) is the frozen base weight. A (r, in) and B (out, r) are trained. BA starts as a matrix of ones, so that
-    training starts at W. Every zero stays zero, because 0 times a number is 0.
+    training starts at W. Every zero stays zero, because 0 times a finite number is 0.
 
     With `r=1` and the default `lora_alpha` the effective weight is W_ij · b_i · a_j. A linear layer then multiplies
     its inputs by a and the product by b, without a matrix of W's size in forward or backward. Quantised layers,
@@ -227,17 +231,19 @@ class ScaledLoRAConfig(SparseLoraConfig):
     Args:
         r: rank of A and B.
         target_modules: which layers are adapted: `nn.Linear`, transformers `Conv1D`, `nn.Conv2d` and quantised linear
-            layers. A list of names matches each layer whose name is, or ends with, one of them. A string is a regular
-            expression for the whole name. "all-linear" means every linear layer except the output head. None means the
-            layers that LoRA adapts by default in this architecture.
+            layers. A list of names matches each layer whose name, or whose last parts of the name, are one of them:
+            "q_proj" matches "model.layers.0.self_attn.q_proj". A string is a regular expression for the whole name.
+            "all-linear" means every linear layer except the output head. None means the layers that LoRA adapts by
+            default in this architecture, or no layer if `target_parameters` is given.
         exclude_modules: which of these layers are left out. A list of names or a regular expression, as in
             `target_modules`.
-        target_parameters: names of bare parameters to adapt, or endings of their names, such as
-            "experts.gate_up_proj". For 2-D parameters (out, in) and for 3-D parameters, which hold one matrix for each
+        target_parameters: names of bare parameters to adapt, or the last parts of their names, such as
+            "experts.gate_up_proj". A parameter has the shape (out, in), or three dimensions with one matrix for each
             expert. Every expert gets an A and a B of its own.
         lora_alpha: None, the default, gives s = 1 at every rank. A number is the numerator of s = lora_alpha / r.
         lora_dropout: probability in [0, 1) of dropping an entry of the adapter's input during training. The base
             weight receives the whole input. A layer with dropout computes a second matrix product during training.
+            It must be 0 with `target_parameters`.
         use_rslora: use s = lora_alpha / sqrt(r). Kalajdzievski 2023, arXiv:2312.03732.
         bias: which biases are trained and saved: "none", "all" for every bias of the model, or "scaled_lora_only" for
             the biases of adapted layers.
@@ -253,8 +259,9 @@ class ScaledLoRAConfig(SparseLoraConfig):
             names in `target_modules`.
         layers_pattern: name of the module list that holds the blocks, such as "layers", for models in which PEFT does
             not find it. Used with `layers_to_transform`.
-        rank_pattern: ranks that differ from `r`, by layer name or regular expression, such as {"q_proj": 16}.
-        alpha_pattern: values that differ from `lora_alpha`, by layer name or regular expression.
+        rank_pattern: ranks that differ from `r`, by the last parts of a layer's name or by a regular expression for
+            them, such as {"q_proj": 16}.
+        alpha_pattern: values that differ from `lora_alpha`, by keys of the same kind as those of `rank_pattern`.
         fan_in_fan_out: accepted because `LoraConfig` has it, and not used. The layer itself tells how it stores its
             weight.
         save_mask: save the mask of every adapted weight with the adapter, at 1 bit for each entry. Such an adapter can
@@ -263,8 +270,8 @@ class ScaledLoRAConfig(SparseLoraConfig):
             is saved and compared when it is loaded. Not set by the user.
         on_mask_mismatch: what happens when an adapter is loaded onto a base model that has other zeros: "error" raises
             ValueError, "warn" warns, "ignore" does nothing. An adapter with `save_mask` is compared when it is first
-            used: "error" raises ValueError if its mask keeps more than 1 % of a weight's entries that are zero in the
-            base, and "warn" and "ignore" both accept that.
+            used. It differs if its mask keeps entries that are zero in the base model, and these are more than 1 % of
+            the entries of a weight. "error" then raises ValueError, and "warn" and "ignore" both accept it.
         format_version: version of the saved format. Not set by the user.
         requires: name of the package that loads the adapter, for people who read `adapter_config.json`. Not used.
 

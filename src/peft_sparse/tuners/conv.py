@@ -1,4 +1,4 @@
-"""What MaskLoRA and ScaledLoRA layers around an `nn.Conv2d` share. Built on `layer`."""
+"""What MaskLoRA and ScaledLoRA layers around an `nn.Conv2d` share. The class is derived from the one in `layer`."""
 
 from typing import Any
 
@@ -22,10 +22,15 @@ class Conv2dMixin(SparseLoraLayer):
 
         Args:
             x: (batch, in, height, width) or (in, height, width).
-            args, kwargs: as in `SparseLoraLayer.forward`.
+            args: passed on to the base layer where the base layer itself is run.
+            kwargs: `adapter_names`, one name for each entry of the batch. Others are passed on to the base layer.
 
         Returns:
-            A tensor of the same number of dimensions, with out channels.
+            (batch, out, new height, new width) or (out, new height, new width).
+
+        Raises:
+            ValueError: `adapter_names` has another length than the batch, adapters are merged while it is given, or a
+                saved mask contradicts the zeros of the base weight.
         """
         return super().forward(x[None], *args, **kwargs)[0] if x.dim() == 3 else super().forward(x, *args, **kwargs)
 
@@ -45,7 +50,7 @@ class Conv2dMixin(SparseLoraLayer):
         return self._operation().apply(self._pad(x).to(A.dtype), B @ A, None)
 
     def _pads_apart(self) -> bool:
-        """Return whether the input must be padded beforehand: padding "same", or another mode than zeros."""
+        """Return whether the input is padded before the convolution, as for padding "same" or modes without zeros."""
         conv: Any = self.get_base_layer()
         return isinstance(conv.padding, str) or conv.padding_mode != "zeros"
 

@@ -11,8 +11,8 @@ from torch import nn
 def undo_cpu_packing(layer: nn.Module) -> None:
     """Bring a bitsandbytes 4-bit layer into the layout that can be dequantised, and keep it there. In place.
 
-    On CPUs with AVX512-BF16 such a layer repacks its weight when it first runs without gradients. What it repacked
-    dequantises to noise. The function leaves every other layer as it is.
+    On CPUs with AVX512-BF16 such a layer repacks its weight when it first runs without gradients. Dequantising the
+    repacked weight gives wrong numbers. The function leaves every other layer as it is.
     """
     if not getattr(layer, "support_avx512bf16_for_cpu", False):
         return

@@ -1,8 +1,8 @@
 """The formulas of the adapters and their gradients, on plain tensors. The layers of this folder call them.
 
-W (out, in) is the frozen weight, M (out, in) its mask, A (r, in) and B (out, r) are trained, s is the scaling,
-x (..., in) the input, y (..., out) the output. The effective weight of both adapters is c · W + s · H ⊙ (BA). The
-fixed matrix H is their `Factor`:
+W (out, in) is the frozen weight, and M (out, in) is its mask. A (r, in) and B (out, r) are trained. s is the scaling.
+x (..., in) is the input, and y (..., out) is the output. The effective weight of both adapters is
+c · W + s · H ⊙ (BA). The fixed matrix H differs between them, and `Factor` names it:
 
 | adapter    | H | c     | effective weight           |
 | ---------- | - | ----- | -------------------------- |
@@ -28,7 +28,8 @@ from ..model.masks import mask_
 
 Factor = Literal["mask", "weight"]
 
-# A function computes W where W is costly to keep, such as a dequantised weight: once in forward, once in backward.
+# W, or a function that returns W where W is costly to keep, such as a dequantised weight. The function runs once in
+# forward and once in backward.
 Weight = Tensor | Callable[[], Tensor]
 
 
@@ -52,7 +53,7 @@ def effective_weight(weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: fl
     """
     exact = weight.to(A.dtype)
     add_product = torch.addmm if exact.dim() == 2 else torch.baddbmm
-    # Autocast would round the product to its dtype. It does not know every device, such as "meta".
+    # Autocast would round the product to its own dtype. `torch.autocast` refuses some devices, such as "meta".
     known = torch.amp.is_autocast_available(weight.device.type)
     with torch.autocast(weight.device.type, enabled=False) if known else contextlib.nullcontext():
         if factor == "mask":
@@ -146,7 +147,7 @@ def sparse_lora(
 ) -> Tensor:
     """Return x (c · W + s · H ⊙ (BA))^T + bias, the output of MaskLoRA and ScaledLoRA, or the same for a convolution.
 
-    Until backward the function keeps references to x, W, A and B alone. Backward computes the effective weight again.
+    Until backward only x, A, B and `weight` are kept. Backward computes the effective weight again.
 
     A and B may be float32 beside a W in half precision, without autocast: the effective weight is rounded to W's
     dtype. Under autocast x and the effective weight are cast to autocast's dtype. If `weight` is a function, the
@@ -204,8 +205,8 @@ def scale_rows_and_columns(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias
 def stacked_effective_weight(weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: float, s: float) -> Tensor:
     """Return the effective weight c · W + s · H ⊙ (BA), with gradients for A and B.
 
-    For weights that another module uses. With G = dL/d(result) the gradients are dA = s B^T (H ⊙ G) and
-    dB = s (H ⊙ G) A^T. The function itself keeps W, A and B until backward.
+    It serves weights that another module uses, such as fused experts. With G = dL/d(result) the gradients are
+    dA = s B^T (H ⊙ G) and dB = s (H ⊙ G) A^T. The function keeps W, A and B until backward.
 
     Args:
         weight: W (out, in), or one W for each expert (experts, out, in). It receives no gradient.

@@ -49,11 +49,13 @@ def trainable_shares(model: nn.Module) -> dict[str, float]:
     The tables of Zimmer et al. 2023 (PERP), arXiv:2312.15230, give these fractions in percent.
 
     Args:
-        model: a model with or without adapters.
+        model: a model with MaskLoRA or ScaledLoRA adapters, or without adapters. Adapters of other methods count as
+            "other" and as parameters of the base model.
 
     Returns:
-        The fractions of "adapters", "norms", "biases" and "other", and their sum "all". The base model's parameters
-        are counted without adapters and without the copies that PEFT makes for `modules_to_save`.
+        The fractions of "adapters", "norms", "biases" and "other", and their sum "all". The bias of a norm counts in
+        "norms". The base model's parameters are counted without adapters and without the copies that PEFT makes for
+        `modules_to_save`.
     """
     counts = dict.fromkeys(("adapters", "norms", "biases", "other"), 0)
     norms = tuple(f"{name}." for name in norm_names(model))
@@ -79,7 +81,7 @@ def trainable_shares(model: nn.Module) -> dict[str, float]:
 def _norm_targets(model: nn.Module) -> set[str]:
     """Return names for `modules_to_save` that match the norms of `model` and nothing else.
 
-    PEFT matches them by `endswith`. The last parts of the names suffice unless another module's name ends with one.
+    PEFT compares the ends of names. The last parts of the norms' names are used, unless another name ends with one.
     """
     norms = norm_names(model)
     endings = {name.rpartition(".")[2] for name in norms}

@@ -1,6 +1,7 @@
 """What MaskLoRA and ScaledLoRA layers share: adapters, merging, forward.
 
-Built on `base_weight`, with the formulas of `functional`. `conv` and `parameter` adapt it to other kinds of weights.
+The class is derived from the one in `base_weight`, and the formulas are in `functional`. `conv` and `parameter` derive
+classes for other kinds of weights.
 """
 
 import math
@@ -20,15 +21,15 @@ from .config import SparseLoraConfig
 from .functional import LINEAR, Operation, Weight, effective_weight, sparse_lora
 
 
-# The dictionaries by adapter name that are no tensors. PEFT deletes their entry with the adapter.
+# The attributes that map names of adapters to plain values. PEFT deletes the entries of an adapter with the adapter.
 STATE_NAMES = ("r", "lora_alpha", "scaling", "trained_scaling", "masking")
 
 
 class SparseLoraLayer(BaseWeight):
-    """A base layer with adapters around it, each with its A (r, in) and B (out, r), by adapter name.
+    """A base layer with adapters. Each adapter has a name, an A (r, in) and a B (out, r).
 
-    The effective weight is c · W + s · H ⊙ (BA). H is the mask of W and c is 1 for MaskLoRA. H is W and c is 1 - s for
-    ScaledLoRA. The delta weights of several active adapters are added up.
+    The effective weight is c · W + s · H ⊙ (BA). For MaskLoRA, H is the mask of W and c is 1. For ScaledLoRA, H is W
+    and c is 1 - s. The delta weights of several active adapters are added up.
 
     Args:
         base_layer: the layer to adapt, or another tuner's layer around it.
@@ -39,7 +40,7 @@ class SparseLoraLayer(BaseWeight):
         quantization: what `peft.utils.get_quantization_kwargs` returns for the model.
     """
 
-    # Types of what PEFT defines, which a type checker otherwise takes for any attribute of a module.
+    # PEFT defines these. Without declared types a type checker takes them for tensors or modules.
     active_adapters: list[str]
     set_adapter: Callable[..., None]
     _move_adapter_to_device_of_base_layer: Callable[..., None]
@@ -123,7 +124,7 @@ class SparseLoraLayer(BaseWeight):
         return (self.in_features, r), (r, self.out_features)
 
     def _factors(self, names: list[str]) -> tuple[Tensor, Tensor, float, float]:
-        """Return A, B, c, s of the sum of the named adapters, which is one adapter of the sum of their ranks."""
+        """Return A, B, c, s of one adapter that equals the sum of the named ones. Its rank is the sum of theirs."""
         A = [stored_weight(self.A[name]) for name in names]
         B = [stored_weight(self.B[name]) for name in names]
         scalings = [self.scaling[name] for name in names]
@@ -136,7 +137,7 @@ class SparseLoraLayer(BaseWeight):
         return [name for name in names if name in self.A]
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the scaling s of an adapter to `scale` times the s it was trained with.
+        """Set the scaling s of an adapter to `scale` times the s of its configuration.
 
         Args:
             adapter: name of the adapter. A name that this layer does not have is ignored.
@@ -151,7 +152,7 @@ class SparseLoraLayer(BaseWeight):
             self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling s of every active adapter by `scale`. None restores the s they were trained with."""
+        """Divide the scaling s of every active adapter by `scale`. None restores the s of the configuration."""
         for name in self._present(self.active_adapters):
             self.scaling[name] = self.trained_scaling[name] if scale is None else self.scaling[name] / scale
 
@@ -169,8 +170,8 @@ class SparseLoraLayer(BaseWeight):
     def merged_stored(self) -> Tensor:
         """Return the base weight with the active adapters merged, laid out as the layer stores it.
 
-        The layer stays as it is. Disabled adapters are not merged. Adapters that are merged already are not merged a
-        second time.
+        The layer stays as it is. If adapters are disabled or merged already, the result is the weight that the layer
+        stores now.
         """
         names = self._present(self.active_adapters)
         merged = self.disable_adapters or self.merged or not names
@@ -195,8 +196,8 @@ class SparseLoraLayer(BaseWeight):
         """Merge adapters into the base weight, in place. Every zero stays zero.
 
         The merged weight is computed in the adapter's dtype and rounded once to the dtype of the base weight. A
-        quantised base weight is quantised anew. A copy of the base weight stays until `unmerge`: on the CPU, or for a
-        quantised layer on its device.
+        quantised base weight is quantised again. A copy of the base weight before the merge is kept until `unmerge`:
+        on the CPU, or for a quantised layer on its device.
 
         Args:
             safe_merge: check the merged weight before it is written.
@@ -228,7 +229,7 @@ class SparseLoraLayer(BaseWeight):
         self.merged_adapters.clear()
 
     def restart(self) -> None:
-        """Merge the active adapters for good, and draw their A and B anew, in the same parameters."""
+        """Merge the active adapters permanently, and initialise A and B in place, as `init_weights=True` does."""
         self.merge()
         self._unmerged_weight = self._unmerged_layer = None
         for name in self.merged_adapters:
@@ -253,7 +254,7 @@ class SparseLoraLayer(BaseWeight):
         Raises:
             ValueError: `adapter_names` has another length than the batch, adapters are merged while it is given, or a
                 saved mask contradicts the zeros of the base weight.
-            TypeError: the base weight cannot be dequantised, and the adapter has no saved mask.
+            TypeError: the base weight cannot be dequantised, and the adapter is not MaskLoRA with a saved mask.
         """
         if self._unsettled:
             self._settle_masks()
@@ -283,7 +284,7 @@ class SparseLoraLayer(BaseWeight):
         return None
 
     def _fuses(self, name: str) -> bool:
-        """Return whether one matrix product serves base weight and adapter.
+        """Return whether one matrix product gives the output of base weight and adapter together.
 
         Dropout and LoRA-Prune need two products, and so does a base layer that must itself be run.
         """

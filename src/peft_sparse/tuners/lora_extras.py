@@ -11,14 +11,14 @@ Entries added to PEFT's own containers:
 Names replaced in PEFT's modules:
 
 - `peft.helpers.LoraLayer` becomes a tuple of LoRA's layer class and ours: `rescale_adapter_scale` rescales instances.
-- `COMPATIBLE_TUNER_TYPES` of `peft.tuners.mixed` and of `peft.tuners.mixed.model` becomes a longer tuple, and so does
-  `peft.tuners.mixed.model.Layers`; `peft.tuners.mixed.model.Configs` becomes a longer union: a mixed model refuses or
-  skips what they do not name.
+- `COMPATIBLE_TUNER_TYPES` of `peft.tuners.mixed` and of `peft.tuners.mixed.model` becomes a longer tuple.
+  `peft.tuners.mixed.model.Layers` becomes a longer tuple too, and `peft.tuners.mixed.model.Configs` a longer union. A
+  mixed model refuses or skips methods, layers and configurations that these do not name.
 - `peft.tuners.mixed.model.MixedModel._create_and_replace` becomes a function that handles our configurations and
   passes every other one on to the original.
 
-What PEFT does with its own methods stays the same. Where a version of PEFT lacks one of these names, the feature stays
-closed to the tuners and everything else works. `tests/tuners/test_tuners.py` holds the complete list of changes.
+What PEFT does with its own methods stays the same. If a version of PEFT lacks one of these names, that feature does
+not work with the tuners, and everything else does. `tests/tuners/test_tuners.py` holds the complete list of changes.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """The layers and the model of MaskLoRA, W + s · M ⊙ (BA). Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
 
-The classes name the parts; what they do is in `layer`, `conv`, `parameter` and `model`.
+The classes set names and the formula. Their methods are in `layer`, `conv`, `parameter` and `model`.
 """
 
 from .conv import Conv2dMixin

@@ -24,15 +24,18 @@ def merged_state_dict(model: nn.Module, *, merge: bool = True, keep: bool = True
 
     Args:
         model: the model with MaskLoRA or ScaledLoRA adapters.
-        merge: True merges the active adapters. False returns the base weights without them.
-        keep: whether this process receives the tensors. Every process must call the function, and one that only takes
-            part in gathering passes False and receives an empty dictionary.
+        merge: True merges the active adapters. False returns the base weights as the model holds them, so adapters
+            that are merged already stay in them.
+        keep: whether this process receives the tensors. Every process must call the function. A process that passes
+            False takes part in the gathering and receives an empty dictionary.
 
     Returns:
         The tensors on the CPU, by the names they have in the base model. Tied weights are one tensor.
 
     Raises:
-        TypeError: an adapted layer is quantised, or has an adapter of another kind or more than one wrapper.
+        TypeError: an adapted layer is quantised, has an adapter of another method, or has two wrappers around the same
+            parameter.
+        ValueError: a saved mask contradicts the zeros of the base weight.
     """
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}

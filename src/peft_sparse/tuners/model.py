@@ -1,6 +1,6 @@
 """SparseLoraModel: put adapters into a model, as PEFT's `BaseTuner` asks for.
 
-`mask_lora` and `scaled_lora` derive their models from it by three class attributes.
+`mask_lora` and `scaled_lora` derive their models from it. A derived model sets three class attributes.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Adapters on a bare parameter: fused experts (experts, out, in), or a 2-D parameter (out, in).
 
-`target_parameters` leads here. Built on `layer`.
+The field `target_parameters` of a configuration chooses the parameters. The class is derived from the one in `layer`.
 """
 
 import contextlib
@@ -52,8 +52,8 @@ class ParameterMixin(SparseLoraLayer):
         parameter_name: str,
         **kwargs: Any,
     ) -> None:
-        # Written past nn.Module, because the constructors above need them before nn.Module is initialised. The shape
-        # is kept, because reading the parameter while its parametrisation runs would run the parametrisation again.
+        # Set in `__dict__`, because the constructors of the base classes read both before nn.Module is initialised.
+        # The shape is kept, because reading the parameter inside its parametrisation would start it again.
         owner = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
         parameter = getattr(owner, parameter_name)
         self.__dict__["parameter_name"] = parameter_name
@@ -68,7 +68,16 @@ class ParameterMixin(SparseLoraLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return the wrapped module. If `merge` is True, the adapters of all its parameters are merged."""
+        """Return the wrapped module without its adapters. PEFT calls this for `unload` and `merge_and_unload`.
+
+        Args:
+            merge: merge the adapters of all wrapped parameters first.
+            safe_merge: check each merged weight before it is written.
+            adapter_names: names of the adapters to merge. None merges the active adapters.
+
+        Raises:
+            ValueError: `safe_merge` is True and a merged weight holds NaN or infinity.
+        """
         layer: nn.Module = self
         while isinstance(layer, ParameterMixin):
             if merge:
@@ -190,7 +199,7 @@ class _EffectiveParameter(nn.Module):
 
     def __init__(self, layer: ParameterMixin, names: list[str]) -> None:
         super().__init__()
-        # In a tuple, because a plain attribute would register the wrapper below the module it wraps.
+        # The wrapper is in a tuple, because a plain attribute would make it a submodule of the module that it wraps.
         self.layer = (layer, names)
 
     def forward(self, stored: Tensor) -> Tensor:

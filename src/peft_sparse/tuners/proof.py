@@ -57,7 +57,7 @@ def remember_proof(model: nn.Module) -> None:
 
 
 def proof_at_hand(model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> dict[str, str]:
-    """Return the fingerprints to save with the adapter. Those of sharded weights are the remembered ones."""
+    """Return the fingerprints to save with the adapter. A sharded model gives those that `remember_proof` computed."""
     if not has_shards(model):
         return fingerprints(model, adapter_name)
     if not config._proof:
@@ -71,7 +71,7 @@ def proof_at_hand(model: nn.Module, config: SparseLoraConfig, adapter_name: str)
 
 
 def report_oddities(model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
-    """Warn once for all layers if adapted weights are not pruned, or if `r` exceeds their full rank."""
+    """Log one warning if weights with a MaskLoRA adapter are not pruned, and one if `r` exceeds their full rank."""
     dense, excessive, count = [], [], 0
     for name, module, weight in _adapted(model, adapter_name):
         count += 1

@@ -25,10 +25,10 @@ TABLES: tuple[dict[Any, Any], ...] = (
 def add_peft_type(name: str) -> PeftType:
     """Return the member of `PeftType` called `name`. The member is added if PEFT has none of this name.
 
-    PEFT's registration accepts only members of this enum, and Python does not allow to subclass an enum that has
+    PEFT's registration accepts only members of this enum, and Python does not allow subclasses of an enum that has
     members. The member is written as a class attribute and into the enum's lookup tables. Both are needed for
     `PeftType.MASK_LORA`, `PeftType["MASK_LORA"]`, `PeftType("MASK_LORA")`, iteration, pickling and JSON to work on
-    Python 3.10 to 3.13.
+    Python 3.11 to 3.13.
     """
     if name in PeftType.__members__:
         return PeftType[name]

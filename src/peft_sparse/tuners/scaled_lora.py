@@ -1,6 +1,7 @@
 """The layers and the model of ScaledLoRA, W ⊙ (BA), which starts at W. Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
 
-Besides the names of the parts, this file holds how A and B start, and the forward pass of rank 1.
+The classes set names and the formula, initialise A and B, and hold the forward pass of rank 1. Their other methods are
+in `layer`, `conv`, `parameter` and `model`.
 """
 
 import math
@@ -31,9 +32,10 @@ class ScaledLoraLayer(SparseLoraLayer):
 
         Args:
             adapter_name: name of the adapter.
-            init_weights: True makes BA a matrix of ones: the first row of A and the first column of B are ones, the
-                other rows of A are drawn as in LoRA, the other columns of B are zero. "paper" sets every entry of A
-                and B to 1 / sqrt(r). False draws A and B as in LoRA and adds 1 to the first row and the first column.
+            init_weights: True makes BA a matrix of ones. The first row of A and the first column of B are ones. The
+                other rows of A are drawn as in LoRA, and the other columns of B are zero. "paper" sets every entry of
+                A and B to 1 / sqrt(r). False draws A and B at random, and adds 1 to the first row of A and to the
+                first column of B.
         """
         super().reset_parameters(adapter_name, init_weights)
         r = self.r[adapter_name]
@@ -57,8 +59,9 @@ class ScaledLoraLayer(SparseLoraLayer):
 class ScaledLoraLinear(ScaledLoraLayer):
     """ScaledLoRA around an `nn.Linear`, a transformers `Conv1D` or a quantised linear layer.
 
-    Computes y = x (W ⊙ (1 + s · (BA - 1)))^T + bias for x (..., in), W (out, in), A (r, in), B (out, r). For r = 1 and
-    s = 1 it computes y = ((x ⊙ a) W^T) ⊙ b + bias instead, without a matrix of W's size, unless the base is quantised.
+    Computes y = x (W ⊙ (1 + s · (BA - 1)))^T + bias for x (..., in), W (out, in), A (r, in), B (out, r). With one
+    active adapter of r = 1 and s = 1 it computes y = ((x ⊙ a) W^T) ⊙ b + bias instead, without a matrix of W's size. A
+    quantised base, a base layer with hooks, and training with dropout use the first formula.
     Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
     """
 
