@@ -361,3 +361,20 @@ def test_a_rank_beyond_full_rank_is_mentioned_once(sparse_llama, caplog):
     assert [r.getMessage().split(":")[0] for r in caplog.records] == [
         "`r` exceeds the full rank of 6 adapted weights (first 'model.layers.0.self_attn.k_proj')"
     ]
+
+
+def test_a_configuration_leaves_the_dicts_that_it_is_given_alone():
+    ranks, alphas = {"q_proj": 2}, {"k_proj": 32.0}
+    config = ScaledLoRAConfig(target_modules=["q_proj"], rank_pattern=ranks, alpha_pattern=alphas)
+    assert (ranks, alphas) == ({"q_proj": 2}, {"k_proj": 32.0})
+    assert config.alpha_pattern == {"q_proj": 2, "k_proj": 32.0}
+
+
+def test_further_arguments_reach_the_base_layer_of_a_batch_with_several_adapters():
+    class Base(torch.nn.Linear):
+        def forward(self, x, shift=0.0):
+            return super().forward(x) + shift
+
+    model = get_peft_model(torch.nn.Sequential(Base(4, 4)), MaskLoRAConfig(target_modules=["0"]))
+    layer, x = model.base_model.model[0], torch.randn(2, 4)
+    assert torch.equal(layer(x, 1.0, adapter_names=["__base__"] * 2), layer.base_layer(x, 1.0))

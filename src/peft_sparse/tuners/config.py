@@ -293,8 +293,8 @@ class ScaledLoRAConfig(SparseLoraConfig):
         if self.lora_alpha is None:
             # Written out as the numbers that give s = 1, because PEFT's hotswap divides these fields itself.
             self.lora_alpha = self._neutral_alpha(self.r)
-            for key, rank in self.rank_pattern.items():
-                self.alpha_pattern.setdefault(key, self._neutral_alpha(rank))
+            neutral = {key: self._neutral_alpha(rank) for key, rank in self.rank_pattern.items()}
+            self.alpha_pattern = neutral | self.alpha_pattern
 
     def _neutral_alpha(self, r: int) -> float:
         return math.sqrt(r) if self.use_rslora else r

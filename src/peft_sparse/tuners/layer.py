@@ -340,7 +340,11 @@ class SparseLoraLayer(BaseWeight):
             rows = [index for index, wanted in enumerate(adapter_names) if wanted == name]
             part = x[rows]
             present = self._present([name])
-            y = self._forward_active(part, present, *args, **kwargs) if present else self.base_layer(part)
+            y = (
+                self._forward_active(part, present, *args, **kwargs)
+                if present
+                else self.base_layer(part, *args, **kwargs)
+            )
             order += rows
             parts.append(y)
         return torch.cat(parts)[torch.tensor(order, device=x.device).argsort()]

@@ -25,7 +25,6 @@ import functools
 from typing import Any
 
 import peft.helpers
-import peft.mixed_model
 import peft.tuners.mixed.model
 import peft.utils.hotswap
 from peft.tuners.mixed import MixedModel
