@@ -72,9 +72,9 @@ def as_inputs(
 def labels_of(batch: Mapping[str, Any]) -> Tensor:
     """Return the tokens of model inputs as their labels, (sequences, tokens).
 
-    Labels are -100 at padding, and where a token would be predicted from padding. A causal model compares the labels
-    with the predictions of the token before. An encoder-decoder compares both at one position, so that the labels are
-    the decoder's next tokens.
+    Labels are -100 at padding, and where a token would be predicted from padding. A causal model compares the label of
+    a token with the prediction at the token before, so its labels are its tokens. An encoder-decoder compares label
+    and prediction at the same position, so its labels are the decoder's tokens, shifted by one position.
     """
     side = "decoder_" if "decoder_input_ids" in batch else ""
     labels = batch[f"{side}input_ids"].long()
@@ -108,7 +108,7 @@ def sequences_in(batch: Mapping[str, Any]) -> int:
 
 
 def in_words(inputs: list[dict[str, Any]]) -> str:
-    """Return the amount of data in words; among several processes with a hash, by which they compare their data."""
+    """Return the amount of data in words. With several processes a hash is added, by which they compare their data."""
     amount = f"{sum(map(sequences_in, inputs))} sequences in {len(inputs)} batches"
     return amount if place()[1] == 1 else f"{amount}, of hash {fingerprint_of_inputs(inputs)}"
 

@@ -1,4 +1,4 @@
-"""Measures the statistics that criteria need of a block's weights, while the block runs on calibration data.
+"""Measures the statistics of the inputs of a block's weights, while the block runs on calibration data.
 
 Inputs that several weights share, such as those of the query, key and value projections, are measured once. Processes
 that share the batches add up their statistics once per block.
@@ -127,7 +127,7 @@ def measure_inputs(
     for statistics in measured.values():
         statistics.finish()
     _check(weights, leaders, measured)
-    # In the order in which the inputs came. Weights with the same inputs stand together.
+    # The order is that in which the inputs came. Weights with the same inputs follow each other.
     inputs = {n: measured[leader] for leader in measured for n in weights if leaders[n] == leader}
     return BlockStatistics(inputs, seen, shared)
 
@@ -149,8 +149,8 @@ def _over_processes(
 ) -> tuple[dict[str, str], dict[str, InputStatistics]]:
     """Return `leaders` and `measured` over all processes, in the same order in each process.
 
-    The entries of `measured` are changed in place. A process may have measured nothing of some inputs: it may have no
-    batch, or none of its tokens was sent to an expert.
+    The entries of `measured` are changed in place. A process may have measured nothing for some weights: it may have
+    no batch, or the model may have sent none of its tokens to an expert.
     """
     own = {name: (s.sums[-1].shape[0], s.sums[-1].dtype, s.tokens) for name, s in measured.items()}
     layouts = exchange((leaders, own))

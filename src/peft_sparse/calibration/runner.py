@@ -1,8 +1,8 @@
 """Runs a stack of blocks on calibration data, one block after the other.
 
-A runner chooses nothing and changes no weight. It holds one hidden state per batch (on the device, in CPU memory or on
-disk), the other arguments that the model passes to its blocks, and what the block that runs needs. Arguments that are
-equal in several batches are held once.
+A runner selects nothing and changes no weight. It holds the hidden states of each batch (on the device, in CPU memory
+or on disk) and the other arguments that the model passes to its blocks. Arguments that are equal in several batches
+are held once.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class Batch:
 
 
 class _CaptureComplete(Exception):
-    """Raised instead of the last block: nothing after it is needed. The class is private, so no model raises it."""
+    """Ends the run of a model at the last block, whose output is not needed. No model raises this private class."""
 
 
 class EnoughSeen(Exception):
@@ -77,7 +77,8 @@ class BlockRunner:
         batches_in_all: the number of batches of all processes, if `inputs` is the share of this process.
 
     Raises:
-        ValueError: no batch of `inputs` runs the blocks, or the model changes the hidden states between two blocks.
+        ValueError: no batch runs the blocks (not checked if processes share the batches), or the model changes the
+            hidden states between two blocks.
     """
 
     def __init__(
@@ -132,11 +133,11 @@ class BlockRunner:
 
 
 class _Capture:
-    """Runs the model up to the last block of a stack, and notes the input of the first block and the call of each.
+    """Runs the model up to the last block of a stack. Notes the input of the first block and the arguments of all.
 
-    One block of each class runs, which shows what it returns. If that is the hidden states alone, other blocks of the
-    class return their input instead of running. Blocks that return more always run (those of T5 return a position
-    bias).
+    The first block of each class runs, to find out what the class returns. If that is the hidden states alone, the
+    other blocks of the class return their input and do not run. Blocks that return more always run. Those of T5, for
+    example, return a position bias too.
     """
 
     def __init__(self, runner: BlockRunner, model: nn.Module) -> None:
@@ -146,7 +147,7 @@ class _Capture:
         self.batches: list[Batch] = []
         # `keep` and `keep_context` of the batch that runs.
         self.masks: tuple[Tensor | None, Tensor | None] = (None, None)
-        # The hidden states that the block before returned, and the version they had then.
+        # The hidden states that the previous block returned, and their version at that time.
         self.returned: tuple[Tensor, int] | None = None
         self.returns_tensor: dict[type, bool] = {}
 
@@ -216,7 +217,7 @@ class _Capture:
         return (_as_mask(batch.get("decoder_attention_mask")), own) if self.is_decoder else (own, None)
 
     def _share_arguments(self, batch: Batch) -> None:
-        """Hold tensors once that equal those of the first batch, such as rotary embeddings; offload the others."""
+        """Replace tensors by equal ones of the first batch, such as rotary embeddings. Offload the others."""
         first = self.batches[0]
         placed: dict[int, Tensor] = {}
         for call, first_call in zip(batch.calls, first.calls, strict=True):
@@ -244,12 +245,12 @@ def stack_runners(
 ) -> Iterator[BlockRunner]:
     """Yield a runner for each stack of `model`, in the order in which the stacks run.
 
-    A stack is captured when its runner is asked for, so that its inputs come from the stacks before as they are then.
-    Where several processes are given the same `inputs`, they share them out.
+    The inputs of a stack are computed when its runner is asked for. If the caller has pruned the earlier stacks by
+    then, the inputs come from pruned stacks. If there are several processes, each gets its share of `inputs`.
 
     Args:
         model: the model.
-        inputs: model inputs, as `as_inputs` returns them.
+        inputs: model inputs, as `as_inputs` returns them, the same in all processes.
         wanted: name of a block -> whether there is something to measure in it. A stack without such a block is left
             out. By default every block is wanted.
         activations: where hidden states wait between blocks: "device", "cpu" or "disk".

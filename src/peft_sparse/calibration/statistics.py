@@ -15,16 +15,18 @@ class Statistics:
     """What calibration has measured for one weight W (out, in). A statistic that was not measured is None.
 
     X (tokens, in) is the input of the weight on all calibration tokens that are not padding. X_j is the column of
-    input j. Statistics are float32, and float64 where the inputs are.
+    input j. The outputs are X Wᵀ (tokens, out), which the papers write as WX. Statistics are float32, or float64 where
+    the inputs are float64.
 
     Args:
         input_norm: ||X_j||_2, (in,).
         hessian: XᵀX, (in, in).
-        gradient: Σ_n |∂L_n/∂W| over the calibration sequences n, (out, in), always float32.
+        gradient: Σ_n |∂L_n/∂W| over the calibration sequences n, (out, in), always float32. L_n is the model's loss of
+            sequence n.
         tokens: number of rows of X.
         sequences: number of calibration sequences.
         input_mean: mean of X_j, (in,).
-        input_variance: variance of X_j around its mean, (in,).
+        input_variance: mean of (X_j - mean of X_j)², (in,).
     """
 
     input_norm: Tensor | None = None

@@ -17,9 +17,9 @@ def sample_sequences(
 ) -> Tensor:
     """Return token ids of random windows of text, each from another document, (count, length).
 
-    Documents are taken in random order. Those of at most `length` tokens are skipped. This is the calibration data of
-    SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774), Wanda (Sun et al. 2023, arXiv:2306.11695) and PERP (Zimmer
-    et al. 2023, arXiv:2312.15230). They take 128 windows of the C4 data set.
+    Documents are taken in random order. Those of at most `length` tokens are skipped. SparseGPT (Frantar and Alistarh
+    2023, arXiv:2301.00774), Wanda (Sun et al. 2023, arXiv:2306.11695) and PERP (Zimmer et al. 2023, arXiv:2312.15230)
+    calibrate on 128 such windows of the C4 data set.
 
     Args:
         documents: texts.

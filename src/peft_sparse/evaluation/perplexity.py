@@ -24,20 +24,20 @@ from ..model.blocks import base_model, is_encoder_decoder
 def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) -> float:
     r"""Return the perplexity of a language model: exp of its mean cross entropy, over all tokens that are counted.
 
-    A causal model predicts every token of a sequence but the first. An encoder-decoder predicts its labels. If they
-    are not given, they are all tokens of its decoder but the first. Three kinds of tokens are not counted: padding,
-    where `attention_mask` is 0 (of an encoder-decoder: `decoder_attention_mask`); tokens that are predicted from
-    padding; and labels of -100.
+    A causal model predicts every token of a sequence except the first. An encoder-decoder predicts its labels. Three
+    kinds of tokens are not counted: padding, where `attention_mask` is 0 (in an encoder-decoder:
+    `decoder_attention_mask`); tokens that are predicted from padding; and labels of -100.
 
-    SparseGPT, Wanda and PERP measure on the test split of WikiText-2, joined by "\n\n", tokenised in one piece and cut
-    into sequences without overlap: `pack_sequences` does that. Perplexities of sequences of different lengths cannot
-    be compared.
+    SparseGPT, Wanda and PERP measure on the test split of WikiText-2. The text is joined by "\n\n", tokenised in one
+    piece and cut into sequences without overlap. `pack_sequences` does this. Perplexities of sequences of different
+    lengths cannot be compared.
 
     Args:
         model: a causal language model or an encoder-decoder with logits.
         sequences: token ids (sequences, tokens) without padding, or an iterable of model inputs (dicts with
             `input_ids`, `attention_mask`, `labels`, ...). An encoder-decoder gets token ids as inputs of its encoder
-            and of its decoder. Where model inputs have no `labels`, their tokens are the labels.
+            and of its decoder. If model inputs have no `labels`, the labels are the tokens: `decoder_input_ids` except
+            the first, or `input_ids` if there are none.
         batch_size: number of sequences per batch, where `sequences` is token ids. Model inputs stay as they are.
 
     Returns:

@@ -1,6 +1,6 @@
 """Finds blocks, prunable weights and norms in a model.
 
-Everything is read from the module tree, and nothing from the model's name. Names are those that modules have without
+They are found in the module tree. The name of the model is not read. All names are those that modules have without
 adapters: `layers.0.q_proj`, also if PEFT has wrapped that layer.
 """
 
@@ -58,8 +58,9 @@ def called_layers(model: nn.Module) -> dict[int, nn.Module]:
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the blocks of `model` by name, in the order in which they are registered.
 
-    A block is an entry of an outermost `nn.ModuleList`. Every entry of that list must hold a prunable layer, and no
-    entry may be a prunable layer itself. Blocks are expected to run in the order in which they are registered.
+    A block is an entry of an `nn.ModuleList` in which every entry holds a prunable layer, and no entry is a prunable
+    layer itself. Where such lists are nested, the entries of the outermost list are the blocks. Blocks are expected to
+    run in the order in which they are registered.
     """
     return dict(_blocks_below("", base_model(model)))
 
@@ -109,8 +110,8 @@ def prunable_weights(
 ) -> dict[str, WeightView]:
     """Return the weights that are pruned as matrices (out, in), by name.
 
-    They are the weights of `prunable_layers` and of fused experts: a parameter (experts, ., .) inside a block, which
-    holds one matrix per expert. Each expert is a weight of its own, called `<parameter>.<expert>`.
+    They are the weights of `prunable_layers` and of fused experts. Fused experts are a parameter (experts, ., .)
+    inside a block that holds one matrix per expert. Each expert is a weight of its own, called `<parameter>.<expert>`.
 
     Args:
         model: the model, with or without adapters.
@@ -136,7 +137,10 @@ def prunable_weights(
 
 
 def fused_experts(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return (module, parameter) of each parameter (experts, ., .) inside a block that holds one matrix per expert."""
+    """Return the fused experts inside the blocks, by the name of their parameter: (module, name in the module).
+
+    Fused experts are a parameter (experts, ., .) that holds one matrix per expert.
+    """
     return {
         f"{name}.{parameter}": (base_layer(module), parameter)
         for block_name, block in find_blocks(model).items()
@@ -180,8 +184,8 @@ def norm_names(model: nn.Module) -> list[str]:
 def attention_and_mlp(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """Return the children of `block` that hold weights: those of its attention, and those of its MLP.
 
-    A child belongs to the attention if its name or its class contains "attn" or "attention". The other children make
-    the MLP, which may be several (OPT has `fc1` and `fc2`).
+    A child belongs to the attention if its name or its class contains "attn" or "attention". The other children form
+    the MLP. There may be several (OPT has `fc1` and `fc2`).
     """
     attention: list[nn.Module] = []
     mlp: list[nn.Module] = []

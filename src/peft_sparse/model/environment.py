@@ -26,7 +26,8 @@ def environment() -> dict[str, Any]:
 def peak_memory() -> int:
     """Return the peak memory of this process so far, in bytes.
 
-    With a GPU, it is the memory that torch allocated there. Without one, it is the resident memory of the process.
+    With CUDA, it is the memory that torch allocated on the current GPU. Otherwise it is the resident memory of the
+    process.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

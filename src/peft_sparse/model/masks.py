@@ -30,7 +30,7 @@ _GATHER_BITS = sum(1 << (56 - 7 * i) for i in range(8))
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Return `mask` as bytes of eight entries, the first in the lowest bit. The last byte is padded with zeros."""
+    """Return `mask` as bytes. Each byte holds eight entries, the first in its lowest bit. Zeros fill the last byte."""
     flat = mask.reshape(-1).view(torch.uint8)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
     # Eight bytes of 0 or 1 make one integer. The product moves byte i to bit 56 + i, and no other byte above bit 55.
@@ -38,7 +38,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
-    """Return the mask of shape `shape` that `pack` was given when it returned `packed`."""
+    """Return the mask of shape `shape` that `pack` turned into `packed`."""
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.flatten()[: math.prod(shape)].view(shape).bool()
 

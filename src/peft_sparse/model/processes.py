@@ -1,7 +1,8 @@
 """Shares work among the processes of a `torch.distributed` group, and adds up their results.
 
 Without a process group, this process does all the work: nothing is sent and nothing waits. With one, every process
-must make the same calls in the same order. If one process fails, the others raise an error at their next call.
+must make the same calls in the same order. If one process fails within `working_together`, the others raise an error
+at their next call.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from torch import Tensor, distributed
 
 Item = TypeVar("Item")
 
-# Elements that are sent together: enough that the cost of a call does not matter, few enough to hold a copy of them.
+# Up to this number of elements are copied and sent together. With so many, the cost of a call does not matter.
 _BUCKET = 1 << 22
 
 

@@ -1,1 +1,1 @@
-"""From weights and statistics to zeros."""
+"""Pruning: chooses the entries of each weight to prune, and sets them to zero."""

@@ -1,4 +1,4 @@
-"""What needs all weights at once: dividing a sparsity among them, and comparing the scores of all of them."""
+"""Treats all weights at once: divides a sparsity among them, or compares the scores of all of them."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -27,10 +27,12 @@ def allocated_patterns(
     residence: Residence,
     reading: Reading = in_memory,
 ) -> dict[str, Pattern]:
-    """Return the pattern of each weight of `task`: its one pattern, divided among the weights by `task.allocation`.
+    """Return the pattern of each weight of `task`. Its one sparsity is divided among the weights by `task.allocation`.
 
     Args:
-        inputs: the calibration data as model inputs; `OWL` measures input norms on the model as it is now.
+        model: the model. `OWL` measures input norms on it as it is now.
+        task: a task with an allocation.
+        inputs: the calibration data as model inputs, None without calibration.
         activations: where hidden states wait between blocks.
         residence: (block name, block) -> a context within which the block can run.
         reading: weight name -> a context within which the weight is in memory.
@@ -64,7 +66,7 @@ def prune_across(
     activations: Activations,
     residence: Residence,
 ) -> None:
-    """Prune by one comparison of the scores of all weights, which are measured on the model as it is now."""
+    """Prune by one comparison of the scores of all weights. The inputs are measured before any weight is pruned."""
     known = {name: task.statistics(name, None) for name in task.weights}
     if inputs is not None:
         measured = measured_blocks(model, inputs, task.inside, task.needs, activations, residence)

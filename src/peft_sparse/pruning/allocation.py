@@ -66,7 +66,7 @@ class Budget:
         return dict(zip(self.weights, counts, strict=True))
 
     def of_matrix(self, name: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return `compute` of the weight called `name` as a matrix (out, in), which is in memory for this long."""
+        """Return `compute` of the weight called `name` as a matrix (out, in), which is in memory during the call."""
         with self.reading(name):
             return compute(self.weights[name].matrix())
 
@@ -184,15 +184,16 @@ class LAMP:
 class OWL:
     """Outlier-weighed sparsity: all weights of a block get one sparsity, which is lower if more scores are outliers.
 
-    D_l = 100 · mean(S > M · mean(S)) over the Wanda scores S of all weights of block l, in percent. With
-    r_l = 2λ · (D_l - min D) / (max D - min D),
+    With the Wanda scores S of all weights of block l,
 
+        D_l = 100 · mean(S > M · mean(S)),    r_l = 2λ · (D_l - min D) / (max D - min D),
         density_l = r_l - mean(r) + 1 - sparsity.
 
-    The mean of r weighs each block by its entries, so that the total is exact. For blocks of equal size it is the mean
-    of the paper. Densities are limited to [0, 1]. A weight outside of blocks is treated as a block of its own.
+    The mean of r weighs each block by its number of entries, so that the total is exact. For blocks of equal size it
+    is the mean of the paper. Each weight keeps its zeros and at least one entry. A weight outside of blocks is treated
+    as a block of its own. With an n:m pattern, blocks get different n, see `mixed`.
 
-    With an n:m pattern, blocks get different n (`mixed`). Yin et al. 2023, arXiv:2310.05175, section 3.
+    Yin et al. 2023, arXiv:2310.05175, section 3.
 
     Args:
         outlier_factor: M, above 0. None means the paper's value: 5 for a sparsity, 6 for n:m.
@@ -231,12 +232,13 @@ class OWL:
     def mixed(self, budget: Budget, pattern: SemiStructured) -> dict[str, SemiStructured]:
         """Return an n:m for each weight. The n of a block is higher if more of its Wanda scores are outliers.
 
-        n_l = n + r_l - mean(r) in whole numbers, with r_l = λ · (D_l - min D) / (max D - min D), and n counts the
-        kept entries. The paper rounds each n_l; here all n_l are rounded by largest remainder, so that they add up.
+        n_l = n + r_l - mean(r), with r_l = λ · (D_l - min D) / (max D - min D), rounded to a whole number. n counts
+        kept entries. The paper rounds each n_l by itself. Here they are rounded by largest remainder, so that the sum
+        is exact.
 
-        Blocks whose weights have the same shapes share a mean. They keep as many entries as with `pattern` everywhere,
-        exactly if m divides the inputs, and so does the model. A block of unique shapes therefore keeps `pattern`.
-        Zeros that are there already are not considered.
+        The mean is taken over the blocks whose weights have the same shapes. Together these blocks keep as many
+        entries as with `pattern` in all of them; the number is exact if m divides the number of inputs. A block whose
+        shapes no other block has therefore keeps `pattern`. Zeros of the weights are not considered.
 
         Args:
             budget: uses `weights`, `blocks`, `input_norms` and `reading`.
@@ -304,7 +306,7 @@ def allocate(
     Args:
         allocation: a name of `ALLOCATIONS`, a value of one of its classes, or the sparsity of every weight by name.
             Given sparsities must meet the total to within one entry per weight.
-        weights: the weights by name, with finite entries. They are read one at a time and not changed.
+        weights: the weights by name, with finite entries. They are read one at a time and are not changed.
         sparsity: the fraction of all entries that is to be zero, in [0, 1).
         blocks: the name of the block that each weight lies in, by the name of the weight; None outside of blocks.
         input_norms: ‖X_j‖₂, (in,), by the name of the weight. `OWL` needs them.

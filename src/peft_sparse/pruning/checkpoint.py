@@ -77,16 +77,15 @@ def prune_checkpoint(
             or regular expressions for the whole name, the first key that matches counts, and a layer that no key
             matches is not pruned.
         calibration: token ids (sequences, tokens), or an iterable of model inputs. Tokens that an input's
-            `attention_mask` marks as padding are not counted. A criterion that needs no
-            calibration uses it to report output errors.
+            `attention_mask` marks as padding are not counted. A criterion that needs no calibration uses it to report
+            output errors.
         sparsity: another way to write a `pattern` that is a number.
         criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; or one of these as a value with its
             numbers, such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores
             (out, in), higher = kept; or a `Criterion`, which also says what the function needs.
         group: which entries are compared with each other: "row" (one output), "matrix" or "model". By default the
             group of the criterion's paper. n:m compares within each m entries and SparseGPT within blocks of columns,
-            so these take no group. "model" is refused,
-            because it needs the whole model.
+            so these take no group. "model" is refused, because it needs the whole model.
         allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
             "owl"; or one of these as a value, such as `OWL(spread=0.1)`; or a dict of sparsities, with keys as in
             `pattern`, that together give the requested total. The total is exact to the entry. n:m works with "owl",
@@ -104,13 +103,16 @@ def prune_checkpoint(
         device: where each block is loaded.
 
     Returns:
-        A report with the sparsity and the relative output error of each weight.
+        A report with the sparsity and, with calibration, the relative output error of each weight.
 
     Raises:
-        TypeError: see `prune`.
-        ValueError: see `prune`; `output` holds other files; the checkpoint's tensors do not have the names of the
-            model's parameters; the model has more than one stack of blocks; the criterion or `group` needs the whole
-            model; several processes run.
+        TypeError: `update` is neither a bool nor a `LeastSquares`, or a convolution's inputs cannot be measured.
+        ValueError: an argument is invalid, or does not go with another one; a target is tied to an embedding, or lies
+            outside the blocks; n:m does not divide the inputs; calibration is missing, or never reaches the block of a
+            target; a weight, a statistic or a score is not finite; `source` holds no safetensors, or its tensors do
+            not have the names of the model's parameters; its configuration names no class of transformers; `output`
+            holds other files; the model has more than one stack of blocks; the criterion or `group` needs the whole
+            model; several processes run. If an error occurs after some blocks were pruned, its note names the block.
     """
     started = time.perf_counter()
     streamed = StreamedModel(source, output, device)
@@ -248,7 +250,7 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def weight_in_memory(self, name: str) -> Iterator[None]:
-        """Hold one weight of the task in memory within the context. The parameter of experts is read once for all."""
+        """Hold one weight of the task in memory within the context. A parameter is read once for all its experts."""
         assert self.task is not None, "start comes first"
         weight = self.task.weights[name]
         parameter = f"{name}.{weight.parameter}" if weight.expert is None else name.rpartition(".")[0]
@@ -297,12 +299,12 @@ class StreamedModel:
             set_module_tensor_to_device(self.model, name, device)
 
     def save(self, block: str) -> None:
-        """Write a block as it is now, without tensors that the model does not have, as on loading."""
+        """Write a block as it is now. Tensors of the checkpoint that the model does not have are left out."""
         state = self.blocks[block].state_dict(prefix=f"{block}.")
         self._write(block, {name: state[name].cpu().contiguous() for name in self.parts[block] if name in state})
 
     def finish(self) -> None:
-        """Copy the other files of the checkpoint, and write the index last: it makes the output a checkpoint."""
+        """Copy the other files of the checkpoint. Write the index last, because it makes the output a checkpoint."""
         for path in _beside_weights(self.source):
             shutil.copy2(path, self.output)
         index = {"metadata": {"total_size": self.bytes}, "weight_map": self.written}

@@ -16,8 +16,8 @@ def chosen(
     Args:
         argument: the name of the caller's argument, for error messages.
         table: the class of each choice, by name.
-        choice: a name of `table`, or a value that one of its classes made.
-        options: the fields of the value that differ from their defaults. They need a name as `choice`.
+        choice: a name in `table`, or an instance of one of its classes.
+        options: the fields that differ from their defaults, by name. They are allowed only if `choice` is a name.
         also: what else the caller takes, for the error message.
 
     Raises:
@@ -59,6 +59,7 @@ def check_numbers(value: Any, **accepted: tuple[bool, str]) -> None:
     """Raise ValueError for the first field of `value` whose condition does not hold.
 
     Args:
+        value: the value whose fields are checked.
         accepted: for each field, whether its value is accepted, and what is accepted in words.
     """
     for name, (holds, expected) in accepted.items():

@@ -1,7 +1,7 @@
-"""Pruning criteria: (weight, statistics) -> scores of one weight. A higher score means: kept.
+"""Pruning criteria: (weight, statistics) -> scores of one weight. Entries with the highest scores are kept.
 
-A criterion knows no layers and no masks, and writes nothing. To add one, write its class and its row in `CRITERIA`.
-SparseGPT is a solver: it selects and updates in one pass. It has its row here and its own file.
+A criterion sees no layers and no masks, and writes nothing. To add one, write its class and its row in `CRITERIA`.
+SparseGPT is a solver: it selects and updates in one pass. It has a row here and a file of its own.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,10 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class Random:
-    """S ~ U[0, 1), drawn from torch's global generator. `torch.manual_seed` makes the mask repeatable."""
+    """S ~ U[0, 1), compared within each matrix by default.
+
+    Scores are drawn from torch's global generator. `torch.manual_seed` makes the mask repeatable.
+    """
 
     group: ClassVar[Group] = "matrix"
     needs: ClassVar[tuple[Need, ...]] = ()
@@ -137,15 +140,15 @@ class GBLM:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A criterion of your own, with what it needs to know.
+    """A criterion of your own: a function that returns scores, and the statistics that it needs.
 
     Args:
-        score: a function (weight (out, in), `Statistics`) -> scores (out, in). Scores are finite, and a higher score
-            means that the entry is kept.
+        score: a function (weight (out, in), `Statistics`) -> scores (out, in). Scores must be finite. Entries with the
+            highest scores are kept.
         group: the entries that are compared with each other unless the caller chooses: "row" (one output), "matrix"
             or "model".
         needs: which statistics calibration has to measure: "inputs" (norms), "moments" (mean and variance),
-            "hessian", "gradients".
+            "hessian", "gradients". With an entry here, calibration is required.
 
     Raises:
         TypeError: `score` is not callable.

@@ -1,4 +1,4 @@
-"""Masked least squares: the values of the kept weights that minimise the output error for a fixed mask."""
+"""Masked least squares: updates the kept weights to lower the output error for a fixed mask."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,15 +12,20 @@ from .choices import check_numbers
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """How the kept weights are updated once the mask is chosen, see `masked_least_squares`.
+    """An update of the kept weights for a fixed mask: W' near argmin ‖X(W' - W)ᵀ‖² + λ‖W' - W‖².
+
+    W (out, in) is the dense weight, X (tokens, in) its input on the calibration data, and W' is zero wherever the mask
+    is False. Each row is a least-squares problem of its own. The solver runs conjugate gradients on all rows together,
+    so it comes near the minimiser and does not reach it exactly. λ > 0 keeps the problem well conditioned in float32.
 
     Args:
         damping: λ, as a fraction of the mean of the diagonal of XᵀX, at least 0.
-        tolerance: the solver stops once the gradient of every row has fallen to this fraction of its first value.
-        max_iterations: the solver stops after this many iterations.
+        tolerance: the solver stops once the preconditioned norm of the gradient of every row has fallen to this
+            fraction of its first value, at least 0. This is checked after every tenth iteration.
+        max_iterations: the solver stops after this many iterations, at least 1.
 
     Raises:
-        ValueError: a number is outside its range.
+        ValueError: a number is outside its range; in `solve`, the result is not finite.
     """
 
     damping: float = 0.01
@@ -74,11 +79,11 @@ def masked_least_squares(
     tolerance: float = 1e-3,
     max_iterations: int = 200,
 ) -> Tensor:
-    """Return W' near argmin ‖(W' - W)X‖² + λ‖W' - W‖², where W' is zero wherever `mask` is False, (out, in).
+    """Return W' near argmin ‖X(W' - W)ᵀ‖² + λ‖W' - W‖², where W' is zero wherever `mask` is False, (out, in).
 
     Each row is a least-squares problem of its own on its kept columns. All rows are solved together by conjugate
     gradients on M ⊙ ((W' - W)(XᵀX + λI)) with the diagonal as preconditioner. An iteration takes one matrix product,
-    and no row is factorised. Apart from rounding, the error falls with every iteration. `tolerance` and
+    and no row is factorised. Apart from rounding, the objective falls with every iteration. `tolerance` and
     `max_iterations` decide how near the result is to the minimiser. λ > 0 keeps the problem well conditioned in
     float32.
 
@@ -88,7 +93,8 @@ def masked_least_squares(
         hessian: XᵀX, (in, in), float32 or wider, of any scale.
         start: the first W', (out, in). By default M ⊙ W.
         damping: λ as a fraction of the mean of the diagonal of XᵀX.
-        tolerance: stop once the gradient of every row has fallen to this fraction of its first value.
+        tolerance: stop once the preconditioned norm of the gradient of every row has fallen to this fraction of its
+            first value. This is checked after every tenth iteration.
         max_iterations: stop after this many iterations.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How one weight is pruned: scores, mask, refinement, update, and the zeros that are written."""
+"""Prunes one weight: computes scores, selects a mask, refines it, updates the kept weights and writes the result."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: B
 
     Args:
         weights: weights of one block, by name.
+        task: the task, which says how they are pruned.
         measured: the statistics of their inputs, None without calibration.
     """
     errors = None if measured is None else _OutputErrors(measured)

@@ -20,12 +20,12 @@ class Unstructured:
     """Unstructured sparsity: any entry may be pruned.
 
     Args:
-        sparsity: the fraction of entries that is pruned, in [0, 1). Of k entries that are compared with each other,
+        sparsity: the fraction of entries that is pruned, in [0, 1). Of k entries of a matrix or a model,
             floor(sparsity · k) are pruned.
-        exact: matters only for comparison per row. True prunes floor(sparsity · numel) entries of the matrix. Rows
-            then lose the same number of entries or one more; the rows that lose one more are those whose next score
-            is lowest. False prunes floor(sparsity · in) entries of each row, as the code of the Wanda paper does. The
-            total is then lower than asked: 0.6 of 72 inputs gives 0.597.
+        exact: matters only for comparison per row. True prunes floor(sparsity · out · in) entries of the matrix (out,
+            in). Some rows may then lose one entry more than the others. They are the rows whose next score is lowest.
+            False prunes floor(sparsity · in) entries of each row, as the code of the Wanda paper does. The total is
+            then often lower than asked: 0.6 of 72 inputs gives 0.597.
 
     Raises:
         ValueError: `sparsity` is outside [0, 1).

@@ -48,12 +48,12 @@ def prune(
 ) -> PruningReport:
     """Prune the linear weights inside the blocks of a model: write zeros into them, in place.
 
-    Entries that are zero already are pruned first. Pruning twice to the same sparsity therefore changes no mask, and
-    pruning to a higher sparsity only adds zeros. If the model has more zeros than `pattern` asks for, they stay, and a
-    warning gives both numbers.
+    Entries that are zero already are pruned first. Pruning twice with the same arguments therefore changes no mask,
+    and pruning to a higher sparsity only adds zeros. If the model has more zeros than `pattern` asks for, they stay,
+    and a warning gives both numbers. If `allocation` divides a sparsity, this is a ValueError.
 
     With calibration, the blocks are pruned one after the other. The inputs of a block have passed through the pruned
-    blocks before it. All weights of one block are scored while the block is still dense.
+    blocks before it. The inputs of all weights of a block are measured before the first of them is pruned.
 
     If the model has adapters, their base weights are pruned. Of modules in PEFT's `modules_to_save`, the active copies
     are pruned. If `torch.distributed` runs several processes and calibration is given, each process calls `prune` with
@@ -67,16 +67,15 @@ def prune(
             or regular expressions for the whole name, the first key that matches counts, and a layer that no key
             matches is not pruned.
         calibration: token ids (sequences, tokens), or an iterable of model inputs. Tokens that an input's
-            `attention_mask` marks as padding are not counted. A criterion that needs no
-            calibration uses it to report output errors.
+            `attention_mask` marks as padding are not counted. A criterion that needs no calibration uses it to report
+            output errors.
         sparsity: another way to write a `pattern` that is a number.
         criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; or one of these as a value with its
             numbers, such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores
             (out, in), higher = kept; or a `Criterion`, which also says what the function needs.
         group: which entries are compared with each other: "row" (one output), "matrix" or "model". By default the
             group of the criterion's paper. n:m compares within each m entries and SparseGPT within blocks of columns,
-            so these take no group. For
-            "model", the inputs are those of the unpruned model.
+            so these take no group. For "model", the inputs are those of the unpruned model.
         allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
             "owl"; or one of these as a value, such as `OWL(spread=0.1)`; or a dict of sparsities, with keys as in
             `pattern`, that together give the requested total. The total is exact to the entry. n:m works with "owl",
@@ -94,7 +93,7 @@ def prune(
         device: where each block is moved while it is processed. None computes where the block is.
 
     Returns:
-        A report with the sparsity and the relative output error of each weight.
+        A report with the sparsity and, with calibration, the relative output error of each weight.
 
     Raises:
         TypeError: `update` is neither a bool nor a `LeastSquares`, or a convolution's inputs cannot be measured.

@@ -34,12 +34,21 @@ class Refinement(Protocol):
 
 @dataclass(frozen=True)
 class DSnoT:
-    """Dynamic sparse no training, see `dsnot`. Zhang et al. 2023, arXiv:2310.08915, section 3.
+    """Dynamic sparse no training: exchanges entries of each row until its expected error is near zero.
+
+    Let S_j be the sum of X_j over a sequence, averaged over the sequences. The expected error of row i of W is
+
+        e_i = Σ_{j pruned} W_ij S_j.
+
+    Each cycle restores the pruned entry with the highest |W_ij S_j| / Var(X_j) among those whose W_ij S_j has the sign
+    of e_i. It prunes the kept entry with the lowest |W_ij| · ‖X_j‖₂ among those of the other sign, or under n:m among
+    the same m entries. An exchange that would not lower |e_i| is skipped. Zhang et al. 2023, arXiv:2310.08915,
+    section 3.
 
     Args:
         max_cycles: how many exchanges a row may make, at least 1.
-        threshold: a row is finished once its expected error is below this, in units of the layer's output summed over
-            one sequence; at least 0.
+        threshold: a row is finished once |e_i| is at most this, in units of the layer's output summed over one
+            sequence; at least 0.
 
     Raises:
         ValueError: a number is outside its range.
@@ -64,12 +73,20 @@ class DSnoT:
 
 @dataclass(frozen=True)
 class Swap:
-    """Swaps that lower the output error exactly, see `swap`. Zimmer et al. 2025, arXiv:2512.10922 (SparseSwaps).
+    """Swaps of one kept and one pruned entry of a row. Each swap lowers the output error of the row.
+
+    The error of a row w with mask m is
+
+        E = ‖X d‖² = dᵀ XᵀX d    with d = w ⊙ (1 - m).
+
+    The change of E by a swap is computed from XᵀX, exactly up to rounding. Under n:m both entries are among the same m
+    entries. Zimmer et al. 2025, arXiv:2512.10922 (SparseSwaps).
 
     Args:
         max_swaps: how many swaps a row may make, at least 1.
-        tolerance: a swap must lower the error of its row by at least this fraction of the error; at least 0.
-        candidates: how many entries of each kind are listed per round, at least 1.
+        tolerance: a swap must lower E by at least this fraction of E; at least 0.
+        candidates: how many kept and how many pruned entries are candidates in one round of swaps, at least 1. Under
+            n:m, how many groups.
 
     Raises:
         ValueError: a number is outside its range.
@@ -255,8 +272,8 @@ def swap(
 ) -> tuple[Tensor, Tensor]:
     """Swap entries of each row to lower its error. Return the new mask (out, in) and the number of swaps (out,).
 
-    Let H = XᵀX, d = w ⊙ (1 - m) and G = H d. The error of a row is E = ‖(w - w ⊙ m) X‖² = dᵀ H d. Pruning the kept
-    entry p and restoring the pruned entry g changes E by exactly
+    Let H = XᵀX, d = w ⊙ (1 - m) and G = H d. The error of a row is E = ‖X d‖² = dᵀ H d. Pruning the kept entry p and
+    restoring the pruned entry g changes E by
 
         ΔE = 2 w_p G_p + w_p² H_pp - 2 w_g G_g + w_g² H_gg - 2 w_p w_g H_pg.
 
@@ -418,7 +435,7 @@ def _best_of_groups(
 
 @torch.no_grad()
 def row_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> Tensor:
-    """Return ||(w - w')X||² = (w - w')ᵀ H (w - w') of each row, (out,), float32 (float64 if `weight` is).
+    """Return ‖X(w - w')‖² = (w - w')ᵀ H (w - w') of each row, (out,), float32 (float64 if `weight` is).
 
     Args:
         weight: W, (out, in).

@@ -13,12 +13,13 @@ class WeightReport:
     """What was done to one weight.
 
     Args:
-        name: the name of its layer, or of its expert.
+        name: the name of its layer. The name of an expert is `<parameter>.<expert>`.
         shape: (out, in).
         sparsity: the fraction of its entries that are zero now.
-        error: ‖(W - W')X‖ / ‖WX‖ on the inputs X that the layer had when it was pruned, measured on about 1,024
-            calibration tokens. None without calibration, and with `group="model"`.
-        error_selected: the same before refinement and update. None without these.
+        error: the relative output error ‖(W - W')X‖ / ‖WX‖, where W' is the pruned weight and WX the outputs without
+            bias. X is the input that the layer had when it was pruned, on about 1,024 calibration tokens. None
+            without calibration, and with `group="model"`.
+        error_selected: the same error before refinement and update. None if there was neither.
     """
 
     name: str
@@ -34,11 +35,13 @@ class PruningReport:
 
     Args:
         criterion: the name of the criterion, with the numbers that differ from the defaults.
-        pattern: the sparsity or n:m.
-        group: which entries were compared with each other. None if the pattern or the criterion decides that.
+        pattern: the sparsity or n:m. For a dict, each key with its pattern.
+        group: which entries were compared with each other: "row", "matrix" or "model". None if a pattern n:m or the
+            criterion decides that.
         sparsity: the fraction of zeros in all pruned weights.
         seconds: the wall-clock time.
-        peak_memory: the largest memory of this process so far, in bytes: on the GPU if there is one, else resident.
+        peak_memory: the largest memory of this process so far, in bytes. With CUDA it is the memory that torch
+            allocated on the GPU, otherwise the resident memory.
         weights: one entry per weight.
         allocation: the name of the allocation, "given" for a dict, None without one.
         refinement: the name of the refinement, None without one.
@@ -58,12 +61,12 @@ class PruningReport:
 
     @property
     def error(self) -> float | None:
-        """The mean of the weights' relative output errors. None without calibration."""
+        """The mean of the weights' relative output errors. None if none was measured."""
         return _mean(weight.error for weight in self.weights)
 
     @property
     def error_selected(self) -> float | None:
-        """The mean of the relative output errors before refinement and update. None without these."""
+        """The mean of the relative output errors before refinement and update. None if there was neither."""
         return _mean(weight.error_selected for weight in self.weights)
 
     def to_dict(self) -> dict[str, Any]:

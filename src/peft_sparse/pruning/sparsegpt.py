@@ -17,17 +17,23 @@ from .patterns import Pattern, SemiStructured, Unstructured, keep_highest, lowes
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """SparseGPT as a criterion: it selects entries and updates the kept ones in one pass, see `sparsegpt`.
+    """SparseGPT as a criterion: it selects entries and updates the kept ones in one pass.
 
-    It compares within `block_size` columns of all rows, so it takes no comparison group. Frantar & Alistarh 2023,
-    arXiv:2301.00774, section 3.
+    Let H = XᵀX + λI, and let U be upper triangular with H⁻¹ = UᵀU. The columns j of W (out, in) are processed from
+    left to right. Entries with the lowest w_j² / U_jj² are pruned. Their error is moved to all columns on their right:
+
+        W_k -= w_j / U_jj · U_jk    for k > j.
+
+    Scores are compared within `block_size` columns of all rows, or under n:m within each m entries. SparseGPT
+    therefore takes no `group`. Frantar & Alistarh 2023, arXiv:2301.00774, section 3.
 
     Args:
-        damping: λ, as a fraction of the mean of the diagonal of XᵀX, above 0.
+        damping: λ, as a fraction of the mean of the nonzero entries of diag(XᵀX), above 0. If H is not positive
+            definite, λ is multiplied by ten, up to three times.
         block_size: how many columns are compared with each other, at least 1.
 
     Raises:
-        ValueError: a number is outside its range.
+        ValueError: a number is outside its range; in `solve`, H is not positive definite or the result is not finite.
     """
 
     damping: float = 0.01
@@ -63,19 +69,20 @@ def sparsegpt(
 
         E_j = (1 - M_j) w_j / U_jj,    W_k -= E_j U_jk  for k > j.
 
-    Entries that are zero already stay zero and count as pruned. Entries of inputs that were never active (H_jj = 0)
-    are pruned first. Equal scores are pruned in the order of columns, then of rows.
+    Entries that are zero already stay zero and count as pruned. Entries of inputs that were never active (X_j = 0)
+    are pruned next. Of equal scores, those of earlier columns, and within a column of earlier rows, are pruned first.
 
     Args:
-        weight: W, (out, in), of any floating dtype. float64 is computed in float64, every other dtype in float32.
-        hessian: XᵀX over all calibration tokens, (in, in), of any scale. Neither tensor is modified. The function
-            holds one more tensor of the size of `hessian`.
+        weight: W, (out, in), of any floating dtype. float64 is computed in float64, every other dtype in float32. It
+            is not modified.
+        hessian: XᵀX over all calibration tokens, (in, in), of any scale. It is not modified. The function allocates
+            one more tensor of this size.
         pattern: `Unstructured` prunes floor(sparsity · numel) entries, which it compares within `block_size` columns
             over all rows. `SemiStructured` keeps n of every m entries, which it compares when the columns before
             them are finished.
         mask: the entries to keep, (out, in), in place of `pattern`. The function then only updates the kept entries.
-        damping: λ as a fraction of the mean of diag(XᵀX) over the active inputs. If H is not positive definite, ten
-            times as much is tried, up to three times.
+        damping: λ as a fraction of the mean of the nonzero entries of diag(XᵀX). If H is not positive definite, λ is
+            multiplied by ten, up to three times.
         block_size: how many columns `Unstructured` compares with each other.
 
     Returns:

@@ -30,10 +30,10 @@ Value = TypeVar("Value")
 
 @dataclass
 class PruningTask:
-    """What is to be pruned and how; and what was measured while it was done.
+    """What is to be pruned and how, and what is measured on the way.
 
     Args:
-        criterion, pattern: as reports call them.
+        criterion, pattern: their names in reports.
         rule: the criterion.
         patterns: the pattern of each weight, by name.
         group: the entries that are compared with each other.
@@ -41,13 +41,13 @@ class PruningTask:
         blocks: all blocks of the model, by name.
         by_block: the names of the weights in each block; None for those outside of all blocks.
         allocation: how the sparsity is divided among the weights: a value, a dict by layer, or None.
-        refinement: how the mask is refined, with what reports call it.
-        update: how the kept weights are updated.
+        refinement: how the mask is refined: (its name in reports, its value), or None.
+        update: how the kept weights are updated, or None.
         gradients: the sums of gradients, by weight name.
         sequences: the number of calibration sequences.
         counts: (zeros, entries) of each finished weight.
-        errors, errors_selected: relative output errors of finished weights; the second are before refinement and
-            update.
+        errors: the relative output error of each finished weight.
+        errors_selected: the same before refinement and update.
         warned: whether a warning about few calibration tokens was given.
     """
 
@@ -179,7 +179,7 @@ class PruningTask:
     def _warn_of_more_zeros(self, counts: dict[str, tuple[int, int]]) -> None:
         """Warn if zeros that were there before make the result sparser than asked.
 
-        An allocation refuses a sparsity with fewer zeros than there are.
+        With an allocation there is no warning. One that divides a sparsity has refused fewer zeros than there are.
         """
         if self.allocation is not None:
             return
@@ -326,7 +326,7 @@ def _chosen_group(
 
 
 def _check_allocation(task: PruningTask, per_layer: bool) -> None:
-    """Raise ValueError if `allocation` has nothing to decide, or cannot decide it."""
+    """Raise ValueError if the pattern or the group leaves nothing for `allocation` to divide."""
     if task.allocation is None:
         return
     if per_layer:
@@ -347,7 +347,7 @@ def _check_allocation(task: PruningTask, per_layer: bool) -> None:
 
 
 def _check_refinement_and_update(task: PruningTask) -> None:
-    """Raise ValueError if the selection cannot be refined, or the kept weights cannot be updated, as asked."""
+    """Raise ValueError if refinement or update does not go with the group or the criterion."""
     if task.group == "model" and (task.refinement or task.update):
         raise ValueError(
             '`group="model"` selects in all layers at once, and the statistics for refinement and update are not kept '
