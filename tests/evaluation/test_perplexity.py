@@ -108,3 +108,9 @@ def test_the_model_is_left_as_it_was(llama, tokens):
     assert [module.training for module in model.modules()] == modes
     assert list(batch) == ["input_ids", "labels"]
     assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_loss_beyond_the_range_of_floats_is_an_infinite_perplexity(llama, tokens):
+    with torch.no_grad():
+        llama.lm_head.weight.mul_(1e6)
+    assert perplexity(llama, tokens) == float("inf")

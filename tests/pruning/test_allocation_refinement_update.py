@@ -11,7 +11,7 @@ from peft_sparse.pruning.allocation import ALLOCATIONS
 from peft_sparse.pruning.patterns import number_to_prune
 from peft_sparse.pruning.refinement import REFINEMENTS
 
-from checks import assert_same_weights, zeros_of
+from checks import assert_same_weights, assert_zeros_kept, zeros_of
 from conftest import inputs_of, tiny
 
 
@@ -144,6 +144,15 @@ def test_a_weight_that_is_zero_already_stays_so_under_an_allocation(llama):
     size = sum(weight.matrix().numel() for weight in prunable_weights(llama).values())
     prune(llama, 0.5, allocation="erk")
     assert sum(zeros_in(llama).values()) == number_to_prune(0.5, size)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", 0.4])
+def test_an_update_fills_no_zero_that_was_there_before(llama, tokens, pattern):
+    prune(llama, 0.5)
+    zeros = zeros_of(llama)
+    with pytest.warns(UserWarning, match="was requested, and the weights now have"):
+        prune(llama, pattern, tokens, criterion="wanda", update=True)
+    assert_zeros_kept(llama, zeros)
 
 
 # -- values in place of names ----------------------------------------------------------------------------------------

@@ -514,13 +514,15 @@ def test_a_sparsity_is_another_way_to_write_a_pattern(llama):
     assert_same_weights(llama, other)
 
 
-def test_asking_for_fewer_zeros_than_there_are_warns_with_both_numbers(llama, tmp_path):
+def test_asking_for_fewer_zeros_than_there_are_warns_with_both_numbers(llama, tokens, tmp_path):
     prune(llama, 0.6)
     llama.save_pretrained(tmp_path / "pruned")
     zeros = zeros_of(llama)
     with pytest.warns(UserWarning, match="A sparsity of 0.5000 was requested, and the weights now have 0.59"):
         prune(llama, 0.5)
     assert_zeros_kept(llama, zeros)
+    with pytest.warns(UserWarning, match="A sparsity of 0.5000 was requested"):
+        prune(llama, "2:4", tokens, criterion="wanda", allocation="owl")
     with pytest.warns(UserWarning, match="A sparsity of 0.5000 was requested"):
         prune_checkpoint(tmp_path / "pruned", tmp_path / "again", "2:4")
 

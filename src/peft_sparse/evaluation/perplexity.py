@@ -69,7 +69,8 @@ def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) ->
             f"Expected a finite loss, got {loss}: the model's outputs hold NaN or infinity. Check its weights, or "
             "run it in float32 or bfloat16."
         )
-    return math.exp(loss)
+    # `math.exp` raises an error where the result exceeds the range of a float.
+    return float(torch.tensor(loss, dtype=torch.float64).exp())
 
 
 def _predictions(model: nn.Module, batch: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,4 @@
-"""Reads and writes masks: the mask of a weight is True where the weight is not zero.
-
-No other module compares weights with zero.
-"""
+"""Reads and writes masks: the mask of a weight is True where the weight is not zero."""
 
 import hashlib
 import math

@@ -41,6 +41,8 @@ def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: B
             if task.refinement is not None:
                 mask = task.refinement[1].refine(matrix, mask, statistics, pattern)
             if task.update is not None:
+                # A mask may keep entries that are zero already, if the weight has more zeros than the pattern needs.
+                mask &= mask_of(matrix)
                 solution = task.update.solve(matrix, mask, statistics, start=solution)
             if solution is None:
                 weight.write_zeros(mask)

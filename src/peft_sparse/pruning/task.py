@@ -179,9 +179,9 @@ class PruningTask:
     def _warn_of_more_zeros(self, counts: dict[str, tuple[int, int]]) -> None:
         """Warn if zeros that were there before make the result sparser than asked.
 
-        With an allocation there is no warning. One that divides a sparsity has refused fewer zeros than there are.
+        An allocation that divides a sparsity has refused fewer zeros than there are, so there is nothing to warn of.
         """
-        if self.allocation is not None:
+        if self.allocation is not None and isinstance(next(iter(self.patterns.values())), Unstructured):
             return
         zeros, entries = map(sum, zip(*counts.values(), strict=True))
         asked = sum(

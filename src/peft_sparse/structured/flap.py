@@ -65,9 +65,9 @@ def prune_structured(
     and calibration. The processes share the batches, and all of them write the same zeros.
 
     Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
-    arXiv:2312.11983. The authors' code differs in four points. Here variances are taken over tokens and do not depend
-    on the batch size; heads count with their true numbers of parameters; an existing bias is added to instead of
-    replaced; grouped-query attention of any shape is pruned.
+    arXiv:2312.11983. The authors' code differs in these points. Here variances are taken over tokens and do not depend
+    on the batch size. Heads count with their true numbers of parameters. Compensation is added to an existing bias and
+    does not replace it. Grouped-query attention of any shape is pruned. At least `ratio` is removed.
 
     Args:
         model: a model with blocks, without adapters, with loaded floating-point weights.
