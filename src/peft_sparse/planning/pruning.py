@@ -25,7 +25,11 @@ from .simulation import GIB, Described
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """The memory in bytes and the time in seconds that a pruning run will take. Both are upper estimates.
+    """The memory in bytes and the time in seconds that a pruning run will take.
+
+    The memory is an upper estimate of what the fields below list. It does not include the activations of the backward
+    pass that "gblm" needs, nor the measurement of inputs for the allocation "owl". The time is a rough estimate: it
+    assumes that every operation runs at the speed of matrix products, and that iterations stop at their limit.
 
     Args:
         blocks: the number of blocks of the model.
@@ -34,12 +38,12 @@ class PruningPlan:
         block_bytes: the parameters of the largest block.
         outside_bytes: the parameters outside of the blocks.
         activation_bytes: the hidden states of all calibration sequences between two blocks.
-        activations: where the hidden states wait. On disk they take no memory.
-        statistics_bytes: the statistics of the weights of one block, and the sampled inputs that output errors are
-            reported on. Inputs that several weights share are counted for each of them.
+        activations: where the hidden states wait: "device", "cpu" or "disk". On disk they take no memory.
+        statistics_bytes: the statistics of the weights of one block, and the sample of inputs from which output errors
+            are computed. Inputs that several weights share are counted for each of them.
         gradient_bytes: the sums of gradients, and the largest gradient.
-        working_bytes: the outputs of one block's layers on one batch; and the scores, refinement, update or solver of
-            the weight that takes most.
+        working_bytes: the outputs of one block's layers on one batch, and the scores, refinement, update or solver of
+            the weight that takes the most.
         flops: the number of floating-point operations.
         seconds: the time at the given or the measured speed.
     """
@@ -59,12 +63,12 @@ class PruningPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """The peak of `prune` on a loaded model."""
+        """The peak memory of `prune` on a loaded model."""
         return self.model_bytes + self._beside_weights()
 
     @property
     def streamed_bytes(self) -> int:
-        """The peak of `prune_checkpoint`."""
+        """The peak memory of `prune_checkpoint`."""
         return self.outside_bytes + self.block_bytes + self._beside_weights()
 
     def _beside_weights(self) -> int:
@@ -102,7 +106,10 @@ def plan_pruning(
     activations: Activations = "device",
     flops_per_second: float | None = None,
 ) -> PruningPlan:
-    """Estimate the memory and time of `prune` and `prune_checkpoint` before a weight is loaded.
+    """Estimate the memory and time of `prune` and `prune_checkpoint`, before a weight is loaded.
+
+    The estimate is computed from names and shapes. It assumes that calibration data is given only if the criterion,
+    the refinement or the update needs it.
 
     Args:
         model: a model, which may be on the meta device; a configuration; or the folder or name of a saved model.
@@ -133,12 +140,16 @@ def plan_pruning(
         length: the number of tokens of a calibration sequence.
         batch_size: how many sequences of a tensor of token ids run together.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
-        flops_per_second: the speed of matrix products. By default it is measured on this machine's CPU in float32,
-            which takes half a second.
+        flops_per_second: the speed of matrix products, in floating-point operations per second. By default it is
+            measured on this machine's CPU in float32, which takes half a second.
+
+    Returns:
+        A plan with the memory of each part, the peak and the time.
 
     Raises:
         TypeError: `update` is neither a bool nor a `LeastSquares`.
-        ValueError: an argument is invalid, see `prune`.
+        ValueError: an argument is invalid, or does not go with another one; a target is tied to an embedding; n:m does
+            not divide the inputs; the configuration does not name exactly one class of transformers.
     """
     check_activations(activations)
     if not isinstance(model, nn.Module):
@@ -195,8 +206,10 @@ def measured_bytes(
     """Return the bytes of the statistics of `weights`, and the bytes of their outputs on one batch.
 
     Args:
+        weights: the weights of one block, by name.
+        needs: the statistics that are measured.
         batches: the number of tokens of each batch.
-        item: the bytes of one activation.
+        item: the number of bytes of one entry of an activation.
     """
     shapes = [weight.shape for weight in weights.values()]
     sampled = sum(min(rows, sampled_per_batch(len(batches))) for rows in batches)
@@ -225,11 +238,11 @@ def selecting_bytes(weight: WeightView, task: PruningTask, pattern: Pattern) -> 
 
 
 def _flops(model: nn.Module, task: PruningTask, tokens: int, length: int) -> float:
-    """Return the operations of two passes through the blocks, and of statistics, gradients and solvers."""
+    """Return the number of operations of two passes through the blocks, and of statistics, gradients and solvers."""
     if not task.needs:
         return 10.0 * sum(rows * columns for rows, columns in _shapes(task))
     share = active_experts(model)
-    # The blocks run as a whole, also if only some of their weights are pruned.
+    # Not only the pruned weights, because calibration runs whole blocks.
     multiplied = sum(w.matrix().numel() * (1 if w.expert is None else share) for w in prunable_weights(model).values())
     attention = len(find_blocks(model)) * length * hidden_size(model)
     forward = 2.0 * tokens * (multiplied + attention)

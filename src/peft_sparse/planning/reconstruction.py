@@ -1,4 +1,4 @@
-"""Plans a reconstruction: the fit of each kind of region is simulated; pruning and waiting tensors are counted."""
+"""Plans the memory of a reconstruction: it simulates the fit of each kind of region, and counts all other bytes."""
 
 import contextlib
 from collections.abc import Mapping
@@ -39,19 +39,20 @@ class ReconstructionPlan:
     """The memory in bytes that `reconstruct` will take.
 
     Args:
-        regions: number of regions that are fitted.
-        model_bytes: all parameters, as they are stored.
+        regions: number of regions, also of those in which nothing is pruned. With `region="matrix"`, all matrices of a
+            block count as one region.
+        model_bytes: all parameters, in the dtype of the model.
         outside_bytes: parameters outside the blocks.
-        window_bytes: parameters of the blocks that are at work together, in float32: one block, or as many blocks as a
-            region has.
-        stored_window_bytes: the same parameters as they are stored.
-        waiting_bytes: hidden states of all sequences, before the first region and before the present region, and the
+        window_bytes: parameters of the blocks that are in memory together, in float32: one block, or as many blocks as
+            a region has.
+        stored_window_bytes: the same parameters in the dtype of the model.
+        waiting_bytes: hidden states of all sequences, before the first region and before the current region, and the
             targets.
-        activations: where these wait; on disk they take no memory.
+        activations: where these wait: "device", "cpu" or "disk". On disk they take no memory.
         pruning_bytes: statistics and working memory while a region is pruned.
         fitting_bytes: memory while a region is fitted: gradients, optimiser state, adapters, masks, a copy of the
-            weights before the fit, the statistics of the region, and all that forward and backward pass of one batch
-            hold.
+            weights before the fit, the statistics of the region, and everything that forward and backward pass of one
+            batch hold. With `region="matrix"` only the statistics are counted.
     """
 
     regions: int
@@ -66,17 +67,17 @@ class ReconstructionPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Peak of `reconstruct` on a loaded model, if everything is in one memory."""
+        """The peak memory of `reconstruct` on a loaded model, if model and activations are in the same memory."""
         return self.model_bytes - self.stored_window_bytes + self.window_bytes + self._beside_weights()
 
     @property
     def streamed_bytes(self) -> int:
-        """Peak of `reconstruct_checkpoint`, if everything is in one memory."""
+        """The peak memory of `reconstruct_checkpoint`, if weights and activations are in the same memory."""
         return self.outside_bytes + self.window_bytes + self._beside_weights()
 
     @property
     def device_bytes(self) -> int:
-        """Peak on the device on which regions are computed, if the model waits elsewhere (`device=`)."""
+        """The peak memory of the device on which regions are computed, if the model is in another memory."""
         waiting = self.waiting_bytes if self.activations == "device" else 0
         return self.window_bytes + waiting + max(self.pruning_bytes, self.fitting_bytes)
 
@@ -119,8 +120,11 @@ def plan_reconstruction(
     """Return the memory that `reconstruct` or `reconstruct_checkpoint` will take, before a weight is loaded.
 
     One region of each kind is fitted on tensors that have shapes and no values, by the code that fits it in a run.
-    Modes "SS" and "DD" take the same memory. Mode "SD" takes a second stream of hidden states, which is not counted;
-    neither is a `dense` model. Allocation does not change the memory.
+    Regions in which nothing is pruned are treated as if they were fitted.
+
+    For a model with one stack of blocks, modes "SS" and "DD" take the same memory. Mode "SD" holds the hidden states
+    of all sequences a second time. These are not counted. A `dense` model is not counted either. Allocation does not
+    change the memory, apart from the computation of the allocation, which is not counted.
 
     Args:
         model: a language model without adapters, which may be on the meta device; a configuration; or the folder or
@@ -154,13 +158,16 @@ def plan_reconstruction(
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         region: what is fitted at a time: "submodule", "block", a number of blocks, or "matrix".
         fit: how a region is trained. Its tuner, loss, accumulation, optimiser and autocast change the memory. The
-            optimiser must run on tensors without values; those of torch do.
-        dtype: dtype of the parameters. By default that of the model, or the one its configuration names.
+            optimiser must run on tensors without values, as the optimisers of torch do.
+        dtype: dtype of the parameters. By default that of the model, or the one that its configuration names.
+
+    Returns:
+        A plan with the memory of each part, and the peaks.
 
     Raises:
         TypeError: `update` is neither a bool nor a `LeastSquares`.
-        ValueError: an argument is invalid, or does not go with another one; the model has adapters or quantised
-            parameters, or cannot be run without values.
+        ValueError: an argument is invalid, or does not go with another one; the configuration does not name exactly
+            one class of transformers; the model has adapters or quantised parameters, or cannot be run without values.
     """
     whole = described(model, dtype)
     task = checked_task(
@@ -183,7 +190,8 @@ def plan_reconstruction(
         fit=fit,
         loaded=False,
     )
-    # Two steps are enough: the second holds the optimiser state that the first made. Schedule and clipping need none.
+    # Two steps are enough, because the second holds the optimiser state that the first made. A schedule and clipping
+    # take no memory worth counting.
     short = replace(fit, max_steps=2, scheduler=None, max_grad_norm=None)
     work = _Work(Simulation(), task, short, region, batch_tokens(sequences, length, batch_size), activations)
     whole.requires_grad_(False).eval()
@@ -197,7 +205,7 @@ def plan_reconstruction(
 
 @dataclass
 class _Work:
-    """Takes the windows of every stack as `Reconstruction` does, and simulates each kind of window once.
+    """Divides every stack into windows, as `Reconstruction` does, and simulates each kind of window once.
 
     Args:
         simulation: makes tensors without values.
@@ -206,9 +214,9 @@ class _Work:
         size: size of the regions.
         batches: number of tokens of each batch.
         activations: where hidden states and targets wait.
-        regions: number of regions so far.
+        regions: number of regions that were counted.
         windows: (bytes in float32, bytes as stored) of each window.
-        waiting: bytes that wait, for each stack.
+        waiting: bytes of hidden states and targets, for each stack.
         sizes: (pruning bytes, fitting bytes) of each region, by kind of window.
     """
 
@@ -224,7 +232,12 @@ class _Work:
     sizes: dict[Any, list[tuple[int, int]]] = field(default_factory=dict)
 
     def add(self, stack: dict[str, nn.Module], runner: BlockRunner) -> None:
-        """Count a stack of blocks. `runner` has its twin without values, and has captured one batch."""
+        """Count a stack of blocks.
+
+        Args:
+            stack: the blocks on the meta device, by name.
+            runner: runs the copies of the blocks on tensors without values. It has captured one batch.
+        """
         hidden = runner.batches[0].hidden
         assert isinstance(hidden, Tensor)
         # Hidden states before the first and before the present region, and targets in float32.
@@ -246,7 +259,7 @@ class _Work:
             self.regions += len(self.sizes[kind])
 
     def plan(self, whole: nn.Module) -> ReconstructionPlan:
-        """Return the plan of the stacks that were added, of the model `whole`."""
+        """Return the plan of the model `whole`, whose stacks were added."""
         inside = bytes_of(p for stack in find_stacks(whole) for block in stack.values() for p in block.parameters())
         total = bytes_of(whole.parameters())
         window, stored = max(self.windows)
@@ -263,7 +276,7 @@ class _Work:
         )
 
     def _seen(self, runner: BlockRunner, first: int, window: dict[str, nn.Module]) -> "_Seen":
-        """Run the twins of a window, and note what their modules receive and return."""
+        """Run the copies of a window's blocks on tensors without values, and note what modules receive and return."""
         seen = _Seen()
         with contextlib.ExitStack() as hooks:
             for offset, (name, block) in enumerate(window.items()):
@@ -283,7 +296,7 @@ class _Work:
         """Return the bytes that pruning and fitting `region` take."""
         weights = {name: weight for name, weight in self.task.weights.items() if region.holds(weight.storage)}
         if self.size == "matrix":
-            # Each matrix is solved from its Hessian, whatever the criterion.
+            # `reconstruct` measures the Hessian of each matrix, whatever the criterion is.
             task, fitting = replace(self.task, update=self.task.update or LeastSquares()), 0
         else:
             task, fitting = self.task, self._fitting(region, weights, hidden, calls)
@@ -296,7 +309,7 @@ class _Work:
             for name, weight in weights.items()
         )
         if self.size == "matrix":
-            # Weights that share inputs are solved together, and their dense values are kept until then.
+            # Weights that share inputs are pruned together, and their dense values are kept until all are finished.
             sharing = [[w for n, w in weights.items() if seen.leaders.get(n, n) == leader] for leader in leading]
             selecting += max(sum(weight.matrix().nbytes for weight in group) for group in sharing)
         # The statistics live until the region is fitted.
@@ -317,7 +330,7 @@ class _Work:
             return convert_to_fp32(inputs), target if waits else target.clone(), None
 
         with contextlib.ExitStack() as undo:
-            # On the meta device, because no values are drawn for adapters there; they become fakes with the others.
+            # On the meta device, because adapters get no values there. They become fake tensors with the others below.
             with live, torch.device("meta"):
                 zeros = [~mask_of(weight.matrix()) for weight in weights.values()]
                 trained = undo.enter_context(trainable(region, weights, self.fit.tuner))
@@ -335,12 +348,12 @@ class _Work:
 
 @dataclass
 class _Seen:
-    """What was seen when a window was run.
+    """What the modules of a window received and returned when it was run.
 
     Args:
         leaders: name of a weight -> name of the first weight that received the same inputs.
-        values: module of attention or MLP -> how many values it returns, 0 for a tensor.
-        inputs: the inputs that were seen, each with the name of the first weight that received them.
+        values: module of attention or MLP -> number of values that it returns, 0 for a single tensor.
+        inputs: all inputs, each with the name of a weight that received it.
     """
 
     leaders: dict[str, str] = field(default_factory=dict)
@@ -348,12 +361,12 @@ class _Seen:
     inputs: list[tuple[Any, str]] = field(default_factory=list)
 
     def note_inputs(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Note that the weight `name` received `args`; a hook."""
+        """Note that the weight `name` received `args`. This is a forward pre-hook."""
         self.leaders[name] = next((leader for known, leader in self.inputs if known is args[0]), name)
         self.inputs.append((args[0], name))
 
     def note_values(self, noted: nn.Module, module: nn.Module, args: Any, output: Any) -> None:
-        """Note how many values `noted`, whose twin is `module`, returns; a hook."""
+        """Note how many values `noted`, whose copy is `module`, returns. This is a forward hook."""
         self.values[noted] = len(output) if isinstance(output, tuple) else 0
 
 

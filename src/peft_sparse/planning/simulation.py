@@ -1,8 +1,8 @@
-"""Runs a model on tensors that have shapes and no values, and counts the bytes that are alive at the same time.
+"""Runs a model on tensors that have shapes and no values, and counts the bytes that are allocated at the same time.
 
 A model whose parameters are fake tensors on the CPU runs the same code, and chooses the same kernels, as with values.
-Its tensors therefore live as long as they will in the run, and no formulas are needed. Only token ids have values,
-because models read them, for example to see whether sequences were packed.
+Its tensors are therefore freed at the same moments as in the run, and no formulas are needed. Only token ids have
+values, because models read them, for example to find out whether sequences were packed.
 """
 
 import copy
@@ -31,9 +31,9 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         known: tensors that exist already. They and their views are not counted.
-        gradient_share: number of devices that share a finished gradient; this device keeps one part of it.
+        gradient_share: number of devices among which a finished gradient is divided. This device keeps one part of it.
         units: groups of parameters whose gradients are reduced together. The reduction of a group makes a copy of its
-            gradients, which lives until the reduction of the next group.
+            gradients, which is freed at the reduction of the next group.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
         return output
 
     def finished(self, parameter: Tensor) -> None:
-        """Count the gradient of `parameter` as finished; a hook for after it is accumulated."""
+        """Count the gradient of `parameter` as finished. This is a hook for after the accumulation."""
         if id(parameter) not in self._units:
             self._reduce([parameter])
             return
@@ -77,7 +77,7 @@ class LiveBytes(TorchDispatchMode):
             self._reduce(waiting)
 
     def finish(self) -> None:
-        """Reduce the gradients whose group is incomplete; for the end of the backward pass."""
+        """Reduce the gradients whose group is incomplete. To be called at the end of the backward pass."""
         for waiting in self._waiting.values():
             self._reduce(waiting)
 
@@ -128,7 +128,7 @@ def described(model: Described, dtype: torch.dtype | None = None) -> nn.Module:
 
     Args:
         model: a model, of which a copy is made; a configuration; or the folder or name of a saved model.
-        dtype: dtype of the parameters; None keeps their own.
+        dtype: dtype of the parameters. None keeps their own.
 
     Raises:
         ValueError: the configuration does not name exactly one class of transformers, or parameters are quantised.
@@ -147,7 +147,7 @@ def described(model: Described, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 class Simulation:
-    """Replaces tensors by fakes of one mode. The same tensor or module always becomes the same fake."""
+    """Replaces tensors by fake tensors, which have no values. A tensor or module always gets the same replacement."""
 
     def __init__(self, mode: FakeTensorMode | None = None) -> None:
         self.mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
@@ -172,7 +172,7 @@ def replaced(
         whole: a module, or any object that holds modules.
         modules: the modules whose tensors are replaced.
         by: tensor -> its replacement.
-        memo: what each tensor and module has become, by id. In place.
+        memo: the replacement of each tensor and module, by the id of the original. It is extended in place.
     """
     for module in modules:
         for parameter in module.parameters():
@@ -190,7 +190,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # torch computes the shapes of grouped products only in bfloat16; they are the same in other precisions.
+    # torch computes the shapes of grouped products only in bfloat16. The shapes are the same in other dtypes.
     if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
         return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).to(args[0].dtype)
     return func(*args, **kwargs)

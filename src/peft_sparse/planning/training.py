@@ -1,4 +1,4 @@
-"""Plans the memory of a training run on each device: one optimiser step is simulated and divided by strategy."""
+"""Plans the memory of training: it simulates one optimiser step, and divides the result among the devices."""
 
 import contextlib
 import copy
@@ -27,10 +27,10 @@ _BUCKET, _LIVE_PARAMETERS = 5 * 10**8, 10**9
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The memory of one device in a training run, in bytes. It is simulated on one device and divided by arithmetic.
+    """The memory of one device in a training run, in bytes.
 
     Args:
-        strategy: what the devices share: "ddp", "fsdp", "zero2" or "zero3".
+        strategy: how the work is divided among the devices: "ddp", "fsdp", "zero2" or "zero3".
         devices: number of devices.
         parameters: number of parameters of the model.
         trained: number of parameters that are trained.
@@ -38,12 +38,12 @@ class TrainingPlan:
         gradient_bytes: all gradients on this device.
         optimizer_bytes: optimiser state on this device.
         mask_bytes: masks that `ZeroGuardCallback` keeps, 1/8 byte per prunable weight.
-        activation_bytes: the most that forward and backward pass hold beside gradients: tensors kept for the backward
+        activation_bytes: the most that forward and backward pass hold besides gradients: tensors kept for the backward
             pass, logits, loss and temporaries.
-        gathered_bytes: parameters of other devices that are on this device while they are used.
+        gathered_bytes: whole parameters that are gathered from all devices while they are used.
         buffer_bytes: gradients that are being sent between devices.
-        peak_bytes: the peak of a step. It is less than the sum of the parts, because gradients grow while activations
-            are freed.
+        peak_bytes: the peak of a step. It can be less than the sum of the parts, because gradients grow while
+            activations are freed.
     """
 
     strategy: Strategy
@@ -79,7 +79,7 @@ class TrainingPlan:
 
 @dataclass
 class _Step:
-    """What one simulated optimiser step held beside the parameters, in bytes."""
+    """The memory of one simulated optimiser step besides the parameters, in bytes."""
 
     gradients: int = 0
     optimizer: int = 0
@@ -104,8 +104,9 @@ def plan_training(
 ) -> TrainingPlan:
     """Return the memory that retraining with `SparseTrainer` will take on each device, before a weight is loaded.
 
-    Forward pass, backward pass and optimiser step of the model's own code are run on tensors without values. The
-    sequences have no padding, as `pack_sequences` makes them.
+    One optimiser step of the model's own code is run on tensors without values: forward pass, backward pass and
+    update. Its memory is then divided among the devices by formulas. The sequences have no padding, as
+    `pack_sequences` makes them.
 
     Args:
         model: a language model, which may be on the meta device or have adapters; a configuration; or the folder or
@@ -117,16 +118,22 @@ def plan_training(
         gradient_accumulation_steps: batches for each optimiser step.
         activation_checkpointing: whether activations inside the blocks are computed again in the backward pass
             (`gradient_checkpointing` in `TrainingArguments`).
-        dtype: dtype of the base parameters. By default that of the model, or the one its configuration names.
-        autocast: dtype of mixed precision, such as `torch.bfloat16` for `TrainingArguments(bf16=True)`.
-        optimizer: function parameters -> optimizer. By default AdamW.
-        strategy: what the devices share. "ddp": nothing. "zero2": gradients and optimiser state. "zero3" and "fsdp":
-            parameters too. DeepSpeed's float32 copies of parameters count as part of the optimiser state.
+        dtype: dtype of the base parameters. By default that of the model, or the one that its configuration names.
+        autocast: dtype of mixed precision, such as `torch.bfloat16` for `TrainingArguments(bf16=True)`. None computes
+            in the dtype of the parameters.
+        optimizer: function parameters -> optimizer. By default AdamW. It must run on tensors without values, as the
+            optimisers of torch do.
+        strategy: what is divided among the devices. "ddp": nothing. "zero2": gradients and optimiser state. "zero3"
+            and "fsdp": parameters too. DeepSpeed's float32 copies of parameters count as part of the optimiser state.
         devices: number of devices.
+
+    Returns:
+        A plan with the memory of each part, and the peak.
 
     Raises:
         ValueError: the strategy is unknown; a number is below 1; the model has adapters and `peft_config` is given;
-            parameters are quantised; the model computes no loss from tokens, or cannot be run without values.
+            the configuration does not name exactly one class of transformers; parameters are quantised; the model
+            computes no loss from tokens, or cannot be run without values.
     """
     _check(strategy, batch_size, length, gradient_accumulation_steps, devices)
     whole = _attached(described(model, dtype), peft_config)
@@ -210,7 +217,7 @@ def _step(
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(live.finished)
     with live:
-        # Further batches take no more memory than the second.
+        # Two batches are enough, because further ones take no more memory than the second.
         for _ in range(min(accumulated, 2)):
             loss().backward()
             live.finish()
@@ -276,7 +283,7 @@ def _shared_out(model: nn.Module, step: _Step, strategy: Strategy, devices: int)
 
 
 def _between_devices(model: nn.Module, strategy: Strategy) -> tuple[int, int]:
-    """Return the bytes of gathered parameters and of gradients being sent, which the simulated step does not have."""
+    """Return the bytes of gathered parameters, and of gradients that are being sent. One device has neither."""
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     outside, *blocks = map(bytes_of, _units(model))

@@ -1,8 +1,8 @@
 """Layer-wise reconstruction: prunes a model region by region, and fits each region to its dense outputs.
 
-Only one region is trained at a time. Its weights, gradients and optimiser state, and the activations of one batch, are
-all the memory that training takes. Zimmer et al. 2023, arXiv:2312.15230 (PERP); "A Free Lunch in LLM Compression",
-2025, arXiv:2510.14444.
+Only one region at a time has gradients and an optimiser state, and its backward pass keeps the activations of one
+batch. The hidden states of all calibration batches wait between the regions. Zimmer et al. 2023, arXiv:2312.15230
+(PERP); "A Free Lunch in LLM Compression", 2025, arXiv:2510.14444.
 """
 
 from .fitting import Fit

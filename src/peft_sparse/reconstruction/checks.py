@@ -1,4 +1,4 @@
-"""Checks the arguments of `reconstruct` before anything is changed, and spells them for the fingerprint of a run."""
+"""Checks the arguments of `reconstruct` before anything is changed, and writes them as text for the fingerprint."""
 
 import dataclasses
 import functools

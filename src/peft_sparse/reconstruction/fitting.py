@@ -41,7 +41,8 @@ class Fit:
 
     Each region is trained on its own, in float32, with the model's dropout off. A step adds up the gradients of
     `gradient_accumulation_steps` batches. Tokens that `attention_mask` marks as padding are not counted. If the error
-    on the held-out batches is higher after training, the region is put back as pruning left it.
+    on the held-out batches is higher after training, or not finite, the region gets back the weights that it had
+    before training.
 
     Zimmer et al. 2023, arXiv:2312.15230, section 3.3 (PERP). "A Free Lunch in LLM Compression", 2025,
     arXiv:2510.14444.
@@ -59,19 +60,21 @@ class Fit:
             `max_steps` is given.
         max_steps: optimiser steps for each region; 0 prunes without training.
         gradient_accumulation_steps: batches for each optimiser step.
-        max_grad_norm: the norm of the gradients is clipped to this value; None does not clip.
+        max_grad_norm: the norm of the gradients is clipped to this value; None or 0 does not clip.
         optimizer: function parameters -> optimizer. None is AdamW without weight decay.
         scheduler: function (optimizer, steps) -> learning-rate scheduler. None is a linear warm-up over the first 10 %
             of the steps, and then a linear decay to 0.
         autocast: dtype of mixed precision in the forward pass, such as `torch.bfloat16`; None computes in float32.
-        holdout: fraction of the batches, in [0, 1), that are not trained on: the last ones. Errors are measured on
-            them. With 0, errors are measured on the training batches.
+        holdout: fraction of the batches, in [0, 1), that are held out: the last ones. They are not trained on, and
+            errors are measured on them. The number of held-out batches is rounded up, but at least one batch is
+            trained on. If none is held out, errors are measured on the training batches.
         seed: decides the order of the batches, the initial values of adapters, dropout of adapters, and the scores of
-            the criterion "random". Each region draws from its own generator.
+            the criterion "random". Each region has its own seed, computed from this one and the region's number.
 
     Raises:
         TypeError: `tuner` is neither "full" nor the configuration of a PEFT tuner.
-        ValueError: an unknown loss, or an amount out of range; a tuner that also trains modules outside the blocks.
+        ValueError: the loss is unknown; a number is out of its range; `tuner` sets `train_head`, `modules_to_save` or
+            `target_parameters`.
     """
 
     tuner: Tuner = "full"
@@ -101,15 +104,15 @@ class Fit:
         _check_tuner(self.tuner)
 
     def steps(self, batches: int) -> int:
-        """Return how many optimiser steps a region takes on this number of training batches."""
+        """Return how many optimiser steps a region takes if it has `batches` training batches."""
         if self.max_steps is not None:
             return self.max_steps
         # Parts of an epoch round up, as in `Trainer`.
         return max(1, math.ceil(self.epochs * -(-batches // self.gradient_accumulation_steps)))
 
     def split(self, batches: int) -> tuple[list[int], list[int]]:
-        """Return the numbers of the batches to train on, and of those to measure errors on."""
-        # Rounded first: 0.14 * 50 is 7.000000000000001. One batch at least is left to train on.
+        """Return the numbers of the batches to train on, and the numbers of the batches to measure errors on."""
+        # Rounded first, because 0.14 * 50 is 7.000000000000001 in floating point.
         held = min(math.ceil(round(self.holdout * batches, 6)), batches - 1)
         train, held_out = range(batches - held), range(batches - held, batches)
         return list(train), list(held_out or train)
@@ -135,8 +138,9 @@ class TrainableRegion:
         region: the region, with the adapters attached.
         parameters: the parameters that are trained.
         masks: the masks of those parameters whose zeros must stay zero.
-        merge: makes what was learned a part of the plain weights.
-        undo: puts the weights back as they were, before or after `merge`.
+        merge: merges the adapters into the weights and removes them.
+        undo: removes the adapters, and gives the weights the values that they had before training. It can be called
+            before or after `merge`.
     """
 
     region: Region
@@ -154,7 +158,7 @@ class TrainableRegion:
         number: int,
         on_step: Callable[[Step], None] | None = None,
     ) -> int:
-        """Train the parameters until `run` reproduces the targets, and return the number of optimiser steps.
+        """Train the parameters so that `run` reproduces the targets, and return the number of optimiser steps.
 
         Args:
             run: (batch, inputs) -> outputs of the region.
@@ -198,7 +202,7 @@ class TrainableRegion:
             part, of = region_loss(outputs.float(), target, keep, fit.loss)
             part.backward()
             loss, size = loss + part.detach(), size + of
-        # Divided once at the end: each batch counts by its tokens, so the batch size does not change a step.
+        # Divided once at the end, so that every token counts equally, whatever batch it is in.
         scale = size.clamp_min(torch.finfo(size.dtype).tiny).reciprocal()
         for parameter in self.parameters:
             if parameter.grad is not None:
@@ -235,7 +239,7 @@ def region_loss(outputs: Tensor, target: Tensor, keep: Tensor | None, loss: Loss
 
 @torch.no_grad()
 def relative_error_of(run: Run, pair: Pair, batches: list[int]) -> float:
-    """Return ||f(x) - t|| / ||t|| over the tokens of `batches` that are not padding, and 0 if t is zero."""
+    """Return ||f(x) - t|| / ||t|| over the tokens of `batches` that are not padding. It is 0 if t is zero."""
     sums = []
     for i in batches:
         inputs, target, keep = pair(i)
@@ -245,7 +249,7 @@ def relative_error_of(run: Run, pair: Pair, batches: list[int]) -> float:
 
 
 def seed_of(seed: int, number: int) -> int:
-    """Return the seed of region `number`. It does not depend on what was drawn before."""
+    """Return the seed of region `number`. It does not depend on the random numbers of other regions."""
     return seed * 1_000_003 + number
 
 
@@ -253,7 +257,7 @@ def seed_of(seed: int, number: int) -> int:
 def trainable(region: Region, weights: dict[str, WeightView], tuner: Tuner) -> Iterator[TrainableRegion]:
     """Make the parameters that `tuner` trains trainable within the context.
 
-    If an error leaves the context, the region is put back as it was.
+    If an error leaves the context, the weights get back the values that they had before.
 
     Args:
         region: the region.
@@ -283,7 +287,7 @@ def trainable(region: Region, weights: dict[str, WeightView], tuner: Tuner) -> I
         for parameter in plain:
             parameter.requires_grad_(True)
         parameters = [p for block in region.blocks.values() for p in block.parameters() if p.requires_grad]
-        # Every matrix has a mask: one that is not pruned in this run may have been pruned before.
+        # All matrices have a mask, because a matrix that is not pruned in this run may have been pruned before.
         masks = {p: mask_of(p.detach()) for p in plain if p.dim() > 1}
         yield TrainableRegion(region, parameters, masks, merge, undo)
     except BaseException:
@@ -296,7 +300,7 @@ def trainable(region: Region, weights: dict[str, WeightView], tuner: Tuner) -> I
 
 
 def _check_tuner(tuner: Any) -> None:
-    """Raise unless `tuner` is "full" or a PEFT configuration that regions can take."""
+    """Raise unless `tuner` is "full" or a PEFT configuration that can be attached to a region."""
     if tuner == "full":
         return
     kind = PEFT_TYPE_TO_TUNER_MAPPING.get(tuner.peft_type) if isinstance(tuner, PeftConfig) else None
@@ -345,7 +349,7 @@ def _attach(region: Region, names: list[str], config: PeftConfig) -> Iterator[Ba
 
 
 def _plain_parameters(region: Region, tuner: Tuner, adapted: dict[str, WeightView]) -> list[nn.Parameter]:
-    """Return the region's own parameters that are trained in place: all, or its norms and biases as `tuner` says."""
+    """Return the region's parameters that are trained in place: all, or the norms and biases that `tuner` trains."""
     if tuner == "full":
         return [p for p in region.parameters.values() if p.is_floating_point()]
     bias = getattr(tuner, "bias", "none")
@@ -369,7 +373,7 @@ def _masking(mask: Tensor) -> Callable[[Tensor], None]:
 
 
 def _by_step(batches: list[int], size: int, steps: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Yield the batches of each step, `size` at most; every epoch draws a new order."""
+    """Yield the batches of each step, at most `size` of them. Every epoch draws a new order."""
     done = 0
     while True:
         order = torch.randperm(len(batches), generator=generator).tolist()

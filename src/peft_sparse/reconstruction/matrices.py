@@ -1,4 +1,4 @@
-"""Single matrices as regions: their reconstruction is a least-squares problem, which is solved and not trained."""
+"""Reconstruction of single matrices: each is a least-squares problem, which is solved without training."""
 
 import math
 from collections.abc import Callable
@@ -24,19 +24,19 @@ def solve_matrices(
     *,
     in_turn: bool,
 ) -> list[RegionReport]:
-    """Prune each of `weights`, and solve for its kept entries by `masked_least_squares`. In place.
+    """Prune each of `weights`, and compute its kept entries by `masked_least_squares`. In place.
 
-    A solution that is worse than the pruned weight is not written.
+    A solution whose error is larger than that of the pruned weight is not written.
 
     Args:
         weights: the weights of one block, by name.
         task: how to prune them. Its `update` has the numbers of the solver; the default is `LeastSquares()`.
         measure: weights -> statistics of their inputs, including Hessians.
-        in_turn: measure the inputs of a weight after the weights before it are solved. Otherwise all inputs are
-            measured once, on the dense block.
+        in_turn: whether the inputs of a weight are measured after the weights before it have been solved. Otherwise
+            all inputs are measured once, on the dense block.
 
     Returns:
-        One report for each weight; its errors are ||(W - W')X|| / ||WX|| for the pruned and for the final W'.
+        One report for each weight. Its errors are ||(W - W')X|| / ||WX|| of the pruned W' and of the final W'.
     """
     solver = task.update or LeastSquares()
     selecting = replace(task, update=None)
@@ -62,7 +62,7 @@ def solve_matrices(
 
 
 def _sharing_inputs(measured: BlockStatistics) -> list[list[str]]:
-    """Return the names of the weights in groups that share their inputs, in the order in which these were seen."""
+    """Return the names of the weights, grouped by the inputs that they share, in the order of `measured`."""
     groups: dict[int, list[str]] = {}
     for name, statistics in measured.inputs.items():
         groups.setdefault(id(statistics), []).append(name)
@@ -70,7 +70,7 @@ def _sharing_inputs(measured: BlockStatistics) -> list[list[str]]:
 
 
 def _matrix_error(dense: Tensor, weight: Tensor, hessian: Tensor) -> float:
-    """Return ||(W' - W)X|| / ||WX|| from XᵀX."""
+    """Return ||(W' - W)X|| / ||WX||, computed from XᵀX."""
     nothing = torch.zeros_like(dense, dtype=torch.bool)
     error, size = (float(row_error(dense, other, hessian).sum()) for other in (weight, nothing))
     return math.sqrt(max(error / size, 0.0)) if size else 0.0

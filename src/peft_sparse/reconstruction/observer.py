@@ -1,4 +1,4 @@
-"""What a caller may follow of a reconstruction while it runs: its start, its optimiser steps, its finished regions."""
+"""Lets a caller follow a reconstruction while it runs: its start, its optimiser steps, its finished regions."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,10 @@ class Step:
 
     Args:
         region: name of the region.
-        number: number of this step, from 1 to `of`.
-        of: number of steps that the region takes.
+        number: number of this step within the region, from 1 to `of`.
+        of: number of steps of the region.
         loss: loss of the step, a tensor on the device of the region. Reading it makes the host wait for the device.
-        learning_rate: learning rate of the step after this one.
+        learning_rate: learning rate of the next step.
     """
 
     region: str
@@ -27,17 +27,17 @@ class Step:
 
 
 class ReconstructionObserver:
-    """Follows `reconstruct`: subclass it and override the methods that you need. The methods do nothing by default.
+    """Follows `reconstruct`. Subclass it and override the methods that you need; by default they do nothing.
 
-    An error that a method raises stops the reconstruction. Finished regions stay as they are, and with a `state_dir`
-    the run can be resumed.
+    An error that a method raises stops the reconstruction. Regions that are finished by then stay pruned and fitted,
+    and with a `state_dir` the run can be resumed.
     """
 
     def start(self, steps_per_region: int) -> None:
-        """Note that the run begins. It is called once, after all arguments are checked and before anything is pruned.
+        """Note that the run begins. It is called once, after the arguments are checked and before anything is pruned.
 
         Args:
-            steps_per_region: optimiser steps of each region that is trained.
+            steps_per_region: number of optimiser steps of each region that is trained.
         """
 
     def step(self, step: Step) -> None:
@@ -48,11 +48,11 @@ class ReconstructionObserver:
         """
 
     def region(self, report: RegionReport) -> None:
-        """Note that a region is finished. It is called once for each region.
+        """Note that a region is finished. It is called once for each region, or each matrix with `region="matrix"`.
 
         In a resumed run it is also called for each region that an earlier run finished. If several processes share
         the regions, the regions of the other processes are reported at the end of the run.
 
         Args:
-            report: the errors of the region. With `region="matrix"` there is one report for each matrix.
+            report: the errors of the region.
         """

@@ -29,9 +29,9 @@ class Progress:
 
     Args:
         folder: the folder; None keeps nothing.
-        fingerprint: what must be equal for the results to be reused, by name.
-        by_region: also compare the dense weights of each finished region. This is needed if `fingerprint` does not
-            include the weights.
+        fingerprint: hashes and texts, by name. All must be equal for the results of an earlier run to be reused.
+        by_region: whether the dense weights of each finished region are compared too. This is needed if `fingerprint`
+            does not include the weights.
 
     Raises:
         ValueError: the folder was written by a run with another fingerprint.
@@ -94,12 +94,12 @@ class Progress:
 
 
 def fingerprint_of_model(model: nn.Module) -> str:
-    """Return a hash of the names, shapes and sums of all parameters. It is the same on every device."""
+    """Return a hash of the names, shapes, dtypes and sums of all parameters. It is the same on every device."""
     return fingerprint_of_tensors(model.named_parameters())
 
 
 def fingerprint_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a hash of the names, shapes and sums of `tensors`. A tensor on the meta device has no sum."""
+    """Return a hash of the names, shapes, dtypes and sums of `tensors`. A tensor on the meta device has no sum."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in tensors:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())

@@ -1,4 +1,4 @@
-"""`reconstruct` and `reconstruct_checkpoint`: the arguments of layer-wise reconstruction, checked and put to work."""
+"""`reconstruct` and `reconstruct_checkpoint`: they check the arguments of layer-wise reconstruction and run it."""
 
 import contextlib
 import time
@@ -63,11 +63,12 @@ def reconstruct(
 
         min over θ of mean ||f(x; θ, M) - t||²
 
-    x are the calibration inputs of the region, and t is what the dense region returns for them. Only one region is
-    trained at a time, so that gradients, optimiser state and activations of one region are all that training needs in
-    memory. A region is scored, pruned and fitted before the next one receives its inputs. While it is at work, its
-    blocks compute in float32 with dropout off. Afterwards the model consists of plain modules again, and every zero
-    that pruning wrote is still there. A fit that made the error on the held-out batches larger is undone.
+    x are the inputs of the region, (sequences, tokens, features), and t are its targets: by default what the dense
+    region returns for x. Other losses can be chosen in `fit`. Only one region at a time has gradients and an optimiser
+    state. The hidden states of all calibration batches wait between the regions. A region is scored, pruned and fitted
+    before the next region is scored. Its blocks are in float32 with dropout off until it is finished. Afterwards the
+    model consists of plain modules again, and every zero that pruning wrote is still there. If a fit makes the error
+    on the held-out batches larger, it is undone.
 
     Allocation is computed once, on the dense model. Refinement and update are part of pruning a region, before its
     fit. With `region="matrix"` the update replaces the fit: it is always made, and `update` gives its numbers.
@@ -105,19 +106,20 @@ def reconstruct(
         batch_size: how many sequences of a tensor of token ids run together.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is moved while it is processed. None computes where the block is.
-        dense: the model before it was pruned, if `model` has been pruned by other means. It gives the targets, and
-            `pattern` and `sparsity` stay None.
+        dense: the model before it was pruned, if `model` has been pruned already. It gives the targets, and nothing
+            more is pruned: leave `pattern` and `sparsity` out.
         region: what is fitted at a time. "submodule": the attention and the MLP of a block, one after the other, each
-            with its residual. "block": one block. A number: so many consecutive blocks. "matrix": each weight matrix;
-            it is not trained but solved for, by `masked_least_squares` on XᵀX.
-        mode: where inputs x and targets t come from. "SS": x has passed through the pruned regions before, and t is
-            what the dense region returns for this x. "DD": both come from the dense model; regions are then
-            independent, and the processes of a `torch.distributed` group share them. "SD": x has passed through the
-            pruned regions before, and t comes from the dense model.
+            with its residual; or the block, if one of the two is not found. "block": one block. A number: as many
+            consecutive blocks. "matrix": each weight matrix; it is not trained, because `masked_least_squares`
+            computes it from XᵀX.
+        mode: where inputs x and targets t come from. "SS": x has passed through the earlier regions, which are pruned
+            and fitted, and t is what the dense region returns for this x. "DD": both come from the dense model;
+            regions are then independent, and the processes of a `torch.distributed` group share them. "SD": x is that
+            of "SS", and t is that of "DD".
         fit: how a region is trained: tuner, loss, learning rate, steps, optimiser, held-out batches, seed.
         state_dir: a folder in which finished regions are kept. The same call with the same folder resumes a run that
-            was killed, and ends with the same weights. Functions are compared by name, and a `functools.partial` also
-            by its arguments.
+            was killed, and ends with the same weights. Another call with this folder is refused. To compare the calls,
+            a function in an argument counts by its name, and a `functools.partial` also by its arguments.
         observer: a `ReconstructionObserver` that follows the run: its start, its steps, its finished regions.
 
     Returns:
@@ -128,7 +130,8 @@ def reconstruct(
         ValueError: an argument is invalid, or does not go with another one; calibration is missing, or never reaches
             the block of a target; a weight, a statistic or a score is not finite; the model has adapters; `dense` is
             another model; `state_dir` holds another run; attention and MLP of a block cannot be separated; the tuner
-            filled zeros. If an error occurs after some blocks were finished, its note names the block.
+            filled zeros. An error that occurs in a block has a note with the name of the block, or of the first block
+            of its region.
     """
     started = time.perf_counter()
     task = checked_task(
@@ -187,12 +190,15 @@ def reconstruct_checkpoint(
     """Reconstruct the model saved in `source` without loading all of it, and save the result to `output`.
 
     The blocks of one region are read from safetensors, pruned and fitted as `reconstruct` does it, written to
-    `output`, and removed from memory before the next are read. `source` is only read. If the run is killed, `output`
-    holds the finished blocks but no index, so no loader takes it for a complete checkpoint.
+    `output`, and removed from memory before the next blocks are read. `source` is only read. If the run is killed,
+    `output` holds the finished blocks but no index, so no loader takes it for a complete checkpoint.
 
-    Allocation is computed once, on the dense model, whose blocks are read once more for this. Refinement and update
-    are part of pruning a region, before its fit. With `region="matrix"` the update replaces the fit: it is always
-    made, and `update` gives its numbers.
+    Allocation is computed once, on the dense model. Its weights are read once more for this. Refinement and update are
+    part of pruning a region, before its fit. With `region="matrix"` the update replaces the fit: it is always made,
+    and `update` gives its numbers.
+
+    Zimmer et al. 2023, arXiv:2312.15230, section 3.3 (PERP). "A Free Lunch in LLM Compression", 2025,
+    arXiv:2510.14444.
 
     Args:
         source: a local folder as `save_pretrained` writes it, with config.json and safetensors.
@@ -226,15 +232,16 @@ def reconstruct_checkpoint(
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is loaded.
         region: what is fitted at a time. "submodule": the attention and the MLP of a block, one after the other, each
-            with its residual. "block": one block. A number: so many consecutive blocks. "matrix": each weight matrix;
-            it is not trained but solved for, by `masked_least_squares` on XᵀX.
-        mode: where inputs x and targets t come from. "SS": x has passed through the pruned regions before, and t is
-            what the dense region returns for this x. "DD": both come from the dense model. "SD": x has passed through
-            the pruned regions before, and t comes from the dense model.
+            with its residual; or the block, if one of the two is not found. "block": one block. A number: as many
+            consecutive blocks. "matrix": each weight matrix; it is not trained, because `masked_least_squares`
+            computes it from XᵀX.
+        mode: where inputs x and targets t come from. "SS": x has passed through the earlier regions, which are pruned
+            and fitted, and t is what the dense region returns for this x. "DD": both come from the dense model. "SD":
+            x is that of "SS", and t is that of "DD".
         fit: how a region is trained: tuner, loss, learning rate, steps, optimiser, held-out batches, seed.
         state_dir: a folder in which finished regions are kept. The same call with the same folder resumes a run that
-            was killed, and ends with the same weights. Functions are compared by name, and a `functools.partial` also
-            by its arguments.
+            was killed, and ends with the same weights. Another call with this folder is refused. To compare the calls,
+            a function in an argument counts by its name, and a `functools.partial` also by its arguments.
         observer: a `ReconstructionObserver` that follows the run: its start, its steps, its finished regions.
 
     Returns:
@@ -303,7 +310,7 @@ def _run(
         work: the reconstruction, with its arguments checked.
         inputs: the calibration data as model inputs.
         state_dir: where finished regions are kept, or None.
-        streamed: what reads and writes the blocks, if the model is not in memory.
+        streamed: reads and writes the blocks of a model that is not in memory. None for a model in memory.
     """
     model, task, dense = work.model, work.task, work.dense
     task.sequences = count_sequences(inputs)
@@ -322,7 +329,7 @@ def _run(
 
 
 def _fingerprint(work: Reconstruction, inputs: list[dict[str, Any]]) -> dict[str, str]:
-    """Return what must be equal for the finished regions of an earlier run to be used again."""
+    """Return the hashes and texts that must be equal for the finished regions of an earlier run to be reused."""
     task = work.task
     allocation = dict(task.allocation) if isinstance(task.allocation, Mapping) else task.allocation
     choices = (task.patterns, task.rule, task.group, allocation, task.refinement, task.update, work.size, work.mode,
@@ -337,7 +344,7 @@ def _fingerprint(work: Reconstruction, inputs: list[dict[str, Any]]) -> dict[str
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Make all parameters need no gradient within the context; a region in turn sets its own."""
+    """Let no parameter need a gradient within the context, except those that a region sets while it is fitted."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     try:

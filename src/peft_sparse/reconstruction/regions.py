@@ -21,11 +21,11 @@ class Region:
     """One block, several consecutive blocks, or the attention or the MLP of one block with the residual around it.
 
     Args:
-        name: name of its blocks, and of the part of them.
+        name: the name of its block or blocks, with "(attention)" or "(mlp)" if it is a part of one.
         first: index of its first block in the stack.
         blocks: its blocks, by name.
-        silenced: the modules of the other part of the block, which return zeros while this region runs; and how many
-            values each of them returns, 0 for one that returns a tensor.
+        silenced: module -> number of values that it returns, 0 for a single tensor. These modules are the other part
+            of the block. They return zeros while this region runs.
         parameters: the parameters that belong to the region, by their names in the model.
         joins: "input" for an attention whose MLP reads the same input (parallel residual), and "output" for that MLP.
             None if the output of this region is the input of the next.
@@ -43,7 +43,7 @@ class Region:
 
         Args:
             hidden: hidden states before the region, (sequences, tokens, features).
-            calls: the other arguments of each of its blocks.
+            calls: the other arguments of each block.
         """
         with _silent(self.silenced):
             for block, call in zip(self.blocks.values(), calls, strict=True):
@@ -52,7 +52,7 @@ class Region:
         return hidden
 
     def holds(self, weight: Tensor) -> bool:
-        """Tell whether the parameter `weight` belongs to the region."""
+        """Return whether the parameter `weight` belongs to the region."""
         return any(weight is parameter for parameter in self.parameters.values())
 
 
@@ -66,7 +66,13 @@ def regions_in(stack: dict[str, nn.Module], size: RegionSize) -> int:
 
 
 def regions_of_blocks(blocks: dict[str, nn.Module], first: int, label: str | None = None) -> list[Region]:
-    """Return the one region that consists of `blocks`; `first` is the index of the first of them in the stack."""
+    """Return a list with the one region that consists of `blocks`.
+
+    Args:
+        blocks: the blocks, by name.
+        first: index of the first block in its stack.
+        label: name of the region. By default it is made from the names of the blocks.
+    """
     names = list(blocks)
     name = label or (names[0] if len(names) == 1 else f"{names[0]} .. {names[-1].rpartition('.')[2]}")
     parameters = {key: value for n, block in blocks.items() for key, value in _parameters(n, block).items()}
@@ -114,14 +120,14 @@ def regions_by_names(
 ) -> list[Region]:
     """Return the regions of a window of blocks without running it: parameters are assigned by the module they lie in.
 
-    For tensors without values, on which `regions_of_submodules` cannot be tried. A norm before attention or MLP
+    This is for tensors without values, because `regions_of_submodules` needs values. A norm before attention or MLP
     belongs to both regions here.
 
     Args:
         blocks: the blocks of the window, by name.
-        first: index of the first of them in the stack.
+        first: index of the first block in its stack.
         size: size of the regions.
-        returned: how many values each module of attention and MLP returns, 0 for a tensor.
+        returned: module of attention or MLP -> number of values that it returns, 0 for a single tensor.
     """
     (whole,) = regions_of_blocks(blocks, first)
     attention, mlp = attention_and_mlp(next(iter(blocks.values())))
@@ -153,7 +159,7 @@ def _halves(
 def _run_noting_values(
     name: str, block: nn.Module, index: int, hidden: Tensor, call: Call
 ) -> tuple[Tensor, dict[nn.Module, int]]:
-    """Return the output of a block, and how many values each module of its attention and MLP returned."""
+    """Return the output of a block, and the number of values that each module of its attention and MLP returned."""
     returned: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -170,8 +176,8 @@ def _run_noting_values(
 def _parameters(name: str, block: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of a block that can be trained with it, by their names in the model.
 
-    Embeddings inside a block are left out. In T5 they are the position bias, and later blocks have received its values
-    already, so training it here would not reach them.
+    Embeddings inside a block are left out. In T5 they are the position bias. Its values have already been computed for
+    the later blocks, which would not see a change.
     """
     handed_on = {id(p) for module in block.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     return {f"{name}.{key}": value for key, value in block.named_parameters() if id(value) not in handed_on}
@@ -198,7 +204,7 @@ def _assign(parameters: dict[str, nn.Parameter], first: Region, second: Region, 
 def _gradients(
     region: Region, parameters: list[nn.Parameter], hidden: Tensor, call: Call
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the sum of the region's output, None for a parameter that it does not depend on."""
+    """Return the gradients of the sum of the region's output. They are None for parameters that were not used."""
     wanted = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
         for parameter in parameters:
@@ -211,7 +217,7 @@ def _gradients(
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    # In half precision the two are rounded at different places.
+    # In half precision the two computations round at different places.
     precision = 1e-4 if one.dtype in (torch.float32, torch.float64) else 0.05
     return bool((one.float() - other.float()).norm() <= precision * other.float().norm())
 

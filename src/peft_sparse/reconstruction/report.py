@@ -1,4 +1,4 @@
-"""What reconstruction did to each region."""
+"""The report of a reconstruction: the errors of each region."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,16 +8,19 @@ from ..pruning.report import PruningReport
 
 @dataclass(frozen=True)
 class RegionReport:
-    """One region f, with its targets t.
+    """The errors of one region f with inputs x and targets t, or of one weight W with `region="matrix"`.
 
     Args:
-        name: name of the region.
-        error_pruned: ||f(x) - t|| / ||t|| on the held-out sequences after pruning and before the fit. f(x) and t
-            include the residual.
-        error: the same error after the fit.
-        steps: optimiser steps; 0 for a region that was not trained.
-        seconds: wall-clock time.
-        reverted: whether the fit made the error larger and was undone.
+        name: name of the region, or of the weight.
+        error_pruned: the error after pruning and before the fit. For a region, ||f(x) - t|| / ||t|| on the held-out
+            batches, where f(x) and t include the residual. For a weight, ||(W - W')X|| / ||WX|| on all calibration
+            batches, where W' is the pruned W. A region in which nothing was pruned may have no fit; both errors are
+            then 0.
+        error: the same error after the fit. If the fit was undone, it equals `error_pruned`.
+        steps: number of optimiser steps; 0 if nothing was trained.
+        seconds: wall-clock time of pruning and fit, without that of the targets. The weights of a block share its time
+            equally.
+        reverted: whether the fit was undone, because the error was larger after it or not finite.
     """
 
     name: str
@@ -30,17 +33,18 @@ class RegionReport:
 
 @dataclass(frozen=True)
 class ReconstructionReport:
-    """What `reconstruct` did.
+    """The report that `reconstruct` returns.
 
     Args:
-        region: size of the regions: "matrix", "submodule", "block" or a number of blocks.
+        region: size of the regions: "matrix", "submodule", "block" or a number of blocks, as text.
         mode: "SS", "DD" or "SD".
         loss: "mse", "relative_mse" or "cosine".
-        tuner: "full", or the name of the PEFT tuner.
+        tuner: "full", or the type of the PEFT tuner.
         seconds: wall-clock time of the run.
-        peak_memory: peak memory of the process in bytes, as `peak_memory()` returns it.
+        peak_memory: peak memory of the process since it started, in bytes: the memory that torch allocated on the GPU,
+            or without a GPU the resident memory.
         pruning: the report of the pruning; None if the model had been pruned before.
-        regions: one report for each region, and with `region="matrix"` one for each matrix.
+        regions: one report for each region, or for each matrix with `region="matrix"`.
     """
 
     region: str

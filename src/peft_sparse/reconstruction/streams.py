@@ -1,4 +1,4 @@
-"""The hidden states of all batches on their way through the regions, and what a window of blocks receives of them."""
+"""The hidden states of all batches between the regions, and the inputs that a window of blocks gets from them."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from .regions import Region
 
 
 class Stream:
-    """The hidden states of all batches on their way through the regions of one stack.
+    """The hidden states of all batches before the current region of one stack.
 
     Args:
         runner: the stack, with its batches before the first block.
@@ -35,7 +35,8 @@ class Stream:
     def advance(self, region: Region, index: int, outputs: Tensor) -> None:
         """Replace the hidden states of batch `index` by the outputs of `region`.
 
-        With a parallel residual the outputs of the attention are kept aside until those of the MLP are there.
+        With a parallel residual, the outputs of the attention are stored until the MLP has run. Both outputs are then
+        added, and the input, which both contain, is subtracted once.
         """
         outputs = outputs.detach()
         if region.joins == "input":
@@ -50,8 +51,8 @@ class Targets:
     """The outputs that a region is fitted to, one tensor for each batch.
 
     Args:
-        activations: where they wait: "device", "cpu" or "disk".
-        device: where they are read to.
+        activations: where the targets wait: "device", "cpu" or "disk".
+        device: the device on which they are returned.
     """
 
     def __init__(self, activations: Activations, device: torch.device) -> None:
@@ -67,7 +68,7 @@ class Targets:
 
 
 class Window:
-    """Consecutive blocks that are in memory together, and what they receive: on their device and in float32.
+    """Consecutive blocks that are in memory together, and their inputs, on their device and in float32.
 
     Args:
         stream: the hidden states that the blocks receive.
@@ -101,7 +102,7 @@ class Window:
 
 @contextlib.contextmanager
 def held_in_float32(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Hold the parameters of `blocks` in float32 within the context, and in their own half precision afterwards."""
+    """Hold the parameters of `blocks` in float32 within the context, and in their own dtype afterwards."""
     changed = [
         (parameter, parameter.dtype)
         for block in blocks

@@ -1,4 +1,4 @@
-"""Works through a model region by region: targets, pruning, fit, and on to the next region."""
+"""Reconstructs a model region by region: it computes the targets of each region, prunes it and fits it."""
 
 import contextlib
 import math
@@ -45,7 +45,7 @@ class _Turn:
         taught: the hidden states that the teacher receives.
         weights: the weights of the region that are pruned, by name.
         targets: the outputs of the teacher.
-        as_read: the fingerprint of the region before it is pruned, if it is needed.
+        as_read: the fingerprint of the region before it is pruned; None if finished regions are not compared by it.
         measured: the statistics of the inputs of `weights`, if they were measured together with the targets.
     """
 
@@ -64,7 +64,7 @@ class _Turn:
         return self.region(inputs, self.window.calls(index))
 
     def pair(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return inputs, targets, and which tokens are not padding, of a batch."""
+        """Return the inputs of a batch, its targets, and which of its tokens are not padding."""
         return self.window.inputs(index), self.targets[index], self.window.keep(index)
 
 
@@ -80,7 +80,7 @@ class Reconstruction:
         observer: follows the run.
         progress: keeps finished regions.
         reports: the reports of finished regions, by number of the region.
-        reported: the numbers of the regions that `observer` knows.
+        reported: the numbers of the regions that were reported to `observer`.
         count: number of the next region.
         regions: all regions, if processes share them. Otherwise a region is not held, so that a streamed model can
             drop its weights.
@@ -104,7 +104,7 @@ class Reconstruction:
     on_step: Callable[[Step], None] | None = None
 
     def run(self, inputs: list[dict[str, Any]], after_block: Callable[[str], None] | None = None) -> None:
-        """Work through all stacks that are pruned.
+        """Reconstruct all stacks that are pruned.
 
         Args:
             inputs: the calibration data as model inputs.
@@ -113,11 +113,11 @@ class Reconstruction:
         dense = self.model if self.dense is None else self.dense
         stacks, teachers = find_stacks(self.model), find_stacks(dense)
         numbers = self._stacks_at_work(stacks)
-        # Captured before anything is pruned: a decoder must receive what the dense encoder hands it.
+        # Captured before anything is pruned, because a decoder must receive the outputs of the dense encoder.
         untouched = {n: self._stream(dense, teachers[n], inputs) for n in numbers} if self.mode != "SS" else {}
         for number, stack in enumerate(stacks):
             if number not in numbers:
-                # The seed of a region depends on its number, which must not depend on what is left out.
+                # The seed of a region depends on its number, and must not change if other stacks are not pruned.
                 self.count += regions_in(stack, self.size)
                 continue
             main = untouched[number] if self.mode == "DD" else self._stream(self.model, stack, inputs)
@@ -126,7 +126,7 @@ class Reconstruction:
         self._exchange_regions()
 
     def report(self, seconds: float) -> ReconstructionReport:
-        """Return what was done."""
+        """Return the report of the reconstruction, which took `seconds`."""
         tuner = self.fit.tuner
         return ReconstructionReport(
             region=str(self.size),
@@ -140,7 +140,7 @@ class Reconstruction:
         )
 
     def _stacks_at_work(self, stacks: list[dict[str, nn.Module]]) -> list[int]:
-        """Return the numbers of the stacks that are pruned or whose inputs have changed."""
+        """Return the numbers of the stacks to reconstruct: those that are pruned, and in mode SD also later ones."""
         pruned = [any(map(self.task.inside, stack)) for stack in stacks]
         # In mode SD, a stack after a pruned one is fitted to correct the error of its inputs.
         return [n for n in range(len(stacks)) if pruned[n] or (self.mode == "SD" and any(pruned[:n]))]
@@ -157,7 +157,7 @@ class Reconstruction:
         teacher: dict[str, nn.Module] | None,
         after_block: Callable[[str], None] | None,
     ) -> None:
-        """Work through a stack, window by window."""
+        """Reconstruct a stack, window by window."""
         step = self.size if isinstance(self.size, int) else 1
         bar = tqdm(range(0, len(stack), step), desc="reconstructing", unit="window", disable=None)
         self.on_step = LossOnBar(bar, self.observer.step)
@@ -177,7 +177,7 @@ class Reconstruction:
 
     @contextlib.contextmanager
     def _resident(self, blocks: dict[str, nn.Module], teachers: dict[str, nn.Module]) -> Iterator[None]:
-        """Hold blocks, and those of the dense model, where they can run."""
+        """Hold blocks, and the same blocks of the dense model, on one device within the context."""
         with contextlib.ExitStack() as context:
             for name, block in blocks.items():
                 context.enter_context(self.residence(name, block))
@@ -187,7 +187,7 @@ class Reconstruction:
             yield
 
     def _window(self, window: Window, taught: Stream, teachers: dict[str, nn.Module]) -> None:
-        """Work through the regions of a window."""
+        """Reconstruct the regions of a window."""
         regions = self._regions_of(window, window.blocks)
         dense = self._regions_of(window, teachers) if teachers else regions
         for region, teacher in zip(regions, dense, strict=True):
@@ -206,7 +206,7 @@ class Reconstruction:
         return regions_of_submodules(name, block, window.first, window.inputs(0), window.calls(0)[0])
 
     def _take_turn(self, turn: _Turn) -> None:
-        """Compute the targets of a region, prune and fit it, and advance the hidden states past it."""
+        """Compute the targets of a region, prune and fit it, and replace the hidden states by its outputs."""
         finished = self.progress.load(turn.number, turn.as_read)
         mine = finished is None and self._is_mine(turn.number)
         self._find_targets(turn, mine)
@@ -219,7 +219,7 @@ class Reconstruction:
 
     @torch.no_grad()
     def _find_targets(self, turn: _Turn, mine: bool) -> None:
-        """Run the teacher for the targets of a region, before it is pruned."""
+        """Compute the targets of a region with its teacher, before it is pruned."""
         if self.size == "matrix" and self.mode == "SS":
             return
         window = turn.window
@@ -256,7 +256,7 @@ class Reconstruction:
         self.progress.save(turn.number, turn.region.parameters, notes, turn.as_read)
 
     def _solve(self, turn: _Turn) -> list[RegionReport]:
-        """Prune the matrices of a region and solve for their kept entries."""
+        """Prune the matrices of a region and compute their kept entries by least squares."""
         needs: tuple[Need, ...] = tuple(dict.fromkeys((*self.task.needs, "inputs", "hessian")))
 
         def measure(weights: dict[str, WeightView]) -> BlockStatistics:
@@ -275,7 +275,7 @@ class Reconstruction:
         with trainable(turn.region, turn.weights, self.fit.tuner) as trained:
             steps = trained.train(turn.run, turn.pair, train, self.fit, turn.number, self.on_step)
             trained.merge()
-            # Measured after merging, because some adapters compute something else before (LoRA-Prune).
+            # Measured after merging, because merging changes the outputs of some adapters, such as LoRA-Prune.
             after = relative_error_of(turn.run, turn.pair, held_out)
             if math.isfinite(after):
                 _check_zeros(turn.weights, zeros)
@@ -313,7 +313,7 @@ class Reconstruction:
                 self.observer.region(report)
 
     def _notes(self, number: int, weights: dict[str, WeightView]) -> dict[str, Any]:
-        """Return what is known of a finished region beside its parameters, as plain values."""
+        """Return the reports, counts of zeros and output errors of a finished region as plain values."""
         task = self.task
         return {
             "reports": [asdict(report) for report in self.reports[number]],
@@ -336,7 +336,7 @@ class Reconstruction:
 
     @property
     def _shared(self) -> bool:
-        """Whether several processes share the regions. They can do so if the regions are independent."""
+        """Whether several processes share the regions. They do so in mode DD, where regions are independent."""
         return self.mode == "DD" and PartialState().num_processes > 1
 
     def _is_mine(self, number: int) -> bool:
@@ -356,7 +356,7 @@ class Reconstruction:
         everything = dict(gather_object(list(mine.items())))
         for number, region in enumerate(self.regions):
             for parameter in region.parameters.values():
-                # A backend sends only tensors of its own device.
+                # A communication backend sends only tensors on its own kind of device.
                 value = parameter.data.to(state.device)
                 torch.distributed.broadcast(value, number % state.num_processes)
                 parameter.data.copy_(value)
@@ -390,7 +390,7 @@ def _check_zeros(weights: dict[str, WeightView], zeros: dict[str, Tensor]) -> No
 
 @contextlib.contextmanager
 def _seeded(seed: int, number: int, device: torch.device) -> Iterator[None]:
-    """Draw random numbers from the seed of region `number`, and restore the generators afterwards."""
+    """Seed the generators with the seed of region `number`, and restore them after the context."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed_of(seed, number))
         yield

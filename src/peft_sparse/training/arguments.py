@@ -1,4 +1,4 @@
-"""The arguments of training: those of transformers, what to prune, and how to recover from pruning."""
+"""The arguments of `SparseTrainer`: those of transformers, what to prune, and how to recover from pruning."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,18 +49,20 @@ class SparseTrainingArguments(TrainingArguments):
         criterion: the pruning criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm". Default
             "magnitude".
         criterion_options: the criterion's own numbers, as a dict or JSON, such as `{"damping": 0.1}` for "sparsegpt".
-            Their names are the fields of the criterion's class, here `SparseGPT`. Default None: those of the paper.
-        group: the entries that are compared with each other: "row" (one output), "matrix" or "model". Default None:
-            that of the criterion's paper.
-        allocation: how the sparsity is shared out among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
+            Their names are the fields of the criterion's class, here `SparseGPT`. Default None: the defaults of its
+            class.
+        group: the entries that are compared with each other: "row" (one output), "matrix" or "model". It is not used
+            for n:m, which compares within each m entries. Default None: the group of the criterion's paper.
+        allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
             "owl". Default None: each layer gets the requested sparsity.
         allocation_options: the allocation's own numbers, as a dict or JSON, such as `{"outlier_factor": 5}` for "owl".
-            Default None: those of the paper.
-        refinement: exchange pruned for kept entries after the selection: "dsnot" or "swap". Default None: keep the
-            selection.
+            Default None: the defaults of its class.
+        refinement: exchange pruned entries for kept ones after the criterion has selected: "dsnot" or "swap". Default
+            None: no exchange.
         refinement_options: the refinement's own numbers, as a dict or JSON, such as `{"max_swaps": 100}` for "swap".
             Default None: the defaults of its class.
-        update: fit the kept weights to the dense outputs by least squares, after the selection. Default False.
+        update: fit the kept weights to the dense outputs by regularised least squares, after the criterion has
+            selected. Default False.
         update_options: the numbers of the least squares, as a dict or JSON, such as `{"damping": 0.1}`: the fields of
             `LeastSquares`. Default None: the defaults of `LeastSquares`.
         target_modules: names or name endings of the layers to prune and to guard. Default None: every linear layer and
@@ -73,7 +75,8 @@ class SparseTrainingArguments(TrainingArguments):
 
         pruning_schedule: "cubic" raises the sparsity step by step during training (`CubicSchedule`); "cycles"
             alternates pruning and retraining (`PruningCycles`). Default None: prune once, before training.
-        pruning_rounds: how often the "cubic" schedule raises the sparsity, or the number of "cycles". Default 1.
+        pruning_rounds: how many times the "cubic" schedule raises the sparsity, or the number of cycles of "cycles".
+            Default 1.
         pruning_interval: the number of optimiser steps between two prunings of the "cubic" schedule. Default 1.
 
         > The learning rates of retraining
@@ -89,19 +92,20 @@ class SparseTrainingArguments(TrainingArguments):
         distillation: what retraining learns from a dense teacher besides the task: "logits" or "hidden_states".
             Default None: only the task.
         distillation_weight: α in (1 - α) · L_task + α · L_distillation, in (0, 1]. Default 0.5.
-        distillation_temperature: T in softmax(logits / T), above 0. Used by "logits" only. Default 1.
+        distillation_temperature: T in softmax(logits / T), above 0. Only "logits" uses it. Default 1.
 
         > Reconstruction
 
         recovery: "retrain" trains with the task loss. "reconstruct" fits the regions of the model one after another to
             the outputs of the dense model. Default "retrain".
-        reconstruction_region: what is fitted at a time: "matrix", "submodule", "block", or a number of blocks. Default
-            "submodule".
+        reconstruction_region: what is fitted at a time: "matrix" (one weight matrix), "submodule" (the attention or
+            the MLP of a block), "block", or a number of consecutive blocks. Default "submodule".
         reconstruction_mode: which model the inputs and the targets of a region come from, the dense (D) or the sparse
             (S) one: "DD", "SS" or "SD". Default "SS".
-        reconstruction_loss: "mse", "relative_mse" or "cosine". Default "mse".
-        reconstruction_holdout: the fraction of the calibration batches that is not trained on and only measures
-            errors, in [0, 1). Default 0.1.
+        reconstruction_loss: the loss between outputs and targets: "mse", "relative_mse" or "cosine" (see `Fit`).
+            Default "mse".
+        reconstruction_holdout: the fraction of the calibration batches, in [0, 1), on which errors are measured and
+            which are not trained on. Default 0.1.
         activations: where reconstruction keeps hidden states between blocks: "device", "cpu" or "disk". Default
             "device".
 
@@ -262,7 +266,7 @@ class SparseTrainingArguments(TrainingArguments):
         }
 
     def _choice(self, name: str) -> Any:
-        """Return the value that the argument `name` and its options describe, None if it is not set."""
+        """Return the value that the argument `name` and its options describe. None if the argument is not set."""
         choice, options = getattr(self, name), getattr(self, f"{name}_options")
         is_set = choice not in (None, False)
         if options is not None and not (is_set and isinstance(options, dict)):
@@ -302,7 +306,7 @@ class SparseTrainingArguments(TrainingArguments):
             raise ValueError("Reconstruction does not scale the loss, and `fp16` needs that. Use `bf16=True`.")
 
     def pruning_times(self) -> PruningSchedule | None:
-        """Return the schedule that `pruning_schedule` names, None for pruning once.
+        """Return the schedule that `pruning_schedule` names. None if the model is pruned once.
 
         Raises:
             ValueError: the name is unknown, no sparsity is set, or another argument allows only one pruning.
@@ -363,13 +367,13 @@ class SparseTrainingArguments(TrainingArguments):
             )
 
     def original_rates(self, steps: int) -> list[float]:
-        """Return the learning rates of the original training, as the arguments describe it.
+        """Return the learning rates of the original training that the arguments describe, one for each step.
 
         Args:
             steps: the number of optimiser steps of the original training if `original_steps` is not set.
 
         Raises:
-            ValueError: the learning rates depend on more than the step.
+            ValueError: `lr_scheduler_type` is not a function of the step alone, such as "reduce_lr_on_plateau".
         """
         steps = self.original_steps or steps
         probe = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
@@ -389,7 +393,7 @@ class SparseTrainingArguments(TrainingArguments):
         return int(region) if str(region).isdigit() else region
 
     def pruning_pattern(self) -> Pattern | None:
-        """Return the pattern that `sparsity` and `pattern` ask for, None if neither is set.
+        """Return the pattern that `sparsity` and `pattern` ask for. None if neither is set.
 
         Raises:
             ValueError: `sparsity` and `pattern` ask for different sparsities.

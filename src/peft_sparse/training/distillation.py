@@ -1,4 +1,4 @@
-"""Distillation: the losses by which a pruned model learns from the dense model, and the teacher's part in training."""
+"""Distillation: the losses by which a pruned model learns from a dense teacher, and the checks of the teacher."""
 
 import copy
 import inspect
@@ -28,8 +28,8 @@ def logits_loss(student: Tensor, teacher: Tensor, kept: Tensor, temperature: flo
     p_t is the teacher's distribution and p_s the student's. The factor T² keeps the scale of the gradient when T
     changes. Hinton et al. 2015, arXiv:1503.02531, section 2.
 
-    The softmaxes are computed in float32, in chunks of rows, and again in the backward pass. The only new tensor with
-    the size of the logits is their gradient.
+    The softmaxes are computed in float32, in chunks of rows, and again in the backward pass. If the logits are
+    contiguous, the only new tensor of their size is their gradient.
 
     Args:
         student: logits (..., classes), of any dtype.
@@ -60,7 +60,7 @@ class _SumOfDivergences(torch.autograd.Function):
         for rows in _chunks(student):
             ours, theirs = _log_probabilities(student[rows], teacher[rows], temperature)
             divergences = nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-            # Not a product with the mask: the values of padding may not be finite.
+            # Not a product with the mask, because the values of padding may not be finite.
             total += torch.where(kept[rows], divergences, 0.0).sum()
         return total * temperature**2
 
@@ -113,8 +113,8 @@ def hidden_states_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], kep
 def predictions(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """Return which outputs of `model` have a label, as bools of the shape of the labels.
 
-    The label -100 means that there is none. A causal language model predicts the next token, so that output i has the
-    label i + 1, and the last output has none.
+    An output whose label is -100 has no label. A causal language model predicts the next token: output i has the label
+    of position i + 1, and the last output has none.
 
     Raises:
         ValueError: the inputs contain no labels.
@@ -138,10 +138,11 @@ def dense_copy(model: nn.Module, share_of_zeros: float) -> nn.Module:
     """Return a copy of `model` without its adapters, as a teacher.
 
     Args:
-        share_of_zeros: the sparsity of `model`.
+        model: the dense model, with or without adapters.
+        share_of_zeros: the sparsity of `model`, a fraction.
 
     Raises:
-        ValueError: the model is pruned already, so that the copy would be no dense model.
+        ValueError: more than 1 % of the weights are zero, so that the model is not dense.
     """
     if share_of_zeros > DENSE:
         raise ValueError(
@@ -153,11 +154,11 @@ def dense_copy(model: nn.Module, share_of_zeros: float) -> nn.Module:
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module, distillation: str) -> None:
-    """Check that `student` can learn from `teacher`. The function does not check that the tokenisers are the same.
+    """Check that `student` can learn from `teacher`. The tokenisers are not compared.
 
     Raises:
-        ValueError: the two models share parameters; they differ in the size of the vocabulary, or for "hidden_states"
-            in the number of blocks or in the hidden size; the teacher's weights are sharded.
+        ValueError: the two models share parameters, or differ in the size of the vocabulary; with "hidden_states",
+            they differ in the number of blocks or in the hidden size; the teacher's weights are sharded.
     """
     if has_shards(teacher):
         raise ValueError(
@@ -193,7 +194,7 @@ def outputs_of(teacher: nn.Module, inputs: Mapping[str, Any], distillation: str)
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepts else {}
     if distillation == "hidden_states":
         options["output_hidden_states"] = True
-    # Encoder-decoders compute the decoder's inputs from the labels.
+    # An encoder-decoder computes the decoder's inputs from the labels, so it needs them.
     skipped = () if getattr(base_model(teacher).config, "is_encoder_decoder", False) else ("labels", "shift_labels")
     with evaluation_mode(teacher):
         return teacher(**{name: value for name, value in inputs.items() if name not in skipped}, **options)

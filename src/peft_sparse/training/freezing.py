@@ -1,4 +1,4 @@
-"""Gradual freezing and unfreezing: which blocks are trained in which step."""
+"""Gradual freezing and unfreezing of blocks during training."""
 
 from typing import Any, Literal
 
@@ -16,21 +16,22 @@ class FreezingCallback(TrainerCallback):
     step, counted from 0. Mode "freeze" begins with all blocks trained, and freezes ⌊L · t / T⌋ of them in step t.
     Mode "unfreeze" is the reverse in time: it freezes ⌊L · (T - 1 - t) / T⌋ blocks in step t, and none at the end.
     Each step trains at least one block. Zimmer et al. 2023, arXiv:2312.15230v2, section 3.4. The paper does not say
-    how to round, whether to count steps or epochs, and what happens to parameters outside the blocks. Here they are
-    trained in every step, unless they were frozen before training.
+    how to round, whether to count steps or epochs, and whether parameters outside the blocks are frozen. Here such
+    parameters are trained in every step, unless they were frozen before training.
 
     A frozen block gets no gradient, no momentum update and no weight decay. The gradients of its weights are not
     computed. The gradients of its inputs are computed only if something before the block is trained, for example the
     embeddings. The callback freezes and unfreezes exactly the parameters that are trained when training begins:
-    weights or adapters.
+    weights or adapters. When training ends, none of them is frozen.
 
-    The frozen blocks depend on the step alone, so that a run can be resumed.
+    The frozen blocks depend only on the step and the number of steps, so that a run can be resumed.
 
     Args:
         mode: "freeze" or "unfreeze".
         reverse: False freezes and unfreezes from the first block to the last, True from the last to the first.
-        rounds: how many times the freezing runs, in parts of equal length, such as the cycles of `PruningCycles`.
-            t and T then count within one part.
+        rounds: training is divided into this many parts of equal length, and the mode runs once in each part. The last
+            part also has the steps that are left over. The parts are the cycles of `PruningCycles(rounds)`. t and T
+            count within a part.
 
     Raises:
         ValueError: `mode` is unknown or `rounds` is below 1. When training begins: no block has a trained parameter,
@@ -64,7 +65,7 @@ class FreezingCallback(TrainerCallback):
                 "there is nothing to freeze. Train the weights, attach an adapter, or remove the callback."
             )
 
-    # Not in `on_train_begin`: the optimiser, DDP and the zero guard take their parameters there, and must see all.
+    # Not in `on_train_begin`, because the optimiser, DDP and the zero guard collect the trained parameters by then.
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -84,8 +85,8 @@ class FreezingCallback(TrainerCallback):
         """Return the indices of the blocks that are frozen in one step.
 
         Args:
-            step: t, counted from 0.
-            steps: T, the number of optimiser steps of the run.
+            step: the optimiser step of the run, counted from 0: t if `rounds` is 1.
+            steps: the number of optimiser steps of the run: T if `rounds` is 1.
             blocks: L, the number of blocks that hold trained parameters.
         """
         start, total = cycle_of(step, steps, self.rounds)

@@ -1,9 +1,10 @@
 """Learning rates of retraining, as pure functions of the step.
 
 The formulas use these letters. η(t), t = 0, ..., T - 1, is the learning rate of the original training. maxLR is its
-highest value. minLR is its lowest value after the peak. N is the number of steps of retraining. The methods "slr",
-"clr", "llr" and "allr" begin with a warm-up of w = ⌊N/10⌋ steps, start · (1 - cos(π t / w)) / 2. After it,
-j = t - w counts the remaining N' = N - w steps.
+highest value. minLR is its lowest value from the peak on. N is the number of steps of retraining. The methods "slr",
+"clr", "llr" and "allr" begin with a warm-up of w = ⌊N/10⌋ steps, in which the learning rate is
+start · (1 - cos(π t / w)) / 2. `start` is maxLR, except for "allr". After the warm-up, j = t - w counts the remaining
+N' = N - w steps.
 """
 
 import math
@@ -105,8 +106,8 @@ def llr(eta: Sequence[float], steps: int) -> Rates:
 def allr(eta: Sequence[float], steps: int, norm_drop: float) -> Rates:
     """Return adaptive linear learning rates: start · (1 - j / N').
 
-    start = max(d₂ · maxLR, min(d₁ · maxLR, maxLR)), where d₁ is the `norm_drop` and d₂ = min(N / T, 1). The first
-    learning rate is lower if pruning removed less, and if retraining is shorter. Zimmer et al. 2023, arXiv:2111.00843.
+    start = max(d₂ · maxLR, min(d₁ · maxLR, maxLR)), where d₁ is the `norm_drop` and d₂ = min(N / T, 1). It is lower
+    if pruning changed the weights less, and if retraining is shorter. Zimmer et al. 2023, arXiv:2111.00843.
 
     Args:
         eta: η(0), ..., η(T - 1).
@@ -139,25 +140,30 @@ def retraining_schedule(
 ) -> "RetrainingSchedule":
     """Return the learning rate schedule of retraining, for `Trainer(optimizers=(optimizer, schedule))`.
 
-    The learning rates are computed for parameter groups with the optimiser's own `lr`. A group with another `lr` keeps
-    its ratio to the optimiser's own.
+    A parameter group that has the default `lr` of the optimiser gets exactly these learning rates. A group with
+    another `lr` gets them multiplied by the ratio of its `lr` to the default.
 
     Args:
         method: "ft" (fine-tuning), "lrw" (learning rate rewinding), "slr" (scaled), "clr" (cyclical), "llr" (linear)
             or "allr" (adaptive linear).
         optimizer: the optimiser of retraining.
         original: η, the learning rates of the original training: a sequence, or a function of the step.
-        steps: N, the number of optimiser steps of retraining.
-        original_steps: T, the number of steps of the original training. Needed if `original` is a function.
-        norm_drop: d₁, how much pruning changed the norm of the weights. Needed by "allr", and not used by the others.
+        steps: the number of optimiser steps of retraining: N if `rounds` is 1.
+        original_steps: T, the number of steps of the original training. It is needed if `original` is a function, and
+            not used otherwise.
+        norm_drop: d₁, how much pruning changed the norm of the weights. "allr" needs it, and the others do not use it.
             For several rounds it is a function of the round, counted from 0, such as `PruningCallback.norm_drop`.
-        rounds: how many times the schedule begins anew, in parts of equal length: the `rounds` of `PruningCycles`.
+        rounds: how many times the schedule runs, once in each cycle of `PruningCycles(rounds)`. N is then the number
+            of steps of a cycle.
+
+    Returns:
+        A `LambdaLR` for the optimiser.
 
     Raises:
         ValueError: `method` is unknown; "allr" has no `norm_drop`; `original` is a function and `original_steps` is
-            missing; a learning rate is negative, or all are zero; there are fewer steps than rounds; the optimiser has
-            no positive `lr`; "ft" would train at a learning rate of zero; "lrw" has more steps than the original
-            training.
+            missing; a learning rate is negative, or all are zero; `rounds` is below 1 or above `steps`; the optimiser
+            has no `lr`, or it is 0; "ft" would train at a learning rate of zero; "lrw" has more steps than the
+            original training.
     """
     check_method(method)
     if callable(original) and original_steps is None:
@@ -190,7 +196,7 @@ def retraining_schedule(
         drop = norm_drop(start // max(1, steps // rounds)) if callable(norm_drop) else norm_drop or 0.0
         return rates(length, drop)(t - start) / float(base)
 
-    # A method that refuses its arguments does so now, and not in the first step.
+    # Computed here once, so that a method refuses its arguments now and not in the first step.
     for t in (0, steps):
         rates(cycle_of(t, steps, rounds)[1], 1.0)
     return RetrainingSchedule(optimizer, factor)
@@ -200,7 +206,7 @@ class RetrainingSchedule(LambdaLR):
     """The schedule that `retraining_schedule` returns. Its rates may depend on prunings during training."""
 
     def refresh(self) -> None:
-        """Compute the learning rates of the next step again. Called after a pruning, which changes d₁ of "allr"."""
+        """Compute the learning rates of the next step again, because a pruning has changed d₁ of "allr"."""
         for group, base, rule in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
             group["lr"] = base * rule(self.last_epoch)
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""Pruning during training: the callback decides when, and `prune` decides how."""
+"""Pruning during training: the callback calls `prune` when training begins, or at the steps of a schedule."""
 
 import contextlib
 import dataclasses
@@ -50,17 +50,20 @@ class PruningCallback(TrainerCallback):
     therefore prunes its dense base to the masks of the first run; a base that is pruned already does not change. If an
     adapter trains a copy of a pruned layer (`modules_to_save`), the copy gets the same zeros.
 
-    Biases that PEFT trains in place stay as they are trained while the base is pruned, so that a resumed run may
-    measure other inputs. `SparseTrainer` avoids this, because it prunes before it loads the checkpoint. With another
-    Trainer add a `ZeroGuardCallback`, which raises if the masks differ. If the weights are trained directly, the
-    checkpoint holds the pruned weights, and a resumed run does not prune again.
+    Biases that PEFT trains in place cannot be switched off. In a resumed run they already have their trained values
+    when the base is pruned, so that calibration may measure other inputs than in the first run. `SparseTrainer` avoids
+    this, because it prunes before it loads the checkpoint. With another Trainer add a `ZeroGuardCallback`, which
+    raises if the masks differ. If the weights are trained directly, the checkpoint holds the pruned weights, and a
+    resumed run does not prune again.
 
-    With `PruningCycles`, MaskLoRA and ScaledLoRA adapters are merged into the base weights at the end of each cycle.
-    The merged weights are pruned. The adapters and the optimiser's state are then reset; the parameters stay the same
-    objects. With `CubicSchedule`, adapters are not merged, and the criterion scores the base weights alone.
+    With `PruningCycles`, MaskLoRA and ScaledLoRA adapters are merged into the base weights at the end of each cycle
+    except the last. The adapters and the optimiser's state are reset, but the parameters stay the same objects. Then
+    the merged weights are pruned. With `CubicSchedule`, adapters are not merged, and the criterion scores the base
+    weights alone.
 
-    Each pruning adds an entry to `state.log_history`: `pruning` is the sparsity reached, and `norm_drop` is d₁ of the
-    learning rate schedule "allr" (see `retraining_schedule`).
+    Each pruning during training, also that at its beginning, adds an entry to `state.log_history`: `pruning` is the
+    sparsity reached, and `norm_drop` is d₁ of the learning rate schedule "allr" (see `retraining_schedule`). A call of
+    the method `prune` adds no entry.
 
     Args:
         pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
@@ -123,7 +126,7 @@ class PruningCallback(TrainerCallback):
         schedule: PruningSchedule | None = None,
     ) -> None:
         if isinstance(calibration, Iterator):
-            # A second pruning, or a second model, is calibrated with the same inputs.
+            # An iterator can be read only once, and the callback may prune several times.
             calibration = list(calibration)
         self.options: dict[str, Any] = {
             "pattern": one_pattern(pattern, sparsity),
@@ -163,7 +166,7 @@ class PruningCallback(TrainerCallback):
         model = kwargs["model"]
         if self.schedule is not None:
             due = self.schedule.sparsities(self._goal.sparsity, state.max_steps)
-            # The first entry of a cubic schedule is sparsity 0: pruning to it would only cost calibration.
+            # A cubic schedule may begin with sparsity 0, and pruning to it would only cost calibration.
             self._due = {step: wanted for step, wanted in due.items() if wanted}
             if self.schedule.restarts:
                 _check_restarts(model)
@@ -205,7 +208,7 @@ class PruningCallback(TrainerCallback):
             save_base(kwargs["model"], path, *self._targets(), write=args.should_save)
 
     def _base_changed(self, state: TrainerState) -> bool:
-        """Return whether pruning the original base again would give another base than the current one."""
+        """Return whether a resumed run could not compute the base weights by pruning the original base again."""
         again = self.schedule is not None and (self.schedule.restarts or self.options.get("calibration") is not None)
         return again and sum(step <= state.global_step for step in self._due) > 1
 
@@ -223,10 +226,11 @@ class PruningCallback(TrainerCallback):
         """Return d₁ of the pruning in one cycle: how much it changed the norm of the weights.
 
         Args:
-            cycle: counted from 0.
+            cycle: number of the cycle, counted from 0.
 
         Returns:
-            1 for a cycle that has not begun, and 0 for one whose pruning made no further entry zero.
+            d₁ of `retraining_schedule`. It is 1 for a cycle that has not begun, and 0 for a cycle whose pruning made
+            no further entry zero.
         """
         steps = sorted(self._due)
         return self._drops.get(steps[cycle], 1.0) if cycle < len(steps) else 1.0
@@ -239,10 +243,15 @@ class PruningCallback(TrainerCallback):
         """Prune `model` now. In place.
 
         Args:
+            model: the model, with or without adapters.
             seed: the seed of random scores.
+
+        Raises:
+            TypeError, ValueError: `prune` refuses its arguments.
+            ValueError: calibration is given and the model is sharded already.
         """
         # With its own seed, every process draws the same random scores. The generator is restored, so that the order
-        # of the training data does not depend on whether the model was pruned here.
+        # of the training data is the same with and without this pruning.
         self._check_calibration(model)
         with torch.random.fork_rng(), whole(model, write=True):
             torch.manual_seed(seed)
@@ -251,7 +260,7 @@ class PruningCallback(TrainerCallback):
                 self.report = prune(model, **self.options)
                 self.norms = [before, self._norm(model)]
             self._prune_copies(model)
-        # A weak reference, because a `model_init` makes several models.
+        # A weak reference, so that a model of an earlier `model_init` can be freed.
         self._pruned = weakref.ref(base_model(model))
         note_pruning(model)
 
@@ -301,6 +310,9 @@ def save_base(
     """Save the base weights that a schedule changes: those that are pruned, and those of adapted layers.
 
     Args:
+        model: the model with its adapters.
+        path: the file to write.
+        target_modules, exclude_modules: the layers that are pruned, as in `prune`.
         write: whether this process writes the file. The other processes only take part in gathering the weights.
     """
     state: dict[str, Tensor] = {}
@@ -320,7 +332,7 @@ def load_base(model: nn.Module, path: Path, target_modules: Targets = None, excl
     """Load the base weights that `save_base` saved. In place.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: `path` does not exist.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -342,7 +354,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, SparseLoraLayer]]:
 
 
 def _pruned_without_adapter(model: nn.Module, *targets: Targets) -> Iterator[tuple[str, WeightView]]:
-    """Return the pruned base weights that no adapter of this package is on, once for each parameter."""
+    """Yield the pruned base weights that have no adapter of this package, once for each parameter."""
     known = {(id(layer.get_base_layer()), getattr(layer, "parameter_name", "weight")) for _, layer in _adapted(model)}
     with _adapters_off(model):
         weights = prunable_weights(model, *targets)
@@ -365,10 +377,11 @@ def _restart(optimizer: Optimizer, in_place: bool) -> None:
     """Reset the optimiser's state to that before its first step. In place.
 
     Args:
-        in_place: set the state's tensors to zero instead of deleting them, because DeepSpeed refers to them.
+        in_place: whether the tensors of the state are set to zero instead of deleted. DeepSpeed needs this, because it
+            holds references to them.
     """
     for parameter, state in list(optimizer.state.items()):
-        # Without state, torch would take an optimiser step when it saves a DTensor's state, and Adam counts steps.
+        # If a DTensor has no state, torch takes an optimiser step when it saves the state, and Adam counts this step.
         if not in_place and not isinstance(parameter, DTensor):
             del optimizer.state[parameter]
             continue
@@ -397,7 +410,7 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
         yield
         return
     with warnings.catch_warnings():
-        # The class docstring says that trained biases stay.
+        # The class docstring says what happens to trained biases, so PEFT's warning is not needed.
         warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
         with model.disable_adapter():
             yield

@@ -13,7 +13,7 @@ class CubicSchedule:
     s_f is the requested sparsity. Zhu and Gupta 2017, arXiv:1710.01878.
 
     Args:
-        rounds: n, how often the sparsity rises.
+        rounds: n, how many times the sparsity rises.
         interval: Δt, the number of optimiser steps between two prunings.
         start: t_0, the number of optimiser steps before the first pruning.
         initial_sparsity: s_i, the sparsity at step t_0, a fraction in [0, 1).
@@ -38,7 +38,7 @@ class CubicSchedule:
             )
 
     def sparsities(self, final: float, steps: int) -> dict[int, float]:
-        """Return when to prune to which sparsity.
+        """Return the steps at which the model is pruned, and the sparsity of each.
 
         Args:
             final: s_f, the sparsity after the last pruning, a fraction.
@@ -70,7 +70,7 @@ class CubicSchedule:
 class PruningCycles:
     """Iterative pruning: n cycles, each of which prunes and then retrains.
 
-    Each cycle prunes the same fraction p = 1 - (1 - s)^(1/n) of the remaining weights, where s is the requested
+    Each cycle prunes the same fraction p = 1 - (1 - s)^(1/n) of the nonzero weights, where s is the requested
     sparsity. After the pruning of cycle k the sparsity is 1 - (1 - p)^k = 1 - (1 - s)^(k/n). All cycles have the same
     number of optimiser steps; the last cycle also has the steps that are left over. Han et al. 2015,
     arXiv:1506.02626, and Renda et al. 2020, arXiv:2003.02389.
@@ -90,7 +90,7 @@ class PruningCycles:
             raise ValueError(f"`rounds` must be at least 1, got {self.rounds}. One round prunes when training begins.")
 
     def sparsities(self, final: float, steps: int) -> dict[int, float]:
-        """Return when to prune to which sparsity.
+        """Return the steps at which the model is pruned, and the sparsity of each.
 
         Args:
             final: s, the sparsity after the last pruning, a fraction.

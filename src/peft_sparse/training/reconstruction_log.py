@@ -1,4 +1,4 @@
-"""Presents a reconstruction as one run of `Trainer`: its optimiser and schedule, its steps and logs."""
+"""Runs a reconstruction with the optimiser, learning rate schedule, callbacks and logs of a `Trainer`."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ def optimizer_of(
     Args:
         kind: the class that `Trainer` chose.
         weight_decay: weight decay of all parameters.
-        options: the other arguments of the class.
+        options: the other arguments of the class, among them the learning rate.
         parameters: the parameters to train.
     """
     made: torch.optim.Optimizer = kind([{"params": parameters, "weight_decay": weight_decay}], **options)
@@ -39,7 +39,7 @@ def schedule_of(
         warmup: `warmup_steps`: a number of steps, or below 1 a fraction of `steps`.
         options: `lr_scheduler_kwargs`.
         optimizer: the optimiser.
-        steps: steps of a region.
+        steps: number of optimiser steps of a region.
     """
     # As in `TrainingArguments.get_warmup_steps`.
     return get_scheduler(kind, optimizer, int(warmup) if warmup >= 1 else math.ceil(warmup * steps), steps, options)
@@ -76,7 +76,7 @@ class TrainingLog(ReconstructionObserver):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
     def step(self, step: Step) -> None:
-        """Count an optimiser step, and log it if the arguments ask for this.
+        """Count an optimiser step, and log the mean loss if the arguments ask for this.
 
         Raises:
             RuntimeError: a callback stopped the run, so that the rest of the model is dense.
@@ -91,7 +91,7 @@ class TrainingLog(ReconstructionObserver):
         if control.should_log:
             loss = self._mean("log")
             trainer.log({"loss": loss, "learning_rate": step.learning_rate, "region": self.regions})
-        # After the last step, Transformers' own callback stops the run.
+        # After the last step, a callback of transformers always stops the run.
         if control.should_training_stop and trainer.state.global_step < trainer.state.max_steps:
             how = (
                 "Resume it with `train(resume_from_checkpoint=True)` in a new process."
@@ -105,7 +105,7 @@ class TrainingLog(ReconstructionObserver):
 
     def region(self, report: RegionReport) -> None:
         """Log the errors of a finished region."""
-        # A region that an earlier run finished had its steps there.
+        # The steps of a region that an earlier run finished were not counted in this run.
         self.trainer.state.global_step += report.steps - self.counts["region"]
         self.counts["region"] = 0
         errors = {"error_pruned": report.error_pruned, "error": report.error, "reverted": float(report.reverted)}

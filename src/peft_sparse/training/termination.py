@@ -13,10 +13,11 @@ from ..model.processes import place, total_of
 class TerminationCallback(TrainerCallback):
     """Saves a checkpoint and stops training after the step in which any process received SIGTERM.
 
-    All processes stop after the same step. For this they add up one number in each step. Callbacks are notified of the
-    save as of any other. The `enable_jit_checkpoint` of transformers does neither.
+    All processes stop after the same step. For this they add up one number in each step. The event `on_save` of other
+    callbacks is called, as for any checkpoint. `enable_jit_checkpoint` of transformers does not make the processes
+    agree on the step, and does not call `on_save`.
 
-    While training runs, SIGTERM has no other effect, and a second SIGTERM has none either. The previous handler is
+    While training runs, SIGTERM does not end the process, and a second SIGTERM has no effect. The previous handler is
     restored when training ends without an error.
     """
 

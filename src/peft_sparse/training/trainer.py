@@ -1,4 +1,4 @@
-"""SparseTrainer: the Trainer of transformers for pruned models."""
+"""`SparseTrainer`: a `transformers.Trainer` for pruned models."""
 
 import copy
 import itertools
@@ -55,8 +55,9 @@ class SparseTrainer(Trainer):
 
     If the arguments set `sparsity` or `pattern`, the model is pruned when training begins, or step by step by
     `pruning_schedule` (see `PruningCallback`). During training the zeros of the prunable weights are kept, also in
-    weights that are trained directly (see `ZeroGuardCallback`). They are checked at each log, before each save, and at
-    the end of training. Each log of the training contains `sparsity`, the fraction of zeros in the prunable weights.
+    weights that are trained directly (see `ZeroGuardCallback`). The zeros are checked at each log, before each save,
+    and at the end of training. Each log of the training contains `sparsity`, the fraction of zeros in the prunable
+    weights.
 
     If the arguments set `retraining_schedule`, the learning rates are those of the function `retraining_schedule`. The
     original schedule η is the one that `learning_rate`, `lr_scheduler_type` and the warm-up describe, over
@@ -64,15 +65,15 @@ class SparseTrainer(Trainer):
 
     If the arguments set `recovery="reconstruct"`, training is a call of `reconstruct` on the first
     `calibration_samples` samples of the training set. Optimiser, learning rate schedule, epochs or `max_steps` (of
-    each region), batch size, gradient accumulation, gradient clipping, bf16, seed, logging and callbacks are those of
-    the arguments. The model stays on its device, and only the blocks that are fitted move to the training device.
-    Finished regions are saved in `output_dir/reconstruction`, unless `save_strategy="no"`;
-    `train(resume_from_checkpoint=True)` continues from them.
+    each region), batch size, gradient accumulation, gradient clipping, bf16, seed and logging are those of the
+    arguments. Callbacks receive the events `on_train_begin`, `on_step_end`, `on_log` and `on_train_end`. The model
+    stays on its device, and only the blocks that are fitted move to the training device. Finished regions are saved in
+    `output_dir/reconstruction`, unless `save_strategy="no"`; `train(resume_from_checkpoint=True)` continues from them.
 
     If the arguments set `distillation`, the training loss is (1 - α) · L_task + α · L_distillation with
     α = `distillation_weight`. Both losses are means over the predictions that have a label. L_distillation is
-    T² · KL(p_t ‖ p_s) of the logits at temperature T = `distillation_temperature`, or the relative squared error of
-    the hidden states after each block. The evaluation loss is the task loss.
+    T² · KL(p_t ‖ p_s) of the teacher's and the model's probabilities at temperature T = `distillation_temperature`, or
+    the relative squared error of the hidden states, as a mean over the blocks. The evaluation loss is the task loss.
 
     Args:
         model: the model to train, as in `Trainer`.
@@ -92,18 +93,17 @@ class SparseTrainer(Trainer):
         peft_config: the configuration of an adapter, such as `MaskLoRAConfig(target_modules="all-linear")`. For
             retraining, the trainer attaches it to the model with `peft.get_peft_model`, as TRL's trainers do. For
             reconstruction, it is the tuner that fits each region, and is merged afterwards. None trains the model as
-            it is; reconstruction then trains all weights of a region.
+            it is; reconstruction then trains all parameters of a region.
         teacher: the dense model for `distillation`, of any dtype, with the same tokeniser. It is moved to the training
-            device; it is neither trained nor saved. By default the trainer copies the model, without adapters, before
-            it prunes; the copy takes as much memory as the model.
+            device, unless it was loaded across several devices. It is neither trained nor saved. By default the
+            trainer copies the model, without adapters, before it prunes. The copy takes as much memory as the model.
 
     Raises:
         TypeError: `args` is not a `SparseTrainingArguments`.
         ValueError: the model has adapters already, and `peft_config` or `recovery="reconstruct"` is given; calibration
             is needed, and there is no training set or it has fewer samples than `calibration_samples`; distillation
-            has no teacher, or one that does not fit; the training is parallel by FSDP1. In `train`: the arguments ask
-            for another pruning than when the trainer was made; a trial of a hyperparameter search is to reconstruct.
-        RuntimeError: during training a weight lost a zero.
+            has no teacher, or one that does not fit; a `teacher` is given without `distillation`; distillation runs
+            with several GPUs in one process; the training is parallel by FSDP1.
     """
 
     args: SparseTrainingArguments
@@ -198,7 +198,7 @@ class SparseTrainer(Trainer):
 
     @property
     def pruning_report(self) -> PruningReport | None:
-        """The report of the last pruning, None if nothing was pruned yet."""
+        """The report of the last pruning. None if nothing was pruned yet."""
         if self.reconstruction_report is not None:
             return self.reconstruction_report.pruning
         return self._pruning.report if self._pruning else None
@@ -215,12 +215,16 @@ class SparseTrainer(Trainer):
             resume_from_checkpoint: True continues from the last checkpoint in `output_dir`, and a path from that
                 checkpoint. With `recovery="reconstruct"` it continues after the last finished region.
             trial: the trial of a hyperparameter search, as in `Trainer.train`.
-            ignore_keys_for_eval: as in `Trainer.train`.
+            ignore_keys_for_eval: keys of the model's outputs that evaluation does not gather, as in `Trainer.train`.
+
+        Returns:
+            The number of optimiser steps, the mean training loss and the metrics.
 
         Raises:
-            ValueError: the arguments ask for another pruning than when the trainer was made; a trial is given with
-                `recovery="reconstruct"`; the checkpoint belongs to a model with other masks, or does not exist.
-            RuntimeError: a weight lost a zero.
+            ValueError: before retraining, the arguments ask for another pruning than when the trainer was made; a
+                trial is given with `recovery="reconstruct"`; the checkpoint belongs to a model with other masks, or
+                does not exist. Pruning and reconstruction also raise the errors of `prune` and `reconstruct`.
+            RuntimeError: a weight lost a zero, or a callback stopped reconstruction before its last region.
         """
         if self.args.recovery == "reconstruct":
             if trial is not None:
@@ -240,7 +244,7 @@ class SparseTrainer(Trainer):
         return model
 
     def _prune_first(self, model: nn.Module) -> None:
-        # A resumed run prunes before it loads the checkpoint: the biases are then those that the first run measured.
+        # A resumed run prunes before it loads the checkpoint, so that it measures with the biases of the first run.
         if self._pruning and self._pruning.schedule is None and not self._pruning.has_pruned(model):
             self._pruning.prune(model, self.args.seed)
 
@@ -271,7 +275,7 @@ class SparseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of `Trainer`, in training combined with the loss of `distillation`."""
+        """Return the loss of `Trainer`. In training it is combined with the loss of `distillation`."""
         name, weight = self.args.distillation, self.args.distillation_weight
         if name is None or self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -285,7 +289,8 @@ class SparseTrainer(Trainer):
         if num_items_in_batch is None:
             loss = total / kept.sum().clamp_min(1)
         else:
-            # As for the task loss, the count is that of all accumulated batches, and may be that of all processes.
+            # `num_items_in_batch` counts the labels of all accumulated batches, and maybe of all processes, as for the
+            # task loss.
             shared = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = total * shared / num_items_in_batch
         loss = (1 - weight) * task_loss + weight * loss

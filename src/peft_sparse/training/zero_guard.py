@@ -1,4 +1,4 @@
-"""The zero guard: it keeps the zeros of the weights during training, in one process or in several that share them."""
+"""The zero guard: it keeps the zeros of the weights during training, in one process or in several processes."""
 
 import logging
 from functools import partial
@@ -33,7 +33,8 @@ from ..tuners import remember_proof
 
 logger = logging.getLogger(__name__)
 
-# How often each model was pruned. Guards compare the count, because the order of the callbacks is the caller's.
+# How many times each model was pruned. A guard compares the count, because it may be called before or after the
+# callback that prunes.
 _prunings: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
@@ -51,13 +52,13 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
 
     Weights that are trained directly, without an adapter, keep their zeros under any optimiser: this is full
     fine-tuning of a pruned model, "FullFT" in Zimmer et al. 2023, arXiv:2312.15230. The gradient becomes M ⊙ ∇W before
-    it is clipped. After each optimiser step, W becomes M ⊙ W; this matters for optimisers that combine several
-    entries, such as Muon. The optimiser's state for pruned entries, such as the momentum, is set to zero when training
-    begins, and stays zero. If a `PruningCallback` prunes during training, the guard stores the new masks.
+    it is clipped. After each optimiser step, W becomes M ⊙ W. Optimisers that combine several entries, such as Muon,
+    need this. The optimiser's state for pruned entries, such as the momentum, is set to zero when training begins, and
+    stays zero. If a `PruningCallback` prunes during training, the guard stores the new masks.
 
     If FSDP2 or ZeRO-3 shard the weights, each process stores the mask of its own part. DeepSpeed's optimisers update
-    copies of the weights. The zeros of the copies stay because gradients and momenta are zero there, so that the
-    optimiser must treat each entry by itself.
+    copies of the weights. The callback does not write zeros into these copies after a step: they stay zero because
+    gradients and momenta are zero there. With DeepSpeed the optimiser must therefore update each entry on its own.
 
     If LoRA is attached to a pruned weight, the callback logs a warning: training keeps the zeros of the base weight,
     and merging fills them.
@@ -67,19 +68,19 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
     Args:
         target_modules: the layers to guard, as names, name endings or a regular expression, as in PEFT. The default is
             every linear layer and every fused expert inside the blocks.
-        exclude_modules: layers not to guard, as in PEFT.
+        exclude_modules: the layers not to guard, in the same form.
 
     Raises:
-        ValueError: when training begins: the run is resumed from a checkpoint whose masks differ from the model's; the
-            model is sharded by FSDP1.
-        RuntimeError: when training ends: a weight lost a zero.
+        ValueError: when training begins, if the run is resumed from a checkpoint whose masks differ from the model's,
+            or if the model is sharded by FSDP1.
+        RuntimeError: when training ends, if a weight lost a zero.
     """
 
     def __init__(self, target_modules: Targets = None, exclude_modules: Targets = None) -> None:
         self.target_modules = target_modules
         self.exclude_modules = exclude_modules
         self.weights: dict[str, WeightView] = {}
-        # One parameter may store several weights, those of fused experts: the key is the first weight's name.
+        # One parameter may store several weights, those of fused experts. The key is the name of the first of them.
         self.parameters: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
         self.pruned: list[str] = []
@@ -92,7 +93,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint stores of this callback: its arguments and the fingerprints of the masks."""
         targets = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
-        # One process alone calls this, and gathering needs all: fingerprints of shards were computed in `on_step_end`.
+        # Only one process calls this, but gathering shards needs all. `on_step_end` has computed their fingerprints.
         found = self.fingerprints if self._sharded() else self.fingerprints | self._changed()
         return {"args": targets, "attributes": {"fingerprints": found}}
 
@@ -157,7 +158,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         )
 
     def _culprit(self, name: str) -> str:
-        """Return the first weight that lost zeros, among those that share the parameter of `name`."""
+        """Return the name of the first weight that lost zeros, among those stored in the parameter of `name`."""
         parameter = self.parameters[name]
         if is_sharded(parameter):
             return name
@@ -170,7 +171,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         return share(self._counts().values())
 
     def _remember(self, optimizer: Optimizer | None) -> None:
-        """Store the masks that the weights have now, and begin to keep them."""
+        """Store the masks that the weights have now, and register the hooks that keep them."""
         self._forget_hooks()
         self._followed = self._pruned()
         if self._model is not None:
@@ -191,7 +192,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         }
         for parameter in self.trained.values():
             frozen = not parameter.requires_grad
-            # PyTorch registers a hook only while a gradient is required, and keeps it afterwards.
+            # PyTorch refuses a hook on a frozen parameter, but keeps it if the parameter is frozen afterwards.
             self._hooks.append(keep_gradients_masked(parameter.requires_grad_(True)))
             parameter.requires_grad_(not frozen)
             _clear_state(optimizer, parameter)
@@ -238,7 +239,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
 
 
 def _lost(mask: Tensor, kept: Tensor) -> Tensor:
-    # The block may be on another device than when the mask was stored.
+    # The weight may have moved to another device after its mask was stored.
     return (mask & ~kept.to(mask.device)).any()
 
 
@@ -259,9 +260,9 @@ def _fingerprints(weights: dict[str, WeightView]) -> dict[str, str]:
 
 
 def keep_gradients_masked(parameter: Tensor) -> RemovableHandle:
-    """Set each later gradient of `parameter` to zero where the parameter is zero."""
+    """Set each later gradient of `parameter` to zero where the parameter is zero, by a hook that is returned."""
     if isinstance(parameter, DTensor):
-        # Autograd computes the gradient of the gathered weight. FSDP sets the shard's gradient and calls this hook.
+        # Autograd computes the gradient of the gathered weight. FSDP sets the shard's gradient, then calls the hook.
         return parameter.register_post_accumulate_grad_hook(_mask_gradient)
     return parameter.register_hook(partial(_masked, parameter))
 
@@ -271,6 +272,7 @@ def put_zeros_back(parameter: Tensor, kept: Tensor) -> None:
     """Set the pruned entries of this process's part of `parameter` to zero. In place.
 
     Args:
+        parameter: the parameter, which may be sharded.
         kept: the packed mask of this process's part.
     """
     part = own_part(parameter)
@@ -294,7 +296,8 @@ def _clear_state(optimizer: Optimizer | None, parameter: Tensor) -> None:
         for part, value in deepspeed_copies(parameter, optimizer):
             mask_(value, part.to(value.dtype))
     for value in {} if optimizer is None else optimizer.state.get(parameter, {}).values():
-        # Factored state has no entry per weight. In quantised state a zero may not be stored as 0.
+        # Only states with one number per entry are changed: factored states have fewer, and quantised states may not
+        # store zero as 0.
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
             own_part(value).masked_fill_(~mask_of(own_part(parameter)), 0)
 
