@@ -231,3 +231,13 @@ def test_what_refinement_and_update_measure_is_counted(llama):
     assert magnitude.flops > wanda.flops
     with pytest.raises(ValueError, match="its mask cannot be refined afterwards"):
         plan_pruning(llama, 0.5, criterion="sparsegpt", refinement="swap", **SPEED)
+
+
+def test_an_allocation_that_measures_is_planned_with_its_pass(llama):
+    options = {"sequences": 6, "length": 12} | SPEED
+    plain, measured = (plan_pruning(llama, 0.5, allocation=name, **options) for name in ("erk", "owl"))
+    calibrated = plan_pruning(llama, 0.5, criterion="wanda", **options)
+    assert (plain.activation_bytes, plain.statistics_bytes) == (0, 0)
+    assert measured.activation_bytes == calibrated.activation_bytes
+    assert measured.statistics_bytes == calibrated.statistics_bytes
+    assert measured.flops == calibrated.flops / 2

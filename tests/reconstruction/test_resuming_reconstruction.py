@@ -194,24 +194,29 @@ def test_a_run_on_other_data_or_another_model_is_not_resumed(state, tmp_path):
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-SHARED = {"tuner": LORA, "mode": "DD", "criterion": "wanda", "allocation": "owl"}
+SHARED = {
+    "llama": {"tuner": LORA, "mode": "DD", "criterion": "wanda", "allocation": "owl"},
+    # The regions of the encoder are left out, and those of the decoder keep their numbers.
+    "bart": {"mode": "DD", "region": "block", "target_modules": r".*decoder\.layers.*(fc1|fc2)"},
+}
 
 
-def run_as_one_of_many(folder):
+def run_as_one_of_many(folder, family):
     """Reconstruct as one process of those that torchrun started, and save what came of it."""
-    state, model = PartialState(cpu=True), lively("llama")
+    state, model = PartialState(cpu=True), lively(family)
     told = Told()
-    report = rebuild(model, calibration_of("llama"), state_dir=Path(folder) / "state", observer=told, **SHARED)
+    report = rebuild(model, calibration_of(family), state_dir=Path(folder) / "state", observer=told, **SHARED[family])
     said = {"weights": model.state_dict(), "regions": report.regions, "pruning": report.pruning.weights}
     said["told"] = [region.name for region in told.regions]
     torch.save(said, Path(folder) / f"{state.process_index}.pt")
 
 
 @pytest.mark.slow
-def test_processes_share_out_the_regions_of_mode_dd(tmp_path):
-    in_two_processes(tmp_path, __file__, f"run_as_one_of_many({str(tmp_path)!r})")
-    model = lively("llama")
-    report = rebuild(model, calibration_of("llama"), **SHARED)
+@pytest.mark.parametrize("family", SHARED)
+def test_processes_share_out_the_regions_of_mode_dd(family, tmp_path):
+    in_two_processes(tmp_path, __file__, f"run_as_one_of_many({str(tmp_path)!r}, {family!r})")
+    model = lively(family)
+    report = rebuild(model, calibration_of(family), **SHARED[family])
     for process in range(2):
         found = torch.load(tmp_path / f"{process}.pt", weights_only=False)
         for name, value in model.state_dict().items():

@@ -171,11 +171,13 @@ def plan_pruning(
     blocks = task.blocks
     per_block = {name: _bytes(block) for name, block in blocks.items()}
     total, inside = _bytes(model), sum(per_block.values())
-    calibrated = bool(task.needs)
+    # Without other statistics, an allocation such as OWL measures its own, in a pass of its own.
+    needs = task.needs or _allocation_needs(task)
+    calibrated = bool(needs)
     item = next(model.parameters()).element_size()
     tokens = sequences * length
     batches = batch_tokens(sequences, length, batch_size)
-    measured = [measured_bytes(task.inside(name), task.needs, batches, item) for name in blocks if calibrated]
+    measured = [measured_bytes(task.inside(name), needs, batches, item) for name in blocks if calibrated]
     selecting = max(selecting_bytes(weight, task, task.patterns[name]) for name, weight in task.weights.items())
     flops = _flops(model, task, tokens, length)
     speed = flops_per_second or _measured_speed()
@@ -238,15 +240,16 @@ def selecting_bytes(weight: WeightView, task: PruningTask, pattern: Pattern) -> 
 
 
 def _flops(model: nn.Module, task: PruningTask, tokens: int, length: int) -> float:
-    """Return the number of operations of two passes through the blocks, and of statistics, gradients and solvers."""
-    if not task.needs:
+    """Return the number of operations of all passes through the blocks, and of statistics, gradients and solvers."""
+    passes = 2 * bool(task.needs) + bool(_allocation_needs(task))
+    if not passes:
         return 10.0 * sum(rows * columns for rows, columns in _shapes(task))
     share = active_experts(model)
     # Not only the pruned weights, because calibration runs whole blocks.
     multiplied = sum(w.matrix().numel() * (1 if w.expert is None else share) for w in prunable_weights(model).values())
     attention = len(find_blocks(model)) * length * hidden_size(model)
     forward = 2.0 * tokens * (multiplied + attention)
-    flops = 2 * forward
+    flops = passes * forward
     if "gradients" in task.needs:
         flops += 3 * forward
     if "hessian" in task.needs:
@@ -260,6 +263,10 @@ def _flops(model: nn.Module, task: PruningTask, tokens: int, length: int) -> flo
             solver = columns**3 / 3 + rows * columns**2 if "hessian" in task.rule.needs else 0
             flops += seen * columns**2 + solver + products * rows * columns**2
     return flops
+
+
+def _allocation_needs(task: PruningTask) -> tuple[Need, ...]:
+    return () if task.allocation is None or isinstance(task.allocation, Mapping) else task.allocation.needs
 
 
 def _gradient_bytes(task: PruningTask) -> int:

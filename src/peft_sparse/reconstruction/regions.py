@@ -65,16 +65,15 @@ def regions_in(stack: dict[str, nn.Module], size: RegionSize) -> int:
     return sum(2 if all(attention_and_mlp(block)) else 1 for block in stack.values())
 
 
-def regions_of_blocks(blocks: dict[str, nn.Module], first: int, label: str | None = None) -> list[Region]:
+def regions_of_blocks(blocks: dict[str, nn.Module], first: int) -> list[Region]:
     """Return a list with the one region that consists of `blocks`.
 
     Args:
         blocks: the blocks, by name.
         first: index of the first block in its stack.
-        label: name of the region. By default it is made from the names of the blocks.
     """
     names = list(blocks)
-    name = label or (names[0] if len(names) == 1 else f"{names[0]} .. {names[-1].rpartition('.')[2]}")
+    name = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1].rpartition('.')[2]}"
     parameters = {key: value for n, block in blocks.items() for key, value in _parameters(n, block).items()}
     return [Region(name, first, blocks, parameters=parameters)]
 

@@ -82,8 +82,8 @@ class Reconstruction:
         reports: the reports of finished regions, by number of the region.
         reported: the numbers of the regions that were reported to `observer`.
         count: number of the next region.
-        regions: all regions, if processes share them. Otherwise a region is not held, so that a streamed model can
-            drop its weights.
+        regions: all regions by number, if processes share them. Otherwise a region is not held, so that a streamed
+            model can drop its weights.
         on_step: called after each optimiser step.
     """
 
@@ -100,7 +100,7 @@ class Reconstruction:
     reports: dict[int, list[RegionReport]] = field(default_factory=dict)
     reported: set[int] = field(default_factory=set)
     count: int = 0
-    regions: list[Region] = field(default_factory=list)
+    regions: dict[int, Region] = field(default_factory=dict)
     on_step: Callable[[Step], None] | None = None
 
     def run(self, inputs: list[dict[str, Any]], after_block: Callable[[str], None] | None = None) -> None:
@@ -193,7 +193,7 @@ class Reconstruction:
         for region, teacher in zip(regions, dense, strict=True):
             number, self.count = self.count, self.count + 1
             if self._shared:
-                self.regions.append(region)
+                self.regions[number] = region
             weights = {name: weight for name, weight in self.task.weights.items() if region.holds(weight.storage)}
             targets = Targets(self.activations, window.device)
             as_read = self.progress.of_region(region.parameters)
@@ -354,7 +354,7 @@ class Reconstruction:
             for number in self.reports
         }
         everything = dict(gather_object(list(mine.items())))
-        for number, region in enumerate(self.regions):
+        for number, region in self.regions.items():
             for parameter in region.parameters.values():
                 # A communication backend sends only tensors on its own kind of device.
                 value = parameter.data.to(state.device)
