@@ -36,8 +36,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_sparse import environment, prune, sample_sequences
 from peft_sparse.pruning.least_squares import masked_least_squares
 from peft_sparse.pruning.patterns import Pattern, SemiStructured, Unstructured, select
-from peft_sparse.pruning.refinement import swap
 from peft_sparse.pruning.sparsegpt import sparsegpt
+from peft_sparse.pruning.swap import swap
 
 from common import DEVICE, parser, python_documents, seconds_of, smollm2_dir, write_json
 

@@ -46,3 +46,12 @@ def test_the_commands_in_the_readme_exist():
     assert "python3 make.py test" in text
     assert "python3 make.py test" in (ROOT / ".ci" / "run").read_text()
     assert torch.__version__.split("+")[0] in (ROOT / "constraints.txt").read_text()
+
+
+def test_the_way_of_a_weight_names_every_file_once():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    way = text[text.index("1. `pruning/prune.py`") : text.index("## To add")]
+    named = re.findall(r"`(\w+/\w+\.py)`", way)
+    package = ROOT / "src" / "peft_sparse"
+    files = [path for folder in ("model", "calibration", "pruning") for path in (package / folder).glob("[a-z]*.py")]
+    assert sorted(named) == sorted(str(path.relative_to(package)) for path in files)

@@ -17,12 +17,13 @@ from .planning import plan_pruning, plan_reconstruction, plan_training
 from .pruning.allocation import ERK, LAMP, OWL, GlobalMagnitude, Uniform, UniformPlus
 from .pruning.checkpoint import prune_checkpoint
 from .pruning.criteria import GBLM, RIA, Criterion, Magnitude, Random, Wanda
+from .pruning.dsnot import DSnoT
 from .pruning.least_squares import LeastSquares
 from .pruning.patterns import SemiStructured, Unstructured
 from .pruning.prune import prune, sparsity
-from .pruning.refinement import DSnoT, Swap
 from .pruning.report import PruningReport
 from .pruning.sparsegpt import SparseGPT
+from .pruning.swap import Swap
 from .reconstruction import (
     Fit,
     ReconstructionObserver,

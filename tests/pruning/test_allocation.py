@@ -9,7 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.model.weights import WeightView
-from peft_sparse.pruning.allocation import ALLOCATIONS, OWL, Budget, allocate, apportion
+from peft_sparse.pruning.allocation import ALLOCATIONS, OWL, allocate
+from peft_sparse.pruning.budget import Budget, apportion
 from peft_sparse.pruning.patterns import SemiStructured, number_to_prune, select_across
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_sparse import Criterion, prune, prune_checkpoint, reconstruct_checkpoint, sparsity
 from peft_sparse.model.blocks import find_blocks
-from peft_sparse.pruning import checkpoint as streaming
+from peft_sparse.pruning import checkpoint, streamed_model
 from peft_sparse.reconstruction import Fit
 
 from checks import assert_same_weights, named
@@ -214,13 +214,13 @@ def test_the_index_tells_every_tensor_and_their_size(llama, tmp_path):
 @pytest.fixture
 def emptied(monkeypatch):
     """The models that the streaming makes."""
-    models, make = [], streaming.empty_model
+    models, make = [], streamed_model.empty_model
 
     def spy(config):
         models.append(make(config))
         return models[-1]
 
-    monkeypatch.setattr(streaming, "empty_model", spy)
+    monkeypatch.setattr(streamed_model, "empty_model", spy)
     return models
 
 
@@ -232,7 +232,7 @@ def loaded_blocks(model):
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_never_more_than_one_block_is_in_memory(family, calibrated, emptied, tmp_path, monkeypatch):
     source = saved(tiny(family), tmp_path / "source")
-    moments, read = [], streaming.StreamedModel.read
+    moments, read = [], streamed_model.StreamedModel.read
     tensors: list[weakref.ref] = []
 
     def note():
@@ -246,7 +246,7 @@ def test_never_more_than_one_block_is_in_memory(family, calibrated, emptied, tmp
 
     def reads(self, part):
         found = read(self, part)
-        if part != streaming.OUTSIDE:
+        if part != streamed_model.OUTSIDE:
             assert loaded_blocks(self.model) == []
             tensors.extend(map(weakref.ref, found.values()))
         return found
@@ -255,7 +255,7 @@ def test_never_more_than_one_block_is_in_memory(family, calibrated, emptied, tmp
         note()
         return weight.abs()
 
-    monkeypatch.setattr(streaming.StreamedModel, "read", reads)
+    monkeypatch.setattr(streamed_model.StreamedModel, "read", reads)
     calibration = calibration_of(family) if calibrated else None
     forward = torch.nn.Linear.forward
 
@@ -272,7 +272,7 @@ def test_never_more_than_one_block_is_in_memory(family, calibrated, emptied, tmp
 @pytest.mark.parametrize("options", [{"region": "submodule"}, {"region": 2}, {"mode": "DD"}, {"mode": "SD"}])
 def test_reconstruction_drops_its_windows_on_the_way(options, tmp_path, monkeypatch):
     source = saved(tiny("llama"), tmp_path / "source")
-    load, weights = streaming.StreamedModel.load, []
+    load, weights = streamed_model.StreamedModel.load, []
     window = options["region"] if isinstance(options.get("region"), int) else 1
 
     def loads(self, part):
@@ -280,10 +280,10 @@ def test_reconstruction_drops_its_windows_on_the_way(options, tmp_path, monkeypa
         alive = {block for block, weight in weights if weight() is not None}
         assert len(alive - {part}) < window, f"{alive} are in memory while {part} is loaded"
         load(self, part)
-        if part != streaming.OUTSIDE:
+        if part != streamed_model.OUTSIDE:
             weights.extend((part, weakref.ref(weight)) for weight in self.blocks[part].parameters())
 
-    monkeypatch.setattr(streaming.StreamedModel, "load", loads)
+    monkeypatch.setattr(streamed_model.StreamedModel, "load", loads)
     fit = Fit(max_steps=1)
     calibration = calibration_of("llama")
     reconstruct_checkpoint(source, tmp_path / "sparse", 0.5, calibration, criterion="wanda", fit=fit, **options)
@@ -422,7 +422,7 @@ def test_a_sparsity_is_divided_as_if_the_model_were_loaded(family, allocation, t
 def test_weights_are_in_memory_one_at_a_time_while_the_sparsity_is_divided(tmp_path, monkeypatch):
     source = saved(tiny("mixtral"), tmp_path / "source")
     held, read = [], []
-    plain = streaming.set_module_tensor_to_device
+    plain = streamed_model.set_module_tensor_to_device
 
     def recorded(model, name, device, **options):
         plain(model, name, device, **options)
@@ -430,8 +430,8 @@ def test_weights_are_in_memory_one_at_a_time_while_the_sparsity_is_divided(tmp_p
             read.append(name) if device != "meta" else None
             held.append(sum(not p.is_meta for n, p in model.named_parameters() if "layers" in n))
 
-    monkeypatch.setattr(streaming, "set_module_tensor_to_device", recorded)
-    monkeypatch.setattr(streaming, "prune_blocks", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(streamed_model, "set_module_tensor_to_device", recorded)
+    monkeypatch.setattr(checkpoint, "prune_blocks", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prune_checkpoint(source, tmp_path / "pruned", 0.5, allocation="global")
     assert max(held) == 1

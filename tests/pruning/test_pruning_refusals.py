@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from peft_sparse import Criterion, Magnitude, SparseGPT, plan_pruning, prune, prune_checkpoint
 from peft_sparse.model.weights import WeightView
-from peft_sparse.pruning import checkpoint as streaming
+from peft_sparse.pruning import streamed_model
 from peft_sparse.pruning.allocation import allocate
 from peft_sparse.pruning.choices import chosen
 from peft_sparse.pruning.criteria import CRITERIA
@@ -37,7 +37,7 @@ def streamed(model=None, edit=None, original=False, **options):
 
 
 def streamed_by_two():
-    with mock.patch.object(streaming, "PartialState", return_value=SimpleNamespace(num_processes=2)):
+    with mock.patch.object(streamed_model, "PartialState", return_value=SimpleNamespace(num_processes=2)):
         streamed()
 
 

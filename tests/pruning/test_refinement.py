@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 from peft_sparse.calibration.statistics import Statistics
 from peft_sparse.pruning.criteria import Wanda
+from peft_sparse.pruning.dsnot import DSnoT, dsnot
 from peft_sparse.pruning.patterns import SemiStructured, Unstructured, select
-from peft_sparse.pruning.refinement import REFINEMENTS, DSnoT, Swap, dsnot, find_refinement, row_error, swap
+from peft_sparse.pruning.refinement import REFINEMENTS, find_refinement
+from peft_sparse.pruning.rows import row_error
+from peft_sparse.pruning.swap import Swap, swap
 
 
 PATTERNS = [
@@ -207,7 +210,7 @@ def test_rows_do_not_depend_on_their_chunk(monkeypatch):
         swapped, swaps = swap(W, mask, statistics.hessian, pattern, candidates=3)
         edited = dsnot(W, mask, statistics, pattern)
         with monkeypatch.context() as patch:
-            patch.setattr("peft_sparse.pruning.refinement._CHUNK", 160)
+            patch.setattr("peft_sparse.pruning.rows._CHUNK", 160)
             again, swaps_again = swap(W, mask, statistics.hessian, pattern, candidates=3)
             assert torch.equal(again, swapped)
             assert torch.equal(swaps_again, swaps)

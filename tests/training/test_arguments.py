@@ -9,8 +9,8 @@ from peft_sparse import SparseTrainer, SparseTrainingArguments
 from peft_sparse.pruning.allocation import OWL
 from peft_sparse.pruning.criteria import Wanda
 from peft_sparse.pruning.least_squares import LeastSquares
-from peft_sparse.pruning.refinement import Swap
 from peft_sparse.pruning.sparsegpt import SparseGPT
+from peft_sparse.pruning.swap import Swap
 
 from conftest import Samples, tiny
 from trainers import arguments

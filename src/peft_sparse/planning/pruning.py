@@ -14,12 +14,16 @@ from ..calibration.text import SEQUENCE_LENGTH
 from ..model.blocks import Targets, active_experts, find_blocks, hidden_size, prunable_weights
 from ..model.weights import WeightView
 from ..pruning.allocation import Allocation
-from ..pruning.checkpoint import empty_model
+from ..pruning.by_name import PatternLike
 from ..pruning.criteria import CriterionLike
+from ..pruning.dsnot import DSnoT
 from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import Group, Pattern, SemiStructured
-from ..pruning.refinement import DSnoT, Refinement, Swap, rows_of_chunk
-from ..pruning.task import PatternLike, PruningTask
+from ..pruning.refinement import Refinement
+from ..pruning.rows import rows_of_chunk
+from ..pruning.streamed_model import empty_model
+from ..pruning.swap import Swap
+from ..pruning.task import PruningTask
 from .simulation import GIB, Described
 
 

@@ -20,11 +20,12 @@ from ..model.blocks import Targets, attention_and_mlp, find_stacks
 from ..model.masks import mask_of
 from ..model.weights import WeightView
 from ..pruning.allocation import Allocation
+from ..pruning.by_name import PatternLike
 from ..pruning.criteria import CriterionLike
 from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
-from ..pruning.task import PatternLike, PruningTask
+from ..pruning.task import PruningTask
 from ..reconstruction.checks import checked_task
 from ..reconstruction.fitting import Fit, trainable
 from ..reconstruction.regions import Region, RegionSize, regions_by_names

@@ -12,11 +12,13 @@ from ..calibration.measure import measured_blocks
 from ..calibration.runner import Residence
 from ..model.blocks import block_of
 from ..model.weights import WeightView
-from .allocation import OWL, Budget, Reading, allocate, in_memory
+from .allocation import OWL, allocate
+from .budget import Budget, Reading, in_memory
+from .by_name import values_by_name
 from .one_weight import scores_of
 from .patterns import Pattern, SemiStructured, Unstructured, select_across
 from .sparsegpt import SparseGPT
-from .task import PruningTask, values_by_name
+from .task import PruningTask
 
 
 def allocated_patterns(

@@ -19,13 +19,14 @@ from ..model.processes import working_together
 from ..model.weights import check_finite, share, zero_counts
 from .all_weights import allocated_patterns, prune_across
 from .allocation import Allocation
+from .by_name import PatternLike
 from .criteria import CriterionLike
 from .least_squares import LeastSquares
 from .one_weight import noting, prune_weights
 from .patterns import Group
 from .refinement import Refinement
 from .report import PruningReport
-from .task import PatternLike, PruningTask, check_calibration, count_sequences
+from .task import PruningTask, check_calibration, count_sequences
 
 
 def prune(

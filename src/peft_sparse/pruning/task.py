@@ -1,10 +1,9 @@
 """The task of one pruning run: what is pruned and how, checked against the model before anything is changed."""
 
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -16,16 +15,13 @@ from ..model.blocks import Targets, base_layer, base_model, block_of, find_block
 from ..model.environment import peak_memory
 from ..model.weights import WeightView, share, to_host, zero_counts
 from .allocation import OWL, Allocation, find_allocation
+from .by_name import PatternLike, one_pattern, patterns_by_name, spelled_pattern
 from .criteria import CriterionLike, ScoringCriterion, find_criterion
 from .least_squares import LeastSquares, find_update
-from .patterns import GROUPS, Group, Pattern, SemiStructured, Unstructured, number_to_prune, parse_pattern
+from .patterns import GROUPS, Group, Pattern, SemiStructured, Unstructured, number_to_prune
 from .refinement import Refinement, find_refinement
 from .report import PruningReport, WeightReport
 from .sparsegpt import SparseGPT
-
-
-PatternLike = float | str | Pattern
-Value = TypeVar("Value")
 
 
 @dataclass
@@ -108,7 +104,7 @@ class PruningTask:
         task = cls(
             criterion=name,
             rule=rule,
-            pattern=_spelled(pattern),
+            pattern=spelled_pattern(pattern),
             patterns=patterns,
             group=_chosen_group(group, patterns, name, rule, per_layer=isinstance(pattern, Mapping)),
             weights=weights,
@@ -197,71 +193,6 @@ class PruningTask:
             )
 
 
-def one_pattern(
-    pattern: PatternLike | Mapping[str, PatternLike] | None, sparsity: float | None
-) -> PatternLike | Mapping[str, PatternLike]:
-    """Return the one of `pattern` and `sparsity` that is given.
-
-    Raises:
-        ValueError: both or neither are given.
-    """
-    if (pattern is None) == (sparsity is None):
-        both = "neither" if pattern is None else f"pattern={pattern!r} and sparsity={sparsity!r}"
-        raise ValueError(f'Expected one of `pattern`, such as 0.5 or "2:4", and `sparsity`, such as 0.5; got {both}.')
-    return Unstructured(float(sparsity)) if sparsity is not None else pattern  # type: ignore[return-value]
-
-
-def patterns_by_name(
-    pattern: PatternLike | Mapping[str, PatternLike], weights: dict[str, WeightView]
-) -> dict[str, Pattern]:
-    """Return the pattern of each weight, by name. The keys of a mapping match as `rank_pattern` does in PEFT.
-
-    Raises:
-        ValueError: a key matches no weight or is no regular expression, the mapping is empty, or a pattern is invalid.
-    """
-    if not isinstance(pattern, Mapping):
-        return dict.fromkeys(weights, parse_pattern(pattern))
-    return values_by_name({key: parse_pattern(value) for key, value in pattern.items()}, weights, "pattern")
-
-
-def values_by_name(values: Mapping[str, Value], weights: Mapping[str, WeightView], argument: str) -> dict[str, Value]:
-    """Return a value for each of `weights` whose name a key matches. The first matching key counts, as in PEFT.
-
-    Raises:
-        ValueError: see `patterns_by_name`. The message names `argument`.
-    """
-    if not values:
-        raise ValueError(f"`{argument}` is an empty dict, which prunes nothing. Give at least one layer.")
-    keys = {key: _compiled(key, argument) for key in values}
-    chosen: dict[str, Value] = {}
-    used: set[str] = set()
-    # One key is enough for all experts of a parameter.
-    shared = {name: name if weight.expert is None else name.rpartition(".")[0] for name, weight in weights.items()}
-    for name in weights:
-        for key, expression in keys.items():
-            if expression.fullmatch(name) or expression.fullmatch(shared[name]):
-                chosen[name] = values[key]
-                used.add(key)
-                break
-    if idle := [key for key in keys if key not in used]:
-        endings = list(dict.fromkeys(name.rpartition(".")[2] for name in shared.values()))[:8]
-        raise ValueError(
-            f"{idle[0]!r} in `{argument}` matches no weight, or only weights that an earlier key matches. Keys are "
-            f"names, name endings or regular expressions for the whole name; weights here end in {', '.join(endings)}."
-        )
-    return chosen
-
-
-def _compiled(key: str, argument: str) -> re.Pattern[str]:
-    try:
-        return re.compile(rf"(.*\.)?({key})")
-    except re.error as error:
-        raise ValueError(
-            f"{key!r} in `{argument}` is no regular expression ({error}). Write '.*' for any characters. A name or "
-            "name ending needs no special characters."
-        ) from None
-
-
 def check_calibration(task: PruningTask, calibration: Calibration | None) -> None:
     """Raise ValueError if calibration is needed and missing, or cannot measure one of the weights."""
     if calibration is None:
@@ -288,12 +219,6 @@ def check_calibration(task: PruningTask, calibration: Calibration | None) -> Non
 def count_sequences(inputs: list[dict[str, Any]]) -> int:
     """Return how many sequences model inputs hold."""
     return sum(map(sequences_in, inputs))
-
-
-def _spelled(pattern: PatternLike | Mapping[str, PatternLike]) -> str:
-    if isinstance(pattern, Mapping):
-        return ", ".join(f"{key}: {parse_pattern(value)}" for key, value in pattern.items())
-    return str(parse_pattern(pattern))
 
 
 def _chosen_group(

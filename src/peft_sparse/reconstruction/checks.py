@@ -11,7 +11,8 @@ from torch import nn
 
 from ..calibration.activations import Activations, check_activations
 from ..model.blocks import find_blocks
-from ..pruning.task import PatternLike, PruningTask
+from ..pruning.by_name import PatternLike
+from ..pruning.task import PruningTask
 from .fitting import Fit, adapted_weights
 from .regions import RegionSize
 

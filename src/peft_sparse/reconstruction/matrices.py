@@ -12,7 +12,7 @@ from ..model.masks import mask_of
 from ..model.weights import WeightView
 from ..pruning.least_squares import LeastSquares
 from ..pruning.one_weight import prune_weights
-from ..pruning.refinement import row_error
+from ..pruning.rows import row_error
 from ..pruning.task import PruningTask
 from .report import RegionReport
 

@@ -17,13 +17,15 @@ from ..model.blocks import Targets
 from ..model.processes import working_together
 from ..model.weights import check_finite
 from ..pruning.all_weights import allocated_patterns
-from ..pruning.allocation import Allocation, in_memory
-from ..pruning.checkpoint import StreamedModel
+from ..pruning.allocation import Allocation
+from ..pruning.budget import in_memory
+from ..pruning.by_name import PatternLike
 from ..pruning.criteria import CriterionLike
 from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
-from ..pruning.task import PatternLike, PruningTask, check_calibration, count_sequences
+from ..pruning.streamed_model import StreamedModel
+from ..pruning.task import PruningTask, check_calibration, count_sequences
 from .checks import Mode, checked_task, spelled
 from .fitting import Fit
 from .observer import ReconstructionObserver

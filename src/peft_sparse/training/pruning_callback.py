@@ -26,13 +26,13 @@ from ..model.masks import mask_of
 from ..model.sharding import has_shards, uses_deepspeed, whole
 from ..model.weights import WeightView, to_host
 from ..pruning.allocation import Allocation
+from ..pruning.by_name import PatternLike, one_pattern
 from ..pruning.criteria import CriterionLike
 from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import Group, Unstructured, parse_pattern
 from ..pruning.prune import prune
 from ..pruning.refinement import Refinement
 from ..pruning.report import PruningReport
-from ..pruning.task import PatternLike, one_pattern
 from ..tuners.layer import SparseLoraLayer
 from .learning_rates import RetrainingSchedule, norm_drop
 from .pruning_schedules import PruningSchedule
