@@ -75,9 +75,9 @@ def prune_checkpoint(
         refinement: "dsnot" or "swap", or a value such as `Swap(max_swaps=100)`: exchange pruned entries for kept ones
             after the criterion has selected.
         update: True, or a `LeastSquares` with its numbers: set the kept weights to the solution of a regularised
-            least-squares problem, see `masked_least_squares`.
+            least-squares problem, see `LeastSquares`.
         target_modules: which layers are pruned: a list of names or name endings, or a regular expression for the whole
-            name, as in PEFT. By default every linear layer and every fused expert inside the blocks.
+            name, as in PEFT. By default every linear or convolution layer and fused expert inside the blocks.
         exclude_modules: which layers are not pruned, in the same form.
         prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
         batch_size: how many sequences of a tensor of token ids run together.

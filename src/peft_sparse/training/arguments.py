@@ -65,8 +65,8 @@ class SparseTrainingArguments(TrainingArguments):
             selected. Default False.
         update_options: the numbers of the least squares, as a dict or JSON, such as `{"damping": 0.1}`: the fields of
             `LeastSquares`. Default None: the defaults of `LeastSquares`.
-        target_modules: names or name endings of the layers to prune and to guard. Default None: every linear layer and
-            every fused expert inside the blocks.
+        target_modules: names or name endings of the layers to prune and to guard. Default None: every linear or
+            convolution layer and fused expert inside the blocks.
         exclude_modules: names or name endings of layers not to prune and not to guard. Default None.
         calibration_samples: how many samples of the training set, from the first on, calibration uses. It is needed by
             criteria, allocations, refinements and updates that measure the model, and by reconstruction. Default 128.

@@ -67,7 +67,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
 
     Args:
         target_modules: the layers to guard, as names, name endings or a regular expression, as in PEFT. The default is
-            every linear layer and every fused expert inside the blocks.
+            every linear or convolution layer and fused expert inside the blocks.
         exclude_modules: the layers not to guard, in the same form.
 
     Raises:
