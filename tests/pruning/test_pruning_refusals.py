@@ -76,6 +76,11 @@ REFUSALS = [
     (lambda: parse_pattern(float("nan")), ValueError, r"must be in \[0, 1\), got nan"),
     (lambda: SemiStructured(5, 4), ValueError, "needs 1 <= n <= m, got 5:4. Use 2:4"),
     (lambda: parse_pattern("0:4"), ValueError, "needs 1 <= n <= m, got 0:4"),
+    (
+        lambda: prune(llama(), TOKENS),
+        TypeError,
+        "A pattern is a sparsity .* type Tensor. The order of the first arguments",
+    ),
     (lambda: parse_pattern("half"), ValueError, "A pattern is a sparsity such as 0.5 .* got 'half'"),
     (
         lambda: find_refinement("swaps"),

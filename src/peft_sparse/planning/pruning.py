@@ -151,7 +151,7 @@ def plan_pruning(
         A plan with the memory of each part, the peak and the time.
 
     Raises:
-        TypeError: `update` is neither a bool nor a `LeastSquares`.
+        TypeError: `pattern` or `update` has another type than these.
         ValueError: an argument is invalid, or does not go with another one; a target is tied to an embedding; n:m does
             not divide the inputs; the configuration does not name exactly one class of transformers.
     """

@@ -166,7 +166,7 @@ def plan_reconstruction(
         A plan with the memory of each part, and the peaks.
 
     Raises:
-        TypeError: `update` is neither a bool nor a `LeastSquares`.
+        TypeError: `pattern` or `update` has another type than these.
         ValueError: an argument is invalid, or does not go with another one; the configuration does not name exactly
             one class of transformers; the model has adapters or quantised parameters, or cannot be run without values.
     """

@@ -60,7 +60,7 @@ def find_update(update: bool | LeastSquares) -> LeastSquares | None:
     """Return the value that `update` stands for: True is `LeastSquares()`, False is None.
 
     Raises:
-        TypeError: `update` is neither a bool nor a `LeastSquares`.
+        TypeError: `pattern` or `update` has another type than these.
     """
     if isinstance(update, LeastSquares):
         return update

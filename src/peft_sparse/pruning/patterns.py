@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -83,16 +84,22 @@ def parse_pattern(pattern: float | str | Pattern) -> Pattern:
     """Return the pattern that a sparsity (0.5 or "0.5"), an "n:m", or a pattern itself stands for.
 
     Raises:
+        TypeError: `pattern` is of another type, such as calibration data in its place.
         ValueError: `pattern` is neither a number in [0, 1) nor n:m with 1 <= n <= m.
     """
     if isinstance(pattern, (Unstructured, SemiStructured)):
         return pattern
+    if not isinstance(pattern, (Real, str)):
+        raise TypeError(
+            'A pattern is a sparsity such as 0.5 or an "n:m" such as "2:4", got a value of type '
+            f"{type(pattern).__name__}. The order of the first arguments is model, pattern, calibration."
+        )
     if isinstance(pattern, str) and (match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", pattern)):
         return SemiStructured(int(match[1]), int(match[2]))
     try:
         return Unstructured(float(pattern))
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ValueError) and "`sparsity` must be" in str(error):
+    except ValueError as error:
+        if "`sparsity` must be" in str(error):
             raise
         raise ValueError(f'A pattern is a sparsity such as 0.5 or an "n:m" such as "2:4", got {pattern!r}.') from None
 

@@ -128,7 +128,7 @@ def reconstruct(
         A report with the error of each region before and after the fit, and with the report of the pruning.
 
     Raises:
-        TypeError: `update` is neither a bool nor a `LeastSquares`, or a convolution's inputs cannot be measured.
+        TypeError: `pattern` or `update` has another type than these, or a convolution's inputs cannot be measured.
         ValueError: an argument is invalid, or does not go with another one; calibration is missing, or never reaches
             the block of a target; a weight, a statistic or a score is not finite; the model has adapters; `dense` is
             another model; `state_dir` holds another run; attention and MLP of a block cannot be separated; the tuner
@@ -250,7 +250,7 @@ def reconstruct_checkpoint(
         A report with the error of each region before and after the fit, and with the report of the pruning.
 
     Raises:
-        TypeError: `update` is neither a bool nor a `LeastSquares`, or a convolution's inputs cannot be measured.
+        TypeError: `pattern` or `update` has another type than these, or a convolution's inputs cannot be measured.
         ValueError: an argument is invalid, or does not go with another one; `output` holds other files; the
             checkpoint's tensors do not have the names of the model's parameters; the model has more than one stack of
             blocks; the criterion needs the whole model; several processes run; calibration is missing, or never
