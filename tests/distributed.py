@@ -222,8 +222,11 @@ def main(strategy, folder, what="all", *more):
         measure(strategy, folder, *more)
     else:
         interrupt(what, strategy, folder)
-    # A thread of gloo that outlives the interpreter aborts the process.
+    # A thread of gloo that outlives the interpreter aborts the process, see `in_two_processes`.
     PartialState().destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
