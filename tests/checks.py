@@ -4,7 +4,12 @@ import re
 
 import torch
 
-from peft_sparse.model.blocks import prunable_weights
+from peft_sparse.model.blocks import base_model, prunable_weights
+
+
+def layers_of(model, *targets) -> dict[str, torch.nn.Module]:
+    """The layers whose weights are pruned, by name, as their PEFT wrappers where they have one."""
+    return {name: base_model(model).get_submodule(name) for name in prunable_weights(model, *targets)}
 
 
 def zeros_of(model) -> dict[str, torch.Tensor]:

@@ -13,11 +13,11 @@ from peft_sparse.model.blocks import (
     fused_experts,
     hidden_size,
     norm_names,
-    prunable_layers,
     prunable_weights,
     tied_to_embedding,
 )
 
+from checks import layers_of
 from conftest import EXPERTS, tiny
 
 
@@ -170,19 +170,19 @@ def test_weights_that_are_embeddings_too_are_told():
     ids=["MaskLoRA", "LoRA"],
 )
 def test_names_do_not_change_when_adapters_are_attached(llama, config):
-    layers, norms = list(prunable_layers(llama)), norm_names(llama)
+    layers, norms = list(layers_of(llama)), norm_names(llama)
     wrapped = get_peft_model(llama, config)
-    assert list(prunable_layers(wrapped)) == layers
-    assert all(isinstance(base_layer(layer), nn.Linear) for layer in prunable_layers(wrapped).values())
+    assert list(layers_of(wrapped)) == layers
+    assert all(isinstance(base_layer(layer), nn.Linear) for layer in layers_of(wrapped).values())
     assert norm_names(wrapped) == norms
 
 
 def test_targets_follow_peft(llama):
-    assert set(prunable_layers(llama, ["q_proj"])) == {f"model.layers.{i}.self_attn.q_proj" for i in range(3)}
-    assert len(prunable_layers(llama, r".*\.1\..*", ["down_proj"])) == 6
-    assert prunable_layers(llama, "all-linear").keys() == prunable_layers(llama).keys()
-    assert list(prunable_layers(llama, ["lm_head"])) == ["lm_head"]
-    assert len(prunable_layers(llama, None, r".*mlp.*")) == 12
+    assert set(layers_of(llama, ["q_proj"])) == {f"model.layers.{i}.self_attn.q_proj" for i in range(3)}
+    assert len(layers_of(llama, r".*\.1\..*", ["down_proj"])) == 6
+    assert layers_of(llama, "all-linear").keys() == layers_of(llama).keys()
+    assert list(layers_of(llama, ["lm_head"])) == ["lm_head"]
+    assert len(layers_of(llama, None, r".*mlp.*")) == 12
 
 
 def test_every_norm_is_recognised(model):
@@ -215,8 +215,8 @@ def test_a_router_beside_a_list_of_experts_is_left_alone():
             self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(4))
 
     model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])})
-    assert len(prunable_layers(model)) == 8
-    assert not [name for name in prunable_layers(model) if name.endswith("gate")]
+    assert len(layers_of(model)) == 8
+    assert not [name for name in layers_of(model) if name.endswith("gate")]
 
 
 def test_tiny_models_start_equal():

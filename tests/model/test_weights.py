@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_sparse.model.weights import WeightView, as_matrix, as_stored, input_rows, weight_matrix
+from peft_sparse.model.weights import WeightView, as_matrix, as_stored, input_rows
 
 
 LAYERS = [nn.Linear(6, 4), Conv1D(4, 6), nn.Conv2d(2, 4, (1, 3)), nn.Conv2d(4, 4, 3, groups=2)]
@@ -25,7 +25,7 @@ def views():
 
 @pytest.mark.parametrize("layer", LAYERS, ids=repr)
 def test_rows_are_outputs_and_columns_are_inputs(layer):
-    matrix = weight_matrix(layer)
+    matrix = WeightView(layer).matrix()
     assert matrix.shape == (4, layer.weight.numel() // 4)
     assert torch.equal(as_stored(layer, as_matrix(layer, layer.weight)), layer.weight)
 
@@ -71,9 +71,9 @@ def test_zeros_are_written_into_any_memory_format():
     layer = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
     mask = torch.rand(4, 36) > 0.5
     WeightView(layer).write_zeros(mask)
-    assert torch.equal(weight_matrix(layer) != 0, mask)
+    assert torch.equal(WeightView(layer).matrix() != 0, mask)
     WeightView(layer).write(mask.float())
-    assert torch.equal(weight_matrix(layer), mask.float())
+    assert torch.equal(WeightView(layer).matrix(), mask.float())
     assert layer.weight.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -91,4 +91,4 @@ def test_rows_of_inputs_times_the_matrix_are_the_outputs(layer, inputs):
     outputs = layer(inputs)
     rows = input_rows(layer, inputs)
     outputs = outputs.flatten(2).mT if isinstance(layer, nn.Conv2d) else outputs
-    torch.testing.assert_close(rows @ weight_matrix(layer).T, outputs.reshape(len(rows), 4))
+    torch.testing.assert_close(rows @ WeightView(layer).matrix().T, outputs.reshape(len(rows), 4))

@@ -19,11 +19,10 @@ import peft_sparse.tuners.base_weight
 import peft_sparse.tuners.model
 import peft_sparse.tuners.proof
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune
-from peft_sparse.model.blocks import prunable_layers
 from peft_sparse.tuners.functional import effective_weight
 from peft_sparse.tuners.layer import SparseLoraLayer
 
-from checks import train_some
+from checks import layers_of, train_some
 from conftest import VOCABULARY
 
 
@@ -119,7 +118,7 @@ def weights(model):
     """The dequantised weights below the adapters, by name."""
     return {
         name: module.get_base_weight().clone()
-        for name, module in prunable_layers(model).items()
+        for name, module in layers_of(model).items()
         if isinstance(module, SparseLoraLayer)
     }
 
@@ -127,7 +126,7 @@ def weights(model):
 def codes(model):
     """All that a quantised weight is stored as: codes and scales, by name."""
     found = {}
-    for name, module in prunable_layers(model).items():
+    for name, module in layers_of(model).items():
         layer = module.get_base_layer()
         weight = layer.weight
         if hasattr(weight, "quant_state"):
@@ -154,7 +153,7 @@ def assert_same_codes(model, expected):
 
 def assert_pruned_zeros(model, original):
     """Whatever was pruned before the quantisation is exactly zero."""
-    pruned = {name: layer.weight == 0 for name, layer in prunable_layers(original).items()}
+    pruned = {name: layer.weight == 0 for name, layer in layers_of(original).items()}
     found = weights(model)
     assert found.keys() == pruned.keys()
     for name, zeros in pruned.items():
@@ -181,7 +180,7 @@ def test_a_fresh_adapter_on_a_quantised_base_is_the_identity(quantised, cls, tok
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_training_lowers_the_loss_and_leaves_the_codes(quantised, cls, tokens, dropout, original):
     wrapped = adapted(quantised(), config(cls, lora_dropout=dropout, init_weights=True))
-    assert all(module.quantization_backend is not None for module in prunable_layers(wrapped).values())
+    assert all(module.quantization_backend is not None for module in layers_of(wrapped).values())
     before = codes(wrapped)
     loss = wrapped(input_ids=tokens, labels=tokens).loss
     train_some(wrapped, tokens, steps=5)
@@ -215,7 +214,7 @@ def test_no_dequantised_weight_is_kept_for_backward(quantised, cls, tokens, drop
     # So that the collection below looks at what this test made, and not at everything that is imported.
     gc.freeze()
     request.addfinalizer(gc.unfreeze)
-    for backend in {type(module.quantization_backend) for module in prunable_layers(wrapped).values()}:
+    for backend in {type(module.quantization_backend) for module in layers_of(wrapped).values()}:
         monkeypatch.setattr(backend, "get_base_weight", watched(backend.get_base_weight, dequantised))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         loss = wrapped(input_ids=tokens, labels=tokens).loss
@@ -246,11 +245,10 @@ def test_merging_keeps_every_zero_and_the_function_within_the_quantisation_error
     wrapped = adapted(quantised(), config(cls, lora_alpha=2 if cls is MaskLoRAConfig else None))
     train_some(wrapped, tokens)
     rounding = {
-        name: relative_error(weight, prunable_layers(original)[name].weight)
-        for name, weight in weights(wrapped).items()
+        name: relative_error(weight, layers_of(original)[name].weight) for name, weight in weights(wrapped).items()
     }
     targets = {}
-    for name, layer in prunable_layers(wrapped).items():
+    for name, layer in layers_of(wrapped).items():
         A, B = layer.A["default"].weight, layer.B["default"].weight
         s = layer.scaling["default"]
         c = 1 if layer.factor == "mask" else 1 - s
@@ -415,7 +413,7 @@ def unreadable(monkeypatch, path):
         lambda layer: (layer.in_features, layer.out_features),
     )
     model = AutoModelForCausalLM.from_pretrained(path)
-    for name, layer in prunable_layers(model).items():
+    for name, layer in layers_of(model).items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, Kernel(layer))
     return model.eval()
@@ -457,7 +455,7 @@ def test_a_saved_mask_serves_half_precision_activations_and_is_not_kept_for_back
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         loss = loaded(input_ids=tokens, labels=tokens).loss
-    shapes = {tuple(layer.weight.shape) for layer in prunable_layers(readable).values()}
+    shapes = {tuple(layer.weight.shape) for layer in layers_of(readable).values()}
     weights = {layer.qweight.data_ptr() for layer in base.modules() if isinstance(layer, Kernel)}
     assert not [t.shape for t in kept if tuple(t.shape) in shapes and t.data_ptr() not in weights]
     loss.backward()

@@ -84,40 +84,21 @@ def block_of(name: str, blocks: dict[str, nn.Module]) -> str | None:
     return name or None
 
 
-def prunable_layers(
-    model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None
-) -> dict[str, nn.Module]:
-    """Return the layers whose weights are pruned, by name. A layer that PEFT has wrapped is returned as its wrapper.
-
-    The default is every `nn.Linear`, `Conv1D` and `nn.Conv2d` inside the blocks, except MoE routers. Embeddings, norms
-    and layers outside the blocks (such as the output head) are not among them.
-
-    Args:
-        model: the model, with or without adapters.
-        target_modules: as in PEFT: None or "all-linear" for the default, a list of names or name endings, or a regular
-            expression for the whole name. It may name prunable layers outside the blocks, and routers.
-        exclude_modules: as in PEFT: a list of names or name endings, or a regular expression for the whole name.
-
-    Raises:
-        ValueError: no layer is left, or an entry of a list matches no layer.
-    """
-    candidates = _candidate_layers(model, target_modules)
-    return {name: candidates[name] for name in matching_names(list(candidates), target_modules, exclude_modules)}
-
-
 def prunable_weights(
     model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None
 ) -> dict[str, WeightView]:
     """Return the weights that are pruned as matrices (out, in), by name.
 
-    They are the weights of `prunable_layers` and of fused experts. Fused experts are a parameter (experts, ., .)
-    inside a block that holds one matrix per expert. Each expert is a weight of its own, called `<parameter>.<expert>`.
+    The default is the weight of every `nn.Linear`, `Conv1D` and `nn.Conv2d`, and every fused expert, inside the
+    blocks, except the MoE routers that are recognised. Embeddings, norms and layers outside the blocks, such as the
+    output head, are not among them. Fused experts are a parameter (experts, ., .) that holds one matrix per expert.
+    Each expert is a weight of its own, called `<parameter>.<expert>`.
 
     Args:
         model: the model, with or without adapters.
         target_modules: as in PEFT: a list of names or name endings, or a regular expression for the whole name. The
-            name of fused experts is that of their parameter. None takes all prunable layers and fused experts inside
-            the blocks, except routers. "all-linear" leaves out fused experts, as in PEFT.
+            name of fused experts is that of their parameter. None takes the default. "all-linear" leaves out fused
+            experts, as in PEFT. A list or an expression may name layers outside the blocks, and routers.
         exclude_modules: as in PEFT: a list of names or name endings, or a regular expression for the whole name.
 
     Raises:

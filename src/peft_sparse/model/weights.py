@@ -64,11 +64,6 @@ def stored_weight(layer: nn.Module) -> Tensor:
     return cast(Tensor, layer.weight)
 
 
-def weight_matrix(layer: nn.Module) -> Tensor:
-    """Return the weight of `layer` as a detached matrix (out, in)."""
-    return as_matrix(layer, stored_weight(layer).detach())
-
-
 @dataclass(frozen=True)
 class WeightView:
     """One prunable weight as a matrix (out, in): the weight of a layer, or of one fused expert.

@@ -109,14 +109,14 @@ def _check_task(task: PruningTask, fit: Fit, no_pattern: bool) -> None:
         )
 
 
-def spelled(choice: Any) -> str:
+def stable_text(choice: Any) -> str:
     """Return a choice as text that is the same in every process: without addresses, and with sets in order."""
     if isinstance(choice, PeftConfig):
         fields = {key: sorted(v) if isinstance(v, set) else v for key, v in choice.to_dict().items()}
         return f"{type(choice).__name__} {fields}"
     if isinstance(choice, functools.partial):
-        return f"{spelled(choice.func)} {choice.args} {choice.keywords}"
+        return f"{stable_text(choice.func)} {choice.args} {choice.keywords}"
     if dataclasses.is_dataclass(choice) and not isinstance(choice, type):
-        values = [f"{f.name}={spelled(getattr(choice, f.name))}" for f in dataclasses.fields(choice)]
+        values = [f"{f.name}={stable_text(getattr(choice, f.name))}" for f in dataclasses.fields(choice)]
         return f"{type(choice).__name__}({', '.join(values)})"
     return str(getattr(choice, "__qualname__", choice))

@@ -26,7 +26,7 @@ from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
 from ..pruning.streamed_model import StreamedModel
 from ..pruning.task import PruningTask, check_calibration, count_sequences
-from .checks import Mode, checked_task, spelled
+from .checks import Mode, checked_task, stable_text
 from .fitting import Fit
 from .observer import ReconstructionObserver
 from .progress import Progress, fingerprint_of_model
@@ -340,7 +340,7 @@ def _fingerprint(work: Reconstruction, inputs: list[dict[str, Any]]) -> dict[str
         "model": fingerprint_of_model(work.model),
         "dense model": "" if work.dense is None else fingerprint_of_model(work.dense),
         "data": fingerprint_of_inputs(inputs),
-        "arguments": " ".join(map(spelled, choices)),
+        "arguments": " ".join(map(stable_text, choices)),
     }
 
 

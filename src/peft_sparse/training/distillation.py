@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..calibration.inputs import evaluation_mode
-from ..model.blocks import base_model, find_blocks, hidden_size
+from ..model.blocks import base_model, find_blocks, hidden_size, is_encoder_decoder
 from ..model.sharding import has_shards
 
 
@@ -128,8 +128,7 @@ def predictions(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         )
     kept = inputs["labels"].ne(-100)
     base: Any = base_model(model)
-    encodes_apart = getattr(base.config, "is_encoder_decoder", False)
-    if encodes_apart or LOSS_MAPPING.get(getattr(base, "loss_type", None)) is not ForCausalLMLoss:
+    if is_encoder_decoder(model) or LOSS_MAPPING.get(getattr(base, "loss_type", None)) is not ForCausalLMLoss:
         return kept
     return nn.functional.pad(kept[..., 1:], (0, 1), value=False)
 
@@ -195,7 +194,7 @@ def outputs_of(teacher: nn.Module, inputs: Mapping[str, Any], distillation: str)
     if distillation == "hidden_states":
         options["output_hidden_states"] = True
     # An encoder-decoder computes the decoder's inputs from the labels, so it needs them.
-    skipped = () if getattr(base_model(teacher).config, "is_encoder_decoder", False) else ("labels", "shift_labels")
+    skipped = () if is_encoder_decoder(teacher) else ("labels", "shift_labels")
     with evaluation_mode(teacher):
         return teacher(**{name: value for name, value in inputs.items() if name not in skipped}, **options)
 
