@@ -16,13 +16,19 @@ from tqdm import tqdm
 from ..model.processes import add_up, exchange
 from ..model.weights import WeightView
 from .activations import Activations
-from .observing import InputObserver
-from .runner import Batch, BlockRunner, Call, Residence, stack_runners
+from .observing import InputObserver, Sight
+from .proof import Proof
+from .runner import Batch, BlockRunner, Residence, stack_runners
 from .statistics import BlockStatistics, InputStatistics, Need, Statistics, sampled_per_batch, spread_rows
 
 
 def measure(
-    model: nn.Module, runner: BlockRunner, index: int, weights: dict[str, WeightView], needs: tuple[Need, ...]
+    model: nn.Module,
+    runner: BlockRunner,
+    index: int,
+    weights: dict[str, WeightView],
+    needs: tuple[Need, ...],
+    sight: Sight | None = None,
 ) -> BlockStatistics:
     """Run block `index` of `runner` and return the statistics of the inputs of `weights`.
 
@@ -32,13 +38,23 @@ def measure(
         index: number of the block in its stack.
         weights: weights inside the block, by name.
         needs: what to measure.
+        sight: how inputs are seen that the calls of layers do not show.
 
     Raises:
         ValueError: a weight got no input, inputs that are all zero, or inputs that are not finite.
         RuntimeError: weights shared their input on one batch and not on another.
     """
+    # A block that runs again must return what the next run takes.
+    stopping = runner.blocks[index] if runner.runs(index) <= 1 else None
     return measure_inputs(
-        model, weights, needs, runner.batches_in_all, partial(runner.run, index), runner.shared, runner.blocks[index]
+        model,
+        weights,
+        needs,
+        runner.batches_in_all,
+        partial(runner.run, index),
+        shared=runner.shared,
+        stopping=stopping,
+        sight=sight,
     )
 
 
@@ -49,6 +65,7 @@ def measured_blocks(
     needs: tuple[Need, ...],
     activations: Activations,
     residence: Residence,
+    proof: Proof | None = None,
 ) -> Iterator[tuple[str, BlockStatistics]]:
     """Yield (name of a weight, statistics of its block), block by block. No weight is changed.
 
@@ -59,21 +76,22 @@ def measured_blocks(
         needs: what to measure.
         activations: where hidden states wait between blocks: "device", "cpu" or "disk".
         residence: (name, block) -> a context within which the block's weights are on the device that computes.
+        proof: what `prove` found out about the model.
 
     Raises:
         ValueError: a weight got no input, inputs that are all zero, or inputs that are not finite; no batch runs the
             blocks of a stack.
         RuntimeError: weights shared their input on one batch and not on another.
     """
-    for runner in stack_runners(model, inputs, inside, activations=activations, residence=residence):
-        for index, block in enumerate(tqdm(runner.names, desc="measuring", unit="block", disable=None)):
-            weights = inside(block)
+    traits, sight = (proof.traits, proof.sight) if proof is not None else (None, None)
+    for runner in stack_runners(model, inputs, inside, activations=activations, residence=residence, traits=traits):
+        for index in tqdm(runner.order, desc="measuring", unit="block", disable=None):
+            weights = inside(runner.names[index])
             with runner.resident(index):
                 if weights:
-                    measured = measure(model, runner, index, weights, needs)
+                    measured = measure(model, runner, index, weights, needs, sight)
                     yield from ((name, measured) for name in weights)
-                if index < len(runner.names) - 1:
-                    runner.advance(index)
+                runner.advance(index)
 
 
 def measure_inputs(
@@ -81,9 +99,11 @@ def measure_inputs(
     weights: dict[str, WeightView],
     needs: tuple[Need, ...],
     batches: int,
-    run: Callable[[Callable[[Batch, Call], None]], None],
+    run: Callable[[Callable[[Batch, list[Tensor]], None]], None],
+    *,
     shared: bool = False,
     stopping: nn.Module | None = None,
+    sight: Sight | None = None,
 ) -> BlockStatistics:
     """Return the statistics of the inputs that `weights` get while `run` runs all batches.
 
@@ -92,11 +112,12 @@ def measure_inputs(
         weights: the weights, by name.
         needs: what to measure.
         batches: number of batches, of all processes if `shared`.
-        run: runs all batches of this process. It must call its argument before each batch, with the batch and with
-            the arguments of the block.
+        run: runs all batches of this process. It must call its argument before each call of the block, with the batch
+            and with the tensors among the arguments that do not come from the stack.
         shared: whether `run` runs only the share of this process. The statistics are over the batches of all
             processes.
         stopping: the block that `run` runs, if its output is not needed. It may then be left before its end.
+        sight: how inputs are seen that the calls of layers do not show.
 
     Raises:
         ValueError: a weight got no input, inputs that are all zero, or inputs that are not finite.
@@ -117,9 +138,9 @@ def measure_inputs(
         squares.setdefault(name, []).append(_square_of_product(weights[name], spread_rows(rows(), quota)))
 
     squares: dict[str, list[Tensor]] = {}
-    observer = InputObserver(model, weights, record, record_outputs, stopping)
+    observer = InputObserver(model, weights, record, record_outputs, stopping, sight)
     with observer.hooks():
-        run(observer.before_batch)
+        run(observer.before_call)
     # Where the block was left early, the outputs of its last layers are not known for every batch.
     seen = {n: torch.stack(found).sum() for n, found in squares.items() if len(found) == measured[leaders[n]].updates}
     if shared:

@@ -1,36 +1,59 @@
-"""Observes the inputs of a block's weights while the block runs, those of fused experts included."""
+"""Observes the inputs of a block's weights while the block runs.
+
+The inputs of a layer are those of its calls. A weight whose layer is never called, or that is a part of a parameter, is
+observed in the products that it takes part in.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..model.blocks import base_model, called_layers
 from ..model.weights import PRUNABLE_LAYERS, WeightView, input_rows, input_view
-from .runner import Batch, Call, EnoughSeen
+from .padding import Padding, RowsUnknown
+from .recording import map_leaves, tensors_of
+from .runner import Batch, EnoughSeen
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How the inputs of weights are seen, beyond the calls of their layers.
+
+    Args:
+        products: names of weights that are seen in products, because their layers are never called.
+        filters: name of a weight of an expert -> the module before which padding is removed. Experts get picked
+            tokens, among which padding can no longer be recognised. By default it is the module of fused experts.
+        unpadded: names of weights whose inputs do not depend on padding: all their rows count.
+    """
+
+    products: frozenset[str] = frozenset()
+    filters: dict[str, nn.Module] = field(default_factory=dict)
+    unpadded: frozenset[str] = frozenset()
 
 
 class InputObserver:
     """Reports the inputs of each weight, and the outputs of some layers, while a block runs within `hooks()`.
 
-    The caller runs the block batch by batch and calls `before_batch` before each batch.
+    The caller runs the block batch by batch and calls `before_call` before each call.
 
     Args:
         model: the model that the weights belong to.
         weights: the weights to observe, by name. They lie in the block that is run.
         record: called as `record(name, leader, rows)` for each weight that gets inputs. `leader` is the first weight
-            that got the same input tensor on this batch; for that weight, it is `name` itself. `rows()` returns the
+            that got the same input tensor on this call; for that weight, it is `name` itself. `rows()` returns the
             inputs as (tokens, in) without padding.
         record_outputs: called as `record_outputs(name, rows)` for each layer whose output is W X plus its bias.
             `rows()` returns the outputs as (tokens, out) without padding.
         stopping: the block, if its output is not needed. `EnoughSeen` is then raised within the block as soon as all
             weights have been observed. None lets the block run to its end.
+        sight: how inputs are seen that the calls of layers do not show.
     """
 
     def __init__(
@@ -40,18 +63,23 @@ class InputObserver:
         record: Callable[[str, str, Callable[[], Tensor]], None],
         record_outputs: Callable[[str, Callable[[], Tensor]], None],
         stopping: nn.Module | None = None,
+        sight: Sight | None = None,
     ) -> None:
         self.model = model
         self.weights = weights
         self.record = record
         self.record_outputs = record_outputs
-        self.experts = {name: weight for name, weight in weights.items() if weight.expert is not None}
-        self.stop = _Stop(len(weights), None if self.experts else stopping)
-        self.batch: Batch | None = None
+        self.sight = sight or Sight()
+        fused = {name: weight.layer for name, weight in weights.items() if weight.expert is not None}
+        self.filters = fused | {name: module for name, module in self.sight.filters.items() if name in weights}
+        self.products = {n: w for n, w in weights.items() if w.expert is not None or n in self.sight.products}
+        self.stop = _Stop(len(weights), None if self.products or self.filters else stopping)
+        self.padding = Padding()
         # Tensors that the model passes to the block beside the hidden states, such as the encoder's states.
         self.contexts: list[Tensor] = []
         self.seen: list[tuple[Tensor, tuple[Any, ...], str]] = []
-        self.keep: dict[str, Tensor | None] = {}
+        self.from_context: dict[str, bool] = {}
+        self._products: ProductObserver | None = None
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
@@ -59,53 +87,68 @@ class InputObserver:
         called = called_layers(self.model)
         with contextlib.ExitStack() as undo:
             for name, weight in self.weights.items():
-                if weight.expert is None:
+                if name not in self.products:
                     layer = called.get(id(weight.layer), weight.layer)
-                    undo.callback(layer.register_forward_pre_hook(partial(self._on_inputs, name)).remove)
+                    hook = partial(self._on_inputs, name)
+                    undo.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
                     if layer is weight.layer and type(layer) in PRUNABLE_LAYERS and _is_plain(layer):
                         undo.callback(layer.register_forward_hook(partial(self._on_outputs, name)).remove)
-            if self.experts:
-                expert_inputs = _ExpertInputs(self.experts, self._observe)
-                for layer in {id(weight.layer): weight.layer for weight in self.experts.values()}.values():
-                    undo.callback(layer.register_forward_pre_hook(expert_inputs.locate).remove)
-                    padding = _PaddingFilter(self)
-                    undo.callback(layer.register_forward_pre_hook(padding.drop).remove)
-                    undo.callback(layer.register_forward_hook(padding.refill).remove)
-                undo.enter_context(_eager_experts(self.model))
-                undo.enter_context(expert_inputs)
+            for module in {id(module): module for module in self.filters.values()}.values():
+                padding = _PaddingFilter(self)
+                undo.callback(module.register_forward_pre_hook(padding.drop, with_kwargs=True).remove)
+                undo.callback(module.register_forward_hook(padding.refill).remove)
+            if self.products:
+                undo.enter_context(eager_experts(self.model))
+                self._products = ProductObserver(self.products, self._observe)
+                undo.enter_context(self._products.watching())
             yield
 
-    def before_batch(self, batch: Batch, call: Call) -> None:
-        """Prepare for the next batch: `call` holds the arguments that the block is about to get."""
-        self.batch = batch
+    def before_call(self, batch: Batch, constants: list[Tensor]) -> None:
+        """Prepare for the next call. `constants` are the arguments that do not come from the stack."""
+        self.padding = batch.padding
         self.stop.before_batch()
-        self.contexts = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+        self.contexts = constants
         self.seen.clear()
+        if self._products is not None:
+            self._products.locate_all()
 
-    def _on_inputs(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _on_inputs(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # `module` may be the adapter around the layer. How inputs become rows depends on the layer itself.
-        self._observe(name, self.weights[name].layer, args[0])
+        self._observe(name, self.weights[name].layer, tensors_of((args, kwargs))[0])
 
     def _on_outputs(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self.record_outputs(name, lambda: self._unpadded(name, _output_rows(module, output)))
+        tokens = tokens_in(module, output)
+        self.record_outputs(name, lambda: self._unpadded(name, _output_rows(module, output), tokens))
 
     def _observe(self, name: str, layer: nn.Module, inputs: Tensor) -> None:
         view = input_view(layer)
         leader = next((other for known, same, other in self.seen if known is inputs and same == view), None)
         if leader is None:
             self.seen.append((inputs, view, name))
-        assert self.batch is not None, "`before_batch` was not called"
-        from_context = any(inputs is context for context in self.contexts)
-        self.keep[name] = self.batch.keep_context if from_context else self.batch.keep
-        self.record(name, leader or name, lambda: self._unpadded(name, input_rows(layer, inputs)))
+        self.from_context[name] = any(inputs is context for context in self.contexts)
+        observed = name in self.products
+        rows = partial(_plain_rows if observed else input_rows, layer)
+        self.record(name, leader or name, lambda: self._unpadded(name, rows(inputs), tokens_in(layer, inputs)))
         self.stop.saw(name)
 
-    def _unpadded(self, name: str, rows: Tensor) -> Tensor:
-        keep = self.keep[name]
-        # Some models flatten sequences and tokens. Experts get no padding, see `_PaddingFilter`.
-        if name in self.experts or keep is None or keep.numel() != rows.shape[0]:
+    def _unpadded(self, name: str, rows: Tensor, shape: torch.Size) -> Tensor:
+        # Experts get no padding, see `_PaddingFilter`.
+        if name in self.filters or name in self.sight.unpadded:
             return rows
-        return rows[keep.flatten().to(rows.device)]
+        shape = shape if shape.numel() == rows.shape[-2] else torch.Size((shape[0], rows.shape[-2] // shape[0]))
+        try:
+            keep = self.padding.of_rows(shape, self.from_context[name])
+        except RowsUnknown:
+            raise ValueError(rows_unknown(name, rows.shape[-2])) from None
+        return rows if keep is None else rows[..., keep.to(rows.device), :]
+
+
+def rows_unknown(name: str, rows: int) -> str:
+    """Return the message of an error: it is not known which inputs of a weight are padding."""
+    return (
+        f"Some calibration tokens are padding, and {name!r} gets {rows} rows of which it is not known which are "
+        f"padding. Give batches without padding, such as one sequence per batch, or add {name!r} to `exclude_modules`."
+    )
 
 
 class _Stop:
@@ -143,8 +186,17 @@ def _output_rows(layer: nn.Module, output: Tensor) -> Tensor:
     return output.flatten(2).mT.flatten(0, 1) if isinstance(layer, nn.Conv2d) else output.flatten(0, -2)
 
 
+def _plain_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
+    return inputs.flatten(0, -2)
+
+
+def tokens_in(layer: nn.Module, tensor: Tensor) -> torch.Size:
+    """Return the shape of the tokens in inputs or outputs of `layer`; only that of the images for a convolution."""
+    return tensor.shape[:1] if isinstance(layer, nn.Conv2d) and tensor.dim() == 4 else tensor.shape[:-1]
+
+
 class _PaddingFilter:
-    """Removes padding before a module of fused experts runs, and puts zeros there after.
+    """Removes padding before a module of experts runs, and puts zeros there after.
 
     Within the module, tokens are sorted by expert, so that padding can no longer be recognised.
     """
@@ -153,53 +205,151 @@ class _PaddingFilter:
         self.observer = observer
         self.keep: Tensor | None = None
 
-    def drop(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        mask = None if self.observer.batch is None else self.observer.batch.keep
-        fits = mask is not None and mask.numel() == args[0].shape[0]
-        self.keep = mask.flatten().to(args[0].device) if mask is not None and fits else None
-        return None if self.keep is None else tuple(arg[self.keep] for arg in args)
-
-    def refill(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def drop(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.keep = self.observer.padding.keep
         if self.keep is None:
-            return output
-        filled = output.new_zeros(len(self.keep), *output.shape[1:])
-        filled[self.keep] = output
-        return filled
+            return args, kwargs
+        if not any(self._is_overtokens_in(tensor) for tensor in tensors_of((args, kwargs))):
+            name = next(name for name, other in self.observer.filters.items() if other is module)
+            raise ValueError(rows_unknown(name, tensors_of((args, kwargs))[0].shape[0]))
+        there: tuple[tuple[Any, ...], dict[str, Any]] = map_leaves(self._without_padding, (args, kwargs))
+        return there
+
+    def refill(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return output if self.keep is None else map_leaves(self._with_padding, output)
+
+    def _is_overtokens_in(self, leaf: Any) -> bool:
+        assert self.keep is not None
+        return isinstance(leaf, Tensor) and (
+            leaf.shape[:2] == self.keep.shape or leaf.shape[:1] == (self.keep.numel(),)
+        )
+
+    def _without_padding(self, leaf: Any) -> Any:
+        if not self._is_overtokens_in(leaf):
+            return leaf
+        assert self.keep is not None
+        keep = self.keep.to(leaf.device)
+        return leaf[keep][None] if leaf.shape[:2] == keep.shape else leaf[keep.flatten()]
+
+    def _with_padding(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or self.keep is None:
+            return leaf
+        keep, kept = self.keep.to(leaf.device), int(self.keep.sum())
+        if leaf.shape[:2] == (1, kept):
+            filled = leaf.new_zeros(*keep.shape, *leaf.shape[2:])
+            filled[keep] = leaf[0]
+            return filled
+        if leaf.shape[:1] == (kept,):
+            filled = leaf.new_zeros(keep.numel(), *leaf.shape[1:])
+            filled[keep.flatten()] = leaf
+            return filled
+        return leaf
 
 
-class _ExpertInputs(TorchFunctionMode):
-    """Observes the inputs of fused experts: each tensor that is multiplied by a slice of their parameter."""
+def is_over_tokens(leaf: Any, keep: Tensor) -> bool:
+    """Return whether `leaf` is a tensor whose first dimensions are those of the mask `keep`, or one for both."""
+    return isinstance(leaf, Tensor) and (leaf.shape[:2] == keep.shape or leaf.shape[:1] == (keep.numel(),))
 
-    def __init__(self, experts: dict[str, WeightView], observe: Callable[[str, nn.Module, Tensor], None]) -> None:
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a weight lies in memory, as a matrix (out, in)."""
+
+    offset: int
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+
+
+class ProductObserver(TorchDispatchMode):
+    """Observes the inputs of weights in the products that they take part in, whoever computes these.
+
+    A weight W (out, in) is recognised by its place in memory, also transposed, as a slice of a parameter, or as one of
+    a batch of matrices. Products with a part of W, or over its outputs, are not observed.
+
+    Args:
+        weights: the weights, by name.
+        observe: called as `observe(name, layer, inputs)` with inputs (..., in).
+    """
+
+    def __init__(self, weights: dict[str, WeightView], observe: Callable[[str, nn.Module, Tensor], None]) -> None:
         super().__init__()
         self.observe = observe
-        self.layers: dict[int, dict[str, dict[int | None, str]]] = {}
-        for name, weight in experts.items():
-            self.layers.setdefault(id(weight.layer), {}).setdefault(weight.parameter, {})[weight.expert] = name
-        self.located: dict[int, tuple[nn.Module, Tensor, dict[int | None, str]]] = {}
+        self.weights = weights
+        self.located: dict[int, tuple[Tensor, dict[_Place, str]]] = {}
 
-    def locate(self, layer: nn.Module, args: Any) -> None:
-        """Note where the parameters of `layer` are in memory: an adapter replaces them while `layer` runs."""
-        for parameter, names in self.layers[id(layer)].items():
-            stored = getattr(layer, parameter)
-            self.located[stored.untyped_storage().data_ptr()] = layer, stored, names
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Observe within the context."""
+        layers = {id(weight.layer): weight.layer for weight in self.weights.values()}
+        with contextlib.ExitStack() as undo:
+            for layer in layers.values():
+                # An adapter replaces the parameters of a module while the module runs.
+                undo.callback(layer.register_forward_pre_hook(self._locate).remove)
+            undo.enter_context(self)
+            yield
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
-            found = self.located.get(args[1].untyped_storage().data_ptr())
-            if found is not None:
-                layer, stored, names = found
-                expert = (args[1].storage_offset() - stored.storage_offset()) // stored.stride(0)
-                if expert in names:
-                    self.observe(names[expert], layer, args[0])
+    def locate_all(self) -> None:
+        """Note where the weights are in memory now."""
+        self.located.clear()
+        for name, weight in self.weights.items():
+            self._note(name, weight)
+
+    def _locate(self, layer: nn.Module, args: Any) -> None:
+        for name, weight in self.weights.items():
+            if weight.layer is layer:
+                self._note(name, weight)
+
+    def _note(self, name: str, weight: WeightView) -> None:
+        stored, matrix = weight.storage, weight.matrix()
+        _, places = self.located.setdefault(stored.untyped_storage().data_ptr(), (stored, {}))
+        rows, columns = matrix.shape
+        places[_Place(matrix.storage_offset(), (rows, columns), (matrix.stride(0), matrix.stride(1)))] = name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = _PRODUCTS.get(func)
+        if operands is not None:
+            left, right = args[operands], args[operands + 1]
+            self._see(right.mT if func is not _LINEAR else right, left)
+            if func is not _LINEAR:
+                self._see(left, right.mT)
         return func(*args, **(kwargs or {}))
 
+    def _see(self, weight: Tensor, inputs: Tensor) -> None:
+        """Report `inputs` (..., in) if `weight` (..., out, in) is one of the weights, or a batch of them."""
+        known = self.located.get(weight.untyped_storage().data_ptr())
+        if known is None or weight.dim() < 2:
+            return
+        places = known[1]
+        shape, strides = tuple(weight.shape[-2:]), tuple(weight.stride()[-2:])
+        if weight.dim() == 2 or weight.stride(0) == 0 or weight.shape[0] == 1:
+            name = places.get(_Place(weight.storage_offset(), shape, strides))
+            if name is not None:
+                self.observe(name, self.weights[name].layer, inputs)
+            return
+        for index in range(weight.shape[0]):
+            name = places.get(_Place(weight.storage_offset() + index * weight.stride(0), shape, strides))
+            if name is not None:
+                # Where every expert multiplies all tokens, those that it was not chosen for are zero.
+                own = inputs[index]
+                self.observe(name, self.weights[name].layer, own[own.any(-1)])
 
-_PRODUCTS = {nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+
+_aten = torch.ops.aten
+_LINEAR = _aten.linear.default
+# Products, with the place of their first factor among the arguments. That of the second is the next.
+_PRODUCTS: dict[Any, int] = {
+    _aten.mm.default: 0,
+    _aten.bmm.default: 0,
+    _aten.addmm.default: 1,
+    _aten.baddbmm.default: 1,
+    _LINEAR: 0,
+}
 
 
 @contextlib.contextmanager
-def _eager_experts(model: nn.Module) -> Iterator[None]:
+def eager_experts(model: nn.Module) -> Iterator[None]:
     """Multiply by one expert after the other; a grouped kernel would not show the inputs of a single expert."""
     inner = base_model(model)
     if not isinstance(inner, PreTrainedModel):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..calibration.activations import Activations
 from ..calibration.measure import measured_blocks
+from ..calibration.proof import Proof
 from ..calibration.runner import Residence
 from ..model.blocks import block_of
 from ..model.weights import WeightView
@@ -28,6 +29,7 @@ def allocated_patterns(
     activations: Activations,
     residence: Residence,
     reading: Reading = in_memory,
+    proof: Proof | None = None,
 ) -> dict[str, Pattern]:
     """Return the pattern of each weight of `task`. Its one sparsity is divided among the weights by `task.allocation`.
 
@@ -38,6 +40,7 @@ def allocated_patterns(
         activations: where hidden states wait between blocks.
         residence: (block name, block) -> a context within which the block can run.
         reading: weight name -> a context within which the weight is in memory.
+        proof: what `prove` found out about the model, None without calibration.
 
     Raises:
         ValueError: see `allocate`.
@@ -47,7 +50,7 @@ def allocated_patterns(
     place = {name: block for block, names in task.by_block.items() for name in names}
     norms: dict[str, Tensor] | None = None
     if not isinstance(allocation, Mapping) and "inputs" in allocation.needs and inputs is not None:
-        measured = measured_blocks(model, inputs, task.inside, ("inputs",), activations, residence)
+        measured = measured_blocks(model, inputs, task.inside, ("inputs",), activations, residence, proof)
         norms = {name: block.inputs[name].input_norm for name, block in measured}
     if isinstance(pattern, SemiStructured):
         assert isinstance(allocation, OWL), "the task refuses other allocations of n:m"
@@ -67,11 +70,12 @@ def prune_across(
     inputs: list[dict[str, Any]] | None,
     activations: Activations,
     residence: Residence,
+    proof: Proof | None,
 ) -> None:
     """Prune by one comparison of the scores of all weights. The inputs are measured before any weight is pruned."""
     known = {name: task.statistics(name, None) for name in task.weights}
     if inputs is not None:
-        measured = measured_blocks(model, inputs, task.inside, task.needs, activations, residence)
+        measured = measured_blocks(model, inputs, task.inside, task.needs, activations, residence, proof)
         known |= {name: task.statistics(name, block) for name, block in measured}
     pattern, rule = next(iter(task.patterns.values())), task.rule
     assert isinstance(pattern, Unstructured)

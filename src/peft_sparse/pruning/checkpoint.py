@@ -11,7 +11,8 @@ import torch
 
 from ..calibration.activations import Activations, check_activations
 from ..calibration.inputs import Calibration, as_inputs, evaluation_mode
-from ..calibration.runner import BlockRunner
+from ..calibration.proof import prove
+from ..calibration.runner import stack_runners
 from ..model.blocks import Targets
 from .all_weights import allocated_patterns
 from .allocation import Allocation
@@ -119,14 +120,17 @@ def prune_checkpoint(
     task.sequences = count_sequences(inputs or [])
     streamed.start(task)
     with evaluation_mode(model):
+        proof = None if inputs is None else prove(model, inputs, task.inside, streamed.resident, set())
         if task.allocation is not None:
             task.patterns = allocated_patterns(
-                model, task, inputs, activations, streamed.resident, streamed.weight_in_memory
+                model, task, inputs, activations, streamed.resident, streamed.weight_in_memory, proof
             )
-        if inputs is None:
+        if inputs is None or proof is None:
             prune_blocks(task, streamed.blocks, streamed.resident, streamed.save)
         else:
-            runner = BlockRunner(model, streamed.blocks, inputs, activations=activations, residence=streamed.resident)
-            prune_stack(model, runner, task, streamed.save)
+            for runner in stack_runners(
+                model, inputs, activations=activations, residence=streamed.resident, traits=proof.traits
+            ):
+                prune_stack(model, runner, task, proof, streamed.save)
     streamed.finish()
     return task.report(time.perf_counter() - started)

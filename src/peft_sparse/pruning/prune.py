@@ -13,6 +13,7 @@ from ..calibration.activations import Activations, check_activations
 from ..calibration.gradients import gradient_sums
 from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, in_words
 from ..calibration.measure import measure
+from ..calibration.proof import Proof, prove
 from ..calibration.runner import BlockRunner, Residence, on_device, stack_runners
 from ..model.blocks import Targets, prunable_weights
 from ..model.processes import working_together
@@ -125,15 +126,18 @@ def prune(
     task.sequences = count_sequences(inputs or [])
     residence = on_device(device)
     with evaluation_mode(model), _together(task, inputs):
+        proof = None if inputs is None else prove(model, inputs, task.inside, residence, set())
         if task.allocation is not None:
-            task.patterns = allocated_patterns(model, task, inputs, activations, residence)
+            task.patterns = allocated_patterns(model, task, inputs, activations, residence, proof=proof)
         if inputs is not None and "gradients" in task.needs:
             task.gradients = gradient_sums(model, task.weights, inputs, activations != "device", shared=True)
         if task.group == "model":
-            prune_across(model, task, inputs, activations, residence)
-        elif inputs is not None:
-            for runner in stack_runners(model, inputs, task.inside, activations=activations, residence=residence):
-                prune_stack(model, runner, task)
+            prune_across(model, task, inputs, activations, residence, proof)
+        elif inputs is not None and proof is not None:
+            for runner in stack_runners(
+                model, inputs, task.inside, activations=activations, residence=residence, traits=proof.traits
+            ):
+                prune_stack(model, runner, task, proof)
         else:
             prune_blocks(task, task.blocks, residence)
     return task.report(time.perf_counter() - started)
@@ -158,21 +162,24 @@ def sparsity(model: nn.Module, target_modules: Targets = None, exclude_modules: 
 
 
 def prune_stack(
-    model: nn.Module, runner: BlockRunner, task: PruningTask, after_block: Callable[[str], None] | None = None
+    model: nn.Module,
+    runner: BlockRunner,
+    task: PruningTask,
+    proof: Proof,
+    after_block: Callable[[str], None] | None = None,
 ) -> None:
     """Measure and prune the blocks of `runner` one after the other.
 
     Args:
         after_block: called with a block's name while its pruned weights are in memory.
     """
-    progress = tqdm(runner.names, desc="pruning", unit="block", disable=None)
-    for index, block in enumerate(progress):
+    for index in tqdm(runner.order, desc="pruning", unit="block", disable=None):
+        block = runner.names[index]
         weights = task.inside(block)
         with _saying_where(block), runner.resident(index):
             if weights:
-                prune_weights(weights, task, measure(model, runner, index, weights, task.needs))
-            if index < len(runner.names) - 1:
-                runner.advance(index)
+                prune_weights(weights, task, measure(model, runner, index, weights, task.needs, proof.sight))
+            runner.advance(index)
             if after_block is not None:
                 after_block(block)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..calibration.activations import Activations, check_activations
 from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, in_words
 from ..calibration.measure import measured_blocks
+from ..calibration.proof import prove
 from ..calibration.runner import Residence, on_device
 from ..calibration.statistics import Statistics
 from ..model.blocks import Targets, base_model
@@ -154,7 +155,8 @@ def _measured(
 
     what = f"the units of {len(sets)} attentions and MLPs by {in_words(inputs)}"
     with evaluation_mode(model), working_together(what):
-        measured = measured_blocks(model, inputs, inside, ("inputs", "moments"), activations, residence)
+        proof = prove(model, inputs, inside, residence, set())
+        measured = measured_blocks(model, inputs, inside, ("inputs", "moments"), activations, residence, proof)
         return {name: block.of(name) for name, block in measured}
 
 

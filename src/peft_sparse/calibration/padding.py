@@ -1,0 +1,221 @@
+"""Finds which tokens of a stack count: padding does not, and `token_mask` says it outright.
+
+A mask belongs to the stack whose tokens it describes. It is found by what reaches that stack: the arguments of the
+blocks and of the modules around them, so that masks over samples or pixels have gone through the model's own
+reduction.
+"""
+
+import contextlib
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..model.blocks import base_model, find_stacks, is_encoder_decoder
+from .recording import tensors_of
+
+
+# Arguments of such names say something else about tokens than which of them are padding.
+_OTHER_MASKS = re.compile("global|head_mask|causal|cross_attention|src_mask|tgt_mask|memory_mask|time_indices|labels")
+_MASK = re.compile("mask$")
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Which tokens of a batch count in one stack.
+
+    Args:
+        keep: (sequences, tokens), True = counts. None if all tokens of the stack count.
+        keep_context: the same for states that the blocks get beside their own, such as an encoder's.
+    """
+
+    keep: Tensor | None = None
+    keep_context: Tensor | None = None
+
+    def of_rows(self, shape: torch.Size, from_context: bool) -> Tensor | None:
+        """Return which rows of inputs (..., in) count, flat; None if all do.
+
+        Args:
+            shape: the shape of the inputs without their last dimension.
+            from_context: whether the inputs are states beside the stack's own.
+
+        Raises:
+            RowsUnknown: some tokens do not count, and the rows are not those of the tokens.
+        """
+        mask = self.keep_context if from_context else self.keep
+        if mask is None:
+            return None
+        aligned = align(mask, shape)
+        if aligned is None:
+            raise RowsUnknown
+        return aligned
+
+
+class RowsUnknown(Exception):
+    """Rows cannot be told apart by the mask of the tokens. The caller knows what to do."""
+
+
+def align(mask: Tensor, shape: torch.Size) -> Tensor | None:
+    """Return `mask` (sequences, tokens) laid out as rows of `shape`, flat; None if the rows are not those tokens.
+
+    The sequences and the tokens must be two dimensions of `shape`, in any order, or one that is both.
+    """
+    sequences, tokens = mask.shape
+    sizes = list(shape)
+    if len(sizes) == 1:
+        return mask.flatten() if sizes[0] == mask.numel() else None
+    pairs = [(i, j) for i in range(len(sizes)) for j in range(len(sizes)) if i != j]
+    # Neighbours first, sequences before tokens.
+    for i, j in sorted(pairs, key=lambda pair: (abs(pair[0] - pair[1]), pair[0] > pair[1])):
+        if (sizes[i], sizes[j]) == (sequences, tokens):
+            own = mask if i < j else mask.T
+            view = [size if k in (i, j) else 1 for k, size in enumerate(sizes)]
+            return own.reshape(view).expand(shape).flatten()
+    flat = [k for k, size in enumerate(sizes) if size == mask.numel()]
+    if flat:
+        return mask.flatten().reshape([-1 if k == flat[0] else 1 for k in range(len(sizes))]).expand(shape).flatten()
+    return None
+
+
+class TokenMasks:
+    """Collects the masks that reach one stack while the model runs, and chooses the one of its tokens.
+
+    Args:
+        model: the model.
+        names: the names of the stack's blocks.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.model = model
+        self.names = names
+        self.is_decoder = is_encoder_decoder(model) and names[0] not in find_stacks(model)[0]
+        self.start({})
+
+    def start(self, batch: Mapping[str, Any]) -> None:
+        """Forget the batch before; `batch` is the next one."""
+        self.batch = batch
+        # The shape of the states that come to the stack first.
+        self.shape: torch.Size | None = None
+        # (name of the argument, mask), from the outermost module to the blocks.
+        self.found: list[tuple[str, Tensor]] = []
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note the masks that the modules around the stack receive within the context."""
+        path = self.names[0].split(".")[:-1]
+        with contextlib.ExitStack() as undo:
+            for end in range(len(path) + 1):
+                module = base_model(self.model).get_submodule(".".join(path[:end]))
+                hook = partial(self._on_call, end == 0)
+                undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def _on_call(self, outermost: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.shape is not None:
+            return
+        for name, mask in _masks_among(module, args, kwargs):
+            # Masks of an encoder-decoder as a whole are those of its encoder, if they do not say otherwise.
+            of_encoder = outermost and self.is_decoder and not name.startswith("decoder_")
+            self.found.append((f"encoder_{name}" if of_encoder else name, mask))
+
+    def at_call(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what a block receives. Only the first call counts."""
+        states = [x for x in tensors_of((args, kwargs)) if x.is_floating_point() and x.dim() > 1]
+        if self.shape is None and states:
+            self.shape = states[0].shape
+            self.found += _masks_among(block, args, kwargs)
+
+    def padding(self) -> Padding:
+        """Return which tokens count in the stack, for the present batch."""
+        if self.shape is None or any(isinstance(mask, FakeTensor) for _, mask in self.found):
+            return Padding()
+        of_context = [(name, mask) for name, mask in self.found if _is_of_encoder(name)]
+        own = [(name, mask) for name, mask in self.found if not _is_of_encoder(name)]
+        said = self.batch.get("token_mask")
+        context = next((mask.bool() for _, mask in reversed(of_context) if mask.dim() == 2), None)
+        if not self.is_decoder:
+            keep = self._fitting(said) if isinstance(said, Tensor) else None
+            return Padding(_unless_all(self._chosen(own) if keep is None else keep), _unless_all(context))
+        context = said.bool() if isinstance(said, Tensor) else context
+        said = self.batch.get("decoder_token_mask")
+        keep = self._fitting(said) if isinstance(said, Tensor) else None
+        keep = self._chosen([("labels", m) for m in self._by_labels()] + own) if keep is None else keep
+        return Padding(_unless_all(keep), _unless_all(context))
+
+    def _chosen(self, found: list[tuple[str, Tensor]]) -> Tensor | None:
+        """Return the innermost mask that fits: first of those over tokens, then of those over pairs of tokens."""
+        for dims in (2, 4):
+            for name, mask in reversed(found):
+                if mask.dim() == dims:
+                    kept = _as_kept(name, mask)
+                    fitting = self._fitting(kept if dims == 2 else _of_pairs(kept))
+                    if fitting is not None:
+                        return fitting
+        return None
+
+    def _fitting(self, mask: Tensor | None) -> Tensor | None:
+        assert self.shape is not None, "a block was called"
+        fits = mask is not None and align(mask, self.shape[:-1]) is not None
+        return mask.bool() if mask is not None and fits else None
+
+    def _by_labels(self) -> list[Tensor]:
+        """Return the mask of labels from which the decoder's inputs are made: those of -100 are padding."""
+        given = any(f"decoder_{name}" in self.batch for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        labels = self.batch.get("labels")
+        return [labels != -100] if isinstance(labels, Tensor) and labels.dim() == 2 and not given else []
+
+
+def marks_padding(batch: Mapping[str, Any]) -> list[str]:
+    """Return the names of inputs that say that some tokens of a batch do not count."""
+    names = []
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.dim() >= 2 and _MASK.search(name) and not _OTHER_MASKS.search(name):
+            kept = _as_kept(name, value)
+            if not bool(kept.all()) and (value.dim() < 4 or not bool(_of_pairs(kept).all())):
+                names.append(name)
+    return names
+
+
+def _masks_among(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """Return the masks among the arguments of a module, by name."""
+    forward = inspect.unwrap(type(module).forward)
+    names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind != p.VAR_KEYWORD][1:]
+    named = [*zip(names, args, strict=False), *kwargs.items()]
+    return [
+        (name, value)
+        for name, value in named
+        if isinstance(value, Tensor) and value.dim() in (2, 4) and _MASK.search(name) and not _OTHER_MASKS.search(name)
+    ]
+
+
+def _is_of_encoder(name: str) -> bool:
+    return "encoder_" in name.replace("decoder_", "")
+
+
+def _as_kept(name: str, mask: Tensor) -> Tensor:
+    """Return `mask` as bools, True = kept. Numbers below zero are added to scores of what is left out."""
+    if "padding_mask" in name and mask.dtype == torch.bool:
+        # The convention of torch: True = left out.
+        return ~mask
+    if mask.is_floating_point() and bool((mask < 0).any() | (mask == 0).all()):
+        return mask > -1
+    return mask.bool()
+
+
+def _of_pairs(kept: Tensor) -> Tensor:
+    """Return the tokens that attend to themselves in a mask (sequences, heads, queries, keys), (sequences, tokens)."""
+    queries, keys = kept.shape[-2:]
+    if queries == 1:
+        return kept[:, 0, 0]
+    # Keys before the first query are those of a cache.
+    return kept[:, 0].diagonal(keys - queries, -2, -1) if keys >= queries else kept[:, 0, :, 0]
+
+
+def _unless_all(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None or bool(mask.all()) else mask
