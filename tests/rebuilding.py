@@ -8,6 +8,7 @@ from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, reconstruct
 from peft_sparse.calibration.runner import BlockRunner
 from peft_sparse.model.blocks import find_stacks, prunable_weights
 from peft_sparse.reconstruction import Fit, ReconstructionObserver
+from peft_sparse.reconstruction.calls import chain_of
 from peft_sparse.reconstruction.regions import regions_of_blocks, regions_of_submodules
 
 from conftest import inputs_of, tiny
@@ -90,15 +91,16 @@ class Pass:
 
     def __init__(self, model, stack, inputs):
         self.runner, self.stack = BlockRunner(model, stack, inputs), stack
-        self.hidden = [batch.hidden for batch in self.runner.batches]
+        chains = [chain_of(self.runner, batch) for batch in self.runner.batches]
+        self.hidden, self._calls = [list(part) for part in zip(*chains, strict=True)]
 
     def calls(self, first, count):
-        return [batch.calls[first : first + count] for batch in self.runner.batches]
+        return [calls[first : first + count] for calls in self._calls]
 
     def advance(self, first, count):
-        for index in range(first, first + count):
-            self.runner.advance(index)
-        self.hidden = [batch.hidden for batch in self.runner.batches]
+        for block in self.runner.blocks[first : first + count]:
+            called = [calls[self.runner.blocks.index(block)] for calls in self._calls]
+            self.hidden = [call.made(block, hidden) for call, hidden in zip(called, self.hidden, strict=True)]
 
 
 def regions_at(size, way, first):

@@ -408,3 +408,35 @@ def test_an_input_of_zeros_among_others_is_no_error(llama, tokens):
     assert found["model.layers.0.self_attn.q_proj"].input_norm[3] == 0
     prune(llama, 0.5, criterion="wanda", calibration=tokens)
     assert (llama.model.layers[0].self_attn.q_proj.weight[:, 3] == 0).all()
+
+
+# -- inputs that are shared now and then -----------------------------------------------------------------------------
+
+
+class Fickle(torch.nn.Module):
+    """A block whose second layer is given the first one's inputs on one batch, and its own on another."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, hidden):
+        return self.one(hidden) + self.two(hidden if hidden.shape[1] > 1 else hidden + 1)
+
+
+class FickleModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Fickle()])
+
+    def forward(self, hidden):
+        return self.layers[0](hidden)
+
+
+def test_layers_that_share_inputs_on_some_batches_alone_are_measured_on_their_own():
+    batches = [{"hidden": torch.randn(1, size, 4)} for size in (2, 1)]
+    model, found = FickleModel(), []
+    prune(model, 0.5, criterion=lambda w, s: (found.append(s.input_norm), w.abs())[1], calibration=batches)
+    rows = [batch["hidden"][0] for batch in batches]
+    torch.testing.assert_close(found[0], torch.cat(rows).norm(dim=0))
+    torch.testing.assert_close(found[1], torch.cat([rows[0], rows[1] + 1]).norm(dim=0))

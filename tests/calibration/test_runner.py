@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
 from peft_sparse import prune
 from peft_sparse.calibration.inputs import as_inputs, evaluation_mode
+from peft_sparse.calibration.recording import tensors_of
 from peft_sparse.calibration.runner import BlockRunner, on_device, stack_runners
 from peft_sparse.model.blocks import find_blocks, find_stacks
 
@@ -47,9 +47,22 @@ def states_by_the_engine(model, batches, **options):
     states = {}
     for runner in stack_runners(model, batches, **options):
         for index, name in enumerate(runner.names):
-            states[name] = [runner.store.get(batch.hidden) for batch in runner.batches]
+            into, out_of = [], []
+
+            def before(module, args, kwargs, into=into):
+                into.append((args or [kwargs.get("hidden_states")])[0])
+
+            def after(module, args, output, out_of=out_of):
+                out_of.append(output if isinstance(output, torch.Tensor) else output[0])
+
+            block = runner.blocks[index]
+            hooks = [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+            runner.run(index, lambda batch, constants: None)
+            for hook in hooks:
+                hook.remove()
+            states[name] = into
             runner.advance(index)
-        states[f"after {name}"] = [runner.store.get(batch.hidden) for batch in runner.batches]
+        states[f"after {name}"] = out_of
     return states
 
 
@@ -133,12 +146,12 @@ class HandsOnStack(torch.nn.Module):
         return hidden
 
 
-def test_only_one_block_of_a_class_runs_to_learn_how_blocks_are_called(llama, tokens):
+def test_blocks_run_on_the_first_batch_alone_to_learn_how_they_are_called(llama, tokens):
     ran = []
     for name, block in find_blocks(llama).items():
         block.mlp.register_forward_pre_hook(lambda module, args, name=name: ran.append(name))
     next(stack_runners(llama, [{"input_ids": row[None]} for row in tokens]))
-    assert ran == ["model.layers.0"]
+    assert ran == ["model.layers.0", "model.layers.1", "model.layers.2"]
 
 
 def test_a_later_block_sees_its_pruned_predecessors(llama, tokens):
@@ -165,8 +178,8 @@ def test_a_later_block_sees_its_pruned_predecessors(llama, tokens):
 def test_batches_share_what_they_have_in_common(family):
     model, batch = tiny(family), inputs_of(family)
     runner = next(stack_runners(model, [{"input_ids": row[None]} for row in batch["input_ids"]]))
-    tensors = {id(leaf) for b in runner.batches for c in b.calls for leaf in tree_leaves((c.args, c.kwargs))}
-    one = {id(leaf) for call in runner.batches[0].calls for leaf in tree_leaves((call.args, call.kwargs))}
+    tensors = {id(leaf) for b in runner.batches for c in b.calls for leaf in tensors_of((c.args, c.kwargs))}
+    one = {id(leaf) for call in runner.batches[0].calls for leaf in tensors_of((call.args, call.kwargs))}
     assert tensors == one
 
 
@@ -182,7 +195,7 @@ def test_arguments_of_batches_that_differ_are_kept_apart(llama, tokens):
 def test_files_of_hidden_states_are_removed(llama, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     runner = next(stack_runners(llama, as_inputs(llama, tokens, 2), activations="disk"))
-    assert all(isinstance(batch.hidden, Path) for batch in runner.batches)
+    assert all(isinstance(value, Path) for batch in runner.batches for value in batch.values.values())
     assert len(list(tmp_path.glob("*/*"))) == 3
     runner.advance(0)
     assert len(list(tmp_path.glob("*/*"))) == 3
@@ -212,10 +225,10 @@ def test_each_block_is_where_it_is_computed_for_its_turn_only(llama, tokens):
     runner = BlockRunner(llama, find_blocks(llama), [{"input_ids": tokens}], residence=residence)
     for index in range(3):
         with runner.resident(index):
-            runner.run(index, lambda batch, call: None)
+            runner.run(index, lambda batch, constants: None)
             runner.advance(index)
     names = [f"model.layers.{index}" for index in range(3)]
-    assert turns == names[:1] + names
+    assert turns == names + names
     assert list(dict.fromkeys(ran)) == [(name, name) for name in names]
 
 

@@ -23,13 +23,17 @@ SPEED = {"flops_per_second": 1e9}
 FAMILIES_OF_TOKENS = [family for family in FAMILIES if family != "vit"]
 
 
+def _state_bytes(batch):
+    return sum(value.nbytes for link, value in batch.values.items() if link.leaf == 0)
+
+
 def measured_bytes(model, calibration, needs):
     """The most that is kept between blocks, and what is measured for one block, over a whole run."""
     waiting, measured = 0, 0
     weights = prunable_weights(model)
     for runner in stack_runners(model, calibration):
         for index, block in enumerate(runner.names):
-            waiting = max(waiting, sum(batch.hidden.nbytes for batch in runner.batches))
+            waiting = max(waiting, sum(_state_bytes(batch) for batch in runner.batches))
             inside = {name: weight for name, weight in weights.items() if name.startswith(f"{block}.")}
             inputs = measure(model, runner, index, inside, needs).inputs.values()
             unique = {id(one): one for one in inputs}.values()

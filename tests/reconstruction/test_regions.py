@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
 
-from peft_sparse.calibration.runner import BlockRunner, Call
+from peft_sparse.calibration.runner import BlockRunner
 from peft_sparse.model.blocks import find_stacks, is_norm
+from peft_sparse.reconstruction.calls import STATE, StateCall, chain_of
 from peft_sparse.reconstruction.regions import regions_by_names, regions_of_blocks, regions_of_submodules
 from peft_sparse.reconstruction.streams import Window
 
@@ -35,10 +36,12 @@ def captured(model, batch, index=0):
     """Name, module, input and arguments of one block of the first stack."""
     stack = find_stacks(model)[0]
     runner = BlockRunner(model, stack, [batch])
-    for before in range(index):
-        runner.advance(before)
+    hidden, calls = chain_of(runner, runner.batches[0])
+    with torch.no_grad():
+        for block, call in list(zip(stack.values(), calls, strict=True))[:index]:
+            hidden = call.made(block, hidden)
     name = list(stack)[index]
-    return name, stack[name], runner.batches[0].hidden, runner.batches[0].calls[index]
+    return name, stack[name], hidden, calls[index]
 
 
 def of_family(family, index=0):
@@ -52,8 +55,7 @@ def parts_of(family, index=0):
 
 @torch.no_grad()
 def output_of(block, hidden, call):
-    output = block(hidden, *call.args, **call.kwargs)
-    return output if isinstance(output, torch.Tensor) else output[0]
+    return call.made(block, hidden)
 
 
 # -- what regions compute -------------------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ def test_attention_and_mlp_make_up_the_block(family):
 @torch.no_grad()
 def test_each_part_is_its_sublayer_with_the_residual_around_it():
     block, hidden, call, (attention, mlp) = parts_of("llama")
-    by_hand = hidden + block.self_attn(block.input_layernorm(hidden), *call.args, **call.kwargs)[0]
+    by_hand = hidden + block.self_attn(block.input_layernorm(hidden), *call.args[1:], **call.kwargs)[0]
     torch.testing.assert_close(attention(hidden, [call]), by_hand)
     torch.testing.assert_close(mlp(hidden, [call]), hidden + block.mlp(block.post_attention_layernorm(hidden)))
 
@@ -110,7 +112,7 @@ def test_the_part_that_is_not_in_turn_computes_nothing(family):
 def test_blocks_in_a_row_are_one_region(llama, tokens):
     stack = find_stacks(llama)[0]
     runner = BlockRunner(llama, stack, [{"input_ids": tokens}])
-    hidden, calls = runner.batches[0].hidden, runner.batches[0].calls
+    hidden, calls = chain_of(runner, runner.batches[0])
     (region,) = regions_of_blocks(dict(list(stack.items())[1:]), 1)
     with torch.no_grad():
         expected = hidden
@@ -245,7 +247,7 @@ def test_a_block_without_both_parts_is_one_region():
     name, block, hidden, call = of_family("t5")
     assert [region.name for region in regions_of_submodules(name, block, 0, hidden, call)] == [name]
     only_mlp = nn.Sequential(nn.Linear(4, 4))
-    (region,) = regions_of_submodules("h.0", only_mlp, 0, torch.ones(1, 2, 4), Call((), {}))
+    (region,) = regions_of_submodules("h.0", only_mlp, 0, torch.ones(1, 2, 4), StateCall((STATE,), {}))
     assert list(region.parameters) == ["h.0.0.weight", "h.0.0.bias"]
 
 
@@ -282,7 +284,7 @@ def test_a_modules_own_forward_comes_back_also_after_an_error():
     attention(hidden, [call])
     assert block.mlp.__dict__["forward"] is patched
     with pytest.raises(TypeError):
-        attention(hidden, [Call((), {"position_embeddings": None})])
+        attention(hidden, [StateCall((STATE,), {"position_embeddings": None})])
     assert block.mlp.__dict__["forward"] is patched
 
 
@@ -318,12 +320,12 @@ def test_regions_by_names_compute_what_those_that_were_tried_compute(family):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_window_receives_half_precision_in_float32_and_all_else_as_it_is(dtype):
     value, mask, wide = torch.randn(3).to(dtype), torch.tensor([True]), torch.ones(2, dtype=torch.float64)
-    call = Call((value, 3, None), {"position_embeddings": (value, value), "mask": mask, "wide": wide, "mode": "x"})
-    stream = SimpleNamespace(batches=[SimpleNamespace(calls=[call])])
+    kwargs = {"position_embeddings": (value, value), "mask": mask, "wide": wide, "mode": "x"}
+    stream = SimpleNamespace(batches=[None], calls=[[StateCall((value, 3, STATE), kwargs)]])
     (found,) = Window(stream, 0, {"block": nn.Linear(1, 1)}).calls(0)
     assert torch.equal(found.args[0], value.float())
     assert [v.dtype for v in (found.args[0], *found.kwargs["position_embeddings"])] == [torch.float32] * 3
-    assert found.args[1:] == (3, None)
+    assert found.args[1:] == (3, STATE)
     assert found.kwargs["mask"] is mask
     assert found.kwargs["wide"] is wide
     assert found.kwargs["mode"] == "x"

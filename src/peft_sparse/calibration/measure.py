@@ -42,7 +42,6 @@ def measure(
 
     Raises:
         ValueError: a weight got no input, inputs that are all zero, or inputs that are not finite.
-        RuntimeError: weights shared their input on one batch and not on another.
     """
     # A block that runs again must return what the next run takes.
     stopping = runner.blocks[index] if runner.runs(index) <= 1 else None
@@ -81,7 +80,6 @@ def measured_blocks(
     Raises:
         ValueError: a weight got no input, inputs that are all zero, or inputs that are not finite; no batch runs the
             blocks of a stack.
-        RuntimeError: weights shared their input on one batch and not on another.
     """
     traits, sight = (proof.traits, proof.sight) if proof is not None else (None, None)
     for runner in stack_runners(model, inputs, inside, activations=activations, residence=residence, traits=traits):
@@ -90,7 +88,7 @@ def measured_blocks(
             with runner.resident(index):
                 if weights:
                     measured = measure(model, runner, index, weights, needs, sight)
-                    yield from ((name, measured) for name in weights)
+                    yield from ((name, measured) for name in measured.inputs)
                 runner.advance(index)
 
 
@@ -120,14 +118,55 @@ def measure_inputs(
         sight: how inputs are seen that the calls of layers do not show.
 
     Raises:
-        ValueError: a weight got no input, inputs that are all zero, or inputs that are not finite.
-        RuntimeError: weights shared their input on one batch and not on another.
+        ValueError: a weight got no input, inputs that are all zero, or inputs that are not finite. An expert may get
+            none, and is then missing in what is returned.
+    """
+    experts = {name for name, weight in weights.items() if weight.expert is not None}
+    experts |= sight.experts if sight is not None else set()
+    sharing = True
+    while True:
+        try:
+            leaders, measured, squares = _summed(model, weights, needs, batches, run, stopping, sight, sharing)
+            if shared:
+                leaders, measured = _over_processes(weights, leaders, measured, needs)
+            break
+        except _SharingChanged:
+            sharing = False
+    for statistics in measured.values():
+        statistics.finish()
+    _check(weights, leaders, measured, experts)
+    # Where the block was left early, the outputs of its last layers are not known for every batch.
+    seen = {n: torch.stack(found).sum() for n, found in squares.items() if len(found) == measured[leaders[n]].updates}
+    # The order is that in which the inputs came. Weights with the same inputs follow each other.
+    inputs = {n: measured[leader] for leader in measured for n in weights if leaders.get(n) == leader}
+    return BlockStatistics(inputs, seen, shared)
+
+
+class _SharingChanged(Exception):
+    """Weights shared their input on one call and not on another, so each needs sums of its own."""
+
+
+def _summed(
+    model: nn.Module,
+    weights: dict[str, WeightView],
+    needs: tuple[Need, ...],
+    batches: int,
+    run: Callable[[Callable[[Batch, list[Tensor]], None]], None],
+    stopping: nn.Module | None,
+    sight: Sight | None,
+    sharing: bool,
+) -> tuple[dict[str, str], dict[str, InputStatistics], dict[str, list[Tensor]]]:
+    """Run all batches. Return the leader of each weight, the sums of each leader, and ||W X||² of some weights.
+
+    A leader is the first of the weights that share their input; without `sharing`, each weight is its own.
     """
     leaders: dict[str, str] = {}
     measured: dict[str, InputStatistics] = {}
+    squares: dict[str, list[Tensor]] = {}
     quota = sampled_per_batch(batches)
 
     def record(name: str, leader: str, rows: Callable[[], Tensor]) -> None:
+        leader = leader if sharing else name
         _note_leader(leaders, name, leader)
         if name == leader:
             if name not in measured:
@@ -137,29 +176,15 @@ def measure_inputs(
     def record_outputs(name: str, rows: Callable[[], Tensor]) -> None:
         squares.setdefault(name, []).append(_square_of_product(weights[name], spread_rows(rows(), quota)))
 
-    squares: dict[str, list[Tensor]] = {}
     observer = InputObserver(model, weights, record, record_outputs, stopping, sight)
     with observer.hooks():
         run(observer.before_call)
-    # Where the block was left early, the outputs of its last layers are not known for every batch.
-    seen = {n: torch.stack(found).sum() for n, found in squares.items() if len(found) == measured[leaders[n]].updates}
-    if shared:
-        leaders, measured = _over_processes(weights, leaders, measured, needs)
-    for statistics in measured.values():
-        statistics.finish()
-    _check(weights, leaders, measured)
-    # The order is that in which the inputs came. Weights with the same inputs follow each other.
-    inputs = {n: measured[leader] for leader in measured for n in weights if leaders[n] == leader}
-    return BlockStatistics(inputs, seen, shared)
+    return leaders, measured, squares
 
 
 def _note_leader(leaders: dict[str, str], name: str, leader: str) -> None:
-    known = leaders.setdefault(name, leader)
-    if known != leader:
-        raise RuntimeError(
-            f"Expected {name!r} to have the inputs of {known!r} on every batch, got those of {leader!r}. Prune these "
-            "layers in separate calls with `target_modules`."
-        )
+    if leaders.setdefault(name, leader) != leader:
+        raise _SharingChanged
 
 
 def _over_processes(
@@ -217,15 +242,24 @@ def warn_of_few_tokens(name: str, statistics: Statistics) -> bool:
     return True
 
 
-def _check(weights: dict[str, WeightView], leaders: dict[str, str], measured: dict[str, InputStatistics]) -> None:
-    for name, weight in weights.items():
-        if name not in leaders or measured[leaders[name]].tokens == 0:
-            # `exclude_modules` names all experts of a parameter together.
-            listed = name if weight.expert is None else name.rpartition(".")[0]
+def _check(
+    weights: dict[str, WeightView],
+    leaders: dict[str, str],
+    measured: dict[str, InputStatistics],
+    experts: set[str],
+) -> None:
+    for name in weights:
+        if name in leaders and measured[leaders[name]].tokens == 0:
+            leaders.pop(name)
+        if name not in leaders and name not in experts:
             raise ValueError(
                 f"Layer {name!r} saw no calibration token, so its inputs cannot be measured. Use more calibration "
-                f"sequences, or add {listed!r} to `exclude_modules`."
+                f"sequences, or add {name!r} to `exclude_modules`."
             )
+    for unused in measured.keys() - leaders.values():
+        measured.pop(unused)
+    if not measured:
+        return
     totals = [statistics.input_norm.sum() for statistics in measured.values()]
     for name, total in zip(
         measured, torch.stack([total.to(totals[0].device) for total in totals]).tolist(), strict=True

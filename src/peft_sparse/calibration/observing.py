@@ -1,7 +1,7 @@
 """Observes the inputs of a block's weights while the block runs.
 
-The inputs of a layer are those of its calls. A weight whose layer is never called, or that is a part of a parameter, is
-observed in the products that it takes part in.
+The inputs of a layer are those of its calls. A weight whose layer is never called, or that is a part of a parameter,
+is observed in the products that it takes part in.
 """
 
 import contextlib
@@ -31,11 +31,13 @@ class Sight:
         filters: name of a weight of an expert -> the module before which padding is removed. Experts get picked
             tokens, among which padding can no longer be recognised. By default it is the module of fused experts.
         unpadded: names of weights whose inputs do not depend on padding: all their rows count.
+        experts: names of the weights of experts, which may get no token.
     """
 
     products: frozenset[str] = frozenset()
     filters: dict[str, nn.Module] = field(default_factory=dict)
     unpadded: frozenset[str] = frozenset()
+    experts: frozenset[str] = frozenset()
 
 
 class InputObserver:
@@ -258,8 +260,14 @@ class _Place:
     """Where a weight lies in memory, as a matrix (out, in)."""
 
     offset: int
-    shape: tuple[int, int]
-    strides: tuple[int, int]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, matrix: Tensor, index: int = 0) -> "_Place":
+        """Return the place of `matrix` (out, in), or of number `index` of a batch of matrices."""
+        offset = int(matrix.storage_offset()) + (index * matrix.stride(0) if matrix.dim() > 2 else 0)
+        return cls(offset, tuple(matrix.shape[-2:]), tuple(matrix.stride()[-2:]))
 
 
 class ProductObserver(TorchDispatchMode):
@@ -302,10 +310,9 @@ class ProductObserver(TorchDispatchMode):
                 self._note(name, weight)
 
     def _note(self, name: str, weight: WeightView) -> None:
-        stored, matrix = weight.storage, weight.matrix()
+        stored = weight.storage
         _, places = self.located.setdefault(stored.untyped_storage().data_ptr(), (stored, {}))
-        rows, columns = matrix.shape
-        places[_Place(matrix.storage_offset(), (rows, columns), (matrix.stride(0), matrix.stride(1)))] = name
+        places[_Place.of(weight.matrix())] = name
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operands = _PRODUCTS.get(func)
@@ -322,14 +329,13 @@ class ProductObserver(TorchDispatchMode):
         if known is None or weight.dim() < 2:
             return
         places = known[1]
-        shape, strides = tuple(weight.shape[-2:]), tuple(weight.stride()[-2:])
         if weight.dim() == 2 or weight.stride(0) == 0 or weight.shape[0] == 1:
-            name = places.get(_Place(weight.storage_offset(), shape, strides))
+            name = places.get(_Place.of(weight))
             if name is not None:
                 self.observe(name, self.weights[name].layer, inputs)
             return
         for index in range(weight.shape[0]):
-            name = places.get(_Place(weight.storage_offset() + index * weight.stride(0), shape, strides))
+            name = places.get(_Place.of(weight, index))
             if name is not None:
                 # Where every expert multiplies all tokens, those that it was not chosen for are zero.
                 own = inputs[index]

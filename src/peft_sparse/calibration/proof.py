@@ -6,6 +6,7 @@ record. Its arguments, what it returns, and the number of inputs that each weigh
 """
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import called_layers, find_stacks
+from ..model.blocks import base_model, called_layers, find_stacks
 from ..model.weights import WeightView, input_rows
 from .observing import (
     InputObserver,
@@ -30,6 +31,9 @@ from .recording import Call, Link, Returned, leaves_of, map_leaves, returned_by,
 from .runner import Batch, BlockRunner, Residence, Trait, model_arguments, restore_forward, run_there, to_device
 
 
+Order = list[tuple[str, list[Link]]]
+
+
 @dataclass
 class Proof:
     """What was found out about a model while it was compared with its blocks.
@@ -37,10 +41,13 @@ class Proof:
     Args:
         traits: how each block behaves, by name.
         sight: how inputs are seen that the calls of layers do not show.
+        orders: for each stack, by the name of its first block, the calls on one batch of each kind: (name of the
+            block, links to what earlier calls returned).
     """
 
     traits: dict[str, Trait] = field(default_factory=dict)
     sight: Sight = field(default_factory=Sight)
+    orders: dict[str, list[Order]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -76,7 +83,7 @@ def prove(
             if not any(batch is other for other in proved) and proving.reaches_missing(batch):
                 proving.prove(batch)
     proving.check_complete()
-    return Proof(proving.traits, proving.sight)
+    return Proof(proving.traits, proving.sight, proving.orders)
 
 
 def _first_of_each_kind(inputs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -109,7 +116,8 @@ class _Proving:
             name for name, w in self.all_weights.items() if w.expert is not None or id(w.layer) in experts
         }
         self.traits: dict[str, Trait] = {}
-        self.sight = Sight()
+        self.sight = Sight(experts=frozenset(self.of_experts))
+        self.orders: dict[str, list[Order]] = {}
         # Number of entries of the inputs that each weight got: in the model's own pass, and in calls of its block.
         self.reached: dict[str, int] = {}
 
@@ -140,6 +148,8 @@ class _Proving:
                     if runner.batches:
                         runners[number] = runner
                         self._add_traits(runner)
+                        order = [(runner.names[call.block], call.links) for call in runner.batches[0].calls]
+                        self.orders.setdefault(runner.names[0], []).append(order)
         return called, runners
 
     def _add_traits(self, runner: BlockRunner) -> None:
@@ -147,7 +157,7 @@ class _Proving:
             name = runner.names[index]
             known = self.traits.get(name, trait)
             mirrored = trait.mirrored if trait.mirrored == known.mirrored else None
-            self.traits[name] = Trait(trait.tree, mirrored, trait.writes or known.writes)
+            self.traits[name] = Trait(trait.tree, mirrored, trait.writes or known.writes, known.states)
 
     def _layers(self) -> dict[str, nn.Module]:
         """Return the modules that are called to run the layers of the weights that are matrices of their own."""
@@ -159,8 +169,27 @@ class _Proving:
         }
 
     def missing(self) -> list[str]:
-        """Return the names of weights that no batch has reached yet, except those of experts."""
-        return [n for n in self.all_weights if not self.reached.get(n) and n not in self.of_experts]
+        """Return the names of weights that no batch has reached yet.
+
+        Of experts that are chosen from, one at least must be reached.
+        """
+        reached = {self._chosen_from(name) for name in self.of_experts if self.reached.get(name)}
+        return [
+            name
+            for name in self.all_weights
+            if not self.reached.get(name) and (name not in self.of_experts or self._chosen_from(name) not in reached)
+        ]
+
+    def _chosen_from(self, name: str) -> str:
+        """Return what the weights of an expert have in common with those of the others: their name without its own."""
+        if self.all_weights[name].expert is not None:
+            return name.rpartition(".")[0]
+        parts = name.split(".")
+        model = base_model(self.model)
+        for end in reversed(range(1, len(parts))):
+            if isinstance(model.get_submodule(".".join(parts[:end])), (nn.ModuleList, nn.ModuleDict)):
+                return ".".join(parts[:end] + parts[end + 1 :])
+        return name
 
     def reaches_missing(self, batch: dict[str, Any]) -> bool:
         """Return whether the model calls a layer on `batch` that no batch has reached yet."""
@@ -319,22 +348,23 @@ class _Shadow:
             after = torch.get_rng_state()
             torch.set_rng_state(generator)
             self.seen, self.looking = {}, runner.batches[0].padding.keep is not None
-            with self._as("engine"):
-                own = returned_by(block, filled.args, filled.kwargs)
+            own = self._make(runner, filled, "engine")
             self._compare_returned(name, returned, own)
+            self._find_states(runner, call, own)
             self._find_padding(runner, call, constants, own)
             self.states[number] |= runner.batches[0].taken(call, own.tensors)
             self.seen = {}
             torch.set_rng_state(after)
         return returned.tree
 
-    @contextlib.contextmanager
-    def _as(self, phase: str) -> Iterator[None]:
-        before, self.phase = self.phase, phase
+    def _make(self, runner: BlockRunner, call: Call, phase: str) -> Returned:
+        """Make a call from a record."""
+        self.phase = phase
         try:
-            yield
+            # The model may be collecting what its blocks return, and keeps the list of it in a context variable.
+            return contextvars.Context().run(returned_by, runner.blocks[call.block], call.args, call.kwargs)
         finally:
-            self.phase = before
+            self.phase = "model"
 
     def _next_call(self, number: int, index: int) -> int:
         runner, call = self.runners[number], self.made[number]
@@ -352,7 +382,7 @@ class _Shadow:
         calls = runner.batches[0].calls
         recorded, own = calls[number].leaves, filled.leaves
         name = runner.names[calls[number].block]
-        before = runner.names[calls[number - 1].block] if number else name
+        before = f"Between {runner.names[calls[number - 1].block]!r} and" if number else "Before"
         alike = len(given) == len(own) == len(recorded)
         for place, leaf, mine in zip(recorded, given, own, strict=False):
             if alike and isinstance(leaf, Tensor) != isinstance(mine, Tensor):
@@ -362,7 +392,7 @@ class _Shadow:
             if alike and isinstance(leaf, Tensor) and not _close(leaf, mine):
                 if isinstance(place, Link) or place.is_floating_point():
                     raise ValueError(
-                        f"Between {before!r} and {name!r} the model changes the hidden states, or computes something "
+                        f"{before} {name!r} the model changes the hidden states, or computes something "
                         f"from them that {name!r} receives, and blocks that run one by one would miss that. {_WITHOUT}"
                     )
                 alike = False
@@ -399,6 +429,29 @@ class _Shadow:
                 f"no stack of blocks, whose hidden states have the shapes {shapes}. Give batches without padding, or "
                 "say which tokens count with `token_mask` of shape (sequences, tokens)."
             )
+
+    def _find_states(self, runner: BlockRunner, call: int, own: Returned) -> None:
+        """Find out which of the tensors that a block returns depend on what earlier calls returned."""
+        name = runner.names[runner.batches[0].calls[call].block]
+        if len(own.tensors) > 1:
+            filled, _ = runner.filled(runner.batches[0], call, self.states[self.present])
+            linked = self._linked_leaves(runner, call, filled)
+
+            def tracked(leaf: Any) -> Any:
+                return leaf.detach().requires_grad_() if id(leaf) in linked and leaf.is_floating_point() else leaf
+
+            with torch.enable_grad():
+                # Blocks may write into what they get, which is refused for leaves of autograd.
+                args, kwargs = map_leaves(
+                    lambda leaf: tracked(leaf).clone() if id(leaf) in linked else leaf, (filled.args, filled.kwargs)
+                )
+                again = self._make(runner, Call(filled.block, args, kwargs), "again")
+            states = tuple(number for number, tensor in enumerate(again.tensors) if tensor.requires_grad)
+            self.proving.traits[name] = replace(self.proving.traits[name], states=states)
+
+    def _linked_leaves(self, runner: BlockRunner, call: int, filled: Call) -> set[int]:
+        places = zip(runner.batches[0].calls[call].leaves, filled.leaves, strict=True)
+        return {id(leaf) for place, leaf in places if isinstance(place, Link)}
 
     def _find_padding(self, runner: BlockRunner, call: int, constants: list[Tensor], own: Returned) -> None:
         """Find out how padding is left out of the inputs of the weights of a block.
@@ -485,16 +538,14 @@ class _Shadow:
         filled, constants = runner.filled(batch, call, self.states[self.present])
         if noise:
             keep = batch.padding.keep
-            links = {id(leaf) for place, leaf in zip(batch.calls[call].leaves, filled.leaves, strict=True)
-                     if isinstance(place, Link)}  # fmt: skip
+            links = self._linked_leaves(runner, call, filled)
             filled.args, filled.kwargs = map_leaves(
                 lambda leaf: _with_noise(leaf, keep) if id(leaf) in links else leaf, (filled.args, filled.kwargs)
             )
         if observer is not None:
             observer.before_call(batch, constants)
         self.seen = {}
-        with self._as("again"):
-            return returned_by(runner.blocks[filled.block], filled.args, filled.kwargs)
+        return self._make(runner, filled, "again")
 
 
 _WITHOUT = "Prune by a criterion that needs no calibration, or give batches for which the model does not do this."

@@ -102,10 +102,10 @@ def map_leaves(function: Callable[[Any], Any], tree: Any, *, keep: bool = False)
         fields = {field.name: inner(getattr(tree, field.name)) for field in dataclasses.fields(tree)}
         if keep and all(value is getattr(tree, name) for name, value in fields.items()):
             return tree
-        mapped = copy.copy(tree)
+        changed: Any = copy.copy(tree)
         for name, value in fields.items():
-            object.__setattr__(mapped, name, value)
-        return mapped
+            object.__setattr__(changed, name, value)
+        return changed
     return function(tree)
 
 
@@ -146,9 +146,11 @@ class Links:
         """Note what call number `call` returned."""
         self._last = []
         for leaf, tensor in enumerate(tensors):
-            known = weakref.ref(tensor), version_of(tensor), Link(call, leaf)
-            self._known[id(tensor)] = known
-            self._last.append(known)
+            # A tensor that a call only passes on stays linked to the call that computed it.
+            if not isinstance(self._link_or_leaf(tensor), Link):
+                known = weakref.ref(tensor), version_of(tensor), Link(call, leaf)
+                self._known[id(tensor)] = known
+                self._last.append(known)
 
     def linked(self, tree: Any) -> Any:
         """Return `tree` with links in the place of the tensors that calls returned."""

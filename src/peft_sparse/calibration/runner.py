@@ -117,15 +117,21 @@ class Trait:
         mirrored: number of the leaf among its arguments that has the shape and dtype of the one tensor it returns.
             None if it returns several tensors, or one of another shape: then it cannot be stood in for.
         writes: whether it writes into tensors among its arguments.
+        states: numbers of the returned tensors that depend on what earlier calls returned.
     """
 
     tree: Any
     mirrored: int | None
     writes: bool
+    states: tuple[int, ...] = (0,)
 
 
 class _CaptureComplete(Exception):
     """Ends the run of a model at the last block, whose output is not needed. No model raises this private class."""
+
+
+class _RecordOverwritten(Exception):
+    """A block wrote into what was recorded of its arguments. The batch must be recorded again."""
 
 
 class EnoughSeen(Exception):
@@ -231,7 +237,12 @@ class BlockRunner:
         with contextlib.nullcontext() if block == resident else self.resident(block):
             returned = self.call(batch, number, {})
         for link, tensor in batch.taken(number, returned.tensors).items():
-            batch.values[link] = self.store.put(f"{batch.number}-{link.call}-{link.leaf}", tensor)
+            if link.leaf in self.traits[block].states:
+                batch.values[link] = self.store.put(f"{batch.number}-{link.call}-{link.leaf}", tensor)
+            else:
+                # What does not depend on hidden states is mostly equal in all batches, and is held once.
+                known = iter([self.batches[0].values.get(link)])
+                batch.values[link] = _placed(known, {}, self.store.offload, tensor)
 
     def call(
         self,
@@ -303,15 +314,22 @@ class _Capture:
             self._replace_blocks(replaced)
             replaced.enter_context(self.masks.watching())
             for number, inputs_of_batch in enumerate(inputs):
-                self.batch, self.links, self.prefix = Batch(number), Links(), None
-                self.masks.start(inputs_of_batch)
-                arguments = map_leaves(partial(to_device, device), model_arguments(self.model, inputs_of_batch))
-                with contextlib.suppress(_CaptureComplete):
-                    self.model(**arguments)
+                self._record(number, inputs_of_batch, device)
                 if self.batch.calls:
                     self._end(batches[0] if batches else None)
                     batches.append(self.batch)
         return batches
+
+    def _record(self, number: int, inputs: dict[str, Any], device: torch.device) -> None:
+        """Run the model on one batch."""
+        self.batch, self.links, self.prefix = Batch(number), Links(), None
+        self.masks.start(inputs)
+        try:
+            self.model(**map_leaves(partial(to_device, device), model_arguments(self.model, inputs)))
+        except _CaptureComplete:
+            pass
+        except _RecordOverwritten:
+            self._record(number, inputs, device)
 
     def _replace_blocks(self, replaced: contextlib.ExitStack) -> None:
         own = {id(block): index for index, block in enumerate(self.runner.blocks)}
@@ -334,13 +352,17 @@ class _Capture:
         """Take the place of a block's `forward`: record the call, and return something of the right shape."""
         batch, number = self.batch, len(self.batch.calls)
         args, kwargs = map_leaves(self._without_cache, (args, kwargs), keep=True)
-        batch.calls.append(Call(index, *self.links.linked((args, kwargs))))
+        trait = self.runner.traits.get(index)
+        recorded = self.links.linked((args, kwargs))
+        if trait is not None and trait.writes:
+            # What is recorded must stay as it is.
+            recorded = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, recorded)
+        batch.calls.append(Call(index, *recorded))
         self.masks.at_call(self.runner.blocks[index], args, kwargs)
         if self.ends_early and index == len(self.runner.blocks) - 1:
             raise _CaptureComplete
         leaves = leaves_of((args, kwargs))
-        trait = self.runner.traits.get(index)
-        if trait is not None and trait.mirrored is not None:
+        if trait is not None and trait.mirrored is not None and not self.perturb:
             mirrored = leaves[trait.mirrored] if trait.mirrored < len(leaves) else None
             if isinstance(mirrored, Tensor):
                 # A tensor of its own, by which later calls are recognised to take what this call returned.
@@ -353,6 +375,8 @@ class _Capture:
         if trait is None:
             written = versions != [version_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
             self.runner.traits[index] = _trait_of(returned, leaves, written)
+            if written:
+                raise _RecordOverwritten
         if self.perturb:
             returned = _perturbed(returned, {id(leaf) for leaf in leaves})
         return self._returned(number, returned).tree
@@ -391,25 +415,32 @@ class _Capture:
         self.ends_early = in_turn and all(block in self.runner.traits for block in blocks[:-1])
 
     def _set_sources_apart(self) -> None:
-        """Let states with which a chain of calls begins wait as what calls return does, and not as constants."""
+        """Let the state with which a chain of calls begins wait as what calls return does, and not as a constant."""
         calls = self.batch.calls
         used: dict[int, int] = {}
         for call in calls:
             for leaf in {id(leaf) for leaf in call.leaves if isinstance(leaf, Tensor)}:
                 used[leaf] = used.get(leaf, 0) + 1
-        sources: list[Tensor] = []
-
-        def apart(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or used[id(leaf)] > 1:
-                return leaf
-            link = Link(-1, len(sources))
-            sources.append(leaf)
-            self.batch.values[link] = self.runner.store.put(f"{self.batch.number}-source-{link.leaf}", leaf)
-            return link
-
         for call in calls:
-            if not call.links:
-                call.args, call.kwargs = map_leaves(apart, (call.args, call.kwargs))
+            source = None if call.links else _source_of(call, self.runner.traits.get(call.block))
+            if source is not None and used[id(source)] == 1:
+                link = Link(-1, sum(known.call < 0 for known in self.batch.values))
+                self.batch.values[link] = self.runner.store.put(f"{self.batch.number}-source-{link.leaf}", source)
+                replaced = partial(_replaced, source, link)
+                call.args, call.kwargs = map_leaves(replaced, (call.args, call.kwargs))
+
+
+def _source_of(call: Call, trait: Trait | None) -> Tensor | None:
+    """Return the state with which a chain of calls begins: what has the shape of what the block returns."""
+    leaves = call.leaves
+    if trait is not None and trait.mirrored is not None and trait.mirrored < len(leaves):
+        leaves = [leaves[trait.mirrored]]
+    states = (x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1)
+    return next(states, None)
+
+
+def _replaced(old: Any, new: Any, leaf: Any) -> Any:
+    return new if leaf is old else leaf
 
 
 def _trait_of(returned: Returned, leaves: list[Any], written: bool) -> Trait:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..calibration.activations import Activations
 from ..calibration.inputs import as_inputs
-from ..calibration.runner import BlockRunner, Call
+from ..calibration.runner import BlockRunner
 from ..calibration.statistics import SAMPLED_TOKENS
 from ..calibration.text import SEQUENCE_LENGTH
 from ..model.blocks import Targets, attention_and_mlp, find_stacks
@@ -26,6 +26,7 @@ from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
 from ..pruning.task import PruningTask
+from ..reconstruction.calls import StateCall, chain_of
 from ..reconstruction.checks import checked_task
 from ..reconstruction.fitting import Fit, trainable
 from ..reconstruction.regions import Region, RegionSize, regions_by_names
@@ -239,8 +240,7 @@ class _Work:
             stack: the blocks on the meta device, by name.
             runner: runs the copies of the blocks on tensors without values. It has captured one batch.
         """
-        hidden = runner.batches[0].hidden
-        assert isinstance(hidden, Tensor)
+        hidden, every_call = chain_of(runner, runner.batches[0])
         # Hidden states before the first and before the present region, and targets in float32.
         self.waiting.append(sum(self.batches) * (2 * hidden.nbytes + 4 * hidden.numel()) // self.batches[0])
         names, step = list(stack), self.size if isinstance(self.size, int) else 1
@@ -254,7 +254,7 @@ class _Work:
             with held_in_float32(window.values()):
                 self.windows.append((_parameter_bytes(window), stored))
                 if seen is not None:
-                    calls = runner.batches[0].calls[first : first + len(window)]
+                    calls = every_call[first : first + len(window)]
                     regions = regions_by_names(window, first, self.size, seen.values)
                     self.sizes[kind] = [self._region(region, seen, hidden, calls) for region in regions]
             self.regions += len(self.sizes[kind])
@@ -293,7 +293,7 @@ class _Work:
                 runner.run(first + offset, lambda batch, call: None)
         return seen
 
-    def _region(self, region: Region, seen: "_Seen", hidden: Tensor, calls: list[Call]) -> tuple[int, int]:
+    def _region(self, region: Region, seen: "_Seen", hidden: Tensor, calls: list[StateCall]) -> tuple[int, int]:
         """Return the bytes that pruning and fitting `region` take."""
         weights = {name: weight for name, weight in self.task.weights.items() if region.holds(weight.storage)}
         if self.size == "matrix":
@@ -316,7 +316,7 @@ class _Work:
         # The statistics live until the region is fitted.
         return statistics + max(outputs, selecting), statistics + fitting
 
-    def _fitting(self, region: Region, weights: dict[str, WeightView], hidden: Tensor, calls: list[Call]) -> int:
+    def _fitting(self, region: Region, weights: dict[str, WeightView], hidden: Tensor, calls: list[StateCall]) -> int:
         """Return the most bytes that fitting `region` takes, beside its weights and what waits."""
         waits = self.activations == "device"
         live = LiveBytes(p for block in region.blocks.values() for p in block.parameters())
@@ -324,7 +324,7 @@ class _Work:
         target = simulation.fake(hidden.float())
 
         def run(index: int, inputs: Tensor) -> Tensor:
-            return fake.region(inputs, [Call(*convert_to_fp32((call.args, call.kwargs))) for call in calls])
+            return fake.region(inputs, [call.ready(hidden.device) for call in calls])
 
         def pair(index: int) -> tuple[Tensor, Tensor, None]:
             inputs = hidden if waits else hidden.clone()

@@ -12,6 +12,7 @@ from torch import nn
 from ..calibration.activations import Activations
 from ..calibration.gradients import gradient_sums
 from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, fingerprint_of_inputs
+from ..calibration.proof import prove
 from ..calibration.runner import on_device
 from ..model.blocks import Targets
 from ..model.processes import working_together
@@ -26,6 +27,7 @@ from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
 from ..pruning.streamed_model import StreamedModel
 from ..pruning.task import PruningTask, check_calibration, count_sequences
+from .calls import check_chains
 from .checks import Mode, checked_task, stable_text
 from .fitting import Fit
 from .observer import ReconstructionObserver
@@ -319,12 +321,16 @@ def _run(
     # The blocks of a streamed model are not in memory, so `fingerprint_of_model` does not include their weights.
     work.progress = Progress(state_dir, _fingerprint(work, inputs) if state_dir else {}, by_region=bool(streamed))
     with evaluation_mode(model), evaluation_mode(model if dense is None else dense), _frozen(model):
+        work.proof = prove(model, inputs, task.inside, work.residence, set())
+        check_chains(work.proof)
         work.observer.start(work.fit.steps(len(work.fit.split(len(inputs))[0])))
         if task.allocation is not None:
             reading = in_memory if streamed is None else streamed.weight_in_memory
             # Processes share the batches that an allocation measures.
             with working_together(f"the allocation of {task.pattern} to {len(task.weights)} weights"):
-                task.patterns = allocated_patterns(model, task, inputs, work.activations, work.residence, reading)
+                task.patterns = allocated_patterns(
+                    model, task, inputs, work.activations, work.residence, reading, work.proof
+                )
         if "gradients" in task.needs:
             task.gradients = gradient_sums(model, task.weights, inputs, offload=work.activations != "device")
         work.run(inputs, None if streamed is None else streamed.save)

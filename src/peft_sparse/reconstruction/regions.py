@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..calibration.runner import Call, restore_forward
+from ..calibration.runner import restore_forward
 from ..model.blocks import attention_and_mlp
 from ..model.weights import PRUNABLE_LAYERS
+from .calls import StateCall
 
 
 RegionSize = Literal["matrix", "submodule", "block"] | int
@@ -38,17 +39,16 @@ class Region:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     joins: Literal["input", "output"] | None = None
 
-    def __call__(self, hidden: Tensor, calls: list[Call]) -> Tensor:
+    def __call__(self, hidden: Tensor, calls: list[StateCall]) -> Tensor:
         """Return the hidden states after the region.
 
         Args:
             hidden: hidden states before the region, (sequences, tokens, features).
-            calls: the other arguments of each block.
+            calls: the call of each block.
         """
         with _silent(self.silenced):
             for block, call in zip(self.blocks.values(), calls, strict=True):
-                output = block(hidden, *call.args, **call.kwargs)
-                hidden = output if isinstance(output, Tensor) else output[0]
+                hidden = call.made(block, hidden)
         return hidden
 
     def holds(self, weight: Tensor) -> bool:
@@ -78,7 +78,7 @@ def regions_of_blocks(blocks: dict[str, nn.Module], first: int) -> list[Region]:
     return [Region(name, first, blocks, parameters=parameters)]
 
 
-def regions_of_submodules(name: str, block: nn.Module, index: int, hidden: Tensor, call: Call) -> list[Region]:
+def regions_of_submodules(name: str, block: nn.Module, index: int, hidden: Tensor, call: StateCall) -> list[Region]:
     """Return the attention and the MLP of a block as two regions, or the block if one of the two is not found.
 
     The block is run on `hidden` to see which of the two comes first and which parameters each depends on.
@@ -88,7 +88,7 @@ def regions_of_submodules(name: str, block: nn.Module, index: int, hidden: Tenso
         block: the block.
         index: index of the block in its stack.
         hidden: hidden states before the block, (sequences, tokens, features).
-        call: the other arguments of the block.
+        call: the call of the block.
 
     Raises:
         ValueError: attention and MLP together do not give the output of the block, for example because the block
@@ -156,7 +156,7 @@ def _halves(
 
 
 def _run_noting_values(
-    name: str, block: nn.Module, index: int, hidden: Tensor, call: Call
+    name: str, block: nn.Module, index: int, hidden: Tensor, call: StateCall
 ) -> tuple[Tensor, dict[nn.Module, int]]:
     """Return the output of a block, and the number of values that each module of its attention and MLP returned."""
     returned: dict[nn.Module, int] = {}
@@ -182,7 +182,9 @@ def _parameters(name: str, block: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{name}.{key}": value for key, value in block.named_parameters() if id(value) not in handed_on}
 
 
-def _assign(parameters: dict[str, nn.Parameter], first: Region, second: Region, hidden: Tensor, call: Call) -> None:
+def _assign(
+    parameters: dict[str, nn.Parameter], first: Region, second: Region, hidden: Tensor, call: StateCall
+) -> None:
     """Give each parameter to the region whose output depends on it.
 
     A parameter that both depend on, such as the one norm before a parallel residual, belongs to neither: fitting one
@@ -201,7 +203,7 @@ def _assign(parameters: dict[str, nn.Parameter], first: Region, second: Region, 
 
 
 def _gradients(
-    region: Region, parameters: list[nn.Parameter], hidden: Tensor, call: Call
+    region: Region, parameters: list[nn.Parameter], hidden: Tensor, call: StateCall
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the sum of the region's output. They are None for parameters that were not used."""
     wanted = [(parameter, parameter.requires_grad) for parameter in parameters]

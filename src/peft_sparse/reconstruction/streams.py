@@ -5,11 +5,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from accelerate.utils import convert_to_fp32, send_to_device
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 
 from ..calibration.activations import Activations, ActivationStore
-from ..calibration.runner import BlockRunner, Call
+from ..calibration.recording import Link, same_values
+from ..calibration.runner import BlockRunner
+from .calls import StateCall, chain_of
 from .regions import Region
 
 
@@ -24,10 +26,23 @@ class Stream:
     def __init__(self, runner: BlockRunner, activations: Activations) -> None:
         self.batches = runner.batches
         self.store = ActivationStore(activations)
-        start = [runner.store.get(batch.hidden) for batch in runner.batches]
-        self.dtype = start[0].dtype
-        self.values = [self.store.put(f"in-{i}", value) for i, value in enumerate(start)]
+        # The blocks that run, in their order.
+        self.names = [runner.names[index] for index in runner.order if runner.runs(index)]
+        self.values: list[Tensor | Path] = []
+        self.calls: list[list[StateCall]] = []
+        self._first: dict[Link, Tensor] = {}
+        for number, batch in enumerate(runner.batches):
+            state, calls = chain_of(runner, batch, self._shared)
+            self.dtype = state.dtype
+            self.values.append(self.store.put(f"in-{number}", state))
+            self.calls.append(calls)
         self.carried = list(self.values)
+
+    def _shared(self, link: Link, tensor: Tensor) -> Tensor:
+        """Return what is kept of what a block computed for other blocks: once for all batches in which it is equal."""
+        tensor = tensor.cpu() if self.store.offload else tensor
+        first = self._first.setdefault(link, tensor)
+        return first if same_values(first, tensor) else tensor
 
     def __getitem__(self, index: int) -> Tensor:
         return self.store.get(self.values[index])
@@ -72,7 +87,7 @@ class Window:
 
     Args:
         stream: the hidden states that the blocks receive.
-        first: index of the first block in its stack.
+        first: number of the first block among those that run.
         blocks: the blocks, by name.
     """
 
@@ -85,14 +100,14 @@ class Window:
         inputs: Tensor = convert_to_fp32((stream or self.stream)[index].to(self.device))
         return inputs
 
-    def calls(self, index: int, stream: Stream | None = None) -> list[Call]:
-        """Return the other arguments of every block for a batch."""
-        chosen = (stream or self.stream).batches[index].calls[self.first : self.first + len(self.blocks)]
-        return [Call(*convert_to_fp32(send_to_device((call.args, call.kwargs), self.device))) for call in chosen]
+    def calls(self, index: int, stream: Stream | None = None) -> list[StateCall]:
+        """Return the call of every block for a batch."""
+        chosen = (stream or self.stream).calls[index][self.first : self.first + len(self.blocks)]
+        return [call.ready(self.device) for call in chosen]
 
     def keep(self, index: int) -> Tensor | None:
         """Return which tokens of a batch are not padding, (sequences, tokens), or None without padding."""
-        keep = self.batches[index].keep
+        keep = self.batches[index].padding.keep
         return None if keep is None else keep.to(self.device)
 
     def outputs(self, region: Region, index: int, stream: Stream | None = None) -> Tensor:

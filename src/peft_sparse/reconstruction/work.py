@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from ..calibration.activations import Activations
 from ..calibration.measure import measure_inputs
-from ..calibration.runner import Batch, BlockRunner, Call, Residence, on_device
+from ..calibration.proof import Proof
+from ..calibration.recording import tensors_of
+from ..calibration.runner import Batch, BlockRunner, Residence, on_device
 from ..calibration.statistics import BlockStatistics, Need
 from ..model.blocks import find_stacks
 from ..model.environment import peak_memory
@@ -79,6 +81,7 @@ class Reconstruction:
         residence: (block name, block) -> a context within which the block can run.
         observer: follows the run.
         progress: keeps finished regions.
+        proof: what `prove` found out about the model.
         reports: the reports of finished regions, by number of the region.
         reported: the numbers of the regions that were reported to `observer`.
         count: number of the next region.
@@ -97,6 +100,7 @@ class Reconstruction:
     residence: Residence
     observer: ReconstructionObserver
     progress: Progress = field(default_factory=lambda: Progress(None, {}))
+    proof: Proof = field(default_factory=Proof)
     reports: dict[int, list[RegionReport]] = field(default_factory=dict)
     reported: set[int] = field(default_factory=set)
     count: int = 0
@@ -146,7 +150,10 @@ class Reconstruction:
         return [n for n in range(len(stacks)) if pruned[n] or (self.mode == "SD" and any(pruned[:n]))]
 
     def _stream(self, model: nn.Module, stack: dict[str, nn.Module], inputs: list[dict[str, Any]]) -> Stream:
-        runner = BlockRunner(model, stack, inputs, activations=self.activations, residence=self.residence)
+        traits = {index: self.proof.traits[name] for index, name in enumerate(stack) if name in self.proof.traits}
+        runner = BlockRunner(
+            model, stack, inputs, activations=self.activations, residence=self.residence, traits=traits
+        )
         return Stream(runner, self.activations)
 
     def _stack(
@@ -159,6 +166,12 @@ class Reconstruction:
     ) -> None:
         """Reconstruct a stack, window by window."""
         step = self.size if isinstance(self.size, int) else 1
+        for name in [name for name in stack if name not in main.names]:
+            # The model does not run this block, so there is nothing to fit.
+            with self.residence(name, stack[name]):
+                if after_block is not None:
+                    after_block(name)
+        stack = {name: stack[name] for name in main.names}
         bar = tqdm(range(0, len(stack), step), desc="reconstructing", unit="window", disable=None)
         self.on_step = LossOnBar(bar, self.observer.step)
         for first in bar:
@@ -295,15 +308,17 @@ class Reconstruction:
         window = turn.window
 
         @torch.no_grad()
-        def run(before_batch: Callable[[Batch, Call], None]) -> None:
+        def run(before_call: Callable[[Batch, list[Tensor]], None]) -> None:
+            if keep is not None:
+                turn.targets.values.clear()
             for i, batch in enumerate(window.batches):
                 calls = window.calls(i)
-                before_batch(batch, Call(tuple((call.args, call.kwargs) for call in calls), {}))
+                before_call(batch, tensors_of([(call.args, call.kwargs) for call in calls]))
                 outputs = turn.region(window.inputs(i), calls)
                 if keep is not None:
                     keep(outputs)
 
-        return measure_inputs(self.model, weights, needs, len(window.batches), run)
+        return measure_inputs(self.model, weights, needs, len(window.batches), run, sight=self.proof.sight)
 
     def _observe(self, number: int) -> None:
         """Report region `number` to the observer, if it is finished and has not been reported."""
