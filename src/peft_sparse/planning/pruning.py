@@ -21,7 +21,7 @@ from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import Group, Pattern, SemiStructured
 from ..pruning.refinement import Refinement
 from ..pruning.rows import rows_of_chunk
-from ..pruning.streamed_model import empty_model
+from ..model.empty import empty_model
 from ..pruning.swap import Swap
 from ..pruning.task import PruningTask
 from .simulation import GIB, Described

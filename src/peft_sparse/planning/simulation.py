@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PretrainedConfig
 
-from ..pruning.streamed_model import empty_model
+from ..model.empty import empty_model
 
 
 Described: TypeAlias = nn.Module | PretrainedConfig | str | Path

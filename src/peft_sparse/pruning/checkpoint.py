@@ -45,6 +45,7 @@ def prune_checkpoint(
     batch_size: int = 1,
     activations: Activations = "cpu",
     device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
 ) -> PruningReport:
     """Prune a saved model without loading it as a whole, and save the result for `from_pretrained`.
 
@@ -84,6 +85,7 @@ def prune_checkpoint(
         batch_size: how many sequences of a tensor of token ids run together.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is loaded.
+        trust_remote_code: whether Python code in `source` may run to define the model, as in `from_pretrained`.
 
     Returns:
         A report with the sparsity and, with calibration, the relative output error of each weight.
@@ -98,7 +100,7 @@ def prune_checkpoint(
             model; several processes run. If an error occurs after some blocks were pruned, its note names the block.
     """
     started = time.perf_counter()
-    streamed = StreamedModel(source, output, device)
+    streamed = StreamedModel(source, output, device, trust_remote_code)
     model = streamed.model
     task = PruningTask.of(
         model,
@@ -129,7 +131,7 @@ def prune_checkpoint(
             prune_blocks(task, streamed.blocks, streamed.resident, streamed.save)
         else:
             for runner in stack_runners(
-                model, inputs, activations=activations, residence=streamed.resident, traits=proof.traits
+                model, inputs, task.inside, activations=activations, residence=streamed.resident, traits=proof.traits
             ):
                 prune_stack(model, runner, task, proof, streamed.save)
     streamed.finish()

@@ -4,21 +4,25 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-import transformers
-from accelerate import PartialState, init_empty_weights
+from accelerate import PartialState
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..model.blocks import block_of, find_blocks, find_stacks
+from ..model.blocks import block_of, find_blocks
+from ..model.empty import dtype_of, empty_model, model_classes
 from ..model.weights import check_finite
+from .checkpoint_files import described, files_beside, weight_files
+from .checkpoint_layout import Plan, Step, loading_plan, may_be_missing, saving_plan
 from .task import PruningTask
 
 
@@ -29,58 +33,56 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _UNFINISHED_INDEX = f"{SAFE_WEIGHTS_INDEX_NAME}.unfinished"
 
 
-def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the model of `config` with parameters on the meta device, which have shapes and take no memory.
-
-    Raises:
-        ValueError: the configuration does not name exactly one class of transformers.
-    """
-    names = config.architectures or []
-    if len(names) != 1 or not hasattr(transformers, names[0]):
-        raise ValueError(
-            f"Expected a configuration that names one class of transformers in `architectures`, got {names}. Save the "
-            "model with `save_pretrained`, or load it and use `prune`."
-        )
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = getattr(transformers, names[0])._from_config(config)
-    # Parameters were moved to the meta device one by one, which untied them.
-    model.tie_weights()
-    return model
-
-
 class StreamedModel:
     """A model whose blocks are read from a folder when they are processed, and written when they are finished.
+
+    Tensors are converted as `from_pretrained` and `save_pretrained` convert them, so the names in the checkpoint may
+    be others than those in the model.
 
     Args:
         source: the folder to read from.
         output: the folder to write to.
         device: where each block is loaded.
+        trust_remote_code: whether Python code in `source` may define the model.
 
     Raises:
-        ValueError: `output` holds other files, the configuration names no class of transformers, or `source` holds no
-            safetensors.
+        ValueError: `output` holds other files; no class of the configuration fits the checkpoint; `source` holds no
+            safetensors; the checkpoint lacks a tensor of the model, or holds it in another shape or quantised.
     """
 
-    def __init__(self, source: str | Path, output: str | Path, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        source: str | Path,
+        output: str | Path,
+        device: torch.device | str,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.source, self.output, self.device = Path(source), Path(output), device
         if self.output.exists() and not _left_by_a_killed_run(self.output, self.source):
             raise ValueError(
                 f"Expected {str(self.output)!r} not to exist, to be empty, or to hold only what a killed run left. "
                 "Give another `output`."
             )
-        self.model = empty_model(AutoConfig.from_pretrained(self.source))
+        config = AutoConfig.from_pretrained(self.source, trust_remote_code=trust_remote_code)
+        self.read_files = weight_files(self.source, config)
+        tensors, self.files = described(self.read_files)
+        config.dtype = dtype_of(config, tensors)
+        classes = model_classes(config, self.source, trust_remote_code)
+        self.model, self.plan = _fitting(config, classes, tensors)
+        self.dtypes = _dtypes(self.model, config.dtype)
         self.blocks = find_blocks(self.model)
-        self.files = _files_by_name(self.source)
-        self.parts: dict[str, list[str]] = {name: [] for name in (*self.blocks, OUTSIDE)}
-        for name in self.files:
-            self.parts[block_of(name, self.blocks) or OUTSIDE].append(name)
-        parameters = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
-        # The names that a tensor of a checkpoint may have. Buffers that no checkpoint holds are in the empty model.
-        self.places = {*parameters, *(name for name, _ in self.model.named_buffers())}
-        self.parameters = set(parameters)
+        self.aliases = _aliases(self.model, self.blocks)
+        self.steps = self._by_part(self.plan.steps, of_results=True)
         self.task: PruningTask | None = None
-        # The parameter that `weight_in_memory` holds.
-        self.held: str | None = None
+        # How finished blocks are written, and how they are read again.
+        self.savings: dict[str, list[Step]] = {}
+        self.again: dict[str, list[Step]] = {}
+        # Blocks that are in memory, with the number of contexts that need them; blocks whose weights were checked.
+        self.entered: Counter[str] = Counter()
+        self.checked: set[str] = set()
+        # The parameters that `weight_in_memory` holds.
+        self.held: list[str] = []
+        self.finished: set[str] = set()
         self.written: dict[str, str] = {}
         self.bytes = 0
 
@@ -88,21 +90,14 @@ class StreamedModel:
         """Check that `task` can be done block by block, and load the weights outside of the blocks.
 
         Raises:
-            ValueError: the checkpoint has no tensor with the name of a block's parameter; the task needs the whole
-                model; the model has more than one stack of blocks; several processes run.
+            ValueError: the task needs the whole model, or prunes outside the blocks; several processes run; what
+                would be written cannot be read again.
         """
-        _check_streamable(self.model, task)
+        _check_streamable(task)
         if PartialState().num_processes > 1:
             raise ValueError(
                 f"Expected one process, because one output is written, got {PartialState().num_processes}. Start it "
                 "in one process. The saved model can be loaded in any number of processes."
-            )
-        missing = [n for n in self.parameters if block_of(n, self.blocks) and n not in self.files]
-        if missing:
-            raise ValueError(
-                f"The checkpoint has no tensor {sorted(missing)[0]!r} ({len(missing)} such parameters): transformers "
-                "renames its tensors on loading. Load the model and save it with `save_pretrained(..., "
-                "save_original_format=False)`, or use `prune`."
             )
         if outside := task.by_block.get(None):
             raise ValueError(
@@ -110,130 +105,292 @@ class StreamedModel:
                 "`exclude_modules`, or use `prune` on the loaded model."
             )
         self.task = task
+        self._load_outside()
+        saved = saving_plan(self.model, self.plan.transforms)
+        loaded = loading_plan(self.model, saved.results)
+        _check_round_trip(self.model, saved, loaded)
+        self.savings = self._by_part(saved.steps, of_results=False)
+        self.again = self._by_part(loaded.steps, of_results=True)
         self.output.mkdir(parents=True, exist_ok=True)
-        self.load(OUTSIDE)
+        self._write(OUTSIDE, self.model.state_dict())
 
     @contextlib.contextmanager
     def resident(self, name: str, block: nn.Module) -> Iterator[None]:
-        """Hold the weights of a block in memory within the context."""
+        """Hold the weights of a block in memory within the context. Those of a finished block are read as written."""
         assert self.task is not None, "start comes first"
         self._drop_held()
-        self.load(name)
+        self.entered[name] += 1
         try:
-            check_finite(self.task.inside(name))
+            if self.entered[name] == 1:
+                self.load(name)
+                if name not in self.checked:
+                    check_finite(self.task.inside(name))
+                    self.checked.add(name)
             yield
         finally:
-            for held in self.parts[name]:
-                if held in self.places:
-                    set_module_tensor_to_device(self.model, held, "meta")
+            self.entered[name] -= 1
+            if not self.entered[name]:
+                self._drop([held for step in self.steps[name] for held in step.outputs])
 
     @contextlib.contextmanager
     def weight_in_memory(self, name: str) -> Iterator[None]:
-        """Hold one weight of the task in memory within the context. A parameter is read once for all its experts."""
+        """Hold one weight of the task in memory within the context.
+
+        What is converted together is read together: a parameter is read once for all its experts.
+        """
         assert self.task is not None, "start comes first"
         weight = self.task.weights[name]
         parameter = f"{name}.{weight.parameter}" if weight.expert is None else name.rpartition(".")[0]
-        if self.held != parameter:
-            self._drop_held()
-            with safe_open(self.files[parameter], framework="pt") as file:
-                value = file.get_tensor(parameter)
-            set_module_tensor_to_device(self.model, parameter, self.device, value=value, dtype=value.dtype)
-            self.held = parameter
-            check_finite({name: weight})
-        try:
+        part = block_of(parameter, self.blocks) or OUTSIDE
+        if self.entered[part]:
             yield
-        finally:
-            # The next weight is often an expert of the same parameter.
-            if weight.expert is None:
-                self._drop_held()
+            return
+        if parameter not in self.held:
+            self._drop_held()
+            alike = [name for name in self.aliases.get(parameter, [parameter]) if name in self.plan.results]
+            steps = [step for step in self.steps[part] if alike[0] in step.outputs]
+            tensors = self._read(steps, self.files)
+            self.held = list(self._place(tensors, self.device))
+            check_finite({name: weight})
+        yield
 
     def _drop_held(self) -> None:
-        if self.held is not None:
-            set_module_tensor_to_device(self.model, self.held, "meta")
-            self.held = None
+        self._drop(self.held)
+        self.held = []
 
     def read(self, part: str) -> dict[str, Tensor]:
-        """Return the tensors of one block, or those outside of all blocks."""
-        tensors: dict[str, Tensor] = {}
-        by_file: dict[Path, list[str]] = {}
-        for name in self.parts[part]:
-            by_file.setdefault(self.files[name], []).append(name)
-        for path, names in by_file.items():
-            with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in names}
-        return tensors
+        """Return the tensors of one block, or those outside of all blocks, by their names in the model."""
+        if part in self.finished:
+            return self._read(self.again[part], {name: self.output / file for name, file in self.written.items()})
+        return self._read(self.steps[part], self.files)
 
     def load(self, part: str) -> None:
-        """Put the tensors of a part into the model. Those outside of the blocks are also written."""
-        outside = part == OUTSIDE
-        device = "cpu" if outside else self.device
-        tensors = self.read(part)
-        for name, tensor in tensors.items():
-            if name in self.places:
-                set_module_tensor_to_device(self.model, name, device, value=tensor, dtype=tensor.dtype)
-        if outside:
-            self._write(OUTSIDE, tensors)
-            return
+        """Put the tensors of a block into the model."""
+        self._place(self.read(part), self.device)
         for name, _ in self.blocks[part].named_buffers(prefix=part):
-            set_module_tensor_to_device(self.model, name, device)
+            set_module_tensor_to_device(self.model, name, self.device)
 
     def save(self, block: str) -> None:
-        """Write a block as it is now. Tensors of the checkpoint that the model does not have are left out."""
-        state = self.blocks[block].state_dict(prefix=f"{block}.")
-        self._write(block, {name: state[name].cpu().contiguous() for name in self.parts[block] if name in state})
+        """Write a block as it is now."""
+        self._write(block, self.blocks[block].state_dict(prefix=f"{block}."))
 
     def finish(self) -> None:
-        """Copy the other files of the checkpoint. Write the index last, because it makes the output a checkpoint."""
-        for path in _beside_weights(self.source):
-            shutil.copy2(path, self.output)
+        """Write the blocks that were not pruned, and copy the other files of the checkpoint.
+
+        The index is written last, because it makes the output a checkpoint. A warning names what was left out.
+        """
+        for name, block in self.blocks.items():
+            if name not in self.finished:
+                with self.resident(name, block):
+                    self.save(name)
+        known, unknown = files_beside(self.source)
+        for name in known:
+            (self.output / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(self.source / name, self.output / name)
         index = {"metadata": {"total_size": self.bytes}, "weight_map": self.written}
         unfinished = self.output / _UNFINISHED_INDEX
         unfinished.write_text(json.dumps(index, indent=2) + "\n")
         unfinished.replace(self.output / SAFE_WEIGHTS_INDEX_NAME)
+        read = {path.relative_to(self.source).as_posix() for path in self.read_files}
+        _warn_of_what_was_left_out(self.plan.left_out, [name for name in unknown if name not in read], self.source)
 
-    def _write(self, part: str, tensors: dict[str, Tensor]) -> None:
-        number = list(self.parts).index(part) + 1
-        name = f"model-{number:05d}-of-{len(self.parts):05d}.safetensors"
-        save_file(tensors, self.output / name, metadata={"format": "pt"})
-        self.written |= dict.fromkeys(tensors, name)
+    def _load_outside(self) -> None:
+        """Load the tensors outside of the blocks, and tie and initialise what `from_pretrained` does."""
+        present = self.plan.results
+        missing = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - present.keys()
+        for name in sorted(missing):
+            if not any(alias in present for alias in self.aliases.get(name, ())):
+                self._initialise(name)
+        for name, tensor in self.read(OUTSIDE).items():
+            set_module_tensor_to_device(self.model, name, "cpu", value=tensor, dtype=tensor.dtype)
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+    @torch.no_grad()
+    def _initialise(self, name: str) -> None:
+        """Compute a parameter that no checkpoint of the model holds, such as sinusoidal positions."""
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        set_module_tensor_to_device(self.model, name, "cpu", value=torch.empty_like(_at(self.model, name), device="cpu"))
+        self.model._init_weights(module)
+
+    def _by_part(self, steps: list[Step], of_results: bool) -> dict[str, list[Step]]:
+        """Return the steps of each block and those outside, by the tensors of the model that they give or take."""
+        parts: dict[str, list[Step]] = {name: [] for name in (*self.blocks, OUTSIDE)}
+        for step in steps:
+            names = step.outputs if of_results else step.inputs
+            found = list(dict.fromkeys(block_of(name, self.blocks) or OUTSIDE for name in names))
+            if len(found) > 1:
+                raise ValueError(
+                    f"{next(iter(step.inputs))!r} is converted together with tensors of {found[0]!r} and of "
+                    f"{found[1]!r}, and one block at a time is in memory. Use `prune` on the loaded model."
+                )
+            parts[found[0]].append(step)
+        return parts
+
+    def _read(self, steps: list[Step], files: Mapping[str, Path]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as opened:
+            handles = {
+                path: opened.enter_context(safe_open(path, framework="pt"))
+                for path in dict.fromkeys(files[name] for step in steps for name in step.inputs)
+            }
+            for step in steps:
+                tensors |= step.run(self.model, lambda name: handles[files[name]].get_tensor(name))
+        return {name: tensor.to(self.dtypes[name]) for name, tensor in tensors.items()}
+
+    def _place(self, tensors: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+        """Put tensors into the model, also under the other names that they have in the same block."""
+        for name, tensor in tensors.items():
+            set_module_tensor_to_device(self.model, name, device, value=tensor, dtype=tensor.dtype)
+            for alias in self.aliases.get(name, ()):
+                if alias not in tensors:
+                    setattr(self.model.get_submodule(alias.rpartition(".")[0]), alias.rpartition(".")[2],
+                            _at(self.model, name))  # fmt: skip
+        return tensors
+
+    def _drop(self, names: list[str]) -> None:
+        for name in dict.fromkeys(alias for name in names for alias in self.aliases.get(name, [name])):
+            set_module_tensor_to_device(self.model, name, "meta")
+
+    def _write(self, part: str, state: Mapping[str, Tensor]) -> None:
+        number = list(self.savings).index(part) + 1
+        file = f"model-{number:05d}-of-{len(self.savings):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for step in self.savings[part]:
+            tensors |= step.run(self.model, lambda name: state[name].cpu())
+        save_file({n: t.contiguous() for n, t in tensors.items()}, self.output / file, metadata={"format": "pt"})
+        self.written |= dict.fromkeys(tensors, file)
         self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+        self.finished.add(part)
 
 
-def _beside_weights(source: Path) -> list[Path]:
-    """Return the files of a checkpoint that hold neither weights nor an index of them."""
-    files = [path for path in source.iterdir() if path.is_file()]
-    return [path for path in files if path.suffix not in (".safetensors", ".bin") and "index.json" not in path.name]
+def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the dtype in which `from_pretrained` loads each tensor of `model` if it loads in `dtype`."""
+    planned = {pattern.replace("*", ".*"): kept for pattern, kept in model._get_dtype_plan(dtype).items()}
+    return {
+        name: next((kept for pattern, kept in planned.items() if re.search(pattern, name)), tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _at(model: nn.Module, name: str) -> Tensor:
+    found: Tensor = getattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+    return found
+
+
+def _fitting(
+    config: PretrainedConfig, classes: list[type[PreTrainedModel]], tensors: dict[str, Tensor]
+) -> tuple[PreTrainedModel, Plan]:
+    """Return the empty model, among those of `classes`, whose tensors are `tensors`, and the plan to load it.
+
+    If the checkpoint fits several, the one is taken in which most tensors have the names of the checkpoint.
+    """
+    fitting: list[tuple[int, PreTrainedModel, Plan]] = []
+    errors: list[ValueError] = []
+    for cls in classes:
+        model = empty_model(config, cls)
+        try:
+            plan = loading_plan(model, tensors)
+            _check_complete(model, plan)
+        except ValueError as error:
+            errors.append(error)
+            continue
+        # Of several classes, one that leaves tensors out is not meant.
+        if len(classes) == 1 or not plan.left_out:
+            fitting.append((len(tensors.keys() & plan.results.keys()), model, plan))
+    if not fitting:
+        if len(errors) == len(classes) == 1:
+            raise errors[0]
+        raise ValueError(
+            f"Expected a checkpoint that one of the classes {', '.join(cls.__name__ for cls in classes)} fits, and "
+            "none has exactly its tensors. Name the class of the model in `architectures` of config.json."
+        )
+    _, model, plan = max(fitting, key=lambda found: found[0])
+    return model, plan
+
+
+def _check_complete(model: PreTrainedModel, plan: Plan) -> None:
+    """Raise ValueError if `plan` does not give every parameter of `model` in its shape."""
+    blocks, state = find_blocks(model), model.state_dict()
+    aliases = _aliases(model, blocks)
+    for name, tensor in plan.results.items():
+        place = state[name]
+        if tensor.shape != place.shape:
+            raise ValueError(
+                f"The checkpoint's {name!r} has shape {tuple(tensor.shape)}, and that of the model has "
+                f"{tuple(place.shape)}. Correct config.json."
+            )
+        if place.is_floating_point() and (not tensor.is_floating_point() or tensor.itemsize == 1):
+            raise ValueError(
+                f"The checkpoint's {name!r} is stored as {tensor.dtype}, but pruning needs floating-point weights. "
+                "Prune before quantising."
+            )
+    missing = [
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if not any(alias in plan.results for alias in aliases.get(name, [name]))
+        and (block_of(name, blocks) or not may_be_missing(model, name))
+    ]
+    if missing:
+        raise ValueError(
+            f"The checkpoint has no tensor for {missing[0]!r} ({len(missing)} such parameters of "
+            f"{type(model).__name__}). Correct `architectures` in config.json, or load the model, save it with "
+            "`save_pretrained`, and prune that."
+        )
+
+
+def _aliases(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """Return all names of each parameter that has several, by each of its names.
+
+    Raises:
+        ValueError: a parameter is in two blocks, or in one and outside.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    shared = [group for group in names.values() if len(group) > 1]
+    for group in shared:
+        if len({block_of(name, blocks) for name in group}) > 1:
+            raise ValueError(
+                f"{group[0]!r} is also {group[1]!r}, and one block at a time is in memory. Use `prune` on the loaded "
+                "model."
+            )
+    return {name: group for group in shared for name in group}
+
+
+def _check_round_trip(model: PreTrainedModel, saved: Plan, loaded: Plan) -> None:
+    """Raise ValueError if `from_pretrained` would not get back what is written."""
+    state = model.state_dict()
+    wanted = {name for step in saved.steps for name in step.inputs}
+    lost = [name for name in sorted(wanted) if name not in loaded.results or loaded.results[name].shape != state[name].shape]
+    if lost or loaded.left_out:
+        raise ValueError(
+            f"{[*lost, *loaded.left_out][0]!r} would not be loaded again under the name that transformers saves it "
+            "by. Load the model, save it with `save_pretrained(..., save_original_format=False)`, and prune that."
+        )
+
+
+def _warn_of_what_was_left_out(tensors: list[str], files: list[str], source: Path) -> None:
+    """Warn of tensors that the model does not have, and of files that are not known to belong to it."""
+    found = [f"{len(tensors)} tensors that the model does not have, such as {tensors[0]!r}"] if tensors else []
+    found += [f"files that may hold dense weights or none of the model: {', '.join(files)}"] if files else []
+    if found:
+        warnings.warn(
+            f"Of {str(source)!r}, these were not copied: {'; '.join(found)}. Copy what the pruned model needs.",
+            stacklevel=3,
+        )
 
 
 def _left_by_a_killed_run(output: Path, source: Path) -> bool:
     """Return whether `output` holds only what a run on `source` writes before its index."""
-    names = {path.name for path in output.iterdir()}
+    names = {path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()}
     shards = {name for name in names if _SHARD.fullmatch(name)}
-    copied = {path.name for path in _beside_weights(source)} | {_UNFINISHED_INDEX} if shards else set()
+    copied = {*files_beside(source)[0], _UNFINISHED_INDEX} if shards else set()
     return names <= shards | copied
 
 
-def _files_by_name(source: Path) -> dict[str, Path]:
-    index = source / SAFE_WEIGHTS_INDEX_NAME
-    if index.exists():
-        return {name: source / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    if not (source / SAFE_WEIGHTS_NAME).exists():
-        raise ValueError(
-            f"Expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} in {str(source)!r}, found neither. Give a "
-            "folder that `save_pretrained` wrote."
-        )
-    with safe_open(source / SAFE_WEIGHTS_NAME, framework="pt") as file:
-        return dict.fromkeys(file.keys(), source / SAFE_WEIGHTS_NAME)
-
-
-def _check_streamable(model: nn.Module, task: PruningTask) -> None:
+def _check_streamable(task: PruningTask) -> None:
     if task.group == "model" or "gradients" in task.needs:
         raise ValueError(
             'One block at a time is in memory, but `group="model"` and criteria that need gradients need the whole '
             'model. Use `prune` on the loaded model, or `group="row"` or "matrix" and another criterion.'
-        )
-    if len(find_stacks(model)) > 1:
-        stacks = ", ".join(next(iter(stack)).rpartition(".")[0] for stack in find_stacks(model))
-        raise ValueError(
-            f"Expected a model with one stack of blocks, got several: {stacks}. Use `prune` on the loaded model."
         )

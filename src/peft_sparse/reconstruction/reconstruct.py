@@ -185,6 +185,7 @@ def reconstruct_checkpoint(
     batch_size: int = 1,
     activations: Activations = "cpu",
     device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
     region: RegionSize = "submodule",
     mode: Mode = "SS",
     fit: Fit = Fit(),
@@ -235,6 +236,7 @@ def reconstruct_checkpoint(
         batch_size: how many sequences of a tensor of token ids run together.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is loaded.
+        trust_remote_code: whether Python code in `source` may run to define the model, as in `from_pretrained`.
         region: what is fitted at a time. "submodule": the attention and the MLP of a block, one after the other, each
             with its residual; or the block, if one of the two is not found. "block": one block. A number: as many
             consecutive blocks. "matrix": each weight matrix; it is not trained, because `masked_least_squares`
@@ -260,7 +262,7 @@ def reconstruct_checkpoint(
             run; attention and MLP of a block cannot be separated; the tuner filled zeros.
     """
     started = time.perf_counter()
-    streamed = StreamedModel(source, output, device)
+    streamed = StreamedModel(source, output, device, trust_remote_code)
     model = streamed.model
     task = checked_task(
         model,
