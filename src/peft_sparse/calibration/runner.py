@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.blocks import find_blocks, find_stacks
+from ..model.offload import execution_device, has_hooks, resident_through_hooks
 from ..model.processes import place, share_of
 from .activations import Activations, ActivationStore
 from .inputs import without_cache
@@ -308,7 +309,7 @@ class _Capture:
 
     @torch.no_grad()
     def run(self, inputs: list[dict[str, Any]]) -> list[Batch]:
-        device = next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
+        device = execution_device(self.model)
         batches: list[Batch] = []
         with contextlib.ExitStack() as replaced:
             self._replace_blocks(replaced)
@@ -536,20 +537,31 @@ def stack_runners(
 
 
 def on_device(device: torch.device | str | None) -> Residence:
-    """Return a residence that moves a block to `device` and back. With None, the block stays where it is."""
+    """Return a residence that moves a block to `device` and back. With None, the block stays where it is.
+
+    Weights that accelerate has offloaded are loaded within it, and what was written into them is kept.
+    """
 
     # Not accelerate's `align_module_device`: it moves the parameters of one module, but no children and no buffers.
     @contextlib.contextmanager
     def resident(name: str, block: nn.Module) -> Iterator[None]:
-        home = next(block.parameters()).device
-        if device is None or torch.device(device) == home:
+        if has_hooks(block):
+            with resident_through_hooks(block, device):
+                yield
+            return
+        homes = {tensor.device for tensor in (*block.parameters(), *block.buffers())}
+        if device is None or homes <= {torch.device(device)}:
             yield
+            return
+        if len(homes) > 1:
+            with resident_through_hooks(block, device):
+                yield
             return
         block.to(device)
         try:
             yield
         finally:
-            block.to(home)
+            block.to(homes.pop())
 
     return resident
 

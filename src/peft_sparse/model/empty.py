@@ -72,7 +72,9 @@ def model_classes(
 
 def _auto_classes(config: PretrainedConfig) -> dict[str, type[PreTrainedModel]]:
     """Return the classes that the Auto classes of transformers know for `config`, by name."""
-    mappings = [getattr(auto, "_model_mapping", None) for auto in vars(modeling_auto).values() if isinstance(auto, type)]
+    mappings = [
+        getattr(auto, "_model_mapping", None) for auto in vars(modeling_auto).values() if isinstance(auto, type)
+    ]
     found = [mapping[type(config)] for mapping in mappings if mapping is not None and type(config) in mapping]
     flat = [cls for entry in found for cls in (entry if isinstance(entry, (list, tuple)) else [entry])]
     return {cls.__name__: cls for cls in flat}

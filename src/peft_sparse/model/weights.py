@@ -12,6 +12,7 @@ Other modules do not depend on how a layer stores its weight.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .masks import mask_of
+from .offload import is_offloaded, loaded_layer
 
 
 PRUNABLE_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
@@ -152,11 +154,12 @@ def to_host(scalars: list[Tensor]) -> list[Any]:
 
 
 def check_finite(weights: dict[str, WeightView]) -> None:
-    """Check that all weights are finite.
+    """Check that all weights are finite. Those on the meta device are left out: they are checked when they are read.
 
     Raises:
         ValueError: a weight holds NaN or infinity.
     """
+    weights = {name: weight for name, weight in weights.items() if not weight.storage.is_meta}
     finite = to_host([weight.matrix().isfinite().all() for weight in weights.values()])
     if not all(finite):
         name = list(weights)[finite.index(False)]
@@ -164,7 +167,20 @@ def check_finite(weights: dict[str, WeightView]) -> None:
 
 
 def zero_counts(weights: dict[str, WeightView]) -> dict[str, tuple[int, int]]:
-    """Return (number of zeros, number of entries) of each weight, with a single wait for the device."""
+    """Return (number of zeros, number of entries) of each weight, with a single wait for the device.
+
+    Offloaded weights are loaded layer by layer.
+    """
+    counts = _counts_in_memory({name: weight for name, weight in weights.items() if not is_offloaded(weight.layer)})
+    offloaded = {name: weight for name, weight in weights.items() if name not in counts}
+    for _, names in groupby(offloaded, lambda name: id(offloaded[name].layer)):
+        of_layer = {name: offloaded[name] for name in names}
+        with loaded_layer(next(iter(of_layer.values())).layer):
+            counts |= _counts_in_memory(of_layer)
+    return {name: counts[name] for name in weights}
+
+
+def _counts_in_memory(weights: dict[str, WeightView]) -> dict[str, tuple[int, int]]:
     matrices = [weight.matrix() for weight in weights.values()]
     kept = to_host([mask_of(matrix).sum() for matrix in matrices])
     return {

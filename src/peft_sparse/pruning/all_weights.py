@@ -16,6 +16,7 @@ from ..model.weights import WeightView
 from .allocation import OWL, allocate
 from .budget import Budget, Reading, in_memory
 from .by_name import values_by_name
+from .offloaded import one_layer_at_a_time
 from .one_weight import scores_of
 from .patterns import Pattern, SemiStructured, Unstructured, select_across
 from .sparsegpt import SparseGPT
@@ -95,8 +96,10 @@ def prune_across(
 
     scores = [score_of(name, weight, index) for index, (name, weight) in enumerate(task.weights.items())]
     masks = select_across(scores, pattern.sparsity)
-    for weight, mask in zip(task.weights.values(), masks, strict=True):
-        weight.write_zeros(mask.to(weight.storage.device))
+    with one_layer_at_a_time(task.weights) as writing:
+        for (name, weight), mask in zip(task.weights.items(), masks, strict=True):
+            with writing(name):
+                weight.write_zeros(mask.to(weight.storage.device))
 
 
 @contextlib.contextmanager

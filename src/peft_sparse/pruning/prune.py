@@ -23,6 +23,7 @@ from .allocation import Allocation
 from .by_name import PatternLike
 from .criteria import CriterionLike
 from .least_squares import LeastSquares
+from .offloaded import checked_when_loaded, one_layer_at_a_time
 from .one_weight import noting, prune_weights
 from .patterns import Group
 from .refinement import Refinement
@@ -124,11 +125,12 @@ def prune(
     check_finite(task.weights)
     inputs = None if calibration is None else as_inputs(model, calibration, batch_size)
     task.sequences = count_sequences(inputs or [])
-    residence = on_device(device)
+    residence = checked_when_loaded(on_device(device), task.inside)
     with evaluation_mode(model), _together(task, inputs):
         proof = None if inputs is None else prove(model, inputs, task.inside, residence, set())
         if task.allocation is not None:
-            task.patterns = allocated_patterns(model, task, inputs, activations, residence, proof=proof)
+            with one_layer_at_a_time(task.weights) as reading:
+                task.patterns = allocated_patterns(model, task, inputs, activations, residence, reading, proof)
         if inputs is not None and "gradients" in task.needs:
             task.gradients = gradient_sums(model, task.weights, inputs, activations != "device", shared=True)
         if task.group == "model":

@@ -209,7 +209,9 @@ class StreamedModel:
     def _initialise(self, name: str) -> None:
         """Compute a parameter that no checkpoint of the model holds, such as sinusoidal positions."""
         module = self.model.get_submodule(name.rpartition(".")[0])
-        set_module_tensor_to_device(self.model, name, "cpu", value=torch.empty_like(_at(self.model, name), device="cpu"))
+        set_module_tensor_to_device(
+            self.model, name, "cpu", value=torch.empty_like(_at(self.model, name), device="cpu")
+        )
         self.model._init_weights(module)
 
     def _by_part(self, steps: list[Step], of_results: bool) -> dict[str, list[Step]]:
@@ -361,7 +363,11 @@ def _check_round_trip(model: PreTrainedModel, saved: Plan, loaded: Plan) -> None
     """Raise ValueError if `from_pretrained` would not get back what is written."""
     state = model.state_dict()
     wanted = {name for step in saved.steps for name in step.inputs}
-    lost = [name for name in sorted(wanted) if name not in loaded.results or loaded.results[name].shape != state[name].shape]
+    lost = [
+        name
+        for name in sorted(wanted)
+        if name not in loaded.results or loaded.results[name].shape != state[name].shape
+    ]
     if lost or loaded.left_out:
         raise ValueError(
             f"{[*lost, *loaded.left_out][0]!r} would not be loaded again under the name that transformers saves it "

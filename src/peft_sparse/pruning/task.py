@@ -13,6 +13,7 @@ from ..calibration.measure import BlockStatistics
 from ..calibration.statistics import Need, Statistics
 from ..model.blocks import Targets, base_layer, base_model, block_of, find_blocks, prunable_weights, tied_to_embedding
 from ..model.environment import peak_memory
+from ..model.offload import is_offloaded
 from ..model.weights import WeightView, share, to_host, zero_counts
 from .allocation import OWL, Allocation, find_allocation
 from .by_name import PatternLike, one_pattern, patterns_by_name, spelled_pattern
@@ -294,7 +295,7 @@ def _check_model(model: nn.Module, weights: dict[str, WeightView], prune_tied: b
         )
     for name, weight in weights.items():
         stored = weight.storage
-        if (loaded and stored.is_meta) or not stored.is_floating_point():
+        if (loaded and stored.is_meta and not is_offloaded(weight.layer)) or not stored.is_floating_point():
             raise ValueError(
                 f"The weight of {name!r} is {stored.dtype} on {stored.device}, but pruning needs floating-point "
                 "weights in memory. Prune before quantising, and load the model before pruning."
@@ -313,6 +314,11 @@ def _check_adapters(model: nn.Module, task: PruningTask) -> None:
             "`unmerge_adapter()` or `merge_and_unload()` first."
         )
     active = [name for name, module in adapted.items() if not module.disable_adapters]
+    if "gradients" in task.needs and any(is_offloaded(weight.layer) for weight in task.weights.values()):
+        raise ValueError(
+            f"Criterion {task.criterion!r} needs gradients of all weights at once, but some are offloaded. Load the "
+            "model without offloading, or use another criterion."
+        )
     if "gradients" in task.rule.needs and active:
         raise ValueError(
             f"Criterion {task.criterion!r} needs gradients of the weights themselves, but layer {active[0]!r} runs "
