@@ -134,7 +134,7 @@ class _Loaded:
 def write_back(weights: Mapping[str, Tensor], name: str, value: Tensor) -> None:
     """Replace the tensor `name` in what a hook of accelerate reads, if `value` is another."""
     while isinstance(weights, PrefixedDataset):
-        weights, name = weights.dataset, f"{weights.prefix}{name}"
+        name, weights = f"{weights.prefix}{name}", weights.dataset
     stored = weights[name]
     if stored.data_ptr() == value.data_ptr():
         return

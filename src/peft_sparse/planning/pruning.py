@@ -12,6 +12,7 @@ from ..calibration.activations import Activations, check_activations
 from ..calibration.statistics import Need, sampled_per_batch
 from ..calibration.text import SEQUENCE_LENGTH
 from ..model.blocks import Targets, active_experts, find_blocks, hidden_size, prunable_weights
+from ..model.empty import empty_model
 from ..model.weights import WeightView
 from ..pruning.allocation import Allocation
 from ..pruning.by_name import PatternLike
@@ -21,7 +22,6 @@ from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import Group, Pattern, SemiStructured
 from ..pruning.refinement import Refinement
 from ..pruning.rows import rows_of_chunk
-from ..model.empty import empty_model
 from ..pruning.swap import Swap
 from ..pruning.task import PruningTask
 from .simulation import GIB, Described

@@ -48,7 +48,7 @@ _CODE = ("*.py", "custom_generate/*.py", "custom_generate/requirements.txt", "re
 
 
 def weight_files(source: Path, config: PretrainedConfig) -> list[Path]:
-    """Return the safetensors files that `from_pretrained` reads in the folder `source`.
+    """Return the safetensors files that `from_pretrained` reads in the folder `source`, after their index if it has one.
 
     Raises:
         ValueError: there is no safetensors file that `config` or an index names, or that has the usual name.
@@ -62,9 +62,9 @@ def weight_files(source: Path, config: PretrainedConfig) -> list[Path]:
             "wrote."
         )
     files = [found[0]]
-    if found[0].name.endswith(".index.json"):
+    if found[0].suffix == ".json":
         weight_map = json.loads(found[0].read_text())["weight_map"]
-        files = [source / name for name in sorted(set(weight_map.values()))]
+        files += [source / name for name in sorted(set(weight_map.values()))]
     extra = [source / name for name in getattr(type(config), "extra_files", ())]
     return files + [path for path in extra if path.is_file() and path not in files]
 
@@ -74,6 +74,8 @@ def described(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, Path]]:
     tensors: dict[str, Tensor] = {}
     places: dict[str, Path] = {}
     for path in files:
+        if path.suffix == ".json":
+            continue
         found = load_state_dict(str(path), map_location="meta")
         tensors |= found
         places |= dict.fromkeys(found, path)

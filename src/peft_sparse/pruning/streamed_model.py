@@ -192,7 +192,7 @@ class StreamedModel:
         unfinished.write_text(json.dumps(index, indent=2) + "\n")
         unfinished.replace(self.output / SAFE_WEIGHTS_INDEX_NAME)
         read = {path.relative_to(self.source).as_posix() for path in self.read_files}
-        _warn_of_what_was_left_out(self.plan.left_out, [name for name in unknown if name not in read], self.source)
+        _warn_of_what_was_left_out(self.model, self.plan.left_out, [name for name in unknown if name not in read])
 
     def _load_outside(self) -> None:
         """Load the tensors outside of the blocks, and tie and initialise what `from_pretrained` does."""
@@ -250,8 +250,8 @@ class StreamedModel:
         return tensors
 
     def _drop(self, names: list[str]) -> None:
-        for name in dict.fromkeys(alias for name in names for alias in self.aliases.get(name, [name])):
-            set_module_tensor_to_device(self.model, name, "meta")
+        for held in dict.fromkeys(alias for name in names for alias in self.aliases.get(name, [name])):
+            set_module_tensor_to_device(self.model, held, "meta")
 
     def _write(self, part: str, state: Mapping[str, Tensor]) -> None:
         number = list(self.savings).index(part) + 1
@@ -375,15 +375,16 @@ def _check_round_trip(model: PreTrainedModel, saved: Plan, loaded: Plan) -> None
         )
 
 
-def _warn_of_what_was_left_out(tensors: list[str], files: list[str], source: Path) -> None:
+def _warn_of_what_was_left_out(model: PreTrainedModel, tensors: list[str], files: list[str]) -> None:
     """Warn of tensors that the model does not have, and of files that are not known to belong to it."""
-    found = [f"{len(tensors)} tensors that the model does not have, such as {tensors[0]!r}"] if tensors else []
-    found += [f"files that may hold dense weights or none of the model: {', '.join(files)}"] if files else []
-    if found:
-        warnings.warn(
-            f"Of {str(source)!r}, these were not copied: {'; '.join(found)}. Copy what the pruned model needs.",
-            stacklevel=3,
-        )
+    # Older versions of transformers saved buffers that the model computes itself.
+    computed = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+    weights = [name for name in tensors if name.rpartition(".")[2] not in computed]
+    parts = [f"tensors that {type(model).__name__} does not have: {', '.join(weights[:5])}"] if weights else []
+    parts[-1:] = [f"{part} and {len(weights) - 5} more" if len(weights) > 5 else part for part in parts]
+    parts += [f"files that may hold dense weights or belong to no model: {', '.join(files)}"] if files else []
+    if parts:
+        warnings.warn(f"Not copied: {'; '.join(parts)}. Copy what the pruned model needs.", stacklevel=3)
 
 
 def _left_by_a_killed_run(output: Path, source: Path) -> bool:

@@ -15,14 +15,15 @@ from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, finger
 from ..calibration.proof import prove
 from ..calibration.runner import on_device
 from ..model.blocks import Targets
+from ..model.offload import is_offloaded
 from ..model.processes import working_together
 from ..model.weights import check_finite
 from ..pruning.all_weights import allocated_patterns
 from ..pruning.allocation import Allocation
-from ..pruning.budget import in_memory
 from ..pruning.by_name import PatternLike
 from ..pruning.criteria import CriterionLike
 from ..pruning.least_squares import LeastSquares
+from ..pruning.offloaded import checked_when_loaded, one_layer_at_a_time
 from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
 from ..pruning.streamed_model import StreamedModel
@@ -160,8 +161,9 @@ def reconstruct(
     )
     inputs = as_inputs(model, _checked(task, calibration), batch_size)
     check_finite(task.weights)
+    residence = checked_when_loaded(on_device(device), task.inside)
     work = Reconstruction(
-        model, dense, task, fit, region, mode, activations, on_device(device), observer or ReconstructionObserver()
+        model, dense, task, fit, region, mode, activations, residence, observer or ReconstructionObserver()
     )
     _run(work, inputs, state_dir)
     return work.report(time.perf_counter() - started)
@@ -320,16 +322,20 @@ def _run(
     """
     model, task, dense = work.model, work.task, work.dense
     task.sequences = count_sequences(inputs)
-    # The blocks of a streamed model are not in memory, so `fingerprint_of_model` does not include their weights.
-    work.progress = Progress(state_dir, _fingerprint(work, inputs) if state_dir else {}, by_region=bool(streamed))
+    # Weights that are not in memory are not part of `fingerprint_of_model`.
+    by_region = bool(streamed) or any(is_offloaded(weight.layer) for weight in task.weights.values())
+    work.progress = Progress(state_dir, _fingerprint(work, inputs) if state_dir else {}, by_region=by_region)
     with evaluation_mode(model), evaluation_mode(model if dense is None else dense), _frozen(model):
         work.proof = prove(model, inputs, task.inside, work.residence, set())
         check_chains(work.proof)
         work.observer.start(work.fit.steps(len(work.fit.split(len(inputs))[0])))
         if task.allocation is not None:
-            reading = in_memory if streamed is None else streamed.weight_in_memory
             # Processes share the batches that an allocation measures.
-            with working_together(f"the allocation of {task.pattern} to {len(task.weights)} weights"):
+            with (
+                working_together(f"the allocation of {task.pattern} to {len(task.weights)} weights"),
+                one_layer_at_a_time(task.weights) as layers,
+            ):
+                reading = layers if streamed is None else streamed.weight_in_memory
                 task.patterns = allocated_patterns(
                     model, task, inputs, work.activations, work.residence, reading, work.proof
                 )
