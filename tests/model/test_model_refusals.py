@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from peft_sparse import plan_pruning, prune
 from peft_sparse.model import processes
+from peft_sparse.model.offload import execution_device
 from peft_sparse.model.weights import as_matrix
 from peft_sparse.training.zero_guard import ZeroGuardCallback
 
@@ -68,6 +69,11 @@ REFUSALS = [
         "layers.1.mlp.up_proj' holds NaN or infinity. Correct",
     ),
     (grouped_convolution, TypeError, "Expected a Conv2d without groups .* got groups=2, .* Add it to `exclude_mod"),
+    (
+        lambda: execution_device(nn.Linear(2, 2, device="meta")),
+        ValueError,
+        "Expected a model with weights in memory or offloaded by accelerate, got one on the meta device",
+    ),
     (no_norms, ValueError, "Expected blocks with a normalisation layer, which tells the hidden size"),
     (
         lambda: flap(target_modules=["heads"]),

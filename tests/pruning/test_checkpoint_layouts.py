@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: layouts that transformers converts, several stacks, classes to be found, other files."""
+"""Checkpoints as people have them: layouts that are converted, several stacks, classes to be found, other files."""
 
 import json
 import sys
@@ -97,9 +97,7 @@ def test_experts_in_the_layout_of_the_hub_are_measured_as_if_the_model_were_load
     made(family).save_pretrained(tmp_path / "dense")
     assert any(".experts.3." in name or "input_linear" in name for name in tensors_in(tmp_path / "dense"))
     calibration = [inputs_of("llama", 24)]
-    assert_pruned_as_in_memory(
-        tmp_path, type(made(family)), criterion="wanda", calibration=calibration, **options
-    )
+    assert_pruned_as_in_memory(tmp_path, type(made(family)), criterion="wanda", calibration=calibration, **options)
 
 
 def test_experts_in_the_layout_of_the_hub_are_reconstructed_as_if_the_model_were_loaded(tmp_path):
@@ -119,11 +117,11 @@ def test_a_model_with_a_head_and_one_without_read_each_others_checkpoints(saved,
     getattr(transformers, saved)(config).save_pretrained(tmp_path / "dense")
     rename(tmp_path / "dense", [named])
     if named == "LlamaForCausalLM" and not tied:
-        with pytest.raises(ValueError, match=r"no tensor for 'lm_head.weight' \(1 such .* of LlamaForCausalLM\). Corr"):
+        with pytest.raises(ValueError, match=r"no tensor for 'lm_head.weight' \(1 such .* of LlamaForCausalLM\)"):
             prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", 0.5)
         assert not (tmp_path / "sparse").exists()
     elif not tied:
-        with pytest.warns(UserWarning, match="Not copied: tensors that LlamaModel does not have: lm_head.weight. Copy"):
+        with pytest.warns(UserWarning, match="Not copied: tensors that LlamaModel does not have: lm_head"):
             assert_pruned_as_in_memory(tmp_path, getattr(transformers, named))
     else:
         assert_pruned_as_in_memory(tmp_path, getattr(transformers, named))

@@ -1,5 +1,6 @@
 """Every refusal of `pruning/`, with its words."""
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -8,13 +9,17 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig
 
 from peft_sparse import Criterion, Magnitude, SparseGPT, plan_pruning, prune, prune_checkpoint
+from peft_sparse.model.blocks import find_blocks
 from peft_sparse.model.weights import WeightView
 from peft_sparse.pruning import streamed_model
 from peft_sparse.pruning.allocation import allocate
+from peft_sparse.pruning.checkpoint_layout import Plan, Step
 from peft_sparse.pruning.choices import chosen
 from peft_sparse.pruning.criteria import CRITERIA
 from peft_sparse.pruning.least_squares import masked_least_squares
@@ -22,6 +27,7 @@ from peft_sparse.pruning.patterns import SemiStructured, Unstructured, parse_pat
 from peft_sparse.pruning.refinement import find_refinement
 from peft_sparse.pruning.report import PruningReport
 from peft_sparse.pruning.sparsegpt import sparsegpt
+from peft_sparse.pruning.streamed_model import StreamedModel
 
 from conftest import tiny
 from refusing import TOKENS, adapted, arguments, llama, merged
@@ -52,6 +58,58 @@ def remove_weights(folder):
 
 def forget_the_class(folder):
     LlamaConfig().save_pretrained(folder / "source")
+
+
+def configured(**settings):
+    def edit(folder):
+        path = folder / "source" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+    return edit
+
+
+def rewritten(change):
+    """Change the tensors of the checkpoint."""
+
+    def edit(folder):
+        path = folder / "source" / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return edit
+
+
+def lose_an_expert(tensors):
+    del tensors["model.layers.1.block_sparse_moe.experts.3.w1.weight"]
+
+
+def quantise(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(torch.int8)
+
+
+def share_between_blocks():
+    model = llama()
+    model.model.layers[2].mlp = model.model.layers[1].mlp
+    with mock.patch.object(streamed_model, "empty_model", return_value=model):
+        streamed()
+
+
+def convert_across_blocks():
+    step = Step("", None, {"stacked": ""}, {f"model.layers.{index}.mlp.up_proj.weight": "" for index in range(2)})
+    model = llama()
+    StreamedModel._by_part(SimpleNamespace(blocks=find_blocks(model)), [step], of_results=True)
+
+
+def lose_a_name():
+    with mock.patch.object(
+        streamed_model, "saving_plan", return_value=Plan([], {"lm_head.wait": torch.empty(61, 16)})
+    ):
+        streamed()
+
+
+def offloaded_with_gradients():
+    prune(cpu_offload(llama()), 0.5, criterion="gblm", calibration=TOKENS)
 
 
 def allocated(method, share=0.5, **options):
@@ -254,9 +312,18 @@ REFUSALS = [
     (
         lambda: plan_pruning(LlamaConfig(), 0.5),
         ValueError,
-        r"names one class of transformers in `architectures`, got \[\]",
+        r"names one class in `architectures`, got \[\]. Write the name",
     ),
-    (lambda: streamed(edit=forget_the_class), ValueError, "names one class of transformers in `architectures`, got"),
+    (
+        lambda: streamed(edit=configured(architectures=["Nothing"])),
+        ValueError,
+        r"name a class of transformers or a registered one, got \['Nothing'\]. Register the class",
+    ),
+    (
+        lambda: streamed(edit=forget_the_class),
+        ValueError,
+        "that one of the classes .*LlamaForCausalLM, .* fits, and none has exactly its tensors. Name the class",
+    ),
     (
         lambda: streamed(edit=occupy),
         ValueError,
@@ -269,11 +336,41 @@ REFUSALS = [
         ValueError,
         "criteria that need gradients need the whole model",
     ),
-    (lambda: streamed(tiny("t5")), ValueError, "one stack of blocks, got several: encoder.block, decoder.blo"),
     (
-        lambda: streamed(tiny("mixtral"), original=True),
+        lambda: streamed(tiny("mixtral"), rewritten(lose_an_expert), original=True),
         ValueError,
-        "The checkpoint has no tensor 'model.layers.0.mlp.experts.down_proj' .* `save_pretrained.*save_original_form",
+        "could not convert 'model.layers.1.block_sparse_moe.experts.0.w1.weight' \\(7 tensors\\): .* Load the model",
+    ),
+    (
+        lambda: streamed(edit=configured(hidden_size=8)),
+        ValueError,
+        "'lm_head.weight' has shape \\(61, 16\\), and that of the model has \\(61, 8\\). Correct config.json",
+    ),
+    (
+        lambda: streamed(edit=rewritten(quantise)),
+        ValueError,
+        "'model.layers.1.mlp.up_proj.weight' is stored as torch.int8, but .* Prune before quantising",
+    ),
+    (
+        lambda: streamed(edit=rewritten(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))),
+        ValueError,
+        "no tensor for 'model.layers.1.mlp.up_proj.weight' \\(1 such parameters of Llama.*Correct `archi",
+    ),
+    (
+        share_between_blocks,
+        ValueError,
+        "'model.layers.1.mlp.gate_proj.weight' is also 'model.layers.2.* Use `prune",
+    ),
+    (
+        convert_across_blocks,
+        ValueError,
+        "'stacked' is converted together with tensors of 'model.layers.0' and",
+    ),
+    (lose_a_name, ValueError, "'lm_head.wait' would not be loaded again under .* Load the model, save it with `save_"),
+    (
+        offloaded_with_gradients,
+        ValueError,
+        "'gblm' needs gradients of all weights at once, but some are offloaded. Load the model without",
     ),
     (
         lambda: streamed(target_modules=["lm_head"]),

@@ -48,7 +48,7 @@ _CODE = ("*.py", "custom_generate/*.py", "custom_generate/requirements.txt", "re
 
 
 def weight_files(source: Path, config: PretrainedConfig) -> list[Path]:
-    """Return the safetensors files that `from_pretrained` reads in the folder `source`, after their index if it has one.
+    """Return the safetensors files that `from_pretrained` reads in `source`, after their index if there is one.
 
     Raises:
         ValueError: there is no safetensors file that `config` or an index names, or that has the usual name.
