@@ -162,6 +162,7 @@ def test_the_device_of_an_offloaded_model_is_that_where_it_computes(tmp_path):
     assert execution_device(tiny("llama")) == torch.device("cpu")
 
 
+@pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("device", [None, "cuda", "cpu"])
 def test_a_model_over_gpu_memory_and_disk_is_pruned_as_one_in_memory(device, tokens, tmp_path):
@@ -179,6 +180,7 @@ def test_a_model_over_gpu_memory_and_disk_is_pruned_as_one_in_memory(device, tok
     assert sparsity(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")) == 0.5
 
 
+@pytest.mark.gpu
 @GPU
 def test_a_dispatched_block_can_be_pruned_on_another_device(tokens, tmp_path):
     places = dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb"), 0)

@@ -9,11 +9,11 @@ from peft_sparse.calibration.measure import measure
 from peft_sparse.calibration.runner import stack_runners
 from peft_sparse.calibration.statistics import Statistics
 from peft_sparse.model.blocks import find_blocks, prunable_weights
+from peft_sparse.model.empty import empty_model
 from peft_sparse.planning.simulation import LiveBytes
 from peft_sparse.pruning.least_squares import masked_least_squares
 from peft_sparse.pruning.patterns import SemiStructured, Unstructured, select
 from peft_sparse.pruning.refinement import find_refinement
-from peft_sparse.pruning.streamed_model import empty_model
 
 from conftest import ENCODER_DECODERS, FAMILIES, VOCABULARY, tiny
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_sparse import Criterion, prune, prune_checkpoint, reconstruct_checkpoint, sparsity
 from peft_sparse.model.blocks import find_blocks
-from peft_sparse.pruning import checkpoint, streamed_model
+from peft_sparse.pruning import checkpoint, checkpoint_model, streamed_model
 from peft_sparse.reconstruction import Fit
 
 from checks import assert_same_weights, named
@@ -203,13 +203,13 @@ def test_the_index_tells_every_tensor_and_their_size(llama, tmp_path):
 @pytest.fixture
 def emptied(monkeypatch):
     """The models that the streaming makes."""
-    models, make = [], streamed_model.empty_model
+    models, make = [], checkpoint_model.empty_model
 
     def spy(config, model_class):
         models.append(make(config, model_class))
         return models[-1]
 
-    monkeypatch.setattr(streamed_model, "empty_model", spy)
+    monkeypatch.setattr(checkpoint_model, "empty_model", spy)
     return models
 
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from peft_sparse import Criterion, Magnitude, SparseGPT, plan_pruning, prune, prune_checkpoint
 from peft_sparse.model.blocks import find_blocks
 from peft_sparse.model.weights import WeightView
-from peft_sparse.pruning import streamed_model
+from peft_sparse.pruning import checkpoint_model, streamed_model
 from peft_sparse.pruning.allocation import allocate
 from peft_sparse.pruning.checkpoint_layout import Plan, Step
 from peft_sparse.pruning.choices import chosen
@@ -91,7 +91,7 @@ def quantise(tensors):
 def share_between_blocks():
     model = llama()
     model.model.layers[2].mlp = model.model.layers[1].mlp
-    with mock.patch.object(streamed_model, "empty_model", return_value=model):
+    with mock.patch.object(checkpoint_model, "empty_model", return_value=model):
         streamed()
 
 

@@ -49,9 +49,14 @@ def prune_checkpoint(
 ) -> PruningReport:
     """Prune a saved model without loading it as a whole, and save the result for `from_pretrained`.
 
-    One block at a time is read from safetensors, pruned as `prune` does it, written and dropped. The zeros are the
-    same as those that `prune` writes into the loaded model. `source` is only read. If the run is killed, `output`
+    One block at a time is read from safetensors, pruned as `prune` does it, written and dropped. The tensors are those
+    that `from_pretrained`, `prune` and `save_pretrained` would give: transformers' own conversions are made block by
+    block, so experts may be stored one by one, as on the hub. `source` is only read. If the run is killed, `output`
     holds the finished blocks but no index, so no loader takes it for a complete checkpoint.
+
+    Of the other files, those that are known to belong to a model are copied: configuration, tokenizer, processor, chat
+    templates, licence, model card, and Python code that the configuration refers to. A warning names the files and the
+    tensors that were not copied.
 
     Args:
         source: a local folder as `save_pretrained` writes it, with config.json and safetensors.
@@ -94,10 +99,11 @@ def prune_checkpoint(
         TypeError: `pattern` or `update` has another type than these, or a convolution's inputs cannot be measured.
         ValueError: an argument is invalid, or does not go with another one; a target is tied to an embedding, or lies
             outside the blocks; n:m does not divide the inputs; calibration is missing, or never reaches the block of a
-            target; a weight, a statistic or a score is not finite; `source` holds no safetensors, or its tensors do
-            not have the names of the model's parameters; its configuration names no class of transformers; `output`
-            holds other files; the model has more than one stack of blocks; the criterion or `group` needs the whole
-            model; several processes run. If an error occurs after some blocks were pruned, its note names the block.
+            target; a weight, a statistic or a score is not finite; `source` holds no safetensors, lacks a tensor of
+            the model, or holds it quantised or in another shape; no class of the configuration fits; tensors of
+            several blocks are converted together or tied; `output` holds other files; the criterion or `group` needs
+            the whole model; several processes run. If an error occurs after some blocks were pruned, its note names
+            the block.
     """
     started = time.perf_counter()
     streamed = StreamedModel(source, output, device, trust_remote_code)

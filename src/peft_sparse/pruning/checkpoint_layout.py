@@ -59,7 +59,8 @@ class Plan:
     Args:
         steps: the steps. Their order does not matter.
         results: every tensor that they give, on the meta device.
-        left_out: the tensors that no step takes, because the model does not have them.
+        left_out: the tensors that no step takes, because the model does not have them. Those that the model computes
+            itself are not among them: older versions of transformers saved some of its buffers.
         transforms: what transformers used to load the tensors, which saving them reverts.
     """
 
@@ -84,6 +85,7 @@ def loading_plan(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Plan:
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, places = model.base_model_prefix, model.state_dict()
     steps: dict[str, Step] = {}
+    computed = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
     left_out = []
     # Some renamings depend on what was renamed before, and transformers takes the names in this order.
     for name in sorted(tensors, key=dot_natural_key):
@@ -91,7 +93,8 @@ def loading_plan(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Plan:
         if key not in places and name in places:
             key, pattern = rename_source_key(name, [], [], prefix, places)
         if key not in places:
-            left_out.append(name)
+            if key.rpartition(".")[2] not in computed:
+                left_out.append(name)
             continue
         transform = WeightRenaming(name, key) if pattern is None else by_pattern[pattern]
         steps.setdefault(key, Step(key, transform)).inputs[name] = pattern or name

@@ -15,14 +15,15 @@ from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..model.blocks import block_of, find_blocks
-from ..model.empty import dtype_of, empty_model, model_classes
+from ..model.empty import dtype_of, model_classes
 from ..model.weights import check_finite
 from .checkpoint_files import described, files_beside, weight_files
-from .checkpoint_layout import Plan, Step, loading_plan, may_be_missing, saving_plan
+from .checkpoint_layout import Step, loading_plan, saving_plan
+from .checkpoint_model import aliases_of, check_round_trip, dtypes_of, fitting_model
 from .task import PruningTask
 
 
@@ -68,10 +69,10 @@ class StreamedModel:
         tensors, self.files = described(self.read_files)
         config.dtype = dtype_of(config, tensors)
         classes = model_classes(config, self.source, trust_remote_code)
-        self.model, self.plan = _fitting(config, classes, tensors)
-        self.dtypes = _dtypes(self.model, config.dtype)
+        self.model, self.plan = fitting_model(config, classes, tensors)
+        self.dtypes = dtypes_of(self.model, config.dtype)
         self.blocks = find_blocks(self.model)
-        self.aliases = _aliases(self.model, self.blocks)
+        self.aliases = aliases_of(self.model, self.blocks)
         self.steps = self._by_part(self.plan.steps, of_results=True)
         self.task: PruningTask | None = None
         # How finished blocks are written, and how they are read again.
@@ -108,7 +109,7 @@ class StreamedModel:
         self._load_outside()
         saved = saving_plan(self.model, self.plan.transforms)
         loaded = loading_plan(self.model, saved.results)
-        _check_round_trip(self.model, saved, loaded)
+        check_round_trip(self.model, saved, loaded)
         self.savings = self._by_part(saved.steps, of_results=False)
         self.again = self._by_part(loaded.steps, of_results=True)
         self.output.mkdir(parents=True, exist_ok=True)
@@ -265,123 +266,15 @@ class StreamedModel:
         self.finished.add(part)
 
 
-def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return the dtype in which `from_pretrained` loads each tensor of `model` if it loads in `dtype`."""
-    planned = {pattern.replace("*", ".*"): kept for pattern, kept in model._get_dtype_plan(dtype).items()}
-    return {
-        name: next((kept for pattern, kept in planned.items() if re.search(pattern, name)), tensor.dtype)
-        for name, tensor in model.state_dict().items()
-    }
-
-
 def _at(model: nn.Module, name: str) -> Tensor:
     found: Tensor = getattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
     return found
 
 
-def _fitting(
-    config: PretrainedConfig, classes: list[type[PreTrainedModel]], tensors: dict[str, Tensor]
-) -> tuple[PreTrainedModel, Plan]:
-    """Return the empty model, among those of `classes`, whose tensors are `tensors`, and the plan to load it.
-
-    If the checkpoint fits several, the one is taken in which most tensors have the names of the checkpoint.
-    """
-    fitting: list[tuple[int, PreTrainedModel, Plan]] = []
-    errors: list[ValueError] = []
-    for cls in classes:
-        model = empty_model(config, cls)
-        try:
-            plan = loading_plan(model, tensors)
-            _check_complete(model, plan)
-        except ValueError as error:
-            errors.append(error)
-            continue
-        # Of several classes, one that leaves tensors out is not meant.
-        if len(classes) == 1 or not plan.left_out:
-            fitting.append((len(tensors.keys() & plan.results.keys()), model, plan))
-    if not fitting:
-        if len(errors) == len(classes) == 1:
-            raise errors[0]
-        raise ValueError(
-            f"Expected a checkpoint that one of the classes {', '.join(cls.__name__ for cls in classes)} fits, and "
-            "none has exactly its tensors. Name the class of the model in `architectures` of config.json."
-        )
-    _, model, plan = max(fitting, key=lambda found: found[0])
-    return model, plan
-
-
-def _check_complete(model: PreTrainedModel, plan: Plan) -> None:
-    """Raise ValueError if `plan` does not give every parameter of `model` in its shape."""
-    blocks, state = find_blocks(model), model.state_dict()
-    aliases = _aliases(model, blocks)
-    for name, tensor in plan.results.items():
-        place = state[name]
-        if tensor.shape != place.shape:
-            raise ValueError(
-                f"The checkpoint's {name!r} has shape {tuple(tensor.shape)}, and that of the model has "
-                f"{tuple(place.shape)}. Correct config.json."
-            )
-        if place.is_floating_point() and (not tensor.is_floating_point() or tensor.itemsize == 1):
-            raise ValueError(
-                f"The checkpoint's {name!r} is stored as {tensor.dtype}, but pruning needs floating-point weights. "
-                "Prune before quantising."
-            )
-    missing = [
-        name
-        for name, _ in model.named_parameters(remove_duplicate=False)
-        if not any(alias in plan.results for alias in aliases.get(name, [name]))
-        and (block_of(name, blocks) or not may_be_missing(model, name))
-    ]
-    if missing:
-        raise ValueError(
-            f"The checkpoint has no tensor for {missing[0]!r} ({len(missing)} such parameters of "
-            f"{type(model).__name__}). Correct `architectures` in config.json, or load the model, save it with "
-            "`save_pretrained`, and prune that."
-        )
-
-
-def _aliases(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, list[str]]:
-    """Return all names of each parameter that has several, by each of its names.
-
-    Raises:
-        ValueError: a parameter is in two blocks, or in one and outside.
-    """
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    shared = [group for group in names.values() if len(group) > 1]
-    for group in shared:
-        if len({block_of(name, blocks) for name in group}) > 1:
-            raise ValueError(
-                f"{group[0]!r} is also {group[1]!r}, and one block at a time is in memory. Use `prune` on the loaded "
-                "model."
-            )
-    return {name: group for group in shared for name in group}
-
-
-def _check_round_trip(model: PreTrainedModel, saved: Plan, loaded: Plan) -> None:
-    """Raise ValueError if `from_pretrained` would not get back what is written."""
-    state = model.state_dict()
-    wanted = {name for step in saved.steps for name in step.inputs}
-    lost = [
-        name
-        for name in sorted(wanted)
-        if name not in loaded.results or loaded.results[name].shape != state[name].shape
-    ]
-    if lost or loaded.left_out:
-        raise ValueError(
-            f"{[*lost, *loaded.left_out][0]!r} would not be loaded again under the name that transformers saves it "
-            "by. Load the model, save it with `save_pretrained(..., save_original_format=False)`, and prune that."
-        )
-
-
 def _warn_of_what_was_left_out(model: PreTrainedModel, tensors: list[str], files: list[str]) -> None:
     """Warn of tensors that the model does not have, and of files that are not known to belong to it."""
-    # Older versions of transformers saved buffers that the model computes itself.
-    computed = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
-    weights = [name for name in tensors if name.rpartition(".")[2] not in computed]
-    parts = [f"tensors that {type(model).__name__} does not have: {', '.join(weights[:5])}"] if weights else []
-    parts[-1:] = [f"{part} and {len(weights) - 5} more" if len(weights) > 5 else part for part in parts]
+    more = f" and {len(tensors) - 5} more" if len(tensors) > 5 else ""
+    parts = [f"tensors that {type(model).__name__} does not have: {', '.join(tensors[:5])}{more}"] if tensors else []
     parts += [f"files that may hold dense weights or belong to no model: {', '.join(files)}"] if files else []
     if parts:
         warnings.warn(f"Not copied: {'; '.join(parts)}. Copy what the pruned model needs.", stacklevel=3)

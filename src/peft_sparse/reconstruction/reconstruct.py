@@ -257,11 +257,12 @@ def reconstruct_checkpoint(
 
     Raises:
         TypeError: `pattern` or `update` has another type than these, or a convolution's inputs cannot be measured.
-        ValueError: an argument is invalid, or does not go with another one; `output` holds other files; the
-            checkpoint's tensors do not have the names of the model's parameters; the model has more than one stack of
-            blocks; the criterion needs the whole model; several processes run; calibration is missing, or never
-            reaches the block of a target; a weight, a statistic or a score is not finite; `state_dir` holds another
-            run; attention and MLP of a block cannot be separated; the tuner filled zeros.
+        ValueError: an argument is invalid, or does not go with another one; `output` holds other files; `source`
+            holds no safetensors, lacks a tensor of the model, or holds it quantised or in another shape; no class of
+            the configuration fits; tensors of several blocks are converted together or tied; the criterion needs the
+            whole model; several processes run; calibration is missing, or never reaches the block of a target; a
+            weight, a statistic or a score is not finite; `state_dir` holds another run; attention and MLP of a block
+            cannot be separated; the tuner filled zeros.
     """
     started = time.perf_counter()
     streamed = StreamedModel(source, output, device, trust_remote_code)
