@@ -88,7 +88,7 @@ class StreamedModel:
         self.bytes = 0
 
     def start(self, task: PruningTask) -> None:
-        """Check that `task` can be done block by block, and load the weights outside of the blocks.
+        """Check that `task` can be done block by block, and load the weights outside the blocks. Nothing is written.
 
         Raises:
             ValueError: the task needs the whole model, or prunes outside the blocks; several processes run; what
@@ -112,8 +112,6 @@ class StreamedModel:
         check_round_trip(self.model, saved, loaded)
         self.savings = self._by_part(saved.steps, of_results=False)
         self.again = self._by_part(loaded.steps, of_results=True)
-        self.output.mkdir(parents=True, exist_ok=True)
-        self._write(OUTSIDE, self.model.state_dict())
 
     @contextlib.contextmanager
     def resident(self, name: str, block: nn.Module) -> Iterator[None]:
@@ -172,7 +170,10 @@ class StreamedModel:
             set_module_tensor_to_device(self.model, name, self.device)
 
     def save(self, block: str) -> None:
-        """Write a block as it is now."""
+        """Write a block as it is now. The first time, write what lies outside the blocks, too."""
+        if OUTSIDE not in self.finished:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self._write(OUTSIDE, self.model.state_dict())
         self._write(block, self.blocks[block].state_dict(prefix=f"{block}."))
 
     def finish(self) -> None:
