@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.blocks import base_model, called_layers, find_stacks
+from ..model.offload import execution_device
 from ..model.weights import WeightView, input_rows
 from .observing import (
     InputObserver,
@@ -199,7 +200,7 @@ class _Proving:
             for name, layer in self._layers().items():
                 if name in missing:
                     hooks.callback(layer.register_forward_pre_hook(partial(_note_call, called, name)).remove)
-            device = next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
+            device = execution_device(self.model)
             self.model(**map_leaves(partial(to_device, device), model_arguments(self.model, batch)))
         return bool(called)
 
@@ -263,7 +264,7 @@ class _Shadow:
 
     def run(self) -> None:
         model = self.model
-        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+        device = execution_device(model)
         arguments = map_leaves(partial(to_device, device), model_arguments(model, self.batch))
         with contextlib.ExitStack() as undo:
             self._replace_blocks(undo)
