@@ -17,7 +17,7 @@ from ..model.processes import add_up, exchange
 from ..model.weights import WeightView
 from .activations import Activations
 from .observing import InputObserver, Sight
-from .proof import Proof
+from .proof import Proof, check_sizes
 from .runner import Batch, BlockRunner, Residence, stack_runners
 from .statistics import BlockStatistics, InputStatistics, Need, Statistics, sampled_per_batch, spread_rows
 
@@ -260,17 +260,4 @@ def _check(
         measured.pop(unused)
     if not measured:
         return
-    totals = [statistics.input_norm.sum() for statistics in measured.values()]
-    for name, total in zip(
-        measured, torch.stack([total.to(totals[0].device) for total in totals]).tolist(), strict=True
-    ):
-        if not total < float("inf"):
-            raise ValueError(
-                f"Expected finite inputs, but those of layer {name!r} hold NaN or infinity. Check the calibration "
-                "data, or run the model in float32 or bfloat16."
-            )
-        if total == 0:
-            raise ValueError(
-                f"All inputs of layer {name!r} are zero, so they say nothing about its weights. Check the calibration "
-                "data and the layer before it, or add the layer to `exclude_modules`."
-            )
+    check_sizes({name: statistics.input_norm.sum() for name, statistics in measured.items()})

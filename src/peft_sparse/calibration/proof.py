@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..model.blocks import base_model, called_layers, find_stacks
 from ..model.offload import execution_device
-from ..model.weights import WeightView, input_rows
+from ..model.weights import WeightView, input_rows, to_host
 from .observing import (
     InputObserver,
     ProductObserver,
@@ -121,6 +121,8 @@ class _Proving:
         self.orders: dict[str, list[Order]] = {}
         # Number of entries of the inputs that each weight got: in the model's own pass, and in calls of its block.
         self.reached: dict[str, int] = {}
+        # The sum of the sizes of these inputs.
+        self.sizes: dict[str, Tensor] = {}
 
     def prove(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Compare on one batch, which is returned."""
@@ -205,7 +207,8 @@ class _Proving:
         return bool(called)
 
     def check_complete(self) -> None:
-        """Raise ValueError if no batch reaches some weight."""
+        """Raise ValueError if no batch reaches some weight, or with inputs that say nothing."""
+        check_sizes(self.sizes)
         missing = set(self.missing())
         for stack in self.stacks:
             of_stack = [name for block in stack for name in self.weights[block]]
@@ -222,6 +225,25 @@ class _Proving:
                 f"No calibration batch multiplies {names[0]!r}{more} with inputs that can be observed: either its "
                 "block or its layer does not run, or the model uses the weight in another way. Leave such weights "
                 f"out with `exclude_modules={_endings(missing, set(self.all_weights))}`, or prune without calibration."
+            )
+
+
+def check_sizes(sizes: dict[str, Tensor]) -> None:
+    """Check that no weight has inputs that are all zero or not finite, by the sums of their sizes.
+
+    Raises:
+        ValueError: the inputs of a weight are all zero, or not finite.
+    """
+    for name, total in zip(sizes, to_host(list(sizes.values())), strict=True):
+        if not total < float("inf"):
+            raise ValueError(
+                f"Expected finite inputs, but those of layer {name!r} hold NaN or infinity. Check the calibration "
+                "data, or run the model in float32 or bfloat16."
+            )
+        if total == 0:
+            raise ValueError(
+                f"All inputs of layer {name!r} are zero, so they say nothing about its weights. Check the calibration "
+                "data and the layer before it, or add the layer to `exclude_modules`."
             )
 
 
@@ -317,6 +339,10 @@ class _Shadow:
         if self.phase in self.counts:
             counts = self.counts[self.phase]
             counts[name] = counts.get(name, 0) + inputs.numel()
+        if self.phase == "engine":
+            sizes = self.proving.sizes
+            size = inputs.detach().float().abs().sum().cpu()
+            sizes[name] = sizes[name] + size if name in sizes else size
         if self.phase != "model" and self.looking:
             self.seen.setdefault(name, []).append(inputs)
 

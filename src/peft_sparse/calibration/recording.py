@@ -141,11 +141,13 @@ class Links:
     def __init__(self) -> None:
         self._known: dict[int, tuple[Any, int, Link]] = {}
         self._last: list[tuple[Any, int, Link]] = []
+        # Held until the next call, so that copies can be compared with them.
+        self._held: list[Tensor] = []
 
     def add(self, call: int, tensors: Iterable[Tensor]) -> None:
         """Note what call number `call` returned."""
-        self._last = []
-        for leaf, tensor in enumerate(tensors):
+        self._last, self._held = [], list(tensors)
+        for leaf, tensor in enumerate(self._held):
             # A tensor that a call only passes on stays linked to the call that computed it.
             if not isinstance(self._link_or_leaf(tensor), Link):
                 known = weakref.ref(tensor), version_of(tensor), Link(call, leaf)
