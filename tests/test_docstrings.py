@@ -6,7 +6,7 @@ import re
 import pytest
 
 import peft_sparse
-from peft_sparse import PruningCallback, prune, prune_checkpoint, reconstruct, reconstruct_checkpoint
+from peft_sparse import PruningCallback, prune, prune_checkpoint, prune_structured, reconstruct, reconstruct_checkpoint
 
 
 PUBLIC = {name: getattr(peft_sparse, name) for name in peft_sparse.__all__}
@@ -45,6 +45,13 @@ def test_the_arguments_of_pruning_are_the_same_everywhere(function):
     texts, expected = described(function), described(prune)
     for name in set(PRUNING) - {"calibration", "group"}:
         assert texts[name] == expected[name], name
+
+
+@pytest.mark.parametrize("function", [*PRUNERS, prune_structured], ids=lambda function: function.__name__)
+def test_the_forms_of_calibration_data_are_the_same_everywhere(function):
+    # A sentence about the function itself may follow.
+    forms = described(prune)["calibration"].partition(" A criterion")[0]
+    assert described(function)["calibration"].startswith(forms)
 
 
 @pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if inspect.isfunction(thing)])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoModel
 
@@ -21,6 +22,11 @@ def nan_head(model):
 
 def headless_gradients():
     prune(AutoModel.from_config(CONFIGS["llama"]), 0.5, criterion="gblm", calibration=TOKENS)
+
+
+class Unmasked(nn.Module):
+    def forward(self, input_ids):
+        return input_ids
 
 
 class TwoTowers(torch.nn.Module):
@@ -78,15 +84,66 @@ REFUSALS = [
     ),
     (lambda: prune(llama(), 0.5, criterion="wanda", calibration=TOKENS[0]), ValueError, r"of shape \(8,\)"),
     (lambda: prune(llama(), 0.5, criterion="wanda", calibration=[]), ValueError, "`calibration` holds no batch"),
+    (lambda: wanda(llama(), calibration=iter([])), ValueError, "holds no batch. .* An iterator gives its data once"),
     (
-        lambda: wanda(llama(), calibration={"input_ids": TOKENS}),
+        lambda: wanda(llama(), calibration=["a text", "another"]),
         ValueError,
-        "got dict. .* Put a single batch into a list",
+        r"Expected `calibration` as token ids or model inputs, got text. .*: `pack_sequences\(texts, tokenizer\)`",
     ),
     (
-        lambda: wanda(llama(), calibration=[{"input_ids": [1, 2]}]),
+        lambda: wanda(llama(), calibration=Dataset.from_dict({"text": ["a", "b"], "idx": [0, 1]})),
         ValueError,
-        "at least one tensor, got dict. .* pass `r",
+        r"got only texts, under 'text'. .*: `pack_sequences\(data\['text'\], tokenizer\)`",
+    ),
+    (
+        lambda: wanda(llama(), calibration={"train": Dataset.from_dict({"input_ids": [[1]]})}),
+        ValueError,
+        r"as one split of a data set, got a dict of 1 splits. Choose one, such as `data\['train'\]`",
+    ),
+    (
+        lambda: wanda(llama(), calibration=[{}]),
+        ValueError,
+        "as a dict of inputs of LlamaForCausalLM with at least one tensor, got an empty dict. It takes 'input_ids', ",
+    ),
+    (
+        lambda: wanda(llama(), calibration=[1, 2, 3]),
+        ValueError,
+        "of token ids or of pairs .*, got int. .* put a single sequence into a list",
+    ),
+    (
+        lambda: wanda(llama(), calibration=3),
+        ValueError,
+        r"Expected `calibration` as token ids \(sequences, tokens\), a dict of model inputs, .*, got int",
+    ),
+    (
+        lambda: wanda(llama(), calibration=[{"input_ids": TOKENS.float()}]),
+        ValueError,
+        "Expected `input_ids` of `calibration` as int64 or int32, got torch.float32 of shape",
+    ),
+    (
+        lambda: wanda(llama(), calibration=[(TOKENS, torch.ones_like(TOKENS))]),
+        ValueError,
+        r"as \(input,\) or \(input, target\), got 2 tensors that may be masks. Give dicts",
+    ),
+    (
+        lambda: wanda(llama(), calibration={"input_ids": [[1, 2], [3]], "attention_mask": [[1]]}),
+        ValueError,
+        "Expected the same number of sequences under every name of `calibration`, got {'input_ids': 2, 'attention_m",
+    ),
+    (
+        lambda: perplexity(Unmasked(), [{"input_ids": [[1, 2], [3]]}]),
+        ValueError,
+        "Expected the sequences of a batch of `sequences` to be equally long, .* 'input_ids' holds .* one by one",
+    ),
+    (
+        lambda: wanda(llama(), calibration={"input_ids": TOKENS, "token_mask": TOKENS[:, 1:] > 0}),
+        ValueError,
+        r"`token_mask` of `calibration` as a tensor .* of the shape \(1, 8\) .* got torch.bool of shape \(1, 7\)",
+    ),
+    (
+        lambda: prune(llama(), 0.5, [{"input_ids": TOKENS, "inputs_embeds": TOKENS[0]}], criterion="gblm"),
+        ValueError,
+        '"gblm" sums over single sequences, .* tensors of another first dimension: .* Give batches of one sequence',
     ),
     (
         lambda: wanda(llama(), activations="ram"),
@@ -135,12 +192,17 @@ REFUSALS = [
         "Expected a text of at least one sequence of 4 tokens, got 3 tokens",
     ),
     (
+        lambda: pack_sequences(Dataset.from_dict({"text": ["a"]}), words, length=1),
+        TypeError,
+        r'Expected `documents` as texts, got dict. .* such as `dataset\["text"\]`',
+    ),
+    (
         lambda: perplexity(llama(), TOKENS.float()),
         ValueError,
         "Expected `sequences` as token ids, .* got torch.float32",
     ),
-    (lambda: perplexity(llama(), "text"), ValueError, "Expected `sequences` as token ids .* got str. Make token ids"),
-    (lambda: perplexity(llama(), ["text"]), ValueError, "each batch of `sequences` as a dict .* got str. Make token"),
+    (lambda: perplexity(llama(), "text"), ValueError, "Expected `sequences` as token ids .* got text. Make token ids"),
+    (lambda: perplexity(llama(), ["text"]), ValueError, "Expected `sequences` as token ids .* got text. Make token"),
     (lambda: perplexity(llama(), []), ValueError, "`sequences` holds no batch. Give at least one sequence"),
     (lambda: flap(activations="ram"), ValueError, "`activations` must be one of 'device', 'cpu', 'disk', got 'ram'"),
     (lambda: rebuild(llama(), activations="gpu"), ValueError, "`activations` must be one of 'device', .* got 'gpu'"),

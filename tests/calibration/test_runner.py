@@ -244,30 +244,6 @@ def test_a_block_is_moved_to_the_device_and_back(llama, monkeypatch):
             assert len(moves) == 2
 
 
-# -- calibration data ------------------------------------------------------------------------------------------------
-
-
-def test_a_tensor_is_split_into_batches(llama, tokens):
-    batches = as_inputs(llama, tokens, 4)
-    assert [list(batch) for batch in batches] == [["input_ids"]] * 2
-    assert [len(batch["input_ids"]) for batch in batches] == [4, 2]
-    assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), tokens)
-
-
-def test_model_inputs_come_as_they_are(llama, tokens):
-    assert as_inputs(llama, iter([{"input_ids": tokens}]), 4) == [{"input_ids": tokens}]
-
-
-@pytest.mark.parametrize("family", ENCODER_DECODERS)
-def test_tokens_go_to_both_sides_of_an_encoder_decoder(family, tokens):
-    model = tiny(family)
-    assert list(as_inputs(model, tokens)[0]) == ["input_ids", "decoder_input_ids"]
-    by_tensor, by_batch = tiny(family), tiny(family)
-    prune(by_tensor, 0.5, criterion="wanda", calibration=tokens, batch_size=6)
-    prune(by_batch, 0.5, criterion="wanda", calibration=[{"input_ids": tokens, "decoder_input_ids": tokens}])
-    assert_same_weights(by_tensor, by_batch)
-
-
 # -- errors ----------------------------------------------------------------------------------------------------------
 
 

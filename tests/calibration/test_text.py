@@ -117,3 +117,7 @@ def test_only_the_tail_is_dropped(sizes, length):
     packed = pack_sequences(texts, Words(), length)
     expected = [1000 * number + i for number, size in enumerate(sizes) for i in range(size)]
     assert packed.flatten().tolist() == expected[: math.floor(total / length) * length]
+
+
+def test_one_text_is_one_document():
+    assert pack_sequences("1 2 3 4", Words(), 2).tolist() == [[1, 2], [3, 4]]

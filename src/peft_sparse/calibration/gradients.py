@@ -8,10 +8,11 @@ from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..model.blocks import base_model
+from ..model.blocks import base_model, is_encoder_decoder
 from ..model.processes import add_up, exchange, share_of
 from ..model.weights import WeightView
-from .inputs import labels_of, output_of, sequences_in
+from .collation import can_be_split
+from .inputs import counted, labels_of, model_arguments, output_of, sequences_in
 
 
 def gradient_sums(
@@ -23,7 +24,8 @@ def gradient_sums(
 ) -> dict[str, Tensor]:
     """Return Σ_n |∂L_n/∂W| of every weight, over the calibration sequences n, as float32 matrices (out, in).
 
-    L_n is the model's own loss of sequence n. If the inputs have no labels, the tokens are the labels. Each gradient
+    L_n is the model's own loss of sequence n. If the inputs have no labels, the tokens are the labels, apart from
+    padding. Tokens that a token mask leaves out are no labels. Each gradient
     is added to its sum and freed as soon as it is computed. Memory is thus the sums (4 bytes per weight) and one
     gradient at a time. Where a weight is in float16, the loss is multiplied by 1024 and the gradients are divided by
     it, so that small gradients do not become zero.
@@ -36,7 +38,8 @@ def gradient_sums(
         shared: whether processes share the sequences, and add up their sums. All processes get the same `inputs`.
 
     Raises:
-        ValueError: the model returns no loss, no gradient reaches a weight, or a gradient is not finite.
+        ValueError: the model returns no loss, no gradient reaches a weight, a gradient is not finite, or a batch of
+            several sequences cannot be split.
     """
     sums: dict[str, Tensor] = {}
     parameters = {id(weight.storage): weight.storage for weight in weights.values()}
@@ -63,11 +66,11 @@ def gradient_sums(
             undo.callback(setattr, stored, "grad", stored.grad)
             stored.grad = None
             undo.callback(stored.register_post_accumulate_grad_hook(add).remove)
-        singles = [slice_tensors(batch, slice(i, i + 1)) for batch in inputs for i in range(sequences_in(batch))]
-        for batch in tqdm(
+        singles = [(batch, i) for batch in inputs for i in range(sequences_in(batch))]
+        for batch, i in tqdm(
             share_of(singles) if shared else singles, desc="gradients", unit="sequence", leave=False, disable=None
         ):
-            (_loss(model, send_to_device(batch, device)) * scale).backward()
+            (_loss(model, send_to_device(_single(batch, i), device)) * scale).backward()
     if shared:
         _add_up(weights, sums, offload)
     _check_gradients(weights, sums)
@@ -84,10 +87,26 @@ def _add_up(weights: dict[str, WeightView], sums: dict[str, Tensor], offload: bo
     add_up([sums[name] for name in weights if name in reached])
 
 
+def _single(batch: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return sequence `index` of `batch` as a batch."""
+    if sequences_in(batch) == 1:
+        return batch
+    if not can_be_split(batch):
+        raise ValueError(
+            'Criterion "gblm" sums over single sequences, and a batch of several cannot be split, because it holds '
+            f"a cache or tensors of another first dimension: {', '.join(map(repr, batch))}. Give batches of one "
+            "sequence."
+        )
+    return slice_tensors(batch, slice(index, index + 1))
+
+
 def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    if "labels" not in batch and "input_ids" in batch:
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor):
+        batch = {**batch, "labels": counted(labels, batch, shifted=is_encoder_decoder(model))}
+    elif "input_ids" in batch:
         batch = {**batch, "labels": labels_of(batch)}
-    loss = output_of(model(**batch), "loss")
+    loss = output_of(model(**model_arguments(model, batch)), "loss")
     if not isinstance(loss, Tensor):
         raise ValueError(
             f'Criterion "gblm" needs a loss, and {type(base_model(model)).__name__} returned none. Give calibration '

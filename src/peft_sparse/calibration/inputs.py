@@ -1,6 +1,7 @@
 """Turns calibration and evaluation data, in the forms that users have it, into model inputs."""
 
 import contextlib
+import copy
 import hashlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import base_model, is_encoder_decoder
+from ..model.blocks import base_model
 from ..model.processes import place
+from .collation import TOKEN_MASKS
+from .forms import Reader
 
 
-Calibration = Tensor | Iterable[Mapping[str, Any]]
+# Token ids, model inputs, or an iterable of either: see `as_inputs`.
+Calibration = Tensor | Mapping[str, Any] | Iterable[Any]
 
 
 @contextlib.contextmanager
@@ -35,52 +39,108 @@ def as_inputs(
 
     Args:
         model: the model that the inputs are for.
-        calibration: token ids (sequences, tokens), or an iterable of model inputs (dicts). An encoder-decoder gets
-            token ids as inputs of its encoder and of its decoder.
-        batch_size: number of sequences per batch, where `calibration` is token ids. Model inputs stay as they are.
+        calibration: one of these forms.
+            A tensor: token ids (sequences, tokens), or the main input of a model that takes no tokens.
+            A dict: model inputs as a tokenizer returns them, as tensors or as lists.
+            An iterable: dicts of single sequences or of batches; token ids (tokens,) or (1, tokens) of single
+            sequences, or (sequences, tokens) of batches; or tuples whose first element is one of these, and whose
+            second is a target, which is not used. A `DataLoader` and a tokenised `datasets.Dataset` are such
+            iterables. Columns of a data set that the model does not take are left out.
+            Sequences of different lengths are padded to the longest of their batch. An encoder-decoder gets token ids
+            as inputs of its encoder and of its decoder.
+        batch_size: how many sequences run together, where they do not come in batches. Batches stay as they are.
         argument: what the caller calls `calibration`, for error messages.
 
     Raises:
-        ValueError: `calibration` is neither token ids nor model inputs, or it is empty.
+        ValueError: `calibration` has none of these forms, it is empty, or a token mask does not fit its tokens.
     """
-    if isinstance(calibration, Tensor):
-        if calibration.dim() != 2 or calibration.dtype not in (torch.int32, torch.int64) or 0 in calibration.shape:
-            raise ValueError(
-                f"Expected `{argument}` as token ids, a LongTensor (sequences, tokens), got "
-                f"{calibration.dtype} of shape {tuple(calibration.shape)}."
-            )
-        names = ("input_ids", "decoder_input_ids") if is_encoder_decoder(model) else ("input_ids",)
-        return [dict.fromkeys(names, rows) for rows in calibration.split(batch_size)]
-    if isinstance(calibration, (str, Mapping)):
-        raise ValueError(
-            f"Expected `{argument}` as token ids or an iterable of model inputs, got {type(calibration).__name__}. "
-            "Make token ids of text with `pack_sequences` or `sample_sequences`. Put a single batch into a list."
-        )
-    batches = list(calibration)
-    if not batches:
-        raise ValueError(f"`{argument}` holds no batch. Give at least one sequence.")
+    batches = Reader(model, batch_size, argument).read(calibration)
     for batch in batches:
-        if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
+        _check_token_masks(batch, argument)
+    return batches
+
+
+def _check_token_masks(batch: Mapping[str, Any], argument: str) -> None:
+    for name in TOKEN_MASKS:
+        mask = batch.get(name)
+        if mask is None:
+            continue
+        side = name.removesuffix("token_mask")
+        tokens = next((batch[n] for n in (f"{side}input_ids", f"{side}inputs_embeds") if n in batch), None)
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else None
+        expected = tuple(tokens.shape[:2]) if isinstance(tokens, Tensor) else shape
+        if shape is None or len(shape) != 2 or shape != expected or not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(
-                f"Expected each batch of `{argument}` as a dict of model inputs with at least one tensor, got "
-                f"{type(batch).__name__}. Make token ids of text with `pack_sequences` or `sample_sequences`, or pass "
-                '`return_tensors="pt"` to the tokenizer.'
+                f"Expected `{name}` of `{argument}` as a tensor (sequences, tokens) of 0 and 1"
+                f"{f' of the shape {expected} of the tokens' if expected and len(expected) == 2 else ''}, got "
+                f"{type(mask).__name__ if shape is None else f'{mask.dtype} of shape {shape}'}. Write 1 for each "
+                "token that counts."
             )
-    return [dict(batch) for batch in batches]
+
+
+def model_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a forward pass of `model` on `batch` is called with, which the pass does not write to.
+
+    Token masks are left out. No cache is made. A cache that the batch holds, such as that of a prefix, is copied,
+    because the model appends to it.
+    """
+    given = {name: copied(value) for name, value in batch.items() if name not in TOKEN_MASKS}
+    made = without_cache(model)
+    return given | ({"use_cache": False} if "use_cache" in given else made)
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of `value` if it is a cache, or holds one or other objects. Tensors are returned as they are."""
+    if value is None or isinstance(value, (Tensor, bool, int, float, str)):
+        return value
+    # Of tensors that a graph has computed, as those of a cache may be, `deepcopy` makes no copies.
+    return copy.deepcopy(value, {id(tensor): tensor.detach().clone() for tensor in tensors_in(value)})
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a cache, in the order of its layers, or in lists, tuples, dicts and objects of any kind."""
+    seen: set[int] = set()
+
+    def walk(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield value
+        elif id(value) not in seen and not isinstance(value, type):
+            seen.add(id(value))
+            parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+            for part in (*parts, *getattr(value, "__dict__", {}).values()):
+                yield from walk(part)
+
+    return walk(value)
 
 
 def labels_of(batch: Mapping[str, Any]) -> Tensor:
     """Return the tokens of model inputs as their labels, (sequences, tokens).
 
-    Labels are -100 at padding, and where a token would be predicted from padding. A causal model compares the label of
-    a token with the prediction at the token before, so its labels are its tokens. An encoder-decoder compares label
-    and prediction at the same position, so its labels are the decoder's tokens, shifted by one position.
+    Labels are -100 at padding, where a token would be predicted from padding, and at tokens that a token mask leaves
+    out. A causal model compares the label of a token with the prediction at the token before, so its labels are its
+    tokens. An encoder-decoder compares label and prediction at the same position, so its labels are the decoder's
+    tokens, shifted by one position.
     """
     side = "decoder_" if "decoder_input_ids" in batch else ""
     labels = batch[f"{side}input_ids"].long()
-    if isinstance(mask := batch.get(f"{side}attention_mask"), Tensor):
+    if isinstance(mask := batch.get(f"{side}attention_mask"), Tensor) and mask.shape == labels.shape:
         labels = without_padding(labels, mask)
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if side else labels
+    labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if side else labels
+    return counted(labels, batch, shifted=bool(side))
+
+
+def counted(labels: Tensor, batch: Mapping[str, Any], shifted: bool) -> Tensor:
+    """Return `labels` with -100 at tokens that a token mask of `batch` leaves out.
+
+    Args:
+        labels: labels of any shape. Those that are not (sequences, tokens) as the mask come back as they are.
+        shifted: whether the label at a position is the decoder's next token, as in an encoder-decoder.
+    """
+    mask = batch.get("decoder_token_mask" if shifted else "token_mask")
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+        return labels
+    mask = nn.functional.pad(mask[:, 1:], (0, 1), value=1) if shifted else mask
+    return labels.masked_fill(mask.to(labels.device) == 0, -100)
 
 
 def without_padding(labels: Tensor, mask: Tensor) -> Tensor:
@@ -102,9 +162,10 @@ def output_of(outputs: Any, name: str) -> Any:
 
 
 def sequences_in(batch: Mapping[str, Any]) -> int:
-    """Return the number of sequences in one batch of model inputs: the length of its first tensor."""
+    """Return the number of sequences in a batch of model inputs: the length of its tokens or its first tensor."""
     # Not accelerate's `find_batch_size`, which refuses inputs whose first value is not a tensor.
-    return next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+    values = (batch.get("input_ids"), *batch.values())
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)
 
 
 def in_words(inputs: list[dict[str, Any]]) -> str:
@@ -118,9 +179,10 @@ def fingerprint_of_inputs(inputs: Iterable[Mapping[str, Any]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for batch in inputs:
         for name, value in sorted(batch.items()):
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            else:
+            tensors = list(tensors_in(value))
+            for tensor in tensors:
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            if not tensors:
                 digest.update(f"{name} {value!r}".encode())
     return digest.hexdigest()

@@ -27,9 +27,10 @@ from .observing import (
     rows_unknown,
     tokens_in,
 )
+from .inputs import model_arguments
 from .padding import RowsUnknown, TokenMasks, align, marks_padding
 from .recording import Call, Link, Returned, leaves_of, map_leaves, returned_by, tensors_of
-from .runner import Batch, BlockRunner, Residence, Trait, model_arguments, restore_forward, run_there, to_device
+from .runner import Batch, BlockRunner, Residence, Trait, restore_forward, run_there, to_device
 
 
 Order = list[tuple[str, list[Link]]]

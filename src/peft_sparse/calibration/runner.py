@@ -22,7 +22,7 @@ from ..model.blocks import find_blocks, find_stacks
 from ..model.offload import execution_device, has_hooks, resident_through_hooks
 from ..model.processes import place, share_of
 from .activations import Activations, ActivationStore
-from .inputs import without_cache
+from .inputs import model_arguments
 from .padding import Padding, TokenMasks
 from .recording import (
     Call,
@@ -491,10 +491,6 @@ def run_there(
     moved = {id(tensor): tensor.to(home) for tensor in returned.tensors}
     give_back(there, own, lambda leaf: moved.get(id(leaf), leaf))
     return _with_tensors(returned, moved)
-
-
-def model_arguments(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if "token_mask" not in key} | without_cache(model)
 
 
 def stack_runners(

@@ -29,10 +29,11 @@ def sample_sequences(
         seed: seed of the random choices. The state of Python's random generator is neither read nor changed.
 
     Raises:
+        TypeError: `documents` holds something else than texts.
         ValueError: fewer than `count` documents have more than `length` tokens.
     """
     generator = random.Random(seed)
-    order = list(documents)
+    order = _texts(documents)
     generator.shuffle(order)
     windows: list[list[int]] = []
     for text in order:
@@ -57,20 +58,32 @@ def pack_sequences(
     sequences that SparseGPT, Wanda and PERP measure perplexity on.
 
     Args:
-        documents: texts, in the order in which they are joined.
+        documents: texts, in the order in which they are joined; or one text.
         tokenizer: a tokenizer of transformers.
         length: length of a sequence, in tokens.
         separator: text between two documents.
 
     Raises:
+        TypeError: `documents` holds something else than texts.
         ValueError: the joined text has fewer than `length` tokens.
     """
     # The text is tokenised in one piece. Document by document, there would be special tokens between them, and tokens
     # that span two documents would be missing.
-    tokens = tokenizer(separator.join(documents), verbose=False)["input_ids"]
+    tokens = tokenizer(separator.join(_texts(documents)), verbose=False)["input_ids"]
     if len(tokens) < length:
         raise ValueError(
             f"Expected a text of at least one sequence of {length} tokens, got {len(tokens)} tokens. Give more text, "
             "or lower `length`."
         )
     return torch.tensor(tokens[: len(tokens) - len(tokens) % length]).view(-1, length)
+
+
+def _texts(documents: Iterable[str]) -> list[str]:
+    texts = [documents] if isinstance(documents, str) else list(documents)
+    other = next((text for text in texts if not isinstance(text, str)), "")
+    if not isinstance(other, str):
+        raise TypeError(
+            f"Expected `documents` as texts, got {type(other).__name__}. Of a data set, give the column of its texts, "
+            'such as `dataset["text"]`.'
+        )
+    return texts

@@ -11,10 +11,11 @@ from tqdm import tqdm
 from ..calibration.inputs import (
     Calibration,
     as_inputs,
+    counted,
     evaluation_mode,
     labels_of,
+    model_arguments,
     output_of,
-    without_cache,
     without_padding,
 )
 from ..model.blocks import base_model, is_encoder_decoder
@@ -24,9 +25,10 @@ from ..model.blocks import base_model, is_encoder_decoder
 def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) -> float:
     r"""Return the perplexity of a language model: exp of its mean cross entropy, over all tokens that are counted.
 
-    A causal model predicts every token of a sequence except the first. An encoder-decoder predicts its labels. Three
+    A causal model predicts every token of a sequence except the first. An encoder-decoder predicts its labels. Four
     kinds of tokens are not counted: padding, where `attention_mask` is 0 (in an encoder-decoder:
-    `decoder_attention_mask`); tokens that are predicted from padding; and labels of -100.
+    `decoder_attention_mask`); tokens that are predicted from padding; labels of -100; and tokens that a `token_mask`
+    (`decoder_token_mask`) in a batch leaves out.
 
     SparseGPT, Wanda and PERP measure on the test split of WikiText-2. The text is joined by "\n\n", tokenised in one
     piece and cut into sequences without overlap. `pack_sequences` does this. Perplexities of sequences of different
@@ -34,11 +36,11 @@ def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) ->
 
     Args:
         model: a causal language model or an encoder-decoder with logits.
-        sequences: token ids (sequences, tokens) without padding, or an iterable of model inputs (dicts with
-            `input_ids`, `attention_mask`, `labels`, ...). An encoder-decoder gets token ids as inputs of its encoder
-            and of its decoder. If model inputs have no `labels`, the labels are the tokens: `decoder_input_ids` except
-            the first, or `input_ids` if there are none.
-        batch_size: number of sequences per batch, where `sequences` is token ids. Model inputs stay as they are.
+        sequences: token ids (sequences, tokens) without padding, what a tokenizer returns, or an iterable of model
+            inputs (dicts), such as a list, a `DataLoader` or a tokenised `datasets.Dataset`. An encoder-decoder gets
+            token ids as inputs of its encoder and of its decoder. If model inputs have no `labels`, the labels are the
+            tokens: `decoder_input_ids` except the first, or `input_ids` if there are none.
+        batch_size: how many sequences run together, where they do not come in batches.
 
     Returns:
         The perplexity, 1 or more.
@@ -50,11 +52,10 @@ def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) ->
     """
     inputs = as_inputs(model, sequences, batch_size, "sequences")
     device = next(model.parameters()).device
-    options = without_cache(model)
     losses, counts = [], []
     with evaluation_mode(model):
         for batch in tqdm(inputs, desc="perplexity", unit="batch", leave=False, disable=None):
-            logits, labels = _predictions(model, send_to_device(batch, device), options)
+            logits, labels = _predictions(model, send_to_device(batch, device))
             losses.append(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
             counts.append(labels.ne(-100).sum())
     count = int(torch.stack(counts).sum())
@@ -73,14 +74,14 @@ def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) ->
     return float(torch.tensor(loss, dtype=torch.float64).exp())
 
 
-def _predictions(model: nn.Module, batch: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _predictions(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return logits (tokens, vocabulary) and the labels (tokens,) that they are compared with."""
     labels = _labels(model, batch)
     given = batch.pop("labels", labels)
     if is_encoder_decoder(model) and "decoder_input_ids" not in batch:
         # The model makes the decoder's inputs from the labels. Elsewhere it would only compute a loss from them.
         batch["labels"] = given
-    logits = output_of(model(**batch, **options), "logits")
+    logits = output_of(model(**model_arguments(model, batch)), "logits")
     name = type(base_model(model)).__name__
     if not isinstance(logits, Tensor):
         raise ValueError(
@@ -107,6 +108,7 @@ def _labels(model: nn.Module, batch: dict[str, Any]) -> Tensor:
                 "`labels`."
             )
         return labels_of(batch)
+    labels = counted(labels, batch, shifted=is_encoder_decoder(model))
     mask = batch.get("decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != labels.shape:
         return labels

@@ -207,7 +207,7 @@ def check_calibration(task: PruningTask, calibration: Calibration | None) -> Non
         if measuring:
             raise ValueError(
                 f"Expected `calibration`, because {measuring[0]} measures the inputs of each layer. Pass token ids of "
-                "shape (sequences, tokens), or an iterable of model inputs."
+                "shape (sequences, tokens), what a tokenizer returns, or an iterable of model inputs."
             )
         return
     if outside := task.by_block.get(None):

@@ -87,8 +87,10 @@ def reconstruct(
             `Unstructured` or `SemiStructured`. A dict gives one of these per layer: its keys are names, name endings
             or regular expressions for the whole name, the first key that matches counts, and a layer that no key
             matches is not pruned.
-        calibration: token ids (sequences, tokens), or an iterable of model inputs. Each batch is also a batch of
-            training. Tokens that an input's `attention_mask` marks as padding are not counted.
+        calibration: token ids (sequences, tokens), what a tokenizer returns, or an iterable of model inputs, such as a
+            list, a `DataLoader` or a tokenised `datasets.Dataset`. Padding does not count, that is tokens whose
+            `attention_mask` is 0. A batch may also hold a `token_mask` (sequences, tokens), or a `decoder_token_mask`,
+            which the model does not see: only tokens where it is 1 count. Each batch is also a batch of training.
         sparsity: another way to write a `pattern` that is a number.
         criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; or one of these as a value with its
             numbers, such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores
@@ -108,7 +110,7 @@ def reconstruct(
             name, as in PEFT. By default every linear or convolution layer and fused expert inside the blocks.
         exclude_modules: which layers are not pruned, in the same form.
         prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
-        batch_size: how many sequences of a tensor of token ids run together.
+        batch_size: how many sequences run together, where they do not come in batches.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is moved while it is processed. None computes where the block is.
         dense: the model before it was pruned, if `model` has been pruned already. It gives the targets, and nothing
@@ -214,8 +216,10 @@ def reconstruct_checkpoint(
             `Unstructured` or `SemiStructured`. A dict gives one of these per layer: its keys are names, name endings
             or regular expressions for the whole name, the first key that matches counts, and a layer that no key
             matches is not pruned.
-        calibration: token ids (sequences, tokens), or an iterable of model inputs. Each batch is also a batch of
-            training. Tokens that an input's `attention_mask` marks as padding are not counted.
+        calibration: token ids (sequences, tokens), what a tokenizer returns, or an iterable of model inputs, such as a
+            list, a `DataLoader` or a tokenised `datasets.Dataset`. Padding does not count, that is tokens whose
+            `attention_mask` is 0. A batch may also hold a `token_mask` (sequences, tokens), or a `decoder_token_mask`,
+            which the model does not see: only tokens where it is 1 count. Each batch is also a batch of training.
         sparsity: another way to write a `pattern` that is a number.
         criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; or one of these as a value with its
             numbers, such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores
@@ -235,7 +239,7 @@ def reconstruct_checkpoint(
             name, as in PEFT. By default every linear or convolution layer and fused expert inside the blocks.
         exclude_modules: which layers are not pruned, in the same form.
         prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
-        batch_size: how many sequences of a tensor of token ids run together.
+        batch_size: how many sequences run together, where they do not come in batches.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is loaded.
         trust_remote_code: whether Python code in `source` may run to define the model, as in `from_pretrained`.

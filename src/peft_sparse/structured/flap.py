@@ -73,9 +73,11 @@ def prune_structured(
     Args:
         model: a model with blocks, without adapters, with loaded floating-point weights.
         ratio: fraction of the parameters of the chosen attentions and MLPs to remove, in [0, 1).
-        calibration: token ids (sequences, tokens), or an iterable of model inputs. Tokens that an input's
-            `attention_mask` marks as padding are not counted. It is required unless `metric="magnitude_sp"` and
-            `compensate=False`.
+        calibration: token ids (sequences, tokens), what a tokenizer returns, or an iterable of model inputs, such as a
+            list, a `DataLoader` or a tokenised `datasets.Dataset`. Padding does not count, that is tokens whose
+            `attention_mask` is 0. A batch may also hold a `token_mask` (sequences, tokens), or a `decoder_token_mask`,
+            which the model does not see: only tokens where it is 1 count. It is required unless
+            `metric="magnitude_sp"` and `compensate=False`.
         metric: "wifv" is FLAP's, S_j = Var(X_j) · ||W_:j||². The others are "ifv", S_j = Var(X_j); "wifn",
             S_j = mean_i |W_ij| · ||X_j||; and the paper's baselines "wanda_sp", with the formula of "wifn", and
             "magnitude_sp", S_j = ||W_:j||. "wifv", "ifv" and "wifn" are squared for attention, as in the paper's code.
@@ -96,7 +98,7 @@ def prune_structured(
         compensate: add the mean contribution of the removed channels to the bias of the output projection. The bias is
             created where there is none. The configuration of the model is then changed so that `save_pretrained` and
             `from_pretrained` keep it.
-        batch_size: how many sequences of a tensor of token ids run together.
+        batch_size: how many sequences run together, where they do not come in batches.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is moved while it is processed. None computes where the block is.
 
