@@ -14,6 +14,7 @@ from ..calibration.inputs import Calibration, as_inputs, evaluation_mode
 from ..calibration.proof import prove
 from ..calibration.runner import stack_runners
 from ..model.blocks import Targets
+from ..model.settings import ordinary_settings
 from .all_weights import allocated_patterns
 from .allocation import Allocation
 from .by_name import PatternLike
@@ -27,6 +28,7 @@ from .streamed_model import StreamedModel
 from .task import PruningTask, check_calibration, count_sequences
 
 
+@ordinary_settings()
 def prune_checkpoint(
     source: str | Path,
     output: str | Path,

@@ -17,6 +17,7 @@ from ..calibration.proof import Proof, prove
 from ..calibration.runner import BlockRunner, Residence, on_device, stack_runners
 from ..model.blocks import Targets, prunable_weights
 from ..model.processes import working_together
+from ..model.settings import ordinary_settings
 from ..model.weights import check_finite, share, zero_counts
 from .all_weights import allocated_patterns, prune_across
 from .allocation import Allocation
@@ -31,6 +32,7 @@ from .report import PruningReport
 from .task import PruningTask, check_calibration, count_sequences
 
 
+@ordinary_settings()
 def prune(
     model: nn.Module,
     pattern: PatternLike | Mapping[str, PatternLike] | None = None,

@@ -17,6 +17,7 @@ from ..calibration.runner import on_device
 from ..model.blocks import Targets
 from ..model.offload import is_offloaded
 from ..model.processes import working_together
+from ..model.settings import ordinary_settings
 from ..model.weights import check_finite
 from ..pruning.all_weights import allocated_patterns
 from ..pruning.allocation import Allocation
@@ -38,6 +39,7 @@ from .report import ReconstructionReport
 from .work import Reconstruction
 
 
+@ordinary_settings()
 def reconstruct(
     model: nn.Module,
     pattern: PatternLike | Mapping[str, PatternLike] | None = None,
@@ -171,6 +173,7 @@ def reconstruct(
     return work.report(time.perf_counter() - started)
 
 
+@ordinary_settings()
 def reconstruct_checkpoint(
     source: str | Path,
     output: str | Path,

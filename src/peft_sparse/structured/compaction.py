@@ -5,10 +5,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..model.blocks import base_model
+from ..model.settings import ordinary_settings
 from .saving import make_savable
 from .units import Units, check_loaded, known_units
 
 
+@ordinary_settings()
 def compact(model: nn.Module) -> nn.Module:
     """Cut out all heads and neurons that contribute nothing, and change the configuration accordingly. In place.
 

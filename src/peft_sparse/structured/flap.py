@@ -20,6 +20,7 @@ from ..calibration.statistics import Statistics
 from ..model.blocks import Targets, base_model
 from ..model.environment import peak_memory
 from ..model.processes import working_together
+from ..model.settings import ordinary_settings
 from ..model.weights import WeightView, check_finite
 from .metrics import METRICS, unit_scores
 from .report import StructuredReport, UnitsReport
@@ -28,6 +29,7 @@ from .selection import ScoredUnits, Structure, check_structure, select_units
 from .units import Units, check_loaded, find_units
 
 
+@ordinary_settings()
 def prune_structured(
     model: nn.Module,
     ratio: float,
