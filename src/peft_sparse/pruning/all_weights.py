@@ -1,7 +1,7 @@
 """Treats all weights at once: divides a sparsity among them, or compares the scores of all of them."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -85,25 +85,43 @@ def prune_across(
 
     def score_of(name: str, weight: WeightView, index: int) -> Callable[[], Tensor]:
         def score() -> Tensor:
+            resident.enter(block_of(name, task.blocks))
+            matrix = weight.matrix()
             # Scores are computed three times and must be equal, also those of a criterion that draws random numbers.
-            with _resident(name, residence, task.blocks):
-                matrix = weight.matrix()
-                with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-                    torch.manual_seed(seed + index)
-                    return scores_of(name, matrix, rule, known[name])
+            with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+                torch.manual_seed(seed + index)
+                return scores_of(name, matrix, rule, known[name])
 
         return score
 
-    scores = [score_of(name, weight, index) for index, (name, weight) in enumerate(task.weights.items())]
-    masks = select_across(scores, pattern.sparsity)
-    with one_layer_at_a_time(task.weights) as writing:
-        for (name, weight), mask in zip(task.weights.items(), masks, strict=True):
+    # Each pass takes the weights block by block, so that each block is moved once per pass.
+    weights = {name: task.weights[name] for names in task.by_block.values() for name in names}
+    scores = [score_of(name, weight, index) for index, (name, weight) in enumerate(weights.items())]
+    with _Resident(residence, task.blocks) as resident:
+        masks = select_across(scores, pattern.sparsity)
+    with one_layer_at_a_time(weights) as writing:
+        for (name, weight), mask in zip(weights.items(), masks, strict=True):
             with writing(name):
                 weight.write_zeros(mask.to(weight.storage.device))
 
 
-@contextlib.contextmanager
-def _resident(name: str, residence: Residence, blocks: dict[str, nn.Module]) -> Iterator[None]:
-    block = block_of(name, blocks)
-    with contextlib.nullcontext() if block is None else residence(block, blocks[block]):
-        yield
+class _Resident(contextlib.AbstractContextManager[Any]):
+    """Keeps the block of the last weight where it computes, until the weight of another block is next."""
+
+    def __init__(self, residence: Residence, blocks: dict[str, nn.Module]) -> None:
+        self.residence = residence
+        self.blocks = blocks
+        self.block: str | None = None
+        self.undo = contextlib.ExitStack()
+
+    def enter(self, block: str | None) -> None:
+        if block == self.block:
+            return
+        self.undo.close()
+        self.block = None
+        if block is not None:
+            self.undo.enter_context(self.residence(block, self.blocks[block]))
+            self.block = block
+
+    def __exit__(self, *error: object) -> None:
+        self.undo.close()
