@@ -77,6 +77,7 @@ def test_zeros_are_written_into_any_memory_format():
     assert layer.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize(
     ("layer", "inputs"),
     [
@@ -84,11 +85,25 @@ def test_zeros_are_written_into_any_memory_format():
         (nn.Linear(6, 4, bias=False), torch.randn(5, 6)),
         (Conv1D(4, 6), torch.randn(2, 3, 6)),
         (nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2, bias=False), torch.randn(2, 3, 9, 9)),
+        (nn.Conv2d(3, 4, (4, 3), padding="same", dilation=(1, 2), bias=False), torch.randn(2, 3, 9, 7)),
+        (nn.Conv2d(3, 4, 3, padding="valid", bias=False), torch.randn(2, 3, 9, 7)),
+        (nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="reflect", bias=False), torch.randn(2, 3, 9, 7)),
+        (nn.Conv2d(3, 4, (2, 3), padding="same", padding_mode="circular", bias=False), torch.randn(2, 3, 9, 7)),
+        (nn.Conv2d(3, 4, 3, bias=False), torch.randn(3, 9, 7)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "x".join(map(str, value.shape)),
 )
 def test_rows_of_inputs_times_the_matrix_are_the_outputs(layer, inputs):
     outputs = layer(inputs)
     rows = input_rows(layer, inputs)
-    outputs = outputs.flatten(2).mT if isinstance(layer, nn.Conv2d) else outputs
+    outputs = outputs.view(-1, *outputs.shape[-3:]).flatten(2).mT if isinstance(layer, nn.Conv2d) else outputs
     torch.testing.assert_close(rows @ WeightView(layer).matrix().T, outputs.reshape(len(rows), 4))
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+def test_each_group_of_a_convolution_has_rows_of_its_own(groups):
+    layer, inputs = nn.Conv2d(6, 12, 3, groups=groups, padding="same", bias=False), torch.randn(2, 6, 5, 4)
+    rows = input_rows(layer, inputs)
+    assert rows.shape == (groups, 2 * 5 * 4, 6 // groups * 9)
+    outputs = torch.cat([*(rows @ WeightView(layer).matrix().view(groups, 12 // groups, -1).mT)], dim=1)
+    torch.testing.assert_close(outputs, layer(inputs).flatten(2).mT.flatten(0, 1))

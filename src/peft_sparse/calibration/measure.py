@@ -198,7 +198,7 @@ def _over_processes(
     The entries of `measured` are changed in place. A process may have measured nothing for some weights: it may have
     no batch, or the model may have sent none of its tokens to an expert.
     """
-    own = {name: (s.sums[-1].shape[0], s.sums[-1].dtype, s.tokens) for name, s in measured.items()}
+    own = {name: (s.columns, s.sums[-1].dtype, s.tokens) for name, s in measured.items()}
     layouts = exchange((leaders, own))
     everywhere: dict[str, str] = {}
     complete: dict[str, InputStatistics] = {}
@@ -231,7 +231,7 @@ def _square_of_product(weight: WeightView, outputs: Tensor) -> Tensor:
 def warn_of_few_tokens(name: str, statistics: Statistics) -> bool:
     """Warn if X has fewer rows than columns, so that XᵀX is singular. Return whether a warning was given."""
     assert statistics.hessian is not None
-    columns = statistics.hessian.shape[0]
+    columns = statistics.hessian.shape[-1]
     if statistics.tokens >= columns:
         return False
     warnings.warn(

@@ -1,6 +1,7 @@
 """Statistics of the inputs of one weight: running sums while inputs are measured, and `Statistics`, the result."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -51,6 +52,9 @@ def sampled_per_batch(batches: int) -> int:
 class InputStatistics:
     """Running sums over the rows of one input X (tokens, in), in float32 or a wider dtype.
 
+    In a convolution with groups, each group has inputs of its own. X is then (groups, tokens, in), and every sum has a
+    first dimension for the groups.
+
     Args:
         hessian_wanted: whether XᵀX is summed.
         rows_per_batch: number of rows that are kept of each batch, for `sampled`.
@@ -74,27 +78,27 @@ class InputStatistics:
     updates: int = 0
 
     def update(self, rows: Tensor) -> None:
-        """Add `rows` (tokens, in) to all sums."""
+        """Add `rows` (tokens, in), or (groups, tokens, in), to all sums."""
         dtype = torch.promote_types(rows.dtype, torch.float32)
         self.sampled.append(spread_rows(rows, self.rows_per_batch))
-        self.tokens += len(rows)
+        self.tokens += rows.shape[-2]
         self.updates += 1
-        self.start(rows.shape[1], dtype, rows.device)
+        self.start((*rows.shape[:-2], rows.shape[-1]), dtype, rows.device)
         if self.total is not None:
-            self.total += rows.sum(0, dtype=torch.float64)
+            self.total += rows.sum(-2, dtype=torch.float64)
         if self.hessian is not None:
             _add_upper_gram(self.hessian, rows.to(dtype))
         elif self.norm_squared is not None:
             # Not `vector_norm`: over the first dimension it takes seven times as long on CPUs.
-            self.norm_squared += rows.to(dtype).square().sum(0)
+            self.norm_squared += rows.to(dtype).square().sum(-2)
 
-    def start(self, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Set each sum that is wanted to zero, unless it has been started."""
+    def start(self, columns: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """Set each sum that is wanted to zero, unless it has been started. `columns` is (in,) or (groups, in)."""
         if self.moments_wanted and self.total is None:
             # In float64: where the mean is far from zero, the variance is a small difference of large numbers.
             self.total = torch.zeros(columns, dtype=torch.float64, device=device)
         if self.hessian_wanted and self.hessian is None:
-            self.hessian = torch.zeros(columns, columns, dtype=dtype, device=device)
+            self.hessian = torch.zeros(*columns, columns[-1], dtype=dtype, device=device)
         elif not self.hessian_wanted and self.norm_squared is None:
             self.norm_squared = torch.zeros(columns, dtype=dtype, device=device)
 
@@ -103,10 +107,16 @@ class InputStatistics:
         """The sums so far, which processes that share the tokens add up."""
         return [tensor for tensor in (self.total, self.hessian, self.norm_squared) if tensor is not None]
 
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The shape of the norms, which `start` takes."""
+        sums = self.sums[-1]
+        return tuple(sums.shape if self.hessian is None else sums.shape[:-1])
+
     def finish(self) -> None:
         """Complete the Hessian. Call it once, after the last update."""
         if self.hessian is not None:
-            self.norm_squared = self.hessian.diagonal().clone()
+            self.norm_squared = self.hessian.diagonal(dim1=-2, dim2=-1).clone()
             _mirror(self.hessian)
 
     @property
@@ -146,7 +156,7 @@ class BlockStatistics:
     shared: bool = False
 
     def of(self, name: str, gradient: Tensor | None = None, sequences: int = 0) -> Statistics:
-        """Return the statistics of the weight `name`.
+        """Return the statistics of the weight `name`. `by_group` takes those of a convolution with groups apart.
 
         Args:
             name: name of the weight.
@@ -165,15 +175,37 @@ class BlockStatistics:
         )
 
     def sample(self, name: str) -> Tensor:
-        """Return some rows of X of the weight `name`, (rows, in). There are none if this process measured none."""
+        """Return some rows of X of the weight `name`, (rows, in), or (groups, rows, in).
+
+        There are none if this process measured none.
+        """
         norms, sampled = self.inputs[name].input_norm, self.inputs[name].sampled
-        return torch.cat(sampled) if sampled else norms.new_zeros(0, len(norms))
+        return torch.cat(sampled, -2) if sampled else norms.new_zeros(*norms.shape[:-1], 0, norms.shape[-1])
+
+
+def by_group(statistics: Statistics, matrix: Tensor) -> list[tuple[Tensor, Statistics]]:
+    """Return the rows of `matrix` (out, in) whose inputs are the same, and the statistics of these inputs.
+
+    These are all rows, but for a convolution with groups: then there is one entry per group.
+    """
+    measured = (statistics.input_norm, statistics.hessian, statistics.input_mean, statistics.input_variance)
+    if statistics.input_norm is None or statistics.input_norm.dim() == 1:
+        return [(matrix, statistics)]
+    groups = len(statistics.input_norm)
+    parts = zip(*(repeat(None, groups) if stat is None else stat.unbind() for stat in measured), strict=True)
+    gradients = repeat(None, groups) if statistics.gradient is None else statistics.gradient.chunk(groups)
+    names = ("gradient", "input_norm", "hessian", "input_mean", "input_variance")
+    return [
+        (rows, replace(statistics, **dict(zip(names, (gradient, *own), strict=True))))
+        for rows, gradient, own in zip(matrix.chunk(groups), gradients, parts, strict=True)
+    ]
 
 
 def spread_rows(rows: Tensor, count: int) -> Tensor:
-    """Return `count` of `rows`, evenly spread, or all rows if there are fewer."""
-    kept = min(len(rows), count)
-    return rows[torch.arange(kept, device=rows.device) * len(rows) // max(kept, 1)]
+    """Return `count` of `rows` (..., rows, columns), evenly spread, or all rows if there are fewer."""
+    there = rows.shape[-2]
+    kept = min(there, count)
+    return rows.index_select(-2, torch.arange(kept, device=rows.device) * there // max(kept, 1))
 
 
 # Columns of a Hessian that are summed together: enough for a matrix product to run at full speed.
@@ -182,10 +214,12 @@ _PANEL = 512
 
 def _add_upper_gram(hessian: Tensor, rows: Tensor) -> None:
     """Add XᵀX in panels of columns, on and above the diagonal: almost half of the work, if there are many columns."""
-    for start in range(0, rows.shape[1], _PANEL):
-        hessian[start : start + _PANEL, start:].addmm_(rows[:, start : start + _PANEL].T, rows[:, start:])
+    for start in range(0, rows.shape[-1], _PANEL):
+        panel = hessian[..., start : start + _PANEL, start:]
+        add_product = panel.addmm_ if rows.dim() == 2 else panel.baddbmm_
+        add_product(rows[..., start : start + _PANEL].mT, rows[..., start:])
 
 
 def _mirror(hessian: Tensor) -> None:
-    for start in range(_PANEL, hessian.shape[0], _PANEL):
-        hessian[start : start + _PANEL, :start] = hessian[:start, start : start + _PANEL].T
+    for start in range(_PANEL, hessian.shape[-1], _PANEL):
+        hessian[..., start : start + _PANEL, :start] = hessian[..., :start, start : start + _PANEL].mT

@@ -120,32 +120,45 @@ class WeightView:
 def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     """Return the rows that the weight matrix of `layer` is multiplied with, (tokens, in).
 
-    The rows of a linear layer are its inputs. The rows of a convolution are the patches of its inputs.
+    The rows of a linear layer are its inputs. The rows of a convolution are the patches of its inputs. If it has
+    groups, each group of outputs has rows of its own: the result is then (groups, tokens, in).
 
     Args:
         layer: the layer.
         inputs: the inputs of its forward, (..., in), or (images, channels, height, width) of a convolution.
-
-    Raises:
-        TypeError: `layer` is a convolution with groups, or with padding that is not given as a number of zeros.
     """
     if not isinstance(layer, nn.Conv2d):
         return inputs.flatten(0, -2)
-    if layer.groups > 1 or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-        raise TypeError(
-            "Expected a Conv2d without groups and with padding by a number of zeros, got "
-            f"groups={layer.groups}, padding={layer.padding!r}, padding_mode={layer.padding_mode!r}, whose inputs "
-            'cannot be measured. Add it to `exclude_modules`, or prune it with `criterion="magnitude"`.'
-        )
-    patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    return patches.mT.flatten(0, 1)
+    inputs = inputs.reshape(-1, *inputs.shape[-3:])
+    left, right, top, bottom = added = _padding(layer)
+    is_plain = layer.padding_mode == "zeros" and (left, top) == (right, bottom)
+    if not is_plain:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        inputs = nn.functional.pad(inputs, added, mode)
+    padding = (top, left) if is_plain else 0
+    patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
+    if layer.groups == 1:
+        return patches.mT.flatten(0, 1)
+    return patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _padding(layer: nn.Conv2d) -> list[int]:
+    """Return how much a convolution pads its inputs: at the left, right, top and bottom."""
+    added: list[int] = []
+    for axis in (1, 0):
+        if isinstance(layer.padding, str):
+            total = layer.dilation[axis] * (layer.kernel_size[axis] - 1) if layer.padding == "same" else 0
+            added += [total // 2, total - total // 2]
+        else:
+            added += [int(layer.padding[axis])] * 2
+    return added
 
 
 def input_view(layer: nn.Module) -> tuple[Any, ...]:
     """Return the settings of `layer` that `input_rows` depends on: equal settings and inputs give equal rows."""
     if not isinstance(layer, nn.Conv2d):
         return ()
-    return layer.kernel_size, layer.dilation, layer.padding, layer.stride
+    return layer.kernel_size, layer.dilation, tuple(_padding(layer)), layer.padding_mode, layer.stride, layer.groups
 
 
 def to_host(scalars: list[Tensor]) -> list[Any]:

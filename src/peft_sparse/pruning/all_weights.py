@@ -52,7 +52,7 @@ def allocated_patterns(
     norms: dict[str, Tensor] | None = None
     if not isinstance(allocation, Mapping) and "inputs" in allocation.needs and inputs is not None:
         measured = measured_blocks(model, inputs, task.inside, ("inputs",), activations, residence, proof)
-        norms = {name: block.inputs[name].input_norm for name, block in measured}
+        norms = {name: _by_row(block.inputs[name].input_norm, task.weights[name]) for name, block in measured}
     if isinstance(pattern, SemiStructured):
         assert isinstance(allocation, OWL), "the task refuses other allocations of n:m"
         return dict(allocation.mixed(Budget(task.weights, [], [], 0, place, norms, reading), pattern))
@@ -103,6 +103,11 @@ def prune_across(
         for (name, weight), mask in zip(weights.items(), masks, strict=True):
             with writing(name):
                 weight.write_zeros(mask.to(weight.storage.device))
+
+
+def _by_row(norms: Tensor, weight: WeightView) -> Tensor:
+    """Return input norms (in,) as they are, and those of groups (groups, in) for each row of `weight` (out, in)."""
+    return norms if norms.dim() == 1 else norms.repeat_interleave(weight.shape[0] // len(norms), 0)
 
 
 class _Resident(contextlib.AbstractContextManager[Any]):

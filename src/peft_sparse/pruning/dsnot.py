@@ -1,6 +1,6 @@
 """DSnoT: exchanges entries of each row until its expected error is near zero."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -84,7 +84,8 @@ def dsnot(
     Args:
         weight: W, (out, in). float64 is computed in float64, every other dtype in float32.
         mask: True = kept, (out, in). It is not modified.
-        statistics: uses `input_norm`, `input_mean`, `input_variance`, `tokens` and `sequences`.
+        statistics: uses `input_norm`, `input_mean`, `input_variance`, `tokens` and `sequences`. The first three may
+            also be (out, in), for rows that have inputs of their own.
         pattern: `SemiStructured` exchanges within each m entries.
         max_cycles: how many exchanges a row may make.
         threshold: a row is finished once |e_i| is at most this, in units of the output summed over a sequence.
@@ -94,7 +95,20 @@ def dsnot(
     m = pattern.m if isinstance(pattern, SemiStructured) else None
     rows = rows_of_chunk(weight, weight.shape[1])
     parts = zip(weight.split(rows), mask.split(rows), strict=True)
-    return torch.cat([_Cycles(part, kept, statistics, m, max_cycles).run(threshold) for part, kept in parts])
+    own = (_of_rows(statistics, slice(start, start + rows)) for start in range(0, len(weight), rows))
+    return torch.cat(
+        [
+            _Cycles(part, kept, stats, m, max_cycles).run(threshold)
+            for (part, kept), stats in zip(parts, own, strict=True)
+        ]
+    )
+
+
+def _of_rows(statistics: Statistics, rows: slice) -> Statistics:
+    """Return the statistics of some rows of a weight, where they are (out, in)."""
+    names = ("input_norm", "input_mean", "input_variance")
+    by_row = {name: value for name in names if (value := getattr(statistics, name)) is not None and value.dim() == 2}
+    return replace(statistics, **{name: value[rows] for name, value in by_row.items()})
 
 
 class _Cycles:

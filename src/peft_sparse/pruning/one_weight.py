@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..calibration.measure import BlockStatistics, relative_error, warn_of_few_tokens
-from ..calibration.statistics import InputStatistics, Statistics
+from ..calibration.statistics import InputStatistics, Statistics, by_group
 from ..model.masks import mask_of
 from ..model.processes import add_up
 from ..model.weights import WeightView, zero_counts
 from .criteria import CRITERIA, ScoringCriterion
+from .grouped import output_square, refined, solved, updated
 from .patterns import select
 from .sparsegpt import SparseGPT
 from .task import PruningTask
@@ -39,11 +40,11 @@ def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: B
             if (task.refinement or task.update) and errors is not None:
                 errors.selected(matrix * mask if solution is None else solution)
             if task.refinement is not None:
-                mask = task.refinement[1].refine(matrix, mask, statistics, pattern)
+                mask = refined(task.refinement[1], matrix, mask, statistics, pattern)
             if task.update is not None:
                 # A mask may keep entries that are zero already, if the weight has more zeros than the pattern needs.
                 mask &= mask_of(matrix)
-                solution = task.update.solve(matrix, mask, statistics, start=solution)
+                solution = updated(task.update, matrix, mask, statistics, start=solution)
             if solution is None:
                 weight.write_zeros(mask)
             else:
@@ -92,13 +93,13 @@ class _OutputErrors:
             errors |= {name: relative_error(lost, whole[name]) for name, lost in zip(found, sums, strict=True)}
 
     def _square(self, matrix: Tensor) -> Tensor:
-        return (self.rows @ matrix.T.float()).square_().sum()
+        return output_square(matrix, self.rows)
 
 
 def _selected(name: str, matrix: Tensor, task: PruningTask, statistics: Statistics) -> tuple[Tensor | None, Tensor]:
     """Return the weight that the criterion updated, None if it only selects, and its mask."""
     if isinstance(task.rule, SparseGPT):
-        return task.rule.solve(matrix, statistics, task.patterns[name])
+        return solved(task.rule, matrix, statistics, task.patterns[name])
     return None, select(scores_of(name, matrix, task.rule, statistics), task.patterns[name], task.group)
 
 
@@ -111,12 +112,15 @@ def scores_of(name: str, matrix: Tensor, rule: ScoringCriterion, statistics: Sta
     if statistics.gradient is not None:
         # Sums of gradients may be stored on another device.
         statistics = replace(statistics, gradient=statistics.gradient.to(matrix.device))
-    scores = rule.score(matrix, statistics)
-    if scores.shape != matrix.shape:
-        raise ValueError(
-            f"Expected scores of shape {tuple(matrix.shape)} for {name!r}, got {tuple(scores.shape)}. A criterion "
-            "returns one score per entry of the weight (out, in)."
-        )
+    parts = []
+    for rows, own in by_group(statistics, matrix):
+        parts.append(rule.score(rows, own))
+        if parts[-1].shape != rows.shape:
+            raise ValueError(
+                f"Expected scores of shape {tuple(rows.shape)} for {name!r}, got {tuple(parts[-1].shape)}. A "
+                "criterion returns one score per entry of the weight (out, in)."
+            )
+    scores = parts[0] if len(parts) == 1 else torch.cat(parts)
     if not isinstance(rule, tuple(CRITERIA.values())) and not scores.isfinite().all():
         raise ValueError(
             f"Expected finite scores for {name!r}, got NaN or infinity. Correct the criterion, or clamp what it "

@@ -103,7 +103,7 @@ def prune(
         A report with the sparsity and, with calibration, the relative output error of each weight.
 
     Raises:
-        TypeError: `pattern` or `update` has another type than these, or a convolution's inputs cannot be measured.
+        TypeError: `pattern` or `update` has another type than these.
         ValueError: an argument is invalid, or does not go with another one; a target is tied to an embedding; n:m does
             not divide the inputs; calibration is missing, or never reaches the block of a target; a weight, a
             statistic or a score is not finite; adapters are merged; processes were called differently. If an error

@@ -51,6 +51,15 @@ class SparseGPT:
         assert statistics.hessian is not None, "calibration measures what a criterion needs"
         return sparsegpt(weight, statistics.hessian, pattern, damping=self.damping, block_size=self.block_size)
 
+    def solve_together(self, weights: Tensor, hessians: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor] | None:
+        """Return what `solve` does for each of many small matrices (matrices, out, in), computed together.
+
+        Returns:
+            The updated weights and the masks. None if they must be solved one by one, because the matrices have more
+            columns than a block, or a Hessian is not positive definite.
+        """
+        return _solved_together(weights, hessians, pattern, self) if weights.shape[-1] <= self.block_size else None
+
 
 @torch.no_grad()
 def sparsegpt(
@@ -110,6 +119,30 @@ def sparsegpt(
             "calibration data, or raise `damping`."
         )
     return updated, kept.T.contiguous()
+
+
+@torch.no_grad()
+def _solved_together(
+    weights: Tensor, hessians: Tensor, pattern: Pattern, rule: SparseGPT
+) -> tuple[Tensor, Tensor] | None:
+    dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
+    diagonal = hessians.diagonal(dim1=-2, dim2=-1)
+    active = diagonal != 0
+    factor = hessians.to(dtype).flip(-2, -1)
+    mean = diagonal.sum(-1, keepdim=True) / active.sum(-1, keepdim=True)
+    factor.diagonal(dim1=-2, dim2=-1).add_((rule.damping * mean + ~active).flip(-1))
+    lower, info = torch.linalg.cholesky_ex(factor)
+    identity = torch.eye(weights.shape[-1], dtype=dtype, device=weights.device)
+    # There is one block of columns, so U is the inverse of the whole of R: see `_prune_columns`.
+    U = torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
+    current = weights.to(dtype).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+    kept = current.bool()
+    budget = number_to_prune(pattern.sparsity, weights[0].numel()) if isinstance(pattern, Unstructured) else 0
+    _prune_block(current, U.permute(1, 2, 0), kept, active.T, pattern, budget)
+    updated = (current * kept).permute(1, 2, 0).contiguous()
+    if bool(info.any()) or not updated.isfinite().all():
+        return None
+    return updated, kept.permute(1, 2, 0).contiguous()
 
 
 def _reversed_factor(hessian: Tensor, active: Tensor, damping: float) -> Tensor:
@@ -183,43 +216,67 @@ def _prune_block(
 
     Args:
         current: the weights of the block after the columns on its left, (columns, rows). It ends as the values that
-            kept entries have in the result.
+            kept entries have in the result. Of several matrices it is (columns, matrices, rows); U is then (columns,
+            columns, matrices) and `active` (columns, matrices).
         kept: the mask so far. The entries that `pattern` selects become False.
-        budget: how many entries an unstructured pattern selects here.
+        budget: how many entries an unstructured pattern selects here, in each matrix.
     """
-    importance = (active / U.diagonal()).square()[:, None]
+    single = current.dim() == 2
+    diagonal = U.diagonal() if single else U.diagonal().T
+    importance = (active / diagonal).square()[..., None]
     # Entries that are zero already are selected first.
     floor = torch.zeros_like(current).masked_fill_(~kept, -torch.inf)
     width, chunk = 16, 16
     if isinstance(pattern, Unstructured):
         scores = torch.addcmul(floor, current, current * importance)
-        kept &= ~lowest(scores.view(1, -1), budget).view_as(kept)
+        kept &= ~_lowest_of_matrix(scores, budget)
     elif pattern:
         width = pattern.m
         chunk = max(1, chunk // width) * width
     errors = torch.empty_like(current)
-    error_of_pruned = 1 / U.diagonal()[:, None]
+    error_of_pruned = 1 / diagonal[..., None]
     # A chunk moves its errors by one product. Within a chunk, errors move column by column, so it must be narrow.
     for start in range(0, len(current), chunk):
         own = slice(start, start + chunk)
         if start:
-            current[own].addmm_(U[:start, own].T, errors[:start], alpha=-1)
+            _subtract_product(current[own], U[:start, own], errors[:start])
         for left in range(start, min(start + chunk, len(current)), width):
             right = min(left + width, start + chunk, len(current))
             part, part_kept, carries = current[left:right], kept[left:right], U[left:right, left:right]
             if left > start:
-                part.addmm_(U[start:left, left:right].T, errors[start:left], alpha=-1)
+                _subtract_product(part, U[start:left, left:right], errors[start:left])
             if isinstance(pattern, SemiStructured):
                 scores = torch.addcmul(floor[left:right], part, part * importance[left:right])
                 part_kept &= _keep_highest(scores, min(pattern.n, right - left))
             factors = error_of_pruned[left:right] * ~part_kept
             for column, error, by, carry in zip(part, errors[left:right], factors, carries, strict=True):
                 torch.mul(column, by, out=error)
-                part.addr_(carry, error, alpha=-1)
+                if single:
+                    part.addr_(carry, error, alpha=-1)
+                else:
+                    part.sub_(carry[..., None] * error)
+
+
+def _subtract_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """Subtract leftᵀ right from `target`, in each matrix."""
+    if target.dim() == 2:
+        target.addmm_(left.T, right, alpha=-1)
+    else:
+        target.sub_(torch.einsum("jkm,jmr->kmr", left, right))
+
+
+def _lowest_of_matrix(scores: Tensor, count: int) -> Tensor:
+    """Return True at the `count` lowest entries of each matrix of `scores` (columns, rows)."""
+    if scores.dim() == 2:
+        return lowest(scores.view(1, -1), count).view_as(scores)
+    by_matrix = scores.movedim(1, 0)
+    return lowest(by_matrix.flatten(1), count).view(by_matrix.shape).movedim(0, 1)
 
 
 def _keep_highest(scores: Tensor, n: int) -> Tensor:
     """Return True at the `n` highest entries of each column of `scores` (m, rows). Of equal scores the last stay."""
+    if scores.dim() > 2:
+        return _keep_highest(scores.flatten(1), n).view(scores.shape)
     m = len(scores)
     if m > 16:
         return keep_highest(scores.T, n).T

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import BlockStatistics
+from ..calibration.statistics import BlockStatistics, Statistics
 from ..model.masks import mask_of
 from ..model.weights import WeightView
+from ..pruning.grouped import row_errors, updated
 from ..pruning.least_squares import LeastSquares
 from ..pruning.one_weight import prune_weights
-from ..pruning.rows import row_error
 from ..pruning.task import PruningTask
 from .report import RegionReport
 
@@ -50,10 +50,9 @@ def solve_matrices(
         prune_weights(group, selecting, measured)
         for name, weight in group.items():
             statistics = task.statistics(name, measured)
-            assert statistics.hessian is not None, "calibration measures what the solver needs"
             pruned = weight.matrix()
-            solution = solver.solve(dense[name], mask_of(pruned), statistics, start=pruned)
-            before, after = (_matrix_error(dense[name], w, statistics.hessian) for w in (pruned, solution))
+            solution = updated(solver, dense[name], mask_of(pruned), statistics, start=pruned)
+            before, after = (_matrix_error(dense[name], w, statistics) for w in (pruned, solution))
             if after <= before:
                 weight.write(solution)
             reports.append(RegionReport(name, before, min(before, after), 0, 0.0, not after <= before))
@@ -69,8 +68,8 @@ def _sharing_inputs(measured: BlockStatistics) -> list[list[str]]:
     return list(groups.values())
 
 
-def _matrix_error(dense: Tensor, weight: Tensor, hessian: Tensor) -> float:
+def _matrix_error(dense: Tensor, weight: Tensor, statistics: Statistics) -> float:
     """Return ||(W' - W)X|| / ||WX||, computed from XᵀX."""
     nothing = torch.zeros_like(dense, dtype=torch.bool)
-    error, size = (float(row_error(dense, other, hessian).sum()) for other in (weight, nothing))
+    error, size = (float(row_errors(dense, other, statistics).sum()) for other in (weight, nothing))
     return math.sqrt(max(error / size, 0.0)) if size else 0.0

@@ -135,7 +135,7 @@ def reconstruct(
         A report with the error of each region before and after the fit, and with the report of the pruning.
 
     Raises:
-        TypeError: `pattern` or `update` has another type than these, or a convolution's inputs cannot be measured.
+        TypeError: `pattern` or `update` has another type than these.
         ValueError: an argument is invalid, or does not go with another one; calibration is missing, or never reaches
             the block of a target; a weight, a statistic or a score is not finite; the model has adapters; `dense` is
             another model; `state_dir` holds another run; attention and MLP of a block cannot be separated; the tuner
@@ -263,7 +263,7 @@ def reconstruct_checkpoint(
         A report with the error of each region before and after the fit, and with the report of the pruning.
 
     Raises:
-        TypeError: `pattern` or `update` has another type than these, or a convolution's inputs cannot be measured.
+        TypeError: `pattern` or `update` has another type than these.
         ValueError: an argument is invalid, or does not go with another one; `output` holds other files; `source`
             holds no safetensors, lacks a tensor of the model, or holds it quantised or in another shape; no class of
             the configuration fits; tensors of several blocks are converted together or tied; the criterion needs the
