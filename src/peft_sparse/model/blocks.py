@@ -1,87 +1,59 @@
-"""Finds blocks, prunable weights and norms in a model.
+"""What other folders ask of a model: its blocks, its prunable weights, its norms, its experts.
 
-They are found in the module tree. The name of the model is not read. All names are those that modules have without
-adapters: `layers.0.q_proj`, also if PEFT has wrapped that layer.
+All names are those that modules have without adapters: `layers.0.q_proj`, also if PEFT has wrapped that layer.
+`tree` walks the modules, `stacks` finds the blocks and `experts` finds experts and routers.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
-from accelerate.utils import extract_model_from_parallel
-from peft import PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from .experts import expert_layers, find_mixtures, fused_experts
+from .kinds import QUANTISED, packed_layers
 from .sharding import whole_shape
-from .weights import PRUNABLE_LAYERS, WeightView, stored_weight
+from .stacks import block_of, find_blocks, find_stacks, is_embedding
+from .tree import active_copy, base_layer, base_model, called_layers, is_norm, is_prunable, walk
+from .weights import WeightView, stored_weight
 
+
+__all__ = [
+    "Targets",
+    "active_copy",
+    "active_experts",
+    "attention_and_mlp",
+    "base_layer",
+    "base_model",
+    "block_of",
+    "called_layers",
+    "check_packed",
+    "excluded_names",
+    "expert_layers",
+    "find_blocks",
+    "find_stacks",
+    "fused_experts",
+    "hidden_size",
+    "is_encoder_decoder",
+    "is_norm",
+    "layers_in",
+    "matching_names",
+    "norm_names",
+    "output_head",
+    "prunable_weights",
+    "storage_of",
+    "tied_to_embedding",
+]
 
 Targets = str | list[str] | set[str] | tuple[str, ...] | None
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of PEFT, DDP and `torch.compile`."""
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    while isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
-        model = model.model if isinstance(model, BaseTuner) else model.base_model
-    return model
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Return whether the configuration of `model` says that it is an encoder-decoder."""
     return bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
-
-
-def base_layer(module: nn.Module) -> nn.Module:
-    """Return the layer that holds the weight: the base layer of a PEFT tuner layer, or `module` itself."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def active_copy(wrapper: ModulesToSaveWrapper) -> nn.Module:
-    """Return the copy of a module in `modules_to_save` that the active adapter trains, or the original module."""
-    copies = [wrapper.modules_to_save[name] for name in wrapper.active_adapters if name in wrapper.modules_to_save]
-    return copies[0] if copies else wrapper.original_module
-
-
-def called_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the module that is called to run each layer, by the layer's id: its PEFT wrapper, or the layer itself."""
-    called: dict[int, nn.Module] = {}
-    for module in base_model(model).modules():
-        called.setdefault(id(base_layer(module)), module)
-    return called
-
-
-def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the blocks of `model` by name, in the order in which they are registered.
-
-    A block is an entry of an `nn.ModuleList` in which every entry holds a prunable layer, and no entry is a prunable
-    layer itself. Where such lists are nested, the entries of the outermost list are the blocks. Blocks are expected to
-    run in the order in which they are registered.
-    """
-    return dict(_blocks_below("", base_model(model)))
-
-
-def find_stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
-    """Return the blocks of `model` by stack, in the order in which the stacks are registered.
-
-    A stack is the blocks of one `nn.ModuleList`. A decoder has one stack. An encoder-decoder has two, and the encoder
-    comes first.
-    """
-    stacks: dict[str, dict[str, nn.Module]] = {}
-    for name, block in find_blocks(model).items():
-        stacks.setdefault(name.rpartition(".")[0], {})[name] = block
-    return list(stacks.values())
-
-
-def block_of(name: str, blocks: dict[str, nn.Module]) -> str | None:
-    """Return the name of the block that holds the layer or weight `name`, or None if it lies outside all blocks."""
-    while name and name not in blocks:
-        name = name.rpartition(".")[0]
-    return name or None
 
 
 def prunable_weights(
@@ -105,35 +77,33 @@ def prunable_weights(
         ValueError: no weight is left, or an entry of a list matches no layer.
     """
     layers = _candidate_layers(model, target_modules)
-    experts = {} if target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND else fused_experts(model)
+    experts = {} if target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND else _fused_in_layout(model)
+    candidates = [*layers, *experts]
+    known = [name for name, module in walk("", base_model(model)) if is_prunable(module)]
+    chosen = matching_names(candidates, target_modules, exclude_modules, known)
+    stored = {name: storage_of(base_layer(module)) for name, module in layers.items()}
+    stored |= {name: storage_of(module, parameter) for name, (module, parameter, _) in experts.items()}
+    # A parameter with several names is pruned once, and not at all if one of its names is excluded.
+    taken = {stored[name] for name in excluded_names(candidates, exclude_modules)}
     weights = {}
-    for name in matching_names([*layers, *experts], target_modules, exclude_modules):
+    for name in chosen:
+        if stored[name] in taken:
+            continue
+        taken.add(stored[name])
         if name in layers:
             weights[name] = WeightView(base_layer(layers[name]))
         else:
-            module, parameter = experts[name]
+            module, parameter, transposed = experts[name]
             count = whole_shape(getattr(module, parameter))[0]
-            weights |= {f"{name}.{expert}": WeightView(module, parameter, expert) for expert in range(count)}
+            weights |= {
+                f"{name}.{expert}": WeightView(module, parameter, expert, transposed) for expert in range(count)
+            }
     return weights
-
-
-def fused_experts(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return the fused experts inside the blocks, by the name of their parameter: (module, name in the module).
-
-    Fused experts are a parameter (experts, ., .) that holds one matrix per expert.
-    """
-    return {
-        f"{name}.{parameter}": (base_layer(module), parameter)
-        for block_name, block in find_blocks(model).items()
-        for name, module in _walk(block_name, block)
-        for parameter, value in base_layer(module).named_parameters(recurse=False)
-        if _is_fused(base_layer(module), value)
-    }
 
 
 def tied_to_embedding(model: nn.Module, weights: dict[str, WeightView]) -> list[str]:
     """Return the names of those `weights` that are also the weight of an `nn.Embedding`."""
-    embeddings = {id(module.weight) for _, module in _walk("", base_model(model)) if isinstance(module, nn.Embedding)}
+    embeddings = {id(module.weight) for _, module in walk("", base_model(model)) if isinstance(module, nn.Embedding)}
     return [name for name, weight in weights.items() if id(weight.storage) in embeddings]
 
 
@@ -144,22 +114,9 @@ def output_head(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Return whether `module` is a normalisation layer.
-
-    It is one if its class has "norm" in its name or is a batch normalisation of torch, if it has no children, and if
-    it has a weight and no parameter of two or more dimensions.
-    """
-    if next(module.children(), None) is not None:
-        return False
-    parameters = dict(module.named_parameters(recurse=False))
-    named_so = "norm" in type(module).__name__.lower() or isinstance(module, nn.modules.batchnorm._NormBase)
-    return named_so and "weight" in parameters and all(p.dim() <= 1 for p in parameters.values())
-
-
 def norm_names(model: nn.Module) -> list[str]:
     """Return the names of all normalisation layers of `model`, inside and outside the blocks."""
-    return [name for name, module in _walk("", base_model(model)) if is_norm(module)]
+    return [name for name, module in walk("", base_model(model)) if is_norm(module)]
 
 
 def attention_and_mlp(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -171,7 +128,7 @@ def attention_and_mlp(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module
     attention: list[nn.Module] = []
     mlp: list[nn.Module] = []
     for name, child in block.named_children():
-        if any(_is_prunable(m) or any(p.dim() == 3 for p in m.parameters(recurse=False)) for m in child.modules()):
+        if any(is_prunable(m) or any(p.dim() == 3 for p in m.parameters(recurse=False)) for m in child.modules()):
             called_so = re.search("attn|attention", f"{name} {type(child).__name__}", re.IGNORECASE)
             (attention if called_so else mlp).append(child)
     return attention, mlp
@@ -186,7 +143,7 @@ def hidden_size(model: nn.Module) -> int:
     sizes = [
         stored_weight(module).numel()
         for block in list(find_blocks(model).values())[:1]
-        for _, module in _walk("", block)
+        for _, module in walk("", block)
         if is_norm(module)
     ]
     if not sizes:
@@ -202,96 +159,94 @@ def active_experts(model: nn.Module) -> float:
     return chosen / counts.pop() if chosen and len(counts) == 1 else 1.0
 
 
-def _walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield `module` and all modules below it, with the names they have without adapters.
+def check_packed(model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None) -> None:
+    """Check that no layer that the arguments may mean is packed in a way that has no weight matrix.
 
-    Modules that adapters add are left out. Of a module in `modules_to_save`, the copy that runs is yielded.
+    Raises:
+        ValueError: there is such a layer. Without this check it would be passed over.
     """
-    if isinstance(module, ModulesToSaveWrapper) and not module.disable_adapters:
-        module = active_copy(module)
-    elif isinstance(module, AuxiliaryTrainingWrapper):
-        module = module.original_module
-    yield name, module
-    for child_name, child in base_layer(module).named_children():
-        yield from _walk(f"{name}.{child_name}" if name else child_name, child)
-
-
-def _is_prunable(module: nn.Module) -> bool:
-    return isinstance(base_layer(module), PRUNABLE_LAYERS)
-
-
-def _holds_prunable(module: nn.Module) -> bool:
-    return any(_is_prunable(below) for _, below in _walk("", module))
-
-
-def _is_block(entry: nn.Module) -> bool:
-    return _holds_prunable(entry) and not _is_prunable(entry)
-
-
-def _blocks_below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    entries = {f"{name}.{key}": child for key, child in module.named_children()}
-    if isinstance(module, nn.ModuleList) and entries and all(map(_is_block, entries.values())):
-        yield from entries.items()
-        return
-    for key, child in entries.items():
-        yield from _blocks_below(key.removeprefix("."), child)
+    packed = list(packed_layers("", base_model(model)))
+    if target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        # If all layers of a model are packed, no blocks are found.
+        blocks = find_blocks(model)
+        packed = [name for name in packed if not blocks or block_of(name, blocks)]
+    if names := _chosen(packed, target_modules, exclude_modules):
+        raise ValueError(
+            f"The weight of {names[0]!r} is packed by a quantiser, and its entries cannot be read ({len(names)} such "
+            f"layers). {QUANTISED} Or add them to `exclude_modules`."
+        )
 
 
 def _candidate_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     """Return the layers that `targets` may choose: those inside the blocks, or all prunable layers for named ones."""
-    if targets in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
-        return dict(_layers_in_blocks(model))
-    return {name: module for name, module in _walk("", base_model(model)) if _is_prunable(module)}
+    if targets not in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        return {name: module for name, module in walk("", base_model(model)) if is_prunable(module)}
+    return {
+        name: module
+        for block_name, block in find_blocks(model).items()
+        for name, module, reason in layers_in(block_name, block)
+        if reason is None
+    }
 
 
-def _layers_in_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for block_name, block in find_blocks(model).items():
-        routers: set[int] = set()
-        for name, module in _walk(block_name, block):
-            routers.update(map(id, _routers_of(module)))
-            if _is_prunable(module) and id(module) not in routers:
-                yield name, module
+def layers_in(block_name: str, block: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Yield the prunable layers inside a block: (name, layer, why it is not pruned by default or None)."""
+    routers = find_mixtures(block_name, block).routers
+    embeddings: set[int] = set()
+    for name, module in walk(block_name, block):
+        if is_embedding(module):
+            embeddings.update(id(below) for _, below in walk(name, module))
+        if is_prunable(module):
+            router = "a router" if id(base_layer(module)) in routers else None
+            yield name, module, "an embedding" if id(module) in embeddings else router
 
 
-def _routers_of(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the linear layers that stand beside experts and have one output, or one output per expert."""
-    counts = {count for child in module.children() if (count := _expert_count(base_layer(child)))}
-    for child in module.children():
-        if counts and isinstance(base_layer(child), nn.Linear) and base_layer(child).out_features in counts | {1}:
-            yield child
+def _fused_in_layout(model: nn.Module) -> dict[str, tuple[nn.Module, str, bool]]:
+    return {
+        name: found
+        for block_name, block in find_blocks(model).items()
+        for name, found in find_mixtures(block_name, block).fused.items()
+    }
 
 
-def _is_fused(module: nn.Module, parameter: nn.Parameter) -> bool:
-    # Layers of torch itself hold no experts: the short convolutions of state-space models have 3-D weights too.
-    shape = whole_shape(parameter)
-    return len(shape) == 3 and 1 not in shape[1:] and not type(module).__module__.startswith("torch.nn")
+def storage_of(layer: nn.Module, parameter: str = "weight") -> int:
+    """Return what identifies a stored weight: its parameter, or its layer if the weight is computed."""
+    return id(layer._parameters.get(parameter, layer))
 
 
-def _expert_count(module: nn.Module) -> int:
-    if isinstance(module, nn.ModuleList):
-        same = len({type(child) for child in module}) == 1
-        return len(module) if same and len(module) > 1 and all(map(_holds_prunable, module)) else 0
-    fused = [whole_shape(p)[0] for p in module.parameters(recurse=False) if _is_fused(module, p)]
-    return fused[0] if fused else 0
+def excluded_names(candidates: list[str], excluded: Targets) -> list[str]:
+    """Return the `candidates` that `excluded` matches by PEFT's rules."""
+    selector = SimpleNamespace(target_modules=".*", exclude_modules=excluded, target_parameters=None)
+    return [name for name in candidates if isinstance(check_target_module_exists(selector, name), _ExcludedModule)]
 
 
-def matching_names(candidates: list[str], targets: Targets, excluded: Targets) -> list[str]:
-    """Return the `candidates` that PEFT's rules choose. Raise ValueError if an entry of a list matches none."""
+def _chosen(candidates: list[str], targets: Targets, excluded: Targets = None) -> list[str]:
     selector = SimpleNamespace(
         target_modules=".*" if targets in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND) else targets,
         exclude_modules=excluded,
         target_parameters=None,
     )
     matches = {name: check_target_module_exists(selector, name) for name in candidates}
-    chosen = [name for name, hit in matches.items() if hit and not isinstance(hit, _ExcludedModule)]
+    return [name for name, hit in matches.items() if hit and not isinstance(hit, _ExcludedModule)]
+
+
+def matching_names(candidates: list[str], targets: Targets, excluded: Targets, known: Sequence[str] = ()) -> list[str]:
+    """Return the `candidates` that PEFT's rules choose. Raise ValueError if an entry of a list matches none.
+
+    Args:
+        candidates: the names to choose from.
+        targets, excluded: `target_modules` and `exclude_modules`.
+        known: further names that an entry of `excluded` may match, since they are not pruned anyway.
+    """
+    chosen = _chosen(candidates, targets, excluded)
     if not candidates and targets in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
         raise ValueError(
-            "Expected a model with blocks (an nn.ModuleList whose entries hold linear layers), found none. Name the "
-            "layers to prune with `target_modules`."
+            "Expected a model with blocks (an nn.ModuleList, nn.ModuleDict or nn.Sequential whose entries hold linear "
+            "layers), found none. Name the layers to prune with `target_modules`."
         )
-    for kind, names in (("target_modules", targets), ("exclude_modules", excluded)):
+    for kind, names, others in (("target_modules", targets, ()), ("exclude_modules", excluded, known)):
         for wanted in names if isinstance(names, (list, set, tuple)) else ():
-            if not any(name == wanted or name.endswith(f".{wanted}") for name in candidates):
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in (*candidates, *others)):
                 raise ValueError(f"{wanted!r} in `{kind}` matches no prunable layer. {_examples(candidates)}")
     if not chosen:
         raise ValueError(

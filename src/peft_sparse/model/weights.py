@@ -7,7 +7,7 @@ Other modules do not depend on how a layer stores its weight.
 | `nn.Linear`           | (out, in)            | (out, in)           |
 | transformers `Conv1D` | (in, out)            | (out, in)           |
 | `nn.Conv2d`           | (out, in/groups, k, k) | (out, in/groups·k·k) |
-| fused experts         | (experts, out, in), or (experts, in, out) if `is_transposed` | (out, in) for each expert |
+| fused experts         | (experts, out, in), or (experts, in, out) if `transposed` | (out, in) for each expert |
 """
 
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import Any, cast
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -74,11 +75,14 @@ class WeightView:
         layer: a layer of `PRUNABLE_LAYERS`, or the module that holds fused experts.
         parameter: name of the parameter in `layer`.
         expert: index of the expert in the parameter (experts, ., .). None for a layer, whose parameter is one matrix.
+        transposed: whether experts are stored as (experts, in, out). None asks the attribute `is_transposed` of
+            `layer`; without one they are (experts, out, in).
     """
 
     layer: nn.Module
     parameter: str = "weight"
     expert: int | None = None
+    transposed: bool | None = None
 
     @property
     def storage(self) -> Tensor:
@@ -98,7 +102,8 @@ class WeightView:
         """Return this weight's part of `stored`, a tensor laid out as the parameter, as a matrix (out, in)."""
         if self.expert is None:
             return as_matrix(self.layer, stored)
-        return stored[self.expert].T if getattr(self.layer, "is_transposed", False) else stored[self.expert]
+        said = getattr(self.layer, "is_transposed", False) if self.transposed is None else self.transposed
+        return stored[self.expert].T if said else stored[self.expert]
 
     @torch.no_grad()
     def write(self, matrix: Tensor) -> None:

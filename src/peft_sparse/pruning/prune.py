@@ -15,10 +15,11 @@ from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, in_wor
 from ..calibration.measure import measure
 from ..calibration.proof import Proof, prove
 from ..calibration.runner import BlockRunner, Residence, on_device, stack_runners
-from ..model.blocks import Targets, prunable_weights
+from ..model.blocks import Targets, check_packed, prunable_weights
+from ..model.kinds import count_zeros
 from ..model.processes import working_together
 from ..model.settings import ordinary_settings
-from ..model.weights import check_finite, share, zero_counts
+from ..model.weights import check_finite
 from .all_weights import allocated_patterns, prune_across
 from .allocation import Allocation
 from .by_name import PatternLike
@@ -150,10 +151,12 @@ def prune(
 
 
 def sparsity(model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None) -> float:
-    """Return the fraction of zeros among the prunable weights of a model.
+    """Return the fraction of zeros among the prunable weights of a model, as the next forward pass would use them.
 
-    Of a model with adapters, the zeros of the base weights are counted; merged weights are counted as they are. Of
-    modules in PEFT's `modules_to_save`, the active copies are counted.
+    Weights that are computed from other parameters are computed, and quantised ones are dequantised as PEFT does it.
+    If weights are split among processes, all processes must call this together. Of a model with adapters, the zeros of
+    the base weights are counted; merged weights are counted as they are. Of modules in PEFT's `modules_to_save`, the
+    active copies are counted. A weight with several names is counted once.
 
     Args:
         model: any model, with or without adapters.
@@ -162,9 +165,12 @@ def sparsity(model: nn.Module, target_modules: Targets = None, exclude_modules: 
         exclude_modules: which layers are not counted, in the same form.
 
     Raises:
-        ValueError: no layer matches, or a listed name matches nothing.
+        ValueError: no layer matches, or a listed name matches nothing; a weight cannot be read, because it is on the
+            meta device or packed in a way that PEFT cannot undo; there are no entries.
     """
-    return share(zero_counts(prunable_weights(model, target_modules, exclude_modules)).values())
+    check_packed(model, target_modules, exclude_modules)
+    zeros, entries = count_zeros(prunable_weights(model, target_modules, exclude_modules))
+    return zeros / entries
 
 
 def prune_stack(

@@ -2,8 +2,9 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class PruningReport:
         allocation: the name of the allocation, "given" for a dict, None without one.
         refinement: the name of the refinement, None without one.
         update: whether the kept weights were updated.
+        left_out: the matrices inside the blocks that were not pruned, by name, each with the reason in words, such as
+            "a router", "excluded" or "not in `target_modules`". Embeddings are not listed.
     """
 
     criterion: str
@@ -58,6 +61,7 @@ class PruningReport:
     allocation: str | None = None
     refinement: str | None = None
     update: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def error(self) -> float | None:
@@ -111,8 +115,15 @@ class PruningReport:
         how += ["updated"] if self.update else []
         return (
             f"pruned {len(self.weights)} weights to sparsity {self.sparsity:.4f} "
-            f"({', '.join(how)}) in {self.seconds:.1f} s{error}"
+            f"({', '.join(how)}) in {self.seconds:.1f} s{error}{self._spelled_left_out()}"
         )
+
+    def _spelled_left_out(self) -> str:
+        if not self.left_out:
+            return ""
+        matrices = "matrix" if len(self.left_out) == 1 else "matrices"
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in Counter(self.left_out.values()).most_common())
+        return f"; left out {len(self.left_out)} {matrices} in the blocks ({reasons})"
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

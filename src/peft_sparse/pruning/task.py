@@ -11,9 +11,19 @@ from torch import Tensor, nn
 from ..calibration.inputs import Calibration, sequences_in
 from ..calibration.measure import BlockStatistics
 from ..calibration.statistics import Need, Statistics
-from ..model.blocks import Targets, base_layer, base_model, block_of, find_blocks, prunable_weights, tied_to_embedding
+from ..model.blocks import (
+    Targets,
+    base_layer,
+    base_model,
+    block_of,
+    check_packed,
+    find_blocks,
+    prunable_weights,
+    tied_to_embedding,
+)
 from ..model.environment import peak_memory
-from ..model.offload import is_offloaded
+from ..model.kinds import obstacle
+from ..model.left_out import left_out
 from ..model.weights import WeightView, share, to_host, zero_counts
 from .allocation import OWL, Allocation, find_allocation
 from .by_name import PatternLike, one_pattern, patterns_by_name, spelled_pattern
@@ -40,6 +50,7 @@ class PruningTask:
         allocation: how the sparsity is divided among the weights: a value, a dict by layer, or None.
         refinement: how the mask is refined: (its name in reports, its value), or None.
         update: how the kept weights are updated, or None.
+        left_out: the matrices inside the blocks that are not pruned, by name, each with its reason.
         gradients: the sums of gradients, by weight name.
         sequences: the number of calibration sequences.
         counts: (zeros, entries) of each finished weight.
@@ -59,6 +70,7 @@ class PruningTask:
     allocation: Allocation | Mapping[str, float] | None = None
     refinement: tuple[str, Refinement] | None = None
     update: LeastSquares | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     sequences: int = 0
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -95,9 +107,11 @@ class PruningTask:
         if group is not None and group not in GROUPS:
             raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {group!r}.")
         name, rule = find_criterion(criterion)
-        weights = prunable_weights(model, target_modules, exclude_modules)
-        patterns = patterns_by_name(pattern, weights)
-        weights = {weight: weights[weight] for weight in patterns}
+        check_packed(model, target_modules, exclude_modules)
+        chosen = prunable_weights(model, target_modules, exclude_modules)
+        patterns = patterns_by_name(pattern, chosen)
+        weights = {weight: chosen[weight] for weight in patterns}
+        _check_model(model, weights, prune_tied, loaded)
         blocks = find_blocks(model)
         by_block: dict[str | None, list[str]] = {}
         for weight in weights:
@@ -114,8 +128,8 @@ class PruningTask:
             allocation=allocation if isinstance(allocation, Mapping | None) else find_allocation(allocation)[1],
             refinement=None if refinement is None else find_refinement(refinement),
             update=find_update(update),
+            left_out=left_out(model, weights, chosen, target_modules, exclude_modules),
         )
-        _check_model(model, weights, prune_tied, loaded)
         _check_adapters(model, task)
         _check_patterns_fit(patterns, weights)
         _check_allocation(task, per_layer=isinstance(pattern, Mapping))
@@ -166,6 +180,7 @@ class PruningTask:
                 )
                 for name, weight in self.weights.items()
             ),
+            left_out=dict(self.left_out),
         )
 
     def _spelled_allocation(self) -> str | None:
@@ -294,12 +309,8 @@ def _check_model(model: nn.Module, weights: dict[str, WeightView], prune_tied: b
             "to `exclude_modules`, or pass `prune_tied=True` to prune both."
         )
     for name, weight in weights.items():
-        stored = weight.storage
-        if (loaded and stored.is_meta and not is_offloaded(weight.layer)) or not stored.is_floating_point():
-            raise ValueError(
-                f"The weight of {name!r} is {stored.dtype} on {stored.device}, but pruning needs floating-point "
-                "weights in memory. Prune before quantising, and load the model before pruning."
-            )
+        if reason := obstacle(weight, loaded):
+            raise ValueError(f"The weight of {name!r} {reason}")
 
 
 def _check_adapters(model: nn.Module, task: PruningTask) -> None:

@@ -14,11 +14,11 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..model.cpu_packing import undo_cpu_packing
 from ..model.masks import mask_of, pack, unpack
 from ..model.sharding import is_partitioned
 from ..model.weights import as_matrix, as_stored, stored_weight
 from .config import SparseLoraConfig
-from .cpu_packing import undo_cpu_packing
 from .functional import Factor, Weight
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..model.blocks import base_layer, base_model
+from ..model.cpu_packing import undo_cpu_packing
 from ..model.masks import fingerprint, mask_of, sparsity_of_fingerprint
 from ..model.sharding import has_shards, whole
 from ..model.weights import PRUNABLE_LAYERS, as_matrix
 from .base_weight import STRAY_ZEROS
 from .config import SparseLoraConfig
-from .cpu_packing import undo_cpu_packing
 from .layer import SparseLoraLayer
 
 

@@ -1,6 +1,6 @@
 """Undo the repacking that bitsandbytes does to 4-bit weights on some CPUs.
 
-`BaseWeight` and `proof` call this before they dequantise a weight.
+Whoever dequantises a weight calls this before.
 """
 
 from typing import Any

@@ -1,0 +1,156 @@
+"""Finds the blocks of a model: the modules that hidden states pass through one after the other.
+
+They are found in the module tree. The name of the model is not read.
+"""
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .tree import base_model, children_of, holds_prunable, is_norm, is_prunable, unwrapped, walk
+
+
+# Modules that return what they are given when the model is evaluated.
+_PASSING_ON = (nn.Identity, nn.modules.dropout._DropoutNd)
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks of `model` by name, in the order in which they are registered.
+
+    A block is an entry of a list of blocks, which is one of these:
+
+    - An `nn.ModuleList` or `nn.ModuleDict` in which every entry with parameters holds a prunable layer, and none is a
+      prunable layer itself. Of an entry that is such a list too, and has no forward of its own, the entries are the
+      blocks.
+    - An `nn.Sequential` with an entry that holds a prunable layer and is no `nn.Sequential` of plain layers. What is
+      called between two such entries is a block too.
+
+    Where lists of blocks are nested, the outermost one counts. Embeddings, heads and necks are no blocks: entries
+    whose class says so or that are a projection by a single convolution with a norm, and, in a model of Transformers,
+    what lies outside of its base model or beside its backbone. A block that is registered twice has its first name.
+    """
+    return {name: block for stack in find_stacks(model) for name, block in stack.items()}
+
+
+def find_stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
+    """Return the blocks of `model` by stack, in the order in which the stacks are registered.
+
+    A stack is the blocks of one outermost list of blocks, see `find_blocks`. A decoder has one stack. An
+    encoder-decoder has two, and the encoder comes first.
+    """
+    root = base_model(model)
+    body = _body(root) if isinstance(root, PreTrainedModel) else root
+    place = next((name for name, module in walk("", root) if module is body), "")
+    # A body without blocks is not the body: then the blocks are elsewhere.
+    found = list(_stacks_below(place, body)) or list(_stacks_below("", root))
+    known: set[int] = set()
+    stacks = []
+    for stack in found:
+        fresh = {name: block for name, block in stack.items() if id(block) not in known}
+        known.update(map(id, fresh.values()))
+        stacks += [fresh] if fresh else []
+    return stacks
+
+
+def block_of(name: str, blocks: dict[str, nn.Module]) -> str | None:
+    """Return the name of the block that holds the layer or weight `name`, or None if it lies outside all blocks."""
+    while name and name not in blocks:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Return whether the class of `module` says that it embeds its inputs, such as patches of an image."""
+    return bool(re.search("Embed(s|der|ders|ding|dings)?$", type(module).__name__))
+
+
+def _stacks_below(name: str, module: nn.Module) -> Iterator[dict[str, nn.Module]]:
+    if isinstance(module, nn.Sequential):
+        blocks = _blocks_in_sequence(name, module)
+    elif name and isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        blocks = _blocks_in_list(name, module)
+    else:
+        blocks = {}
+    if blocks:
+        if not all(map(_is_no_body, blocks.values())):
+            yield blocks
+        return
+    for child_name, child in children_of(name, module):
+        if not is_embedding(child):
+            yield from _stacks_below(child_name, child)
+
+
+def _body(model: PreTrainedModel) -> nn.Module:
+    """Return the part of `model` that is no head or neck: its base model, or else its only backbone, or `model`."""
+    if model.base_model is not model:
+        return unwrapped(model.base_model)
+    # What says which of its stages it gives is a backbone of Transformers.
+    backbones = [child for child in model.children() if hasattr(type(child), "out_indices")]
+    return backbones[0] if len(backbones) == 1 else model
+
+
+def _blocks_in_list(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks in an `nn.ModuleList` or `nn.ModuleDict`, or nothing if it is no list of blocks."""
+    blocks: dict[str, nn.Module] = {}
+    for key, child in children_of(name, module):
+        if next(child.parameters(), None) is None:
+            continue
+        if _is_never_called(child):
+            inner = _blocks_in_list(key, child) or _blocks_beside_layers(key, child)
+            if not inner:
+                return {}
+            blocks |= inner
+        elif _is_block(child):
+            blocks[key] = child
+        else:
+            return {}
+    return blocks
+
+
+def _blocks_beside_layers(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    """Return what is called in a list within a list: its blocks, and the plain layers between them."""
+    entries = {key: child for key, child in children_of(name, module) if holds_prunable(child)}
+    found = any(map(_is_block, entries.values())) and not any(map(_is_never_called, entries.values()))
+    return entries if found else {}
+
+
+def _blocks_in_sequence(name: str, module: nn.Sequential) -> dict[str, nn.Module]:
+    """Return the first to the last block of an `nn.Sequential`, with what changes hidden states between them."""
+    entries = children_of(name, module)
+    marked = [index for index, (_, child) in enumerate(entries) if _is_more_than_plain_layers(child)]
+    between = entries[marked[0] : marked[-1] + 1] if marked else []
+    return {key: child for key, child in between if not isinstance(child, _PASSING_ON)}
+
+
+def _is_never_called(module: nn.Module) -> bool:
+    has_forward = type(module).forward is not nn.Module.forward
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not has_forward
+
+
+def _is_block(entry: nn.Module) -> bool:
+    return holds_prunable(entry) and not is_prunable(entry)
+
+
+def _is_more_than_plain_layers(entry: nn.Module) -> bool:
+    if not _is_block(entry) or _is_never_called(entry) or _is_no_body(entry):
+        return False
+    plain = type(entry).forward is nn.Sequential.forward
+    return not plain or any(_is_more_than_plain_layers(child) for _, child in children_of("", entry))
+
+
+def _is_no_body(entry: nn.Module) -> bool:
+    """Return whether `entry` is an embedding, a head or a projection: by its class, or by what it consists of."""
+    if is_embedding(entry) or re.search("Head$", type(entry).__name__):
+        return True
+    leaves = [below for _, below in walk("", entry) if next(below.children(), None) is None]
+    projections = [leaf for leaf in leaves if isinstance(leaf, nn.Conv2d)]
+    norms = [leaf for leaf in leaves if is_norm(leaf)]
+    others = [leaf for leaf in leaves if not isinstance(leaf, _PASSING_ON)]
+    return (
+        len(projections) == 1
+        and len(norms) > 0
+        and len(others) == 1 + len(norms)
+        and (max(projections[0].stride) > 1 or set(projections[0].kernel_size) == {1})
+    )

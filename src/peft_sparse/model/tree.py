@@ -1,0 +1,93 @@
+"""Walks the tree of modules, and sees through what wraps a module: PEFT's layers, DDP and `torch.compile`."""
+
+from collections.abc import Iterator
+from typing import cast
+
+from accelerate.utils import extract_model_from_parallel, is_compiled_module
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from .weights import PRUNABLE_LAYERS
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of PEFT, DDP and `torch.compile`."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    while isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
+        model = model.model if isinstance(model, BaseTuner) else model.base_model
+    return model
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """Return the layer that holds the weight: the base layer of a PEFT tuner layer, or `module` itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def active_copy(wrapper: ModulesToSaveWrapper) -> nn.Module:
+    """Return the copy of a module in `modules_to_save` that the active adapter trains, or the original module."""
+    copies = [wrapper.modules_to_save[name] for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+    return copies[0] if copies else wrapper.original_module
+
+
+def called_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Return the module that is called to run each layer, by the layer's id: its PEFT wrapper, or the layer itself."""
+    called: dict[int, nn.Module] = {}
+    for module in base_model(model).modules():
+        called.setdefault(id(base_layer(module)), module)
+    return called
+
+
+def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield `module` and all modules below it, with the names they have without adapters and `torch.compile`.
+
+    Modules that adapters add are left out, and so are parametrisations. Of a module in `modules_to_save`, the copy
+    that runs is yielded.
+    """
+    module = unwrapped(module)
+    yield name, module
+    for child_name, child in children_of(name, module):
+        yield from walk(child_name, child)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module that runs inside a wrapper of `torch.compile` or of PEFT's `modules_to_save`."""
+    if is_compiled_module(module):
+        module = cast(nn.Module, module._orig_mod)
+    if isinstance(module, ModulesToSaveWrapper) and not module.disable_adapters:
+        return active_copy(module)
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+
+
+def children_of(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the children of `module`, unwrapped, with their full names; `name` is that of `module`."""
+    layer = base_layer(module)
+    # `torch.nn.utils.parametrize` keeps the modules that compute a weight under this name.
+    skipped = "parametrizations" if nn.utils.parametrize.is_parametrized(layer) else None
+    return [
+        (f"{name}.{key}" if name else key, unwrapped(child)) for key, child in layer.named_children() if key != skipped
+    ]
+
+
+def is_prunable(module: nn.Module) -> bool:
+    """Return whether `module` is a layer of a kind that is pruned, or a PEFT layer around one."""
+    return isinstance(base_layer(module), PRUNABLE_LAYERS)
+
+
+def holds_prunable(module: nn.Module) -> bool:
+    """Return whether `module` is or contains a layer of a kind that is pruned."""
+    return any(is_prunable(below) for _, below in walk("", module))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether `module` is a normalisation layer.
+
+    It is one if its class has "norm" in its name or is a batch normalisation of torch, if it has no children, and if
+    it has a weight and no parameter of two or more dimensions.
+    """
+    if next(module.children(), None) is not None:
+        return False
+    parameters = dict(module.named_parameters(recurse=False))
+    named_so = "norm" in type(module).__name__.lower() or isinstance(module, nn.modules.batchnorm._NormBase)
+    return named_so and "weight" in parameters and all(p.dim() <= 1 for p in parameters.values())
