@@ -10,7 +10,6 @@ from peft_sparse.model.blocks import (
     block_of,
     find_blocks,
     find_stacks,
-    fused_experts,
     hidden_size,
     norm_names,
     prunable_weights,
@@ -90,21 +89,6 @@ def test_every_expert_is_a_matrix_of_outputs_by_inputs():
         for expert in range(4):
             assert weights[f"model.layers.1.mlp.experts.gate_up_proj.{expert}"].shape == (2 * inner, 16)
             assert weights[f"model.layers.1.mlp.experts.down_proj.{expert}"].shape == (16, inner)
-
-
-def test_only_stacks_of_matrices_are_experts():
-    """Not the short convolutions of state-space models, as torch's own layers or as bare parameters."""
-
-    class Mixer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj, self.conv = nn.Linear(8, 8), nn.Conv1d(8, 8, 4)
-            self.kernel = nn.Parameter(torch.randn(8, 1, 4))
-            self.experts = nn.Parameter(torch.randn(3, 8, 8))
-
-    model = nn.ModuleDict({"layers": nn.ModuleList([Mixer()])})
-    assert list(fused_experts(model)) == ["layers.0.experts"]
-    assert list(prunable_weights(model)) == ["layers.0.proj", *(f"layers.0.experts.{expert}" for expert in range(3))]
 
 
 def test_experts_are_chosen_by_their_parameter():
@@ -205,18 +189,6 @@ def test_norms_are_recognised_by_what_they_are():
         {"a": StrangeRMSNorm(), "b": NormedMixer(), "c": nn.BatchNorm2d(4), "d": nn.GroupNorm(2, 4), "e": nn.PReLU(4)}
     )
     assert norm_names(tree) == ["a", "c", "d"]
-
-
-def test_a_router_beside_a_list_of_experts_is_left_alone():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate = nn.Linear(8, 4)
-            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(4))
-
-    model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])})
-    assert len(layers_of(model)) == 8
-    assert not [name for name in layers_of(model) if name.endswith("gate")]
 
 
 def test_tiny_models_start_equal():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from peft_sparse import plan_pruning, prune
+from peft_sparse import plan_pruning, prune, sparsity
 from peft_sparse.model import processes
 from peft_sparse.model.offload import execution_device
 from peft_sparse.model.weights import as_matrix
@@ -32,6 +32,21 @@ def beside(other, failure=None):
         mock.patch.object(processes, "_gathered", side_effect=lambda own: [own, (other, failure)]),
     ):
         wanda(llama())
+
+
+def packed():
+    """A layer of integers that says its sizes, as those of GPTQ do."""
+    layer = nn.Module()
+    layer.in_features = layer.out_features = 8
+    layer.register_buffer("qweight", torch.zeros(1, 8, dtype=torch.int32))
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(8, 8), "down": layer})])})
+
+
+def of_integers():
+    model = llama()
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    return model
 
 
 def flattened():
@@ -67,6 +82,13 @@ REFUSALS = [
         ValueError,
         "Expected a model with weights in memory or offloaded by accelerate, got one on the meta device",
     ),
+    (
+        lambda: prune(packed(), 0.5),
+        ValueError,
+        "'layers.0.down' is packed by a quantiser, .* Or add them to `exclude_m",
+    ),
+    (lambda: sparsity(of_integers()), ValueError, "up_proj' is packed as torch.int8, which cannot be read, .* Count"),
+    (lambda: sparsity(llama().to("meta")), ValueError, "q_proj' is on the meta device, .* Load the model first"),
     (no_norms, ValueError, "Expected blocks with a normalisation layer, which tells the hidden size"),
     (
         lambda: flap(target_modules=["heads"]),

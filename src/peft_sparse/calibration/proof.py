@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..model.blocks import base_model, called_layers, find_stacks
 from ..model.offload import execution_device
 from ..model.weights import WeightView, input_rows, to_host
+from .inputs import model_arguments
 from .observing import (
     InputObserver,
     ProductObserver,
@@ -27,7 +28,6 @@ from .observing import (
     rows_unknown,
     tokens_in,
 )
-from .inputs import model_arguments
 from .padding import RowsUnknown, TokenMasks, align, marks_padding
 from .recording import Call, Link, Returned, leaves_of, map_leaves, returned_by, tensors_of
 from .runner import Batch, BlockRunner, Residence, Trait, restore_forward, run_there, to_device

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from .experts import expert_layers, find_mixtures, fused_experts
 from .kinds import QUANTISED, packed_layers
-from .sharding import whole_shape
 from .stacks import block_of, find_blocks, find_stacks, is_embedding
 from .tree import active_copy, base_layer, base_model, called_layers, is_norm, is_prunable, walk
 from .weights import WeightView, stored_weight
@@ -63,8 +62,9 @@ def prunable_weights(
 
     The default is the weight of every `nn.Linear`, `Conv1D` and `nn.Conv2d`, and every fused expert, inside the
     blocks, except the MoE routers that are recognised. Embeddings, norms and layers outside the blocks, such as the
-    output head, are not among them. Fused experts are a parameter (experts, ., .) that holds one matrix per expert.
-    Each expert is a weight of its own, called `<parameter>.<expert>`.
+    output head, are not among them. Fused experts are a parameter that holds one matrix per expert. Each expert is a
+    weight of its own, called `<parameter>.<expert>`. A weight with several names has the first one that is chosen, and
+    is left out if one of its names is excluded.
 
     Args:
         model: the model, with or without adapters.
@@ -77,27 +77,20 @@ def prunable_weights(
         ValueError: no weight is left, or an entry of a list matches no layer.
     """
     layers = _candidate_layers(model, target_modules)
-    experts = {} if target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND else _fused_in_layout(model)
+    experts = {} if target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND else fused_experts(model)
     candidates = [*layers, *experts]
     known = [name for name, module in walk("", base_model(model)) if is_prunable(module)]
     chosen = matching_names(candidates, target_modules, exclude_modules, known)
     stored = {name: storage_of(base_layer(module)) for name, module in layers.items()}
-    stored |= {name: storage_of(module, parameter) for name, (module, parameter, _) in experts.items()}
+    stored |= {name: storage_of(fused.module, fused.parameter) for name, fused in experts.items()}
     # A parameter with several names is pruned once, and not at all if one of its names is excluded.
     taken = {stored[name] for name in excluded_names(candidates, exclude_modules)}
-    weights = {}
+    weights: dict[str, WeightView] = {}
     for name in chosen:
         if stored[name] in taken:
             continue
         taken.add(stored[name])
-        if name in layers:
-            weights[name] = WeightView(base_layer(layers[name]))
-        else:
-            module, parameter, transposed = experts[name]
-            count = whole_shape(getattr(module, parameter))[0]
-            weights |= {
-                f"{name}.{expert}": WeightView(module, parameter, expert, transposed) for expert in range(count)
-            }
+        weights |= {name: WeightView(base_layer(layers[name]))} if name in layers else experts[name].views(name)
     return weights
 
 
@@ -155,7 +148,7 @@ def active_experts(model: nn.Module) -> float:
     """Return the fraction of the fused experts that compute one token, by the model's configuration; 1 if unknown."""
     config = getattr(base_model(model), "config", None)
     chosen = getattr(config, "num_experts_per_tok", None)
-    counts = {whole_shape(getattr(module, parameter))[0] for module, parameter in fused_experts(model).values()}
+    counts = {fused.count for fused in fused_experts(model).values()}
     return chosen / counts.pop() if chosen and len(counts) == 1 else 1.0
 
 
@@ -199,14 +192,6 @@ def layers_in(block_name: str, block: nn.Module) -> Iterator[tuple[str, nn.Modul
         if is_prunable(module):
             router = "a router" if id(base_layer(module)) in routers else None
             yield name, module, "an embedding" if id(module) in embeddings else router
-
-
-def _fused_in_layout(model: nn.Module) -> dict[str, tuple[nn.Module, str, bool]]:
-    return {
-        name: found
-        for block_name, block in find_blocks(model).items()
-        for name, found in find_mixtures(block_name, block).fused.items()
-    }
 
 
 def storage_of(layer: nn.Module, parameter: str = "weight") -> int:

@@ -7,7 +7,8 @@ ways:
   "expert" in its name that is the first dimension, or a router beside it has that many outputs. Other parameters of
   three dimensions, such as the heads of an attention, are no experts.
 - listed: an `nn.ModuleList` or `nn.ModuleDict` of modules of one class, beside a router with one output for each.
-- stacked: a parameter (experts · inner, .) of a module that says both numbers. Its matrices cannot be pruned yet.
+- stacked: parameters of one shape (experts · inner, hidden) of a module that says all three numbers. The last of them
+  gives hidden states, and those before read them.
 
 A router is a module beside the experts, at any depth, whose last linear layer has one output per expert. A linear
 layer with one output beside a router is a gate of an expert that all tokens use, and is treated as a router.
@@ -23,6 +24,7 @@ from torch import nn
 from .sharding import whole_shape
 from .stacks import find_blocks
 from .tree import base_layer, children_of, holds_prunable, unwrapped, walk
+from .weights import WeightView
 
 
 # How many levels above the experts a router is looked for.
@@ -31,20 +33,44 @@ _LEVELS = 3
 Path = list[tuple[str, nn.Module]]
 
 
+@dataclass(frozen=True)
+class Fused:
+    """A parameter that holds one matrix per expert.
+
+    Args:
+        module: the module that has the parameter.
+        parameter: its name in the module.
+        count: the number of experts.
+        transposed: whether the matrix of an expert is stored as (in, out).
+        stacked: whether the parameter has two dimensions, the matrices one below the other.
+    """
+
+    module: nn.Module
+    parameter: str
+    count: int
+    transposed: bool
+    stacked: bool
+
+    def views(self, name: str) -> dict[str, WeightView]:
+        """Return the weights of all experts by name; `name` is that of the parameter."""
+        stacked = self.count if self.stacked else None
+        return {
+            f"{name}.{expert}": WeightView(self.module, self.parameter, expert, self.transposed, stacked)
+            for expert in range(self.count)
+        }
+
+
 @dataclass
 class Mixtures:
     """The experts and routers inside one block.
 
     Args:
-        fused: (module, parameter, transposed) of each parameter of fused experts, by its name. `transposed` tells the
-            layout (experts, in, out).
-        stacked: names of the parameters in which experts are stacked.
-        experts: ids of the modules that hold fused or stacked experts, and of all modules inside listed experts.
+        fused: the parameters that hold one matrix per expert, by name.
+        experts: ids of the modules that hold such parameters, and of all modules inside listed experts.
         routers: ids of the modules in routers and gates.
     """
 
-    fused: dict[str, tuple[nn.Module, str, bool]] = field(default_factory=dict)
-    stacked: set[str] = field(default_factory=set)
+    fused: dict[str, Fused] = field(default_factory=dict)
     experts: set[int] = field(default_factory=set)
     routers: set[int] = field(default_factory=set)
 
@@ -63,12 +89,12 @@ def find_mixtures(name: str, block: nn.Module) -> Mixtures:
     return found
 
 
-def fused_experts(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return the fused experts inside the blocks, by the name of their parameter: (module, name in the module)."""
+def fused_experts(model: nn.Module) -> dict[str, Fused]:
+    """Return the parameters inside the blocks that hold one matrix per expert, by name."""
     return {
-        name: (module, parameter)
+        name: fused
         for block_name, block in find_blocks(model).items()
-        for name, (module, parameter, _) in find_mixtures(block_name, block).fused.items()
+        for name, fused in find_mixtures(block_name, block).fused.items()
     }
 
 
@@ -105,21 +131,21 @@ def _note_parameters(found: Mixtures, path: Path, name: str, layer: nn.Module) -
     parent = path[-2][1] if len(path) > 1 else layer
     shapes = {key: whole_shape(value) for key, value in layer.named_parameters(recurse=False)}
     three = {key: shape for key, shape in shapes.items() if len(shape) == 3 and 1 not in shape[1:]}
-    counts = {shape[0] for shape in three.values()}
-    stacked = _stacked_counts(layer, shapes)
-    counts |= set(stacked.values())
-    if not counts:
-        return
-    routers = _routers_beside(path, counts)
-    known = {count for count in counts if _says(layer, count) or _says_itself(parent, count)}
+    known = {
+        count for count in {shape[0] for shape in three.values()} if _says(layer, count) or _says_itself(parent, count)
+    }
     matrices = {key: shape for key, shape in three.items() if shape[0] in known or _routed(path, shape)}
+    fused = {}
     if matrices:
         transposed = _is_transposed(layer, list(matrices.values()), _width(layer, path))
-        found.fused |= {f"{name}.{key}": (layer, key, transposed) for key in matrices}
-    found.stacked |= {f"{name}.{key}" for key in stacked}
-    if matrices or stacked:
+        fused = {key: Fused(layer, key, shape[0], transposed, False) for key, shape in matrices.items()}
+    elif not three:
+        stacked = _stacked_counts(layer, shapes)
+        fused = {key: Fused(layer, key, count, key == list(stacked)[-1], True) for key, count in stacked.items()}
+    if fused:
+        found.fused |= {f"{name}.{key}": value for key, value in fused.items()}
         found.experts.add(id(layer))
-        found.routers |= routers
+        found.routers |= _routers_beside(path, {value.count for value in fused.values()})
 
 
 def _says(module: nn.Module, count: int) -> bool:
@@ -139,13 +165,17 @@ def _has_number(attributes: dict[str, Any], count: int) -> bool:
 
 
 def _stacked_counts(layer: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Return the number of experts stacked in each parameter of two dimensions, if there are several of one shape."""
+    """Return the number of experts in each of several parameters of one shape (experts · inner, hidden)."""
     numbers = {key: value for key, value in vars(layer).items() if type(value) is int and value > 1}
     experts = {value for key, value in numbers.items() if "expert" in key.lower()}
-    inner = {value for key, value in numbers.items() if "expert" not in key.lower()}
-    products = {count * size: count for count in experts for size in inner}
-    matrices = {key: shape for key, shape in shapes.items() if len(shape) == 2 and shape[0] in products}
-    return {key: products[shape[0]] for key, shape in matrices.items() if list(matrices.values()).count(shape) > 1}
+    sizes = {value for key, value in numbers.items() if "expert" not in key.lower()}
+    found = {}
+    for key, shape in shapes.items():
+        counts = {count for count in experts for inner in sizes if shape[:1] == (count * inner,)}
+        alike = list(shapes.values()).count(shape) > 1
+        if len(shape) == 2 and shape[1] in sizes and len(counts) == 1 and alike:
+            found[key] = counts.pop()
+    return found
 
 
 def _note_embedded(found: Mixtures, path: Path) -> None:

@@ -69,14 +69,15 @@ def _matrices(
                 if sum(size > 1 for size in whole_shape(value)) < 2:
                     continue
                 full = f"{name}.{key}"
-                reason = None if full in mixtures.fused else _why_no_layer(layer, key, full in mixtures.stacked)
-                yield full, id(value), "a router" if id(layer) in mixtures.routers else reason
+                if full in mixtures.fused:
+                    yield full, id(value), None
+                    continue
+                reason = "a router" if id(layer) in mixtures.routers else _why_no_layer(layer, key)
+                yield name if key == "weight" else full, id(value), reason
 
 
-def _why_no_layer(layer: nn.Module, parameter: str, stacked: bool) -> str:
+def _why_no_layer(layer: nn.Module, parameter: str) -> str:
     kind = type(layer).__name__
-    if stacked:
-        return f"experts stacked in a matrix of {kind}, which are not pruned one by one"
     if isinstance(layer, nn.MultiheadAttention):
         return f"nn.MultiheadAttention.{parameter}, which holds projections that are not called as layers"
     if type(layer).__module__.startswith("torch.nn"):

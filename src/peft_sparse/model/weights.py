@@ -8,6 +8,7 @@ Other modules do not depend on how a layer stores its weight.
 | transformers `Conv1D` | (in, out)            | (out, in)           |
 | `nn.Conv2d`           | (out, in/groups, k, k) | (out, in/groups·k·k) |
 | fused experts         | (experts, out, in), or (experts, in, out) if `transposed` | (out, in) for each expert |
+| stacked experts       | (experts · out, in), or (experts · in, out) if `transposed` | (out, in) for each expert |
 """
 
 from collections.abc import Iterable
@@ -16,7 +17,6 @@ from itertools import groupby
 from typing import Any, cast
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -74,15 +74,17 @@ class WeightView:
     Args:
         layer: a layer of `PRUNABLE_LAYERS`, or the module that holds fused experts.
         parameter: name of the parameter in `layer`.
-        expert: index of the expert in the parameter (experts, ., .). None for a layer, whose parameter is one matrix.
+        expert: index of the expert in the parameter. None for a layer, whose parameter is one matrix.
         transposed: whether experts are stored as (experts, in, out). None asks the attribute `is_transposed` of
             `layer`; without one they are (experts, out, in).
+        stacked: number of experts in a parameter (experts · ., .) of two dimensions. None if it has three.
     """
 
     layer: nn.Module
     parameter: str = "weight"
     expert: int | None = None
     transposed: bool | None = None
+    stacked: int | None = None
 
     @property
     def storage(self) -> Tensor:
@@ -102,8 +104,9 @@ class WeightView:
         """Return this weight's part of `stored`, a tensor laid out as the parameter, as a matrix (out, in)."""
         if self.expert is None:
             return as_matrix(self.layer, stored)
-        said = getattr(self.layer, "is_transposed", False) if self.transposed is None else self.transposed
-        return stored[self.expert].T if said else stored[self.expert]
+        matrices = stored if self.stacked is None else stored.unflatten(0, (self.stacked, -1))
+        transposed = getattr(self.layer, "is_transposed", False) if self.transposed is None else self.transposed
+        return matrices[self.expert].T if transposed else matrices[self.expert]
 
     @torch.no_grad()
     def write(self, matrix: Tensor) -> None:

@@ -19,6 +19,7 @@ from ..model.blocks import Targets, check_packed, prunable_weights
 from ..model.kinds import count_zeros
 from ..model.processes import working_together
 from ..model.settings import ordinary_settings
+from ..model.sharding import check_strategy
 from ..model.weights import check_finite
 from .all_weights import allocated_patterns, prune_across
 from .allocation import Allocation
@@ -168,6 +169,7 @@ def sparsity(model: nn.Module, target_modules: Targets = None, exclude_modules: 
         ValueError: no layer matches, or a listed name matches nothing; a weight cannot be read, because it is on the
             meta device or packed in a way that PEFT cannot undo; there are no entries.
     """
+    check_strategy(model)
     check_packed(model, target_modules, exclude_modules)
     zeros, entries = count_zeros(prunable_weights(model, target_modules, exclude_modules))
     return zeros / entries

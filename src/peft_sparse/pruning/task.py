@@ -24,6 +24,7 @@ from ..model.blocks import (
 from ..model.environment import peak_memory
 from ..model.kinds import obstacle
 from ..model.left_out import left_out
+from ..model.sharding import check_strategy
 from ..model.weights import WeightView, share, to_host, zero_counts
 from .allocation import OWL, Allocation, find_allocation
 from .by_name import PatternLike, one_pattern, patterns_by_name, spelled_pattern
@@ -107,6 +108,7 @@ class PruningTask:
         if group is not None and group not in GROUPS:
             raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {group!r}.")
         name, rule = find_criterion(criterion)
+        check_strategy(model)
         check_packed(model, target_modules, exclude_modules)
         chosen = prunable_weights(model, target_modules, exclude_modules)
         patterns = patterns_by_name(pattern, chosen)
