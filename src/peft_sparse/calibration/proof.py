@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.blocks import base_model, called_layers, find_stacks
+from ..model.experts import expert_layers
 from ..model.offload import execution_device
 from ..model.weights import WeightView, input_rows, to_host
 from .inputs import model_arguments
@@ -58,7 +59,6 @@ def prove(
     inputs: list[dict[str, Any]],
     inside: Callable[[str], dict[str, WeightView]],
     residence: Residence,
-    experts: set[int],
 ) -> Proof:
     """Compare blocks that run one by one with the model itself, on the first batch of each kind. No weight changes.
 
@@ -67,14 +67,13 @@ def prove(
         inputs: model inputs, as `as_inputs` returns them.
         inside: name of a block -> the weights in it whose inputs will be measured, by name.
         residence: (name, block) -> a context within which the block's weights are on the device that computes.
-        experts: ids of the layers of experts, which may get no token.
 
     Raises:
         ValueError: what a block receives depends on other blocks in a way that its arguments do not show; a block
             returns something else when it is called alone; a weight is never used, or used in a way that cannot be
             observed; some inputs cannot be told from padding; a mask of the calibration data fits no stack.
     """
-    proving = _Proving(model, inside, residence, experts)
+    proving = _Proving(model, inside, residence)
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         proved = [proving.prove(batch) for batch in _first_of_each_kind(inputs)]
@@ -107,13 +106,13 @@ class _Proving:
         model: nn.Module,
         inside: Callable[[str], dict[str, WeightView]],
         residence: Residence,
-        experts: set[int],
     ) -> None:
         self.model = model
         self.residence = residence
         self.stacks = find_stacks(model)
         self.weights = {name: inside(name) for stack in self.stacks for name in stack}
         self.all_weights = {name: weight for weights in self.weights.values() for name, weight in weights.items()}
+        experts = expert_layers(model)
         self.of_experts = {
             name for name, w in self.all_weights.items() if w.expert is not None or id(w.layer) in experts
         }

@@ -132,7 +132,7 @@ def prune_checkpoint(
     task.sequences = count_sequences(inputs or [])
     streamed.start(task)
     with evaluation_mode(model):
-        proof = None if inputs is None else prove(model, inputs, task.inside, streamed.resident, set())
+        proof = None if inputs is None else prove(model, inputs, task.inside, streamed.resident)
         if task.allocation is not None:
             task.patterns = allocated_patterns(
                 model, task, inputs, activations, streamed.resident, streamed.weight_in_memory, proof

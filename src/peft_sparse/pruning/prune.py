@@ -133,7 +133,7 @@ def prune(
     task.sequences = count_sequences(inputs or [])
     residence = checked_when_loaded(on_device(device), task.inside)
     with evaluation_mode(model), _together(task, inputs):
-        proof = None if inputs is None else prove(model, inputs, task.inside, residence, set())
+        proof = None if inputs is None else prove(model, inputs, task.inside, residence)
         if task.allocation is not None:
             with one_layer_at_a_time(task.weights) as reading:
                 task.patterns = allocated_patterns(model, task, inputs, activations, residence, reading, proof)

@@ -24,6 +24,7 @@ from ..model.blocks import (
 from ..model.environment import peak_memory
 from ..model.kinds import obstacle
 from ..model.left_out import left_out
+from ..model.offload import is_offloaded
 from ..model.sharding import check_strategy
 from ..model.weights import WeightView, share, to_host, zero_counts
 from .allocation import OWL, Allocation, find_allocation

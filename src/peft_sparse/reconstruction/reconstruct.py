@@ -334,7 +334,7 @@ def _run(
     by_region = bool(streamed) or any(is_offloaded(weight.layer) for weight in task.weights.values())
     work.progress = Progress(state_dir, _fingerprint(work, inputs) if state_dir else {}, by_region=by_region)
     with evaluation_mode(model), evaluation_mode(model if dense is None else dense), _frozen(model):
-        work.proof = prove(model, inputs, task.inside, work.residence, set())
+        work.proof = prove(model, inputs, task.inside, work.residence)
         check_chains(work.proof)
         work.observer.start(work.fit.steps(len(work.fit.split(len(inputs))[0])))
         if task.allocation is not None:

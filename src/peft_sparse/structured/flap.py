@@ -159,7 +159,7 @@ def _measured(
 
     what = f"the units of {len(sets)} attentions and MLPs by {in_words(inputs)}"
     with evaluation_mode(model), working_together(what):
-        proof = prove(model, inputs, inside, residence, set())
+        proof = prove(model, inputs, inside, residence)
         measured = measured_blocks(model, inputs, inside, ("inputs", "moments"), activations, residence, proof)
         return {name: block.of(name) for name, block in measured}
 
