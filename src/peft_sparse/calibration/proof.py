@@ -339,9 +339,9 @@ class _Shadow:
         if self.phase in self.counts:
             counts = self.counts[self.phase]
             counts[name] = counts.get(name, 0) + inputs.numel()
-        if self.phase == "engine":
+        if self.phase == "engine" and inputs.numel():
             sizes = self.proving.sizes
-            size = inputs.detach().float().abs().sum().cpu()
+            size = inputs.detach().float().abs().sum()
             sizes[name] = sizes[name] + size if name in sizes else size
         if self.phase != "model" and self.looking:
             self.seen.setdefault(name, []).append(inputs)
