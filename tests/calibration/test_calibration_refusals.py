@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, DynamicCache
 
 from peft_sparse import pack_sequences, perplexity, prune, sample_sequences
 
@@ -141,7 +141,7 @@ REFUSALS = [
         r"`token_mask` of `calibration` as a tensor .* of the shape \(1, 8\) .* got torch.bool of shape \(1, 7\)",
     ),
     (
-        lambda: prune(llama(), 0.5, [{"input_ids": TOKENS, "inputs_embeds": TOKENS[0]}], criterion="gblm"),
+        lambda: prune(llama(), 0.5, [{"input_ids": TOKENS, "past_key_values": DynamicCache()}], criterion="gblm"),
         ValueError,
         '"gblm" sums over single sequences, .* tensors of another first dimension: .* Give batches of one sequence',
     ),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from peft_sparse import Criterion, perplexity, prune
+from peft_sparse import Criterion, Fit, perplexity, prune, reconstruct
 from peft_sparse.calibration.inputs import as_inputs, fingerprint_of_inputs, labels_of, model_arguments, sequences_in
 
 from checks import assert_same_weights
@@ -185,6 +185,30 @@ def test_a_cache_in_a_batch_is_not_written_to(llama):
     whole = llama(input_ids=TOKENS, use_cache=False).logits[:, 4:]
     for _ in range(2):
         torch.testing.assert_close(llama(**model_arguments(llama, batch)).logits, whole)
+    assert prefix.get_seq_length() == 4
+
+
+def test_tokens_after_a_prefix_are_measured_as_those_of_the_whole_sequence(llama):
+    def norms(model, batch):
+        found = []
+
+        def score(weight, statistics):
+            found.append(statistics.input_norm)
+            return weight.abs()
+
+        # Nothing is pruned, so that all blocks are measured on the dense model.
+        prune(model, 0.0, [batch], criterion=Criterion(score, group="row", needs=("inputs",)))
+        return found
+
+    prefix = transformers.DynamicCache(config=llama.config)
+    llama(input_ids=TOKENS[:, :4], past_key_values=prefix)
+    mask = (torch.arange(12) > 3).expand(4, 12)
+    expected = norms(tiny("llama"), {"input_ids": TOKENS, "token_mask": mask})
+    batch = {"input_ids": TOKENS[:, 4:], "past_key_values": prefix}
+    for norm, whole in zip(norms(llama, batch), expected, strict=True):
+        torch.testing.assert_close(norm, whole)
+    report = reconstruct(llama, 0.5, [batch], criterion="wanda", fit=Fit(max_steps=2))
+    assert all(region.error <= region.error_pruned for region in report.regions)
     assert prefix.get_seq_length() == 4
 
 

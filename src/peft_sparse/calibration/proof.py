@@ -19,7 +19,7 @@ from ..model.blocks import base_model, called_layers, find_stacks
 from ..model.experts import expert_layers
 from ..model.offload import execution_device
 from ..model.weights import WeightView, input_rows, to_host
-from .inputs import model_arguments
+from .inputs import copied, model_arguments
 from .observing import (
     InputObserver,
     ProductObserver,
@@ -30,7 +30,7 @@ from .observing import (
     tokens_in,
 )
 from .padding import RowsUnknown, TokenMasks, align, marks_padding
-from .recording import Call, Link, Returned, leaves_of, map_leaves, returned_by, tensors_of
+from .recording import Call, Link, Returned, is_cache, leaves_of, map_leaves, returned_by, tensors_of
 from .runner import Batch, BlockRunner, Residence, Trait, restore_forward, run_there, to_device
 
 
@@ -387,9 +387,11 @@ class _Shadow:
     def _make(self, runner: BlockRunner, call: Call, phase: str) -> Returned:
         """Make a call from a record."""
         self.phase = phase
+        # A block appends to a cache, and the record is used again.
+        args, kwargs = map_leaves(lambda leaf: copied(leaf) if is_cache(leaf) else leaf, (call.args, call.kwargs))
         try:
             # The model may be collecting what its blocks return, and keeps the list of it in a context variable.
-            return contextvars.Context().run(returned_by, runner.blocks[call.block], call.args, call.kwargs)
+            return contextvars.Context().run(returned_by, runner.blocks[call.block], args, kwargs)
         finally:
             self.phase = "model"
 

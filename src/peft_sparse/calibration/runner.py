@@ -22,7 +22,7 @@ from ..model.blocks import find_blocks, find_stacks
 from ..model.offload import execution_device, has_hooks, resident_through_hooks
 from ..model.processes import place, share_of
 from .activations import Activations, ActivationStore
-from .inputs import model_arguments
+from .inputs import copied, model_arguments
 from .padding import Padding, TokenMasks
 from .recording import (
     Call,
@@ -371,8 +371,10 @@ class _Capture:
                 tree = map_leaves(lambda leaf: instead if leaf is Tensor else leaf, trait.tree)
                 return self._returned(number, Returned(tree, [instead])).tree
         versions = [version_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        # The block appends to a cache, and what is recorded must stay as it is.
+        own_args, own_kwargs = map_leaves(lambda leaf: copied(leaf) if is_cache(leaf) else leaf, (args, kwargs))
         with self.runner.resident(index):
-            returned = run_there(self.runner.blocks[index], forward, args, kwargs)
+            returned = run_there(self.runner.blocks[index], forward, own_args, own_kwargs)
         if trait is None:
             written = versions != [version_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
             self.runner.traits[index] = _trait_of(returned, leaves, written)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.inputs import copied
 from ..calibration.proof import Order, Proof
-from ..calibration.recording import Link, map_leaves, returned_by
+from ..calibration.recording import Link, is_cache, map_leaves, returned_by
 from ..calibration.runner import Batch, BlockRunner, to_device
 
 
@@ -34,7 +35,12 @@ class StateCall:
     def made(self, block: nn.Module, state: Tensor) -> Tensor:
         """Call `block` with a hidden state, and return the next."""
         given = state.clone() if self.writes else state
-        args, kwargs = map_leaves(lambda leaf: given if leaf is STATE else leaf, (self.args, self.kwargs))
+
+        def filled(leaf: Any) -> Any:
+            # A block appends to a cache, and a call is made again and again.
+            return given if leaf is STATE else copied(leaf) if is_cache(leaf) else leaf
+
+        args, kwargs = map_leaves(filled, (self.args, self.kwargs))
         return returned_by(block, args, kwargs).tensors[self.leaf]
 
     def ready(self, device: torch.device) -> "StateCall":
