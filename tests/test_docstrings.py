@@ -23,6 +23,7 @@ PRUNING = [
     "target_modules",
     "exclude_modules",
     "prune_tied",
+    "on_unreached",
     "batch_size",
     "activations",
 ]

@@ -10,7 +10,6 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -102,8 +101,8 @@ class TokenMasks:
         self.batch = batch
         # The shape of the states that come to the stack first.
         self.shape: torch.Size | None = None
-        # (name of the argument, mask), from the outermost module to the blocks.
-        self.found: list[tuple[str, Tensor]] = []
+        # The masks, with the names of their arguments, of each module around the stack and of the first block.
+        self.around: list[list[tuple[str, Tensor]]] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -112,41 +111,57 @@ class TokenMasks:
         with contextlib.ExitStack() as undo:
             for end in range(len(path) + 1):
                 module = base_model(self.model).get_submodule(".".join(path[:end]))
-                hook = partial(self._on_call, end == 0)
-                undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                undo.callback(module.register_forward_pre_hook(self._on_call, with_kwargs=True).remove)
             yield
 
-    def _on_call(self, outermost: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.shape is not None:
-            return
-        for name, mask in _masks_among(module, args, kwargs):
-            # Masks of an encoder-decoder as a whole are those of its encoder, if they do not say otherwise.
-            of_encoder = outermost and self.is_decoder and not name.startswith("decoder_")
-            self.found.append((f"encoder_{name}" if of_encoder else name, mask))
+    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.shape is None:
+            self.around.append(_masks_among(module, args, kwargs))
 
     def at_call(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what a block receives. Only the first call counts."""
         states = [x for x in tensors_of((args, kwargs)) if x.is_floating_point() and x.dim() > 1]
         if self.shape is None and states:
             self.shape = states[0].shape
-            self.found += _masks_among(block, args, kwargs)
+            self.around.append(_masks_among(block, args, kwargs))
 
     def padding(self) -> Padding:
         """Return which tokens count in the stack, for the present batch."""
-        if self.shape is None or any(isinstance(mask, FakeTensor) for _, mask in self.found):
+        found = self._reaching()
+        if self.shape is None or any(isinstance(mask, FakeTensor) for _, mask in found):
             return Padding()
-        of_context = [(name, mask) for name, mask in self.found if _is_of_encoder(name)]
-        own = [(name, mask) for name, mask in self.found if not _is_of_encoder(name)]
+        own = [(name, mask) for name, mask in found if not _is_of_encoder(name)]
+        context = next((_as_kept(n, m) for n, m in reversed(found) if _is_of_encoder(n) and m.dim() == 2), None)
         said = self.batch.get("token_mask")
-        context = next((mask.bool() for _, mask in reversed(of_context) if mask.dim() == 2), None)
-        if not self.is_decoder:
-            keep = self._fitting(said) if isinstance(said, Tensor) else None
-            return Padding(_unless_all(self._chosen(own) if keep is None else keep), _unless_all(context))
-        context = said.bool() if isinstance(said, Tensor) else context
-        said = self.batch.get("decoder_token_mask")
+        if self.is_decoder:
+            context = said.bool() if isinstance(said, Tensor) else context
+            said = self.batch.get("decoder_token_mask")
+            own = [("labels", mask) for mask in self._by_labels()] + own
         keep = self._fitting(said) if isinstance(said, Tensor) else None
-        keep = self._chosen([("labels", m) for m in self._by_labels()] + own) if keep is None else keep
-        return Padding(_unless_all(keep), _unless_all(context))
+        return Padding(_unless_all(self._chosen(own) if keep is None else keep), _unless_all(context))
+
+    def _reaching(self) -> list[tuple[str, Tensor]]:
+        """Return the masks that reach the stack, from the outermost module to the blocks.
+
+        A module inside another one, which gets no mask from it, has tokens of its own: those of an image, for example.
+        Then only a batch without images or sound says by the mask of the whole model which tokens count.
+        """
+        levels, between = list(self.around), []
+        if not levels:
+            return []
+        # Blocks need no mask of their own.
+        between.append(levels.pop())
+        while levels and (levels[-1] or not any(map(len, levels))):
+            between.append(levels.pop())
+        of_tokens_alone = not any(isinstance(x, Tensor) and x.is_floating_point() for x in self.batch.values())
+        if levels and of_tokens_alone:
+            between += reversed(levels)
+        found = [mask for level in reversed(between) for mask in level]
+        # In an encoder-decoder, what the whole model gets for its encoder is no mask of the decoder.
+        whole = (
+            {id(mask) for name, mask in self.around[0] if not name.startswith("decoder_")} if self.is_decoder else ()
+        )
+        return [(name, mask) for name, mask in found if id(mask) not in whole or _is_of_encoder(name)]
 
     def _chosen(self, found: list[tuple[str, Tensor]]) -> Tensor | None:
         """Return the innermost mask that fits: first of those over tokens, then of those over pairs of tokens."""

@@ -59,6 +59,8 @@ def prove(
     inputs: list[dict[str, Any]],
     inside: Callable[[str], dict[str, WeightView]],
     residence: Residence,
+    *,
+    every_expert: bool = False,
 ) -> Proof:
     """Compare blocks that run one by one with the model itself, on the first batch of each kind. No weight changes.
 
@@ -67,6 +69,7 @@ def prove(
         inputs: model inputs, as `as_inputs` returns them.
         inside: name of a block -> the weights in it whose inputs will be measured, by name.
         residence: (name, block) -> a context within which the block's weights are on the device that computes.
+        every_expert: refuse if some weight of an expert gets no token on all batches.
 
     Raises:
         ValueError: what a block receives depends on other blocks in a way that its arguments do not show; a block
@@ -83,7 +86,11 @@ def prove(
                 break
             if not any(batch is other for other in proved) and proving.reaches_missing(batch):
                 proving.prove(batch)
-    proving.check_complete()
+        if every_expert:
+            for batch in inputs:
+                if proving.unreached_experts() and not any(batch is other for other in proved):
+                    proving.prove(batch)
+    proving.check_complete(every_expert)
     return Proof(proving.traits, proving.sight, proving.orders)
 
 
@@ -206,8 +213,17 @@ class _Proving:
             self.model(**map_leaves(partial(to_device, device), model_arguments(self.model, batch)))
         return bool(called)
 
-    def check_complete(self) -> None:
+    def unreached_experts(self) -> list[str]:
+        """Return the names of weights of experts that no batch has reached yet."""
+        return [name for name in self.all_weights if name in self.of_experts and not self.reached.get(name)]
+
+    def check_complete(self, every_expert: bool) -> None:
         """Raise ValueError if no batch reaches some weight, or with inputs that say nothing."""
+        if every_expert and (names := self.unreached_experts()):
+            raise ValueError(
+                f"No calibration token reaches {len(names)} weights of experts, the first of them {names[0]!r}. Use "
+                'more calibration sequences, or `on_unreached="magnitude"` to prune such experts by magnitude.'
+            )
         check_sizes(self.sizes)
         missing = set(self.missing())
         for stack in self.stacks:
@@ -530,24 +546,41 @@ class _Shadow:
             for module in block.modules():
                 hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
             self._run(runner, call)
-        filters = {}
-        for name, weight in experts.items():
-            around = [module for module in _around(block, weight.layer) if over_tokens.get(id(module))]
-            if id(weight.layer) not in over_tokens and not around:
-                # An expert that no token reached.
-                continue
-            if not around:
-                raise ValueError(rows_unknown(name, keep.numel()))
-            filters[name] = around[-1]
-        sight = replace(self.proving.sight, filters=self.proving.sight.filters | filters)
+        around = {
+            name: [module for module in _around(block, weight.layer) if over_tokens.get(id(module))]
+            for name, weight in experts.items()
+            # Other experts got no token.
+            if any(id(module) in over_tokens for module in weight.layer.modules())
+        }
+        if not around:
+            return
+        # The innermost may get as many rows as there are tokens, but sorted: then the one around it is tried.
+        for outwards in range(1, 1 + max(map(len, around.values()))):
+            filters = {name: modules[-min(outwards, len(modules))] for name, modules in around.items() if modules}
+            if len(filters) == len(around) and self._is_harmless(runner, call, filters, own):
+                sight = self.proving.sight
+                self.proving.sight = replace(sight, filters=sight.filters | filters)
+                return
+        raise ValueError(rows_unknown(next(iter(around)), keep.numel()))
+
+    def _is_harmless(self, runner: BlockRunner, call: int, filters: dict[str, nn.Module], own: Returned) -> bool:
+        """Return whether the block computes the same for all tokens that count if padding is removed there."""
+        keep, sight = runner.batches[0].padding.keep, self.proving.sight
+        assert keep is not None
+        experts = {name: self.proving.all_weights[name] for name in filters}
+        sight = replace(sight, filters=sight.filters | filters)
         observer = InputObserver(self.model, experts, _ignore, _ignore, sight=sight)
-        with observer.hooks():
-            filtered = self._run(runner, call, observer)
+        try:
+            with observer.hooks():
+                filtered = self._run(runner, call, observer)
+        except Exception:
+            # Modules that do not get one row per token fail in ways of their own.
+            return False
         for tensor, other in zip(own.tensors, filtered.tensors, strict=True):
             rows = align(keep, tensor.shape[:-1])
             if rows is not None and not _close(tensor.flatten(0, -2)[rows], other.flatten(0, -2)[rows], 1e-3):
-                raise ValueError(rows_unknown(next(iter(experts)), keep.numel()))
-        self.proving.sight = sight
+                return False
+        return True
 
     def _check_independent(self, runner: BlockRunner, call: int, names: list[str]) -> None:
         """Check that the inputs of the weights `names` do not depend on padding, so that all their rows count."""

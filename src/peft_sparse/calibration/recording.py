@@ -85,7 +85,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Any, *, keep: bool = False)
             writes into it is then seen by the caller.
     """
     inner = partial(map_leaves, function, keep=keep)
-    if isinstance(tree, (tuple, list)):
+    if isinstance(tree, (tuple, list)) and not isinstance(tree, torch.Size):
         items = [inner(item) for item in tree]
         if keep and all(new is old for new, old in zip(items, tree, strict=True)):
             return tree

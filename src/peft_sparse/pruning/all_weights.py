@@ -53,6 +53,10 @@ def allocated_patterns(
     if not isinstance(allocation, Mapping) and "inputs" in allocation.needs and inputs is not None:
         measured = measured_blocks(model, inputs, task.inside, ("inputs",), activations, residence, proof)
         norms = {name: _by_row(block.inputs[name].input_norm, task.weights[name]) for name, block in measured}
+        # Outliers of experts that no token reached are those of their magnitudes.
+        norms |= {
+            n: torch.ones(w.shape[1], device=w.storage.device) for n, w in task.weights.items() if n not in norms
+        }
     if isinstance(pattern, SemiStructured):
         assert isinstance(allocation, OWL), "the task refuses other allocations of n:m"
         return dict(allocation.mixed(Budget(task.weights, [], [], 0, place, norms, reading), pattern))
@@ -77,7 +81,15 @@ def prune_across(
     known = {name: task.statistics(name, None) for name in task.weights}
     if inputs is not None:
         measured = measured_blocks(model, inputs, task.inside, task.needs, activations, residence, proof)
-        known |= {name: task.statistics(name, block) for name, block in measured}
+        reached = {name: task.statistics(name, block) for name, block in measured}
+        unreached = [name for name in task.weights if name not in reached]
+        if unreached and task.needs:
+            raise ValueError(
+                f"No calibration token reaches {unreached[0]!r} ({len(unreached)} such weights of experts), so its "
+                "scores cannot be compared with those of other weights. Use more calibration sequences, or "
+                '`group="row"` or "matrix".'
+            )
+        known |= reached
     pattern, rule = next(iter(task.patterns.values())), task.rule
     assert isinstance(pattern, Unstructured)
     assert not isinstance(rule, SparseGPT), "SparseGPT takes no group"

@@ -25,7 +25,7 @@ from .prune import prune_blocks, prune_stack
 from .refinement import Refinement
 from .report import PruningReport
 from .streamed_model import StreamedModel
-from .task import PruningTask, check_calibration, count_sequences
+from .task import OnUnreached, PruningTask, check_calibration, count_sequences
 
 
 @ordinary_settings()
@@ -44,6 +44,7 @@ def prune_checkpoint(
     target_modules: Targets = None,
     exclude_modules: Targets = None,
     prune_tied: bool = False,
+    on_unreached: OnUnreached = "magnitude",
     batch_size: int = 1,
     activations: Activations = "cpu",
     device: torch.device | str = "cpu",
@@ -91,6 +92,9 @@ def prune_checkpoint(
             name, as in PEFT. By default every linear or convolution layer and fused expert inside the blocks.
         exclude_modules: which layers are not pruned, in the same form.
         prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
+        on_unreached: what happens to an expert that no calibration token reaches. "magnitude" prunes it by magnitude
+            to the same pattern, and a warning lists such experts. "error" runs the model on all batches first, and
+            refuses before any work.
         batch_size: how many sequences run together, where they do not come in batches.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is loaded.
@@ -124,6 +128,7 @@ def prune_checkpoint(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         prune_tied=prune_tied,
+        on_unreached=on_unreached,
         loaded=False,
     )
     check_activations(activations)
@@ -132,7 +137,11 @@ def prune_checkpoint(
     task.sequences = count_sequences(inputs or [])
     streamed.start(task)
     with evaluation_mode(model):
-        proof = None if inputs is None else prove(model, inputs, task.inside, streamed.resident)
+        proof = (
+            None
+            if inputs is None
+            else prove(model, inputs, task.inside, streamed.resident, every_expert=task.on_unreached == "error")
+        )
         if task.allocation is not None:
             task.patterns = allocated_patterns(
                 model, task, inputs, activations, streamed.resident, streamed.weight_in_memory, proof

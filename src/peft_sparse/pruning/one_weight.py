@@ -12,7 +12,7 @@ from ..calibration.statistics import InputStatistics, Statistics, by_group
 from ..model.masks import mask_of
 from ..model.processes import add_up
 from ..model.weights import WeightView, zero_counts
-from .criteria import CRITERIA, ScoringCriterion
+from .criteria import CRITERIA, Magnitude, ScoringCriterion
 from .grouped import output_square, refined, solved, updated
 from .patterns import select
 from .sparsegpt import SparseGPT
@@ -28,6 +28,8 @@ def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: B
         task: the task, which says how they are pruned.
         measured: the statistics of their inputs, None without calibration.
     """
+    if measured is not None:
+        weights = _without_unreached(weights, task, measured)
     errors = None if measured is None else _OutputErrors(measured)
     for name, weight in weights.items():
         matrix, pattern, statistics = weight.matrix(), task.patterns[name], task.statistics(name, measured)
@@ -55,6 +57,19 @@ def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: B
         errors.note(task)
     # Counted here, because a streamed weight is in memory only now.
     task.counts |= zero_counts(weights)
+
+
+def _without_unreached(
+    weights: dict[str, WeightView], task: PruningTask, measured: BlockStatistics
+) -> dict[str, WeightView]:
+    """Prune experts that no calibration token reached by magnitude. Return the other weights."""
+    unreached = {name: weight for name, weight in weights.items() if name not in measured.inputs}
+    for name, weight in unreached.items():
+        scores = scores_of(name, weight.matrix(), Magnitude(), Statistics())
+        weight.write_zeros(select(scores, task.patterns[name], task.group))
+    task.unreached += unreached
+    task.counts |= zero_counts(unreached)
+    return {name: weight for name, weight in weights.items() if name not in unreached}
 
 
 class _OutputErrors:

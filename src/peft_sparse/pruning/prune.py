@@ -31,7 +31,7 @@ from .one_weight import noting, prune_weights
 from .patterns import Group
 from .refinement import Refinement
 from .report import PruningReport
-from .task import PruningTask, check_calibration, count_sequences
+from .task import OnUnreached, PruningTask, check_calibration, count_sequences
 
 
 @ordinary_settings()
@@ -49,6 +49,7 @@ def prune(
     target_modules: Targets = None,
     exclude_modules: Targets = None,
     prune_tied: bool = False,
+    on_unreached: OnUnreached = "magnitude",
     batch_size: int = 1,
     activations: Activations = "device",
     device: torch.device | str | None = None,
@@ -97,6 +98,9 @@ def prune(
             name, as in PEFT. By default every linear or convolution layer and fused expert inside the blocks.
         exclude_modules: which layers are not pruned, in the same form.
         prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
+        on_unreached: what happens to an expert that no calibration token reaches. "magnitude" prunes it by magnitude
+            to the same pattern, and a warning lists such experts. "error" runs the model on all batches first, and
+            refuses before any work.
         batch_size: how many sequences run together, where they do not come in batches.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is moved while it is processed. None computes where the block is.
@@ -125,6 +129,7 @@ def prune(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         prune_tied=prune_tied,
+        on_unreached=on_unreached,
     )
     check_activations(activations)
     check_calibration(task, calibration)
@@ -133,7 +138,11 @@ def prune(
     task.sequences = count_sequences(inputs or [])
     residence = checked_when_loaded(on_device(device), task.inside)
     with evaluation_mode(model), _together(task, inputs):
-        proof = None if inputs is None else prove(model, inputs, task.inside, residence)
+        proof = (
+            None
+            if inputs is None
+            else prove(model, inputs, task.inside, residence, every_expert=task.on_unreached == "error")
+        )
         if task.allocation is not None:
             with one_layer_at_a_time(task.weights) as reading:
                 task.patterns = allocated_patterns(model, task, inputs, activations, residence, reading, proof)

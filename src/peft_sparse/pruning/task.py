@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ from .report import PruningReport, WeightReport
 from .sparsegpt import SparseGPT
 
 
+OnUnreached = Literal["magnitude", "error"]
+
+
 @dataclass
 class PruningTask:
     """What is to be pruned and how, and what is measured on the way.
@@ -59,6 +62,8 @@ class PruningTask:
         errors: the relative output error of each finished weight.
         errors_selected: the same before refinement and update.
         warned: whether a warning about few calibration tokens was given.
+        on_unreached: what happens to experts that no calibration token reaches.
+        unreached: the names of weights of experts that no calibration token reached.
     """
 
     criterion: str
@@ -79,6 +84,8 @@ class PruningTask:
     errors: dict[str, Tensor] = field(default_factory=dict)
     errors_selected: dict[str, Tensor] = field(default_factory=dict)
     warned: bool = False
+    on_unreached: OnUnreached = "magnitude"
+    unreached: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -95,6 +102,7 @@ class PruningTask:
         target_modules: Targets = None,
         exclude_modules: Targets = None,
         prune_tied: bool = False,
+        on_unreached: OnUnreached = "magnitude",
         loaded: bool = True,
     ) -> "PruningTask":
         """Return the task that the arguments of `prune` describe. Only names and shapes of the model are read.
@@ -106,6 +114,11 @@ class PruningTask:
             ValueError: see `prune`.
         """
         pattern = one_pattern(pattern, sparsity)
+        if on_unreached not in get_args(OnUnreached):
+            raise ValueError(
+                f'`on_unreached` must be "magnitude", to prune experts without calibration tokens by magnitude, or '
+                f'"error", got {on_unreached!r}.'
+            )
         if group is not None and group not in GROUPS:
             raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {group!r}.")
         name, rule = find_criterion(criterion)
@@ -132,6 +145,7 @@ class PruningTask:
             refinement=None if refinement is None else find_refinement(refinement),
             update=find_update(update),
             left_out=left_out(model, weights, chosen, target_modules, exclude_modules),
+            on_unreached=on_unreached,
         )
         _check_adapters(model, task)
         _check_patterns_fit(patterns, weights)
@@ -160,6 +174,7 @@ class PruningTask:
         """Return the report, and warn if the weights have more zeros than were asked for."""
         counts = self.counts or zero_counts(self.weights)
         self._warn_of_more_zeros(counts)
+        self._warn_of_unreached()
         errors, selected = (
             dict(zip(measured, to_host(list(measured.values())), strict=True))
             for measured in (self.errors, self.errors_selected)
@@ -190,6 +205,16 @@ class PruningTask:
         if self.allocation is None:
             return None
         return "given" if isinstance(self.allocation, Mapping) else find_allocation(self.allocation)[0]
+
+    def _warn_of_unreached(self) -> None:
+        if self.unreached:
+            names = ", ".join(self.unreached[:8]) + (", ..." if len(self.unreached) > 8 else "")
+            warnings.warn(
+                f"No calibration token reached {len(self.unreached)} weights of experts, which were pruned by "
+                f'magnitude instead: {names}. Use more calibration sequences, or `on_unreached="error"` to be told '
+                "beforehand.",
+                stacklevel=3,
+            )
 
     def _warn_of_more_zeros(self, counts: dict[str, tuple[int, int]]) -> None:
         """Warn if zeros that were there before make the result sparser than asked.

@@ -41,6 +41,8 @@ def solve_matrices(
     solver = task.update or LeastSquares()
     selecting = replace(task, update=None)
     measured = measure(weights)
+    unreached = {name: weight for name, weight in weights.items() if name not in measured.inputs}
+    prune_weights(unreached, selecting, measured)
     reports = []
     for position, names in enumerate(_sharing_inputs(measured)):
         group = {name: weights[name] for name in names}

@@ -28,7 +28,7 @@ from ..pruning.offloaded import checked_when_loaded, one_layer_at_a_time
 from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
 from ..pruning.streamed_model import StreamedModel
-from ..pruning.task import PruningTask, check_calibration, count_sequences
+from ..pruning.task import OnUnreached, PruningTask, check_calibration, count_sequences
 from .calls import check_chains
 from .checks import Mode, checked_task, stable_text
 from .fitting import Fit
@@ -54,6 +54,7 @@ def reconstruct(
     target_modules: Targets = None,
     exclude_modules: Targets = None,
     prune_tied: bool = False,
+    on_unreached: OnUnreached = "magnitude",
     batch_size: int = 1,
     activations: Activations = "device",
     device: torch.device | str | None = None,
@@ -112,6 +113,9 @@ def reconstruct(
             name, as in PEFT. By default every linear or convolution layer and fused expert inside the blocks.
         exclude_modules: which layers are not pruned, in the same form.
         prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
+        on_unreached: what happens to an expert that no calibration token reaches. "magnitude" prunes it by magnitude
+            to the same pattern, and a warning lists such experts. "error" runs the model on all batches first, and
+            refuses before any work.
         batch_size: how many sequences run together, where they do not come in batches.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is moved while it is processed. None computes where the block is.
@@ -155,6 +159,7 @@ def reconstruct(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         prune_tied=prune_tied,
+        on_unreached=on_unreached,
         batch_size=batch_size,
         activations=activations,
         dense=dense,
@@ -189,6 +194,7 @@ def reconstruct_checkpoint(
     target_modules: Targets = None,
     exclude_modules: Targets = None,
     prune_tied: bool = False,
+    on_unreached: OnUnreached = "magnitude",
     batch_size: int = 1,
     activations: Activations = "cpu",
     device: torch.device | str = "cpu",
@@ -242,6 +248,9 @@ def reconstruct_checkpoint(
             name, as in PEFT. By default every linear or convolution layer and fused expert inside the blocks.
         exclude_modules: which layers are not pruned, in the same form.
         prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
+        on_unreached: what happens to an expert that no calibration token reaches. "magnitude" prunes it by magnitude
+            to the same pattern, and a warning lists such experts. "error" runs the model on all batches first, and
+            refuses before any work.
         batch_size: how many sequences run together, where they do not come in batches.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is loaded.
@@ -286,6 +295,7 @@ def reconstruct_checkpoint(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         prune_tied=prune_tied,
+        on_unreached=on_unreached,
         batch_size=batch_size,
         activations=activations,
         dense=None,
@@ -334,7 +344,7 @@ def _run(
     by_region = bool(streamed) or any(is_offloaded(weight.layer) for weight in task.weights.values())
     work.progress = Progress(state_dir, _fingerprint(work, inputs) if state_dir else {}, by_region=by_region)
     with evaluation_mode(model), evaluation_mode(model if dense is None else dense), _frozen(model):
-        work.proof = prove(model, inputs, task.inside, work.residence)
+        work.proof = prove(model, inputs, task.inside, work.residence, every_expert=task.on_unreached == "error")
         check_chains(work.proof)
         work.observer.start(work.fit.steps(len(work.fit.split(len(inputs))[0])))
         if task.allocation is not None:

@@ -33,6 +33,7 @@ from ..pruning.patterns import Group, Unstructured, parse_pattern
 from ..pruning.prune import prune
 from ..pruning.refinement import Refinement
 from ..pruning.report import PruningReport
+from ..pruning.task import OnUnreached
 from ..tuners.layer import SparseLoraLayer
 from .learning_rates import RetrainingSchedule, norm_drop
 from .pruning_schedules import PruningSchedule
@@ -94,6 +95,9 @@ class PruningCallback(TrainerCallback):
             name, as in PEFT. By default every linear or convolution layer and fused expert inside the blocks.
         exclude_modules: which layers are not pruned, in the same form.
         prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
+        on_unreached: what happens to an expert that no calibration token reaches. "magnitude" prunes it by magnitude
+            to the same pattern, and a warning lists such experts. "error" runs the model on all batches first, and
+            refuses before any work.
         batch_size: how many sequences run together, where they do not come in batches.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is moved while it is processed. None computes where the block is.
@@ -122,6 +126,7 @@ class PruningCallback(TrainerCallback):
         target_modules: Targets = None,
         exclude_modules: Targets = None,
         prune_tied: bool = False,
+        on_unreached: OnUnreached = "magnitude",
         batch_size: int = 1,
         activations: Activations = "device",
         device: torch.device | str | None = None,
@@ -141,6 +146,7 @@ class PruningCallback(TrainerCallback):
             "target_modules": target_modules,
             "exclude_modules": exclude_modules,
             "prune_tied": prune_tied,
+            "on_unreached": on_unreached,
             "batch_size": batch_size,
             "activations": activations,
             "device": device,
