@@ -1,0 +1,343 @@
+"""Makes model inputs from the signature of a model's forward, by trying until the model runs."""
+
+import inspect
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
+
+from atlas_sizes import PLAIN_TOKENS
+
+
+Batch = dict[str, Any]
+# (generator of random numbers, whether the last sequence is padded) -> some inputs
+Part = Callable[[torch.Generator, bool], Batch]
+SEQUENCES, TOKENS = 2, 12
+SECONDS = 25
+
+
+class NoInputs(Exception):
+    """No inputs were found with which the model runs; the message is the last error of the model."""
+
+
+def find_batches(model: nn.Module) -> list[Batch]:
+    """Return two batches with which `model` runs; the second has padding if the model knows attention masks.
+
+    Raises:
+        NoInputs: none were found, or the model returns NaN or other numbers each time.
+    """
+    deadline, last = time.monotonic() + SECONDS, "its forward takes no input that is known here"
+    for parts in _choices(model):
+        if time.monotonic() > deadline:
+            break
+        make = _together(parts)
+        for tokens in [None]:
+            error = _error(model, make(_generator(0), False))
+            if error is None:
+                break
+        if error is not None:
+            make, error = _with_images(model, make, error, deadline)
+        if error is None:
+            batches = [make(_generator(0), False), make(_generator(1), True)]
+            if _error(model, batches[1]) is not None:
+                batches[1] = make(_generator(1), False)
+            return batches
+        last = error
+    raise NoInputs(last)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def leaves(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors in what a model returned."""
+    values = dict(output) if hasattr(output, "keys") else output
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+@torch.no_grad()
+def _error(model: nn.Module, batch: Batch) -> str | None:
+    try:
+        first, second = leaves(model(**batch)), leaves(model(**batch))
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if not first:
+        return "it returns no tensor"
+    if not all(leaf.isfinite().all() for leaf in first[:1]):
+        return "it returns NaN or infinity"
+    if any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(first, second, strict=False)):
+        return "two runs give different results"
+    return None
+
+
+def _together(parts: list[Part]) -> Part:
+    def make(generator: torch.Generator, padded: bool) -> Batch:
+        return {key: value for part in parts for key, value in part(generator, padded).items()}
+
+    return make
+
+
+def _choices(model: nn.Module) -> Iterator[list[Part]]:
+    """Yield combinations of one part per kind of input, those with most kinds first."""
+    known = inspect.signature(model.forward).parameters
+    config = model.config
+    kinds = [list(_text(known, config)), list(_pixels(known, config)), list(_audio(known, config))]
+    kinds += [list(_series(known, config))]
+    kinds = [[*options, None] for options in kinds if options]
+    combinations = [[part for part in parts if part] for parts in itertools.product(*kinds)]
+    yield from sorted(filter(None, combinations), key=len, reverse=True)
+
+
+# Text.
+
+
+def _text(known: Any, config: PretrainedConfig) -> Iterator[Part]:
+    if "input_ids" not in known and "decoder_input_ids" not in known:
+        return
+    length = TOKENS
+
+    def make(generator: torch.Generator, padded: bool, both: bool = True) -> Batch:
+        batch: Batch = {}
+        pad = find(config, "pad_token_id")
+        pad = pad if isinstance(pad, int) and pad >= 0 else 0
+        sides = ["", "decoder_"] if "decoder_input_ids" in known and both else [""]
+        for side in sides:
+            if f"{side}input_ids" not in known:
+                continue
+            count = length if not side else 7
+            ids = torch.randint(PLAIN_TOKENS.start, PLAIN_TOKENS.stop, (SEQUENCES, count), generator=generator)
+            mask = torch.ones_like(ids)
+            if padded:
+                mask[-1, -3:] = 0
+            batch[f"{side}input_ids"] = ids.masked_fill(mask == 0, pad)
+            if f"{side}attention_mask" in known and "input_features" not in known and "input_values" not in known:
+                batch[f"{side}attention_mask"] = mask
+        if "bbox" in known:
+            corner = torch.randint(0, 40, (SEQUENCES, length, 2), generator=generator)
+            batch["bbox"] = torch.cat([corner, corner + 20], dim=-1)
+        return batch
+
+    yield make
+    if "decoder_input_ids" in known and "input_ids" in known:
+        yield lambda generator, padded: make(generator, padded, both=False)
+
+
+# Images.
+
+
+def _pixels(known: Any, config: PretrainedConfig) -> Iterator[Part]:
+    name = next((n for n in ("pixel_values", "pixel_values_videos", "images", "flattened_patches") if n in known), None)
+    if name is None:
+        return
+    size = find(config, "image_size", "input_size", "img_size") or 32
+    height, width = (size, size) if isinstance(size, int) else tuple(list(size)[-2:]) if isinstance(size, list | tuple) else (32, 32)
+    patch = find(config, "patch_size", "spatial_patch_size") or 8
+    patch = patch if isinstance(patch, int) else list(patch)[-1]
+    channels = find(config, "num_channels", "in_channels", "in_chans") or 3
+    channels = channels if isinstance(channels, int) else 3
+    frames = find(config, "num_frames", "frames_per_clip") or 4
+    temporal = find(config, "temporal_patch_size") or 1
+    temporal = temporal if isinstance(temporal, int) else 1
+    merge = find(config, "spatial_merge_size", "merge_kernel_size") or 1
+    merge = merge if isinstance(merge, int) else list(merge)[0]
+
+    def plain(*shape: int, extra: Any = None) -> Part:
+        def make(generator: torch.Generator, padded: bool) -> Batch:
+            batch = {name: torch.randn(*shape, generator=generator)}
+            if extra is not None:
+                batch |= extra()
+            return {key: value for key, value in batch.items() if key in known}
+
+        return make
+
+    def sizes() -> Batch:
+        return {
+            "image_sizes": torch.tensor([[height, width]] * SEQUENCES),
+            "pixel_attention_mask": torch.ones(SEQUENCES, 1, height, width, dtype=torch.long),
+        }
+
+    grid = max(merge, height // patch // merge * merge), max(merge, width // patch // merge * merge)
+
+    def grids() -> Batch:
+        where = torch.tensor([[1, *grid]] * SEQUENCES)
+        return {
+            "image_grid_thw": where,
+            "grid_thw": where,
+            "image_grid_hws": where[:, 1:],
+            "spatial_shapes": where[:, 1:],
+            "pixel_attention_mask": torch.ones(SEQUENCES, grid[0] * grid[1], dtype=torch.long),
+            "pixel_position_ids": _positions(grid),
+            "image_position_ids": _positions(grid),
+        }
+
+    count, features = grid[0] * grid[1], channels * patch * patch
+    if {"image_grid_thw", "grid_thw", "image_grid_hws"} & set(known):
+        yield plain(SEQUENCES * count, features * temporal, extra=grids)
+        yield plain(SEQUENCES * count, channels, patch, patch, extra=grids)
+    if {"spatial_shapes", "pixel_position_ids", "image_position_ids"} & set(known):
+        yield plain(SEQUENCES, count, features, extra=grids)
+    if "video" in type(config).__name__.lower() or name == "pixel_values_videos" or find(config, "tubelet_size", "num_frames"):
+        yield plain(SEQUENCES, frames, channels, height, width)
+    if "image_sizes" in known:
+        yield plain(SEQUENCES, channels, height, width, extra=sizes)
+        yield plain(SEQUENCES, 5, channels, height, width, extra=sizes)
+        yield plain(SEQUENCES, 1, channels, height, width, extra=sizes)
+    yield plain(SEQUENCES, channels, height, width)
+    yield plain(SEQUENCES, 1, channels, height, width, extra=lambda: {"pixel_attention_mask": sizes()["pixel_attention_mask"]})
+    for other in (64, 128, 224):
+        if other > height:
+            yield plain(SEQUENCES, channels, other, other)
+    yield plain(SEQUENCES, frames, channels, height, width)
+    yield plain(SEQUENCES, 2, channels, height, width)
+    if name == "flattened_patches":
+        yield plain(SEQUENCES, 10, features + 2)
+
+
+def _positions(grid: tuple[int, int]) -> Tensor:
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    return torch.stack([columns.flatten(), rows.flatten()], dim=-1).expand(SEQUENCES, -1, -1)
+
+
+def _with_images(model: nn.Module, make: Part, error: str, deadline: float) -> tuple[Part, str | None]:
+    """Put image, video or audio tokens into the text, as many as the error of the model asks for."""
+    config = model.config
+    batch = make(_generator(0), False)
+    if "input_ids" not in batch or len(batch) < 3:
+        return make, error
+    names = ["image_token_id", "image_token_index", "media_placeholder_token_id", "audio_token_id", "audio_token_index"]
+    if "pixel_values" not in batch and "images" not in batch:
+        names = [*names[3:], "video_token_id", *names[:3]]
+    token = find(config, *names)
+    if not isinstance(token, int):
+        return make, error
+    known = inspect.signature(model.forward).parameters
+
+    def inserted(count: int) -> Part:
+        def new(generator: torch.Generator, padded: bool) -> Batch:
+            batch = make(generator, padded)
+            start = find(config, "vision_start_token_id", "image_start_token_id", "boi_token_id")
+            marks = [start] if isinstance(start, int) else []
+            ids = batch["input_ids"]
+            extra = torch.tensor([*marks, *[token] * count]).expand(len(ids), -1)
+            batch["input_ids"] = torch.cat([ids[:, :2], extra, ids[:, 2:]], dim=1)
+            if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
+                mask = batch["attention_mask"]
+                batch["attention_mask"] = torch.cat([mask[:, :2], torch.ones_like(extra), mask[:, 2:]], dim=1)
+            if "mm_token_type_ids" in known:
+                batch["mm_token_type_ids"] = (batch["input_ids"] == token).long()
+            return batch
+
+        return new
+
+    first = _error(model, inserted(1)(_generator(0), False))
+    if first is None:
+        return inserted(1), None
+    numbers = [int(n) for n in re.findall(r"\d+", first + error)]
+    width = find(config.get_text_config(), "hidden_size") or 32
+    guesses = [n // d for n in numbers for d in (1, SEQUENCES, width, SEQUENCES * width) if n % d == 0]
+    for count in dict.fromkeys([*guesses, *range(1, 40)]):
+        if time.monotonic() > deadline:
+            break
+        if 0 < count <= 100 and (found := _error(model, inserted(count)(_generator(0), False))) is None:
+            return inserted(count), None
+    return make, found if first is None else first
+
+
+# Sound.
+
+
+def _audio(known: Any, config: PretrainedConfig) -> Iterator[Part]:
+    name = next((n for n in ("input_features", "input_values", "audio_values", "audio_features") if n in known), None)
+    if name is None:
+        return
+    mels = find(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "input_dim", "n_mels", "mel_bins") or 16
+    mels = mels if isinstance(mels, int) else 16
+    source = find(config, "max_source_positions")
+    frames = 2 * source if isinstance(source, int) else 64
+    samples = 1600
+
+    def plain(*shape: int, axis: int = 1) -> Part:
+        def make(generator: torch.Generator, padded: bool) -> Batch:
+            values = torch.randn(*shape, generator=generator)
+            batch = {name: values}
+            mask = torch.ones(shape[0], shape[axis], dtype=torch.long)
+            if padded:
+                mask[-1, shape[axis] * 3 // 4 :] = 0
+                values[-1] = values[-1] * mask[-1].view([-1 if i == axis else 1 for i in range(1, len(shape))])
+            masks = ["attention_mask", "input_features_mask", "feature_attention_mask", "padding_mask"]
+            wanted = [m for m in masks if m in known]
+            if "input_ids" in known and "attention_mask" in wanted:
+                wanted.remove("attention_mask")
+            for key in wanted[:1]:
+                batch[key] = mask
+            return batch
+
+        return make
+
+    if name == "input_features":
+        yield plain(SEQUENCES, mels, frames, axis=2)
+        yield plain(SEQUENCES, frames, mels)
+        yield plain(SEQUENCES, mels, 3000, axis=2)
+        yield plain(SEQUENCES, 1, frames, mels, axis=2)
+    else:
+        length = find(config, "max_length")
+        yield plain(SEQUENCES, samples)
+        yield plain(SEQUENCES, length if isinstance(length, int) and length > 20 else frames, mels)
+        yield plain(SEQUENCES, 1, samples, axis=2)
+        yield plain(SEQUENCES, samples * 10)
+
+
+# Series and boxes.
+
+
+def _series(known: Any, config: PretrainedConfig) -> Iterator[Part]:
+    if "past_values" in known and "past_time_features" in known:
+        past = (find(config, "context_length") or 16) + max(find(config, "lags_sequence") or [0])
+        steps, features = find(config, "prediction_length") or 8, find(config, "num_time_features") or 0
+
+        def long(generator: torch.Generator, padded: bool) -> Batch:
+            return {
+                "past_values": torch.rand(SEQUENCES, past, generator=generator),
+                "past_time_features": torch.randn(SEQUENCES, past, features, generator=generator),
+                "past_observed_mask": torch.ones(SEQUENCES, past),
+                "future_values": torch.rand(SEQUENCES, steps, generator=generator),
+                "future_time_features": torch.randn(SEQUENCES, steps, features, generator=generator),
+            }
+
+        yield long
+    elif "past_values" in known:
+        channels, length = find(config, "num_input_channels") or 1, find(config, "context_length") or 32
+        yield lambda generator, padded: {"past_values": torch.randn(SEQUENCES, length, channels, generator=generator)}
+        yield lambda generator, padded: {"past_values": torch.randn(SEQUENCES, length, generator=generator)}
+    if "hidden_states" in known and "input_ids" not in known:
+        width = find(config, "hidden_size", "d_model", "dim", "embed_dim") or 32
+        yield lambda generator, padded: {"hidden_states": torch.randn(SEQUENCES, TOKENS, width, generator=generator)}
+    if "inputs_embeds" in known and "input_ids" not in known:
+        width = find(config, "hidden_size", "d_model") or 32
+        yield lambda generator, padded: {"inputs_embeds": torch.randn(SEQUENCES, TOKENS, width, generator=generator)}
+    if "inputs" in known:
+        yield lambda generator, padded: {
+            "inputs": torch.randint(PLAIN_TOKENS.start, PLAIN_TOKENS.stop, (SEQUENCES, TOKENS), generator=generator)
+        }
+
+
+def find(config: PretrainedConfig, *names: str) -> Any:
+    """Return the first value called so in a configuration, else in its sub-configurations; None if there is none."""
+    below = [v for v in vars(config).values() if isinstance(v, PretrainedConfig)]
+    below.sort(key=lambda c: "vision" not in type(c).__name__.lower())
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    for sub in below:
+        value = find(sub, *names)
+        if value is not None:
+            return value
+    return None

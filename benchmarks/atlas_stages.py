@@ -1,0 +1,269 @@
+"""The stages of the atlas: what is tried with one model, and how its outcome is called.
+
+An outcome is "works", "refused: ..." (the package said no, with nothing changed), "wrong: ..." (a result that is not
+right, or a change after a refusal), "error: ..." (anything else that was raised) or "skipped: ...".
+"""
+
+import ast
+import copy
+import inspect
+import re
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import peft_sparse
+from atlas_inputs import Batch, leaves
+from atlas_reference import Reference
+from atlas_state import State, digest_of, disturb, weights_of
+from peft_sparse import Fit, compact, prune, prune_checkpoint, prune_structured, reconstruct
+from peft_sparse.model.blocks import prunable_weights
+
+
+PACKAGE = Path(inspect.getfile(peft_sparse)).parent
+SECONDS = 60
+STAGES = ("prune", "2:4", "submodule", "block", "structured", "checkpoint")
+
+
+class OutOfTime(BaseException):
+    """A stage took longer than its limit."""
+
+
+class Wrong(Exception):
+    """A result that is not right; the message says in what."""
+
+
+@contextmanager
+def limit(seconds: int) -> Iterator[None]:
+    """Raise OutOfTime in the context after so many seconds."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return whether the package itself raised `error`: a ValueError or TypeError of a `raise` in its own files."""
+    if not isinstance(error, (ValueError, TypeError)):
+        return False
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    path = Path(last.filename)
+    if PACKAGE not in path.parents or last.lineno is None:
+        return False
+    raises = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+    stated = any(node.lineno <= last.lineno <= (node.end_lineno or 0) for node in raises)
+    return stated and str(error).rstrip().endswith((".", "`", ")", '"'))
+
+
+def words(error: BaseException, length: int = 200) -> str:
+    """Return the message of an error on one line, with the place for errors that are no refusal."""
+    text = " ".join(str(error).split())[:length]
+    if is_refusal(error):
+        return text
+    ours = [f for f in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(f.filename).parents]
+    where = f" (at {Path(ours[-1].filename).name}:{ours[-1].lineno} {ours[-1].name})" if ours else ""
+    return f"{type(error).__name__}: {text}{where}"
+
+
+def outcome(model: nn.Module, call: Callable[[], str]) -> str:
+    """Run `call`, which returns the outcome, and check that `model` is as before if it was refused."""
+    state, weights = State(model), weights_of(model)
+    try:
+        with limit(SECONDS):
+            return call()
+    except OutOfTime:
+        return f"error: longer than {SECONDS} s"
+    except Wrong as error:
+        return f"wrong: {error}"
+    except Exception as error:
+        kind = "refused" if is_refusal(error) else "error"
+        changed = state.differences(State(model))
+        if weights_of(model) != weights:
+            changed = ["weights", *changed]
+        if changed:
+            verb = "refused" if kind == "refused" else "failed"
+            return f"{'wrong' if kind == 'refused' else 'error'}: {verb} with {', '.join(changed)} changed: {words(error)}"
+        return f"{kind}: {words(error)}"
+
+
+def same_state(before: State, model: nn.Module, but: tuple[str, ...] = ()) -> None:
+    """Raise Wrong if anything beside the weights is not as before."""
+    changed = [name for name in before.differences(State(model)) if name not in but]
+    if changed:
+        raise Wrong(f"not restored: {', '.join(changed)}")
+
+
+class Stages:
+    """The stages for one model.
+
+    Args:
+        model: the dense model. Every stage works on a copy.
+        batches: the calibration data.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+        self.model, self.batches = model, batches
+        self.excluded: str | None = None
+        self.note = ""
+
+    def prepare(self) -> None:
+        """Find out what does not run. It is excluded where the package refuses otherwise."""
+        reference = Reference(copy.deepcopy(self.model), self.batches)
+        self.how = reference.how
+        never = reference.never_run()
+        if never and reference.order:
+            self.excluded = rf"({'|'.join(map(re.escape, never))})\..*"
+            self.note = f"without {len(never)} blocks that do not run, such as {never[0]}"
+
+    def run(self, stage: str) -> str:
+        """Return the outcome of a stage; a second try leaves out the blocks that do not run."""
+        method = {
+            "prune": lambda model, **more: self.prune(model, 0.5, **more),
+            "2:4": lambda model, **more: self.prune(model, "2:4", **more),
+            "submodule": lambda model, **more: self.reconstruct(model, "submodule", **more),
+            "block": lambda model, **more: self.reconstruct(model, "block", **more),
+            "structured": self.structured,
+            "checkpoint": self.checkpoint,
+        }[stage]
+        result = self._try(method)
+        if result.startswith("refused") and self.excluded is not None:
+            second = self._try(method, exclude_modules=self.excluded)
+            if not second.startswith("refused"):
+                return f"{second} ({self.note})" if second == "works" else second
+        return result
+
+    def _try(self, method: Callable[..., str], **more: Any) -> str:
+        model = copy.deepcopy(self.model)
+        disturb(model)
+        return outcome(model, lambda: method(model, **more))
+
+    def prune(self, model: nn.Module, pattern: float | str, **more: Any) -> str:
+        """Prune, and compare with the reference."""
+        before = State(model)
+        report = prune(model, pattern, self.batches, criterion="wanda", **more)
+        same_state(before, model)
+        targets = [weight.name for weight in report.weights]
+        self._only_targets_changed(model, targets)
+        reference = Reference(copy.deepcopy(self.model), self.batches)
+        result = reference.compare(model, targets, pattern)
+        self.rounding = result.rounding
+        if result.different:
+            raise Wrong(result.verdict.removeprefix("wrong: "))
+        if result.not_compared and not result.entries:
+            return f"works (not compared: {next(iter(result.not_compared.values()))})"
+        if result.not_compared:
+            return f"works ({len(result.not_compared)} of {len(targets)} weights not compared)"
+        return "works"
+
+    def _only_targets_changed(self, model: nn.Module, targets: list[str]) -> None:
+        stored = {id(view.storage) for name, view in prunable_weights(model).items() if name in targets}
+        dense = dict(self.model.named_parameters())
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in stored and not torch.equal(parameter, dense[name]):
+                raise Wrong(f"{name} changed, which is no target")
+
+    def reconstruct(self, model: nn.Module, region: str, **more: Any) -> str:
+        """Reconstruct with one step, and check zeros, errors and what lies outside of the blocks."""
+        before = State(model)
+        report = reconstruct(
+            model, 0.5, self.batches, criterion="wanda", region=region, fit=Fit(max_steps=1, holdout=0.0), **more
+        )
+        same_state(before, model)
+        views = prunable_weights(model)
+        assert report.pruning is not None
+        for weight in report.pruning.weights:
+            matrix = views[weight.name].matrix()
+            if not matrix.isfinite().all():
+                raise Wrong(f"{weight.name} is not finite")
+            zeros = (matrix == 0).double().mean(1)
+            if (zeros * matrix.shape[1]).round().min() < int(0.5 * matrix.shape[1]):
+                raise Wrong(f"{weight.name} lost zeros")
+        for fitted in report.regions:
+            if not fitted.error <= fitted.error_pruned * (1 + 1e-5):
+                raise Wrong(f"{fitted.name}: the error grew from {fitted.error_pruned:.6f} to {fitted.error:.6f}")
+        inside = {id(p) for block in Reference(model, []).blocks.values() for p in block.parameters()}
+        model_train = dict(self.model.named_parameters())
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in inside and not torch.equal(parameter, model_train[name]):
+                raise Wrong(f"{name} changed, which lies outside of the blocks")
+        if all(fitted.steps == 0 for fitted in report.regions):
+            return "works (no region was trained)"
+        return "works"
+
+    def structured(self, model: nn.Module, **more: Any) -> str:
+        """Remove heads and neurons, cut them out, and compare the outputs of the masked and the compact model."""
+        before = State(model)
+        prune_structured(model, 0.3, self.batches, **more)
+        same_state(before, model, ("requires_grad", "dtypes", "identity of parameters", "configuration", "modules"))
+        masked = copy.deepcopy(model)
+        size = sum(p.numel() for p in model.parameters())
+        compact(model)
+        if sum(p.numel() for p in model.parameters()) >= size:
+            raise Wrong("compact made it no smaller")
+        if (apart := self._apart(masked, model)) > 1e-3:
+            raise Wrong(f"outputs of compact and masked differ by {apart:.1e}")
+        return "works"
+
+    @torch.no_grad()
+    def _apart(self, one: nn.Module, other: nn.Module) -> float:
+        one.eval(), other.eval()
+        largest = 0.0
+        for batch in self.batches:
+            for a, b in zip(leaves(one(**batch)), leaves(other(**batch)), strict=True):
+                # What lies inside may have other widths: attentions have fewer heads.
+                if a.shape == b.shape and a.numel():
+                    largest = max(largest, float((a - b).abs().max() / a.abs().max().clamp_min(1e-6)))
+        return largest
+
+    def checkpoint(self, model: nn.Module, **more: Any) -> str:
+        """Prune on disk and in memory, and compare bit for bit."""
+        cls = type(self.model)
+        with tempfile.TemporaryDirectory() as folder:
+            source, output = Path(folder, "source"), Path(folder, "output")
+            try:
+                self.model.save_pretrained(source)
+                loaded = cls.from_pretrained(source).eval()
+                saved = {k: v for k, v in self.model.state_dict().items()}
+                same = all(torch.equal(v, saved[k]) for k, v in loaded.state_dict().items() if k in saved)
+            except Exception as error:
+                return f"skipped: save_pretrained and from_pretrained of Transformers: {type(error).__name__}: {str(error)[:80]}"
+            if not same:
+                return "skipped: save_pretrained and from_pretrained change tensors"
+            files = digest_of_folder(source)
+            try:
+                prune_checkpoint(source, output, 0.5, self.batches, criterion="wanda", **more)
+            except Exception as error:
+                left = sorted(p.name for p in output.glob("*")) if output.exists() else []
+                if is_refusal(error) and left:
+                    raise Wrong(f"refused, but left {left[:3]}: {words(error)}") from error
+                raise
+            finally:
+                if digest_of_folder(source) != files:
+                    raise Wrong("the source was changed")
+            prune(loaded, 0.5, self.batches, criterion="wanda", **more)
+            back = cls.from_pretrained(output)
+            theirs = back.state_dict()
+            for name, tensor in loaded.state_dict().items():
+                if name not in theirs or not torch.equal(tensor, theirs[name]):
+                    raise Wrong(f"{name} differs from memory")
+        return "works"
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Return a hash of all files in a folder."""
+    return digest_of((str(p), torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8))
+                     for p in sorted(folder.rglob("*")) if p.is_file())  # fmt: skip
