@@ -149,7 +149,9 @@ def _look(run: dict[str, Any], known: dict[str, Any]) -> tuple[list[dict[str, An
         entry = known[name]
         reason = "took too long" if code is None else f"ended its process with code {code}"
         tail = run["output"].with_suffix(".log").read_text().strip().splitlines()[-1:]
-        rows.append({"type": name, "kind": entry.kind, "class": entry.cls, "crashed": f"{reason} {' '.join(tail)[:150]}"})
+        rows.append(
+            {"type": name, "kind": entry.kind, "class": entry.cls, "crashed": f"{reason} {' '.join(tail)[:150]}"}
+        )
     return rows, False
 
 
@@ -177,8 +179,11 @@ def main() -> None:
     types = [entry.type for entry in entries() if args.only is None or entry.type in args.only]
     started = time.perf_counter()
     rows = supervise(types, args.stages, args.workers)
-    whole = args.only is None and args.stages == STAGES
-    write(rows, args.stages, time.perf_counter() - started, args.output, whole)
+    if args.output is None and (args.only is not None or args.stages != STAGES):
+        print("A part of the atlas is printed and not written; name a folder with --output to keep it.")
+        return
+    command = " ".join(["python", "benchmarks/atlas.py", *sys.argv[1:]])
+    write(rows, args.stages, time.perf_counter() - started, args.output, command)
 
 
 if __name__ == "__main__":

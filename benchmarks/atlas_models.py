@@ -2,9 +2,7 @@
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import transformers
@@ -95,7 +93,12 @@ def shrinkers() -> Iterator[Shrinker]:
     yield Shrinker(image=64, patch=4)
     yield Shrinker(rest=32)
     yield Shrinker(layers=4)
+    yield Shrinker(mrope=[2, 1, 1])
+    yield Shrinker(mrope=[1, 1, 0])
+    yield Shrinker(head=16)
+    yield Shrinker(lists=False)
     yield Shrinker(image=224, patch=32)
+    yield Shrinker(image=256, patch=16)
 
 
 def configurations(entry: Entry) -> Iterator[PretrainedConfig]:

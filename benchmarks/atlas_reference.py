@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atlas_inputs import Batch, leaves
+from atlas_inputs import Batch, leaves, run
 from peft_sparse.model.blocks import find_blocks, prunable_weights
 
 
@@ -176,7 +176,7 @@ class Reference:
         batches: the model inputs.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+    def __init__(self, model: Any, batches: list[Batch]) -> None:
         self.model = model.eval()
         if hasattr(model, "set_experts_implementation"):
             with contextlib.suppress(Exception):
@@ -207,8 +207,8 @@ class Reference:
 
             for module in self.model.modules():
                 undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for run in self.runs:
-                self.model(**run.batch)
+            for each in self.runs:
+                run(self.model, each.batch)
         return list(order), called
 
     @torch.no_grad()
@@ -241,9 +241,9 @@ class Reference:
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             with watch.watching():
-                for run in self.runs:
-                    watch.masks = run.masks
-                    self.model(**run.batch)
+                for each in self.runs:
+                    watch.masks = each.masks
+                    run(self.model, each.batch)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
         return watch
@@ -293,9 +293,20 @@ def passes_of(model: nn.Module, batches: list[Batch]) -> tuple[list[Pass], str]:
             how = "sequences alone"
         else:
             others = [torch.ones(b.shape[:2]) for k, b in batch.items() if k.endswith("input_ids")]
-            runs.append(Pass(batch, [*masks.values(), *others]))
+            runs.append(Pass(batch, [*masks.values(), *_reduced(model, batch, masks), *others]))
             how = "rows by place"
     return runs, how
+
+
+@torch.no_grad()
+def _reduced(model: nn.Module, batch: Batch, masks: dict[str, Tensor]) -> list[Tensor]:
+    """Return the masks over frames that the model itself makes of masks over samples."""
+    makers: list[Any] = [m for m in model.modules() if hasattr(m, "_get_feature_vector_attention_mask")]
+    try:
+        frames = next(leaf.shape[1] for leaf in leaves(run(model, batch)) if leaf.dim() == 3)
+        return [makers[-1]._get_feature_vector_attention_mask(frames, m).bool() for m in masks.values() if makers]
+    except Exception:
+        return []
 
 
 def _alone(batch: Batch, masks: dict[str, Tensor]) -> Iterator[Batch]:
@@ -319,17 +330,19 @@ def _alone(batch: Batch, masks: dict[str, Tensor]) -> Iterator[Batch]:
 def _same_outputs(model: nn.Module, batch: Batch, masks: dict[str, Tensor], alone: list[Batch]) -> bool:
     """Return whether sequences alone give the outputs that they have in the padded batch."""
     try:
-        together = leaves(model(**batch))
+        together = leaves(run(model, batch))
         for i, single in enumerate(alone):
             compared = False
-            for whole, one in zip(together, leaves(model(**single)), strict=True):
-                for mask in masks.values():
-                    if whole.shape[:2] != mask.shape or one.shape[1] != int(mask[i].sum()):
-                        continue
-                    expected = whole[i][mask[i].bool()]
-                    if not torch.allclose(one[0], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
-                        return False
-                    compared = True
+            for whole, one in zip(together, leaves(run(model, single)), strict=True):
+                if whole.dim() < 3 or whole.dim() != one.dim() or whole.shape[2:] != one.shape[2:]:
+                    continue
+                # Padding is on the right, so the tokens of the sequence come first.
+                expected = whole[i, : one.shape[1]]
+                if whole.shape[0] != len(alone) or expected.shape != one[0].shape:
+                    continue
+                if not torch.allclose(one[0], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+                    return False
+                compared = True
             if not compared:
                 return False
     except Exception:

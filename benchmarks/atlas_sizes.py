@@ -15,7 +15,10 @@ SPECIAL = range(48, VOCABULARY)
 
 # (words of a key, value), the first match counts. A function gets the default value.
 SIZES: list[tuple[str, Any]] = [
-    (r"type_vocab_size|max_depth_.*|num_labels|num_channels|in_channels|num_residual_layers|num_feat_extract_layers", None),
+    (
+        r"type_vocab_size|max_depth_.*|num_labels|num_channels|in_channels|num_residual_layers|num_feat_extract_layers",
+        None,
+    ),
     (r".*codebook_size|.*codebooks?_size", 64),
     (r"vocab_size_per_layer_input|.*vocab_size|vocabulary_size|n_vocab|num_embeddings", VOCABULARY),
     (r"hidden_size_per_layer_input", 8),
@@ -42,29 +45,50 @@ SIZES: list[tuple[str, Any]] = [
     (r".*(experts_per_tok(en)?|top_?k(_experts)?|moe_k|experts_top_k)|num_selected_experts", lambda v: min(v, 2)),
     (r".*(experts|num_experts|n_routed_experts)|expert_num", lambda value: min(value, 4)),
     (r"index_topk|.*num_position_embeddings", lambda value: min(value, 16)),
-    (r".*(max_position_embeddings|n_positions|max_target_positions|max_seq(uence)?_len(gth)?|context_length|n_ctx)", 128),
+    (
+        r".*(max_position_embeddings|n_positions|max_target_positions|max_seq(uence)?_len(gth)?|context_length|n_ctx)",
+        128,
+    ),
     (r"max_2d_position_embeddings|max_rel.*pos.*", 128),
     (r"max_source_positions|num_audio_positions", 32),
-    (r"sliding_window|local_attention|attention_window|window_attention_size|.*chunk_size|window", lambda v: min(v, 8)),
+    (
+        r"sliding_window|local_attention|attention_window|window_attention_size|.*chunk_size|window",
+        lambda v: min(v, 8),
+    ),
     (r"num_mel_bins|feature_size|input_feat_per_channel|n_mels|mel_bins", lambda value: min(value, 16)),
     (r"num_conv_pos_embeddings", lambda value: min(value, 16)),
     (r"num_conv_pos_embedding_groups", 4),
     (r"(num_)?(object_)?quer(y_tokens|ies)|num_latents|num_detection_tokens", lambda value: min(value, 8)),
     (r"window_size", lambda value: min(value, 4)),
-    (r"(attn|expert|.*_layer)_(layer_)?period|full_attention_interval|.*_interval|decoder_sparse_step", lambda v: min(v, 2)),
+    (
+        r"(attn|expert|.*_layer)_(layer_)?period|full_attention_interval|.*_interval|decoder_sparse_step",
+        lambda v: min(v, 2),
+    ),
     (r"attn_layer_offset|expert_layer_offset", 1),
     (r"hidden_size|d_model|n_embd|dim|width|hidden_dim|dim_model|model_dim|latent_dim|cross_attention_dim", 32),
     (r".*(hidden_size|_embed_dim|_embd|embed_dim|hidden_dim|embedding_(size|dim)|projection_dim|embed_proj_dim)", 32),
-    (r".*(_d_model|model_size|_width|output_dim|proj_dim|proj_size|out_dim|fpn_.*_size|pooler_output_size|codevector_dim)", 32),
-    (r"output_channels|input_embedding_size|embedding_size_.*|mask_feature_size|fpn_feature_size|encoder_proj.*dim", 32),
+    (
+        r".*(_d_model|model_size|_width|output_dim|proj_dim|proj_size|out_dim|fpn_.*_size|pooler_output_size|codevector_dim)",
+        32,
+    ),
+    (
+        r"output_channels|input_embedding_size|embedding_size_.*|mask_feature_size|fpn_feature_size|encoder_proj.*dim",
+        32,
+    ),
     (r"codebook_dim|vector_quantization_hidden_dimension|.*_out_channels", lambda value: min(value, 32)),
 ]
 SIZES_COMPILED = [(re.compile(words), value) for words, value in SIZES]
 
 LISTS: list[tuple[str, Any]] = [
-    (r"depths|blocks_per_stage|num_blocks_per_stage|layers", lambda values: [min(v, 1 + (i == 1)) for i, v in enumerate(values)]),
+    (
+        r"depths|blocks_per_stage|num_blocks_per_stage|layers",
+        lambda values: [min(v, 1 + (i == 1)) for i, v in enumerate(values)],
+    ),
     (r".*(num_heads|num_attention_heads|attention_heads).*", lambda values: [min(v, 2) for v in values]),
-    (r"hidden_sizes|embed_dims?|embed_dim_per_stage|neck_hidden_sizes|encoder_hidden_size|decoder_hidden_sizes", "growing"),
+    (
+        r"hidden_sizes|embed_dims?|embed_dim_per_stage|neck_hidden_sizes|encoder_hidden_size|decoder_hidden_sizes",
+        "growing",
+    ),
     (r".*(conv_dim|tdnn_dim|channels)", lambda values: [v if v < 16 else 16 for v in values]),
     (r"attention_window", lambda values: [min(v, 8) for v in values]),
     (r"mrope_section", lambda values: [2, 1, 1]),
@@ -75,7 +99,7 @@ LISTS_COMPILED = [(re.compile(words), value) for words, value in LISTS]
 
 STAGES = ("depths", "hidden_sizes", "stage_out_channels", "embed_dim_per_stage", "blocks_per_stage")
 # Values of keys that have none by default.
-UNSET = {"vocab_size": VOCABULARY, "head_dim": 8, "num_key_value_heads": 4}
+UNSET = {"vocab_size": VOCABULARY, "head_dim": 8, "num_key_value_heads": 4, "num_experts_per_tok": 2}
 
 # What the rules above do not make to run, by model type; a dotted key reaches into a sub-configuration.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -95,11 +119,24 @@ class Shrinker:
         image: height and width of images.
         patch: the largest patch of images.
         layers: number of layers where all of them are alike.
-        hidden: width of hidden states. Heads have an equal share.
+        rest: the largest other number; None leaves them.
+        head: width of an attention head where it has a key of its own.
+        mrope: `mrope_section` of rotary embeddings that have none; models then take that of their full width.
+        lists: whether lists of widths are shrunk.
     """
 
-    def __init__(self, image: int = 32, patch: int = 8, layers: int = 2, rest: int | None = None) -> None:
+    def __init__(
+        self,
+        image: int = 32,
+        patch: int = 8,
+        layers: int = 2,
+        rest: int | None = None,
+        head: int = 8,
+        mrope: list[int] | None = None,
+        lists: bool = True,
+    ) -> None:
         self.image, self.patch, self.layers, self.rest = image, patch, layers, rest
+        self.head, self.mrope, self.lists = head, mrope, lists
         self.ids: dict[int, int] = {}
 
     def shrink(self, config: dict[str, Any], depth_of_parent: int = 0) -> dict[str, Any]:
@@ -107,8 +144,10 @@ class Shrinker:
         if not all(isinstance(key, str) for key in config):
             return config
         chosen, count = chosen_layers(config, self.layers)
-        heads = next((v for k, v in config.items() if re.fullmatch(r"num_attention_heads|n_heads?|num_heads", k)), None)
-        small = {}
+        heads = next(
+            (v for k, v in config.items() if re.fullmatch(r"num_attention_heads|n_heads?|num_heads", k)), None
+        )
+        small: dict[str, Any] = {"mrope_section": self.mrope} if self.mrope and "rope_type" in config else {}
         for key, value in config.items():
             if value is None and key in UNSET:
                 small[key] = UNSET[key]
@@ -149,6 +188,8 @@ class Shrinker:
                 return value
             if new == "kv":
                 return min(value, 4 if value == heads else 2)
+            if new == 8 and "head" in key:
+                return min(value, self.head)
             if new == "layers":
                 return min(value, len(chosen))
             return int(new(value)) if callable(new) else min(value, new)
@@ -161,13 +202,13 @@ class Shrinker:
             return [self.shrink(v) if isinstance(v, dict) else v for v in values]
         if re.fullmatch(r".*token_ids?|.*suppress_tokens", key):
             return [self._id(v) for v in values]
-        if re.fullmatch(r".*(indexes|indices|_layers|layer_ids?|layers_idx|_blocks)", key):
+        if re.fullmatch(r"(?!.*(num|depth|block_)).*(indexes|indices|_layers|layer_ids?|layers_idx|_blocks)", key):
             return sorted({v % len(chosen) for v in values})
         if re.fullmatch(r".*image_size|input_size|img_size", key):
             return [min(v, self.image) for v in values]
         for words, new in LISTS_COMPILED:
             if words.fullmatch(key):
-                if new is None:
+                if new is None or not self.lists:
                     return values
                 if new == "growing":
                     return [16 if i < len(values) / 2 else 32 for i in range(len(values))]
@@ -182,7 +223,11 @@ class Shrinker:
 
 def chosen_layers(config: dict[str, Any], least: int) -> tuple[list[int], int]:
     """Return which layers stay, so that each kind of layer occurs, and the number of layers of `config`."""
-    counts = [v for k, v in config.items() if re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", k) and isinstance(v, int)]
+    counts = [
+        v
+        for k, v in config.items()
+        if re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", k) and isinstance(v, int)
+    ]
     count = max(counts, default=0)
     kinds = [v for v in config.values() if isinstance(v, (list, tuple)) and count > 1 and len(v) == count]
     chosen: list[int] = []

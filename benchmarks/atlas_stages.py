@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import peft_sparse
-from atlas_inputs import Batch, leaves
+from atlas_inputs import Batch, leaves, run
 from atlas_reference import Reference
 from atlas_state import State, digest_of, disturb, weights_of
 from peft_sparse import Fit, compact, prune, prune_checkpoint, prune_structured, reconstruct
@@ -96,7 +96,8 @@ def outcome(model: nn.Module, call: Callable[[], str]) -> str:
             changed = ["weights", *changed]
         if changed:
             verb = "refused" if kind == "refused" else "failed"
-            return f"{'wrong' if kind == 'refused' else 'error'}: {verb} with {', '.join(changed)} changed: {words(error)}"
+            bad = "wrong" if kind == "refused" else "error"
+            return f"{bad}: {verb} with {', '.join(changed)} changed: {words(error)}"
         return f"{kind}: {words(error)}"
 
 
@@ -115,7 +116,7 @@ class Stages:
         batches: the calibration data.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+    def __init__(self, model: Any, batches: list[Batch]) -> None:
         self.model, self.batches = model, batches
         self.excluded: str | None = None
         self.note = ""
@@ -176,7 +177,7 @@ class Stages:
             if id(parameter) not in stored and not torch.equal(parameter, dense[name]):
                 raise Wrong(f"{name} changed, which is no target")
 
-    def reconstruct(self, model: nn.Module, region: str, **more: Any) -> str:
+    def reconstruct(self, model: nn.Module, region: Any, **more: Any) -> str:
         """Reconstruct with one step, and check zeros, errors and what lies outside of the blocks."""
         before = State(model)
         report = reconstruct(
@@ -223,7 +224,7 @@ class Stages:
         one.eval(), other.eval()
         largest = 0.0
         for batch in self.batches:
-            for a, b in zip(leaves(one(**batch)), leaves(other(**batch)), strict=True):
+            for a, b in zip(leaves(run(one, batch)), leaves(run(other, batch)), strict=True):
                 # What lies inside may have other widths: attentions have fewer heads.
                 if a.shape == b.shape and a.numel():
                     largest = max(largest, float((a - b).abs().max() / a.abs().max().clamp_min(1e-6)))
@@ -237,10 +238,10 @@ class Stages:
             try:
                 self.model.save_pretrained(source)
                 loaded = cls.from_pretrained(source).eval()
-                saved = {k: v for k, v in self.model.state_dict().items()}
+                saved = self.model.state_dict()
                 same = all(torch.equal(v, saved[k]) for k, v in loaded.state_dict().items() if k in saved)
             except Exception as error:
-                return f"skipped: save_pretrained and from_pretrained of Transformers: {type(error).__name__}: {str(error)[:80]}"
+                return f"skipped: Transformers saves or loads it not: {type(error).__name__}: {str(error)[:80]}"
             if not same:
                 return "skipped: save_pretrained and from_pretrained change tensors"
             files = digest_of_folder(source)

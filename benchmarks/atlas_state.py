@@ -49,9 +49,7 @@ class State:
                 if key.endswith("_hooks") or key.endswith("_hooks_with_kwargs")
                 if value
             ],
-            "attributes": [
-                (name, sorted(set(vars(module)) - CHANGING)) for name, module in modules
-            ],
+            "attributes": [(name, sorted(set(vars(module)) - CHANGING)) for name, module in modules],
             "buffers": digest_of(model.named_buffers()),
             "configuration": str(getattr(model, "config", "")),
             "experts": getattr(getattr(model, "config", None), "_experts_implementation", None),
