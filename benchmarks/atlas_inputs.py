@@ -18,7 +18,9 @@ from atlas_sizes import PLAIN_TOKENS
 Batch = dict[str, Any]
 # (generator of random numbers, whether the last sequence is padded) -> some inputs
 Part = Callable[[torch.Generator, bool], Batch]
-SEQUENCES, TOKENS = 2, 12
+SEQUENCES, TOKENS = 2, 16
+# The real tokens of a padded sequence: a multiple of the windows, so that models need no padding of their own.
+REAL = 8
 SECONDS = 12
 
 
@@ -104,7 +106,8 @@ def _choices(model: nn.Module) -> Iterator[list[Part]]:
 def _text(known: Any, config: PretrainedConfig) -> Iterator[Part]:
     if "input_ids" not in known and "decoder_input_ids" not in known:
         return
-    length = TOKENS
+    # With few image tokens this is often the number of patches: a mask must not be taken for that of another stack.
+    length = TOKENS - 4 if "pixel_values" in known else TOKENS
 
     def make(generator: torch.Generator, padded: bool, both: bool = True) -> Batch:
         batch: Batch = {}
@@ -118,7 +121,7 @@ def _text(known: Any, config: PretrainedConfig) -> Iterator[Part]:
             ids = torch.randint(PLAIN_TOKENS.start, PLAIN_TOKENS.stop, (SEQUENCES, count), generator=generator)
             mask = torch.ones_like(ids)
             if padded:
-                mask[-1, -3:] = 0
+                mask[-1, 4 if side else REAL :] = 0
             batch[f"{side}input_ids"] = ids.masked_fill(mask == 0, pad)
             if f"{side}attention_mask" in known and "input_features" not in known and "input_values" not in known:
                 batch[f"{side}attention_mask"] = mask

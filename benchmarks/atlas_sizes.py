@@ -52,7 +52,7 @@ SIZES: list[tuple[str, Any]] = [
     (r"max_2d_position_embeddings|max_rel.*pos.*", 128),
     (r"max_source_positions|num_audio_positions", 32),
     (
-        r"sliding_window|local_attention|attention_window|window_attention_size|.*chunk_size|window",
+        r"sliding_window|block_size|local_attention|attention_window|window_attention_size|.*chunk_size|window",
         lambda v: min(v, 8),
     ),
     (r"num_mel_bins|feature_size|input_feat_per_channel|n_mels|mel_bins", lambda value: min(value, 16)),
@@ -103,12 +103,34 @@ UNSET = {"vocab_size": VOCABULARY, "head_dim": 8, "num_key_value_heads": 4, "num
 
 # What the rules above do not make to run, by model type; a dotted key reaches into a sub-configuration.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "autoformer": {"prediction_length": 8, "context_length": 16},
-    "informer": {"prediction_length": 8, "context_length": 16},
-    "time_series_transformer": {"prediction_length": 8, "context_length": 16},
-    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "bailing_hybrid": {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16, "v_head_dim": 8},
+    "bamba": {"attn_layer_indices": [1]},
+    "bros": {"max_2d_position_embeddings": 128, "dim_bbox_sinusoid_emb_2d": 8, "dim_bbox_projection": 8},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "esm": {"pad_token_id": 1, "mask_token_id": 4},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+    "glm5_next_text": {"index_kpool": 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
+    "informer": {"prediction_length": 8, "context_length": 16},
+    "kimi_linear": {"num_expert_group": 1, "topk_group": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4},
+    "lilt": {"channel_shrink_ratio": 4, "hidden_size": 48},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "mask2former": {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "reformer": {
+        "axial_pos_embds_dim": [16, 16],
+        "axial_pos_shape": [4, 4],
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+    },
+    "swin2sr": {"embed_dim": 24, "num_heads": [2, 2], "depths": [1, 1]},
+    "time_series_transformer": {"prediction_length": 8, "context_length": 16},
+    "wav2vec2-bert": {"feature_projection_input_dim": 16},
+    "zamba2": {"attention_head_dim": 16, "attention_hidden_size": 64},
+    "xmod": {"default_language": "en_XX"},
 }
 
 

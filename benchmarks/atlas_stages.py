@@ -69,7 +69,7 @@ def is_refusal(error: BaseException) -> bool:
     return stated and str(error).rstrip().endswith((".", "`", ")", '"'))
 
 
-def words(error: BaseException, length: int = 200) -> str:
+def words(error: BaseException, length: int = 400) -> str:
     """Return the message of an error on one line, with the place for errors that are no refusal."""
     text = " ".join(str(error).split())[:length]
     if is_refusal(error):

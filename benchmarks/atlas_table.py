@@ -88,12 +88,12 @@ def page(result: dict[str, Any]) -> str:
     tried = [row for row in rows if any(stage in row for stage in stages)]
     missing = [row for row in rows if "skipped" in row]
     where = result["environment"]
-    named = {key: value for key, value in where.items() if key in ("torch", "transformers", "peft", "python")}
+    named = where["versions"] | {"python": where["python"]}
     parts = [
         INTRODUCTION.format(
             command=result["command"],
             minutes=max(1, round(result["seconds"] / 60)),
-            cpu=where.get("processor") or where.get("cpu") or where.get("device") or "a CPU",
+            cpu=where["hardware"],
             versions=", ".join(f"{key} {value}" for key, value in named.items()),
             known=len(rows),
             tried=len(tried),
