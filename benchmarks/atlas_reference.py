@@ -258,18 +258,24 @@ def _compare(
     if not torch.equal(kept, dense[~theirs]):
         result.different += int((kept != dense[~theirs]).sum())
         result.first = result.first or f"{name} (kept weights changed)"
-    size, drop = (scores.shape[1], int(0.5 * scores.shape[1])) if pattern == 0.5 else (4, 2)
+    size, drop = (scores.shape[1], scores.shape[1] // 2) if pattern == 0.5 else (4, 2)
     groups, given = scores.reshape(-1, size), theirs.reshape(-1, size)
-    mine = torch.zeros_like(given).scatter_(1, groups.argsort(dim=1, stable=True)[:, :drop], True)
+    order = groups.argsort(dim=1, stable=True)
+    counts = torch.full((len(groups),), drop)
+    if pattern == 0.5 and size % 2:
+        # Half of all entries is exact: the rows whose next entry is lowest lose one more.
+        following = groups.gather(1, order[:, drop : drop + 1]).squeeze(1)
+        counts[following.argsort(stable=True)[: groups.numel() // 2 - drop * len(groups)]] += 1
+    places = torch.arange(size).expand(len(groups), -1)
+    mine = torch.zeros_like(given).scatter_(1, order, places < counts[:, None])
     result.entries += mine.numel()
     unequal = (mine != given).any(1)
     if not unequal.any():
         return
-    groups, mine, given = groups[unequal], mine[unequal], given[unequal]
+    groups, mine, given, counts = groups[unequal], mine[unequal], given[unequal], counts[unequal]
     highest_pruned = groups.masked_fill(~given, -1).amax(1)
     lowest_kept = groups.masked_fill(given, torch.inf).amin(1)
-    counts = given.sum(1) == drop
-    fine = counts & (highest_pruned <= lowest_kept * (1 + ROUNDING) + 1e-30)
+    fine = (given.sum(1) == counts) & (highest_pruned <= lowest_kept * (1 + ROUNDING) + 1e-30)
     result.rounding += int((mine != given)[fine].sum())
     different = int((mine != given)[~fine].sum())
     if different:
