@@ -142,13 +142,11 @@ class Watch(TorchDispatchMode):
                 if found is None:
                     continue
                 given = inputs[index] if inputs.dim() == 3 else inputs
-                masks, before = self.masks, self.masks
-                if masks and weight.dim() == 3 and weight.stride(0) == 0:
-                    # One product per sequence.
-                    masks = [m[index] for m in masks if m.shape[0] == weight.shape[0]]
-                self.masks = masks
+                if self.masks:
+                    # A product has lost the order of sequences and tokens.
+                    self.unplaced[name] = "its layer is not called, in a padded batch"
+                    continue
                 self.add(name, given, *found)
-                self.masks = before
 
 
 def _place(matrix: Tensor, part: Tensor) -> tuple[slice, slice] | None:

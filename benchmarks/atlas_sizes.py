@@ -128,6 +128,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "swin2sr": {"embed_dim": 24, "num_heads": [2, 2], "depths": [1, 1]},
     "time_series_transformer": {"prediction_length": 8, "context_length": 16},
+    "wavlm": {"feat_extract_norm": "layer"},
     "wav2vec2-bert": {"feature_projection_input_dim": 16},
     "zamba2": {"attention_head_dim": 16, "attention_hidden_size": 64},
     "xmod": {"default_language": "en_XX"},
