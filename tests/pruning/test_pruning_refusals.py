@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig
 
-from peft_sparse import Criterion, Magnitude, SparseGPT, plan_pruning, prune, prune_checkpoint
+from peft_sparse import Criterion, Magnitude, SparseGPT, plan_pruning, prune, prune_checkpoint, sparsity
 from peft_sparse.model.blocks import find_blocks
 from peft_sparse.model.weights import WeightView
 from peft_sparse.pruning import checkpoint_model, streamed_model
@@ -112,6 +112,13 @@ def offloaded_with_gradients():
     prune(cpu_offload(llama()), 0.5, criterion="gblm", calibration=TOKENS)
 
 
+def without_entries():
+    """Layers whose weights a compaction has cut to nothing."""
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.zeros(0, 4))
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(layer)])})
+
+
 def allocated(method, share=0.5, **options):
     """Two weights of 16 entries, one of them with 4 zeros."""
     layers = {name: nn.Linear(4, 4) for name in ("one", "two")}
@@ -130,6 +137,7 @@ def nan_hessian():
 
 REFUSALS = [
     (lambda: Unstructured(1.0), ValueError, r"`sparsity` must be in \[0, 1\), got 1.0. Use 0.5"),
+    (lambda: sparsity(without_entries()), ValueError, "Expected weights with entries, got .* Name other layers"),
     (lambda: parse_pattern(-0.1), ValueError, r"must be in \[0, 1\), got -0.1"),
     (lambda: parse_pattern(float("nan")), ValueError, r"must be in \[0, 1\), got nan"),
     (lambda: SemiStructured(5, 4), ValueError, "needs 1 <= n <= m, got 5:4. Use 2:4"),

@@ -9,16 +9,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .cpu_packing import undo_cpu_packing
 from .masks import mask_of
-from .sharding import is_sharded, own_part, totals, whole_shape
+from .offload import is_offloaded, loaded_layer
+from .sharding import is_partitioned, own_part, totals, whole_shape
 from .tree import base_layer, is_prunable, walk
 from .weights import WeightView, zero_counts
 
@@ -37,7 +38,7 @@ def obstacle(weight: WeightView, loaded: bool = True) -> str | None:
     stored = layer._parameters.get(name)
     if stored is None:
         return f"is computed from other parameters, so that pruning it would not last. {_undoing(layer, name)}"
-    if is_sharded(stored):
+    if _is_split(stored):
         return (
             "is split among processes. Prune the model before it is sharded, or with a `PruningCallback`, which "
             "gathers the weights."
@@ -51,9 +52,14 @@ def obstacle(weight: WeightView, loaded: bool = True) -> str | None:
         )
     if 0 in stored.shape:
         return f"has no entries: its shape is {tuple(stored.shape)}. Add it to `exclude_modules`."
-    if loaded and stored.is_meta and not has_offloaded_params(layer):
+    if loaded and stored.is_meta and not is_offloaded(layer):
         return "is on the meta device, which holds no values. Load the model first, or use `prune_checkpoint`."
     return None
+
+
+def _is_split(stored: Tensor) -> bool:
+    """Return whether this process holds only a part of `stored` now. ZeRO-3 marks what it has gathered as well."""
+    return isinstance(stored, DTensor) or (is_partitioned(stored) and whole_shape(stored) != stored.shape)
 
 
 def is_quantised(stored: Tensor) -> bool:
@@ -67,16 +73,20 @@ def is_quantised(stored: Tensor) -> bool:
 def packed_layers(name: str, module: nn.Module) -> Iterator[str]:
     """Yield the names of layers below `module`, called `name`, whose weight is packed in tensors of integers.
 
-    They say how many inputs and outputs they have, but are no layers of a kind that is pruned: those of GPTQ, AWQ and
-    HQQ, for example.
+    They are no layers of a kind that is pruned, and have parameters of integers, or buffers of integers and say how
+    many inputs and outputs they have: those of GPTQ, AWQ and HQQ, for example.
     """
     for key, below in walk(name, module):
         layer: Any = base_layer(below)
         sizes = [getattr(layer, size, None) for size in ("in_features", "out_features")]
-        if not is_prunable(below) and all(type(size) is int for size in sizes):
-            tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-            if any(t.dim() > 1 and not t.is_floating_point() and t.dtype is not torch.bool for t in tensors):
-                yield key
+        buffers = layer.buffers(recurse=False) if all(type(size) is int for size in sizes) else ()
+        passed_over = is_prunable(below) or isinstance(layer, nn.Embedding)
+        if not passed_over and any(map(_is_packed, (*layer.parameters(recurse=False), *buffers))):
+            yield key
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    return tensor.dim() > 1 and not tensor.is_floating_point() and tensor.dtype is not torch.bool
 
 
 def count_zeros(weights: dict[str, WeightView]) -> tuple[int, int]:
@@ -105,9 +115,9 @@ def _by_kind(weights: dict[str, WeightView]) -> Iterable[dict[str, WeightView]]:
     kinds: tuple[dict[str, WeightView], ...] = ({}, {}, {})
     for name, weight in weights.items():
         stored = weight.layer._parameters.get(weight.parameter)
-        if stored is not None and is_sharded(stored):
+        if stored is not None and _is_split(stored):
             kinds[1][name] = weight
-        elif obstacle(weight) is None and not has_offloaded_params(weight.layer):
+        elif obstacle(weight) is None:
             kinds[0][name] = weight
         else:
             kinds[2][name] = weight
@@ -119,7 +129,7 @@ def _counts_of_layer(views: dict[str, WeightView]) -> list[tuple[int, int]]:
     """Return (zeros, entries) of the weights of one layer, read through whatever holds them."""
     layer = next(iter(views.values())).layer
     counts = []
-    with align_module_device(layer):
+    with loaded_layer(layer):
         for name, weight in views.items():
             matrix = weight.matrix_of(_as_computed(name, layer, weight.parameter))
             counts.append((matrix.numel() - int(mask_of(matrix).sum()), matrix.numel()))

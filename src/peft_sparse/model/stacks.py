@@ -66,8 +66,9 @@ def is_embedding(module: nn.Module) -> bool:
     return bool(re.search("Embed(s|der|ders|ding|dings)?$", type(module).__name__))
 
 
-def _stacks_below(name: str, module: nn.Module) -> Iterator[dict[str, nn.Module]]:
-    if isinstance(module, nn.Sequential):
+def _stacks_below(name: str, module: nn.Module, embedding: bool = False) -> Iterator[dict[str, nn.Module]]:
+    """Yield the stacks at and below `module`; `embedding` says that it lies in an embedding."""
+    if isinstance(module, nn.Sequential) and not embedding:
         blocks = _blocks_in_sequence(name, module)
     elif name and isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         blocks = _blocks_in_list(name, module)
@@ -78,14 +79,15 @@ def _stacks_below(name: str, module: nn.Module) -> Iterator[dict[str, nn.Module]
             yield blocks
         return
     for child_name, child in children_of(name, module):
-        if not is_embedding(child):
-            yield from _stacks_below(child_name, child)
+        # An embedding may hold the encoder of another modality, and the sequence of its own layers is no stack.
+        yield from _stacks_below(child_name, child, embedding or is_embedding(child))
 
 
 def _body(model: PreTrainedModel) -> nn.Module:
     """Return the part of `model` that is no head or neck: its base model, or else its only backbone, or `model`."""
     if model.base_model is not model:
-        return unwrapped(model.base_model)
+        body = unwrapped(model.base_model)
+        return _body(body) if isinstance(body, PreTrainedModel) else body
     # What says which of its stages it gives is a backbone of Transformers.
     backbones = [child for child in model.children() if hasattr(type(child), "out_indices")]
     return backbones[0] if len(backbones) == 1 else model

@@ -181,6 +181,8 @@ def sparsity(model: nn.Module, target_modules: Targets = None, exclude_modules: 
     check_strategy(model)
     check_packed(model, target_modules, exclude_modules)
     zeros, entries = count_zeros(prunable_weights(model, target_modules, exclude_modules))
+    if not entries:
+        raise ValueError("Expected weights with entries, got layers without outputs or inputs. Name other layers.")
     return zeros / entries
 
 
