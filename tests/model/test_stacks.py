@@ -74,11 +74,19 @@ def built(tree, use_dict):
 
 
 @given(st.lists(NESTED, min_size=1, max_size=4), st.booleans())
-def test_lists_of_lists_are_one_stack_of_all_blocks_in_them(tree, use_dict):
+def test_all_blocks_in_lists_of_lists_are_found_and_each_list_is_a_stack(tree, use_dict):
     model = Model(layers=built(tree, use_dict))
     expected = [name for name, module in model.named_modules() if isinstance(module, Block)]
-    assert [list(stack) for stack in find_stacks(model)] == ([expected] if expected else [])
+    stacks = find_stacks(model)
+    assert [name for stack in stacks for name in stack] == list(find_blocks(model)) == expected
     assert all(type(block) is Block for block in find_blocks(model).values())
+    assert all(len({name.rpartition(".")[0] for name in stack}) == 1 for stack in stacks)
+
+
+def test_lists_of_the_parts_of_layers_are_one_stack():
+    other = type("Other", (Block,), {})
+    layers = nn.ModuleList(nn.ModuleList([Block(), nn.LayerNorm(4), other()]) for _ in range(2))
+    assert stacks_of(layers=layers) == [["layers.0.0", "layers.0.2", "layers.1.0", "layers.1.2"]]
 
 
 def test_the_outermost_list_wins_and_a_list_that_is_called_is_a_block():
@@ -188,7 +196,22 @@ def test_a_head_can_be_named():
     assert list(prunable_weights(model, ["decode_head.classifier"])) == ["decode_head.classifier"]
 
 
-def test_stages_that_are_lists_are_one_stack():
+def test_stages_are_measured_behind_the_pruned_stages_before_them():
+    """A pooling between them is not missed."""
     config = transformers.FunnelConfig(vocab_size=16, block_sizes=[1, 2], d_model=8, n_head=2, d_head=4, d_inner=8)
-    stacks = [list(stack) for stack in find_stacks(transformers.FunnelModel(config))]
-    assert stacks[0] == ["encoder.blocks.0.0", "encoder.blocks.1.0", "encoder.blocks.1.1"]
+    model = transformers.FunnelBaseModel(config).eval()
+    assert [list(stack) for stack in find_stacks(model)] == [
+        ["encoder.blocks.0.0"],
+        ["encoder.blocks.1.0", "encoder.blocks.1.1"],
+    ]
+    tokens, found, seen = torch.randint(0, 16, (3, 8)), [], []
+
+    def keep(weight, statistics):
+        found.append(statistics.input_norm)
+        return weight.abs()
+
+    names = [weight.name for weight in prune(model, 0.8, tokens, criterion=keep).weights]
+    first = next(name for name in names if name.startswith("encoder.blocks.1.0"))
+    with model.get_submodule(first).register_forward_pre_hook(lambda layer, args: seen.append(args[0])):
+        model(tokens)
+    torch.testing.assert_close(found[names.index(first)], seen[0].detach().flatten(0, -2).norm(dim=0))

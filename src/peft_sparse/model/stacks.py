@@ -5,6 +5,7 @@ They are found in the module tree. The name of the model is not read.
 
 import re
 from collections.abc import Iterator
+from itertools import groupby
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -37,7 +38,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def find_stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
     """Return the blocks of `model` by stack, in the order in which the stacks are registered.
 
-    A stack is the blocks of one outermost list of blocks, see `find_blocks`. A decoder has one stack. An
+    A stack is the blocks of one outermost list of blocks, see `find_blocks`. If it is a list of lists, and each of
+    them holds blocks of one class, these lists are stages, and each is a stack. A decoder has one stack. An
     encoder-decoder has two, and the encoder comes first.
     """
     root = base_model(model)
@@ -76,11 +78,22 @@ def _stacks_below(name: str, module: nn.Module, embedding: bool = False) -> Iter
         blocks = {}
     if blocks:
         if not all(map(_is_no_body, blocks.values())):
-            yield blocks
+            yield from _stages_of(blocks)
         return
     for child_name, child in children_of(name, module):
         # An embedding may hold the encoder of another modality, and the sequence of its own layers is no stack.
         yield from _stacks_below(child_name, child, embedding or is_embedding(child))
+
+
+def _stages_of(blocks: dict[str, nn.Module]) -> list[dict[str, nn.Module]]:
+    """Return the blocks of each list within a list, if these lists are stages; otherwise all blocks together.
+
+    Between stages, models compute something, such as a pooling, that a stack must not miss. Lists of several classes
+    are the parts of single layers.
+    """
+    stages = [dict(entries) for _, entries in groupby(blocks.items(), lambda entry: entry[0].rpartition(".")[0])]
+    alike = all(len({type(block) for block in stage.values()}) == 1 for stage in stages)
+    return stages if alike else [blocks]
 
 
 def _body(model: PreTrainedModel) -> nn.Module:
