@@ -293,3 +293,17 @@ def test_a_static_cache_generates_the_same(tokens):
     assert torch.equal(
         model.generate(tokens[:1], cache_implementation="static", disable_compile=True, **options), dynamic
     )
+
+
+def test_layers_that_share_a_weight_are_left_as_they_are(tokens):
+    model = tiny("llama")
+    first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
+    second.up_proj.weight = first.up_proj.weight
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, :5] = 0
+    before = logits(model, tokens)
+    compact(model)
+    assert [layer.mlp.up_proj.out_features for layer in model.model.layers] == [24, 24, 19]
+    assert second.up_proj.weight is first.up_proj.weight
+    assert torch.allclose(logits(model, tokens), before, atol=1e-6)

@@ -1,6 +1,7 @@
 """Every refusal of `structured/`, with its words."""
 
 import pytest
+import torch
 from torch import nn
 
 from peft_sparse import compact
@@ -38,7 +39,67 @@ def lone_matrix(model):
     model.model.layers[0].mlp = nn.Linear(16, 16)
 
 
+def by_hand(forward):
+    """A model in which the MLP of the first block computes forward(mlp, inputs)."""
+
+    def edit(model):
+        mlp = model.model.layers[0].mlp
+        mlp.forward = lambda x: forward(mlp, x)
+
+    return llama(edit)
+
+
+def normed(mlp, x):
+    return mlp.down_proj(nn.functional.rms_norm(mlp.gate_proj(x) * mlp.up_proj(x), (24,)))
+
+
+def without_a_call(mlp, x):
+    return mlp.down_proj(nn.functional.linear(x, mlp.gate_proj.weight) * mlp.up_proj(x))
+
+
+def scaled(mlp, x):
+    return mlp.down_proj(mlp.gate_proj(x) * mlp.up_proj(x)) / mlp.up_proj.out_features
+
+
+def of_fixed_size(mlp, x):
+    return mlp.down_proj((mlp.gate_proj(x) * mlp.up_proj(x)).view(-1, 24)).view_as(x)
+
+
+def compacted(forward):
+    model = by_hand(forward)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[:, :5] = 0
+    compact(model)
+
+
+def tie(model):
+    first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
+    second.up_proj.weight = first.up_proj.weight
+
+
 REFUSALS = [
+    (
+        lambda: flap(llama(tie)),
+        ValueError,
+        "no other layer has, got that of 'model.layers.0.mlp.up_proj', which 'model.layers.1.mlp.up_proj' has too",
+    ),
+    (lambda: flap(by_hand(normed)), ValueError, "not see each other, but in 'model.layers.0' the others compute"),
+    (
+        lambda: flap(by_hand(without_a_call)),
+        ValueError,
+        "No input reaches all layers of 'model.layers.0.mlp', so .* Pass `calibration` with model inputs",
+    ),
+    (
+        lambda: compacted(without_a_call),
+        ValueError,
+        "No input reaches all layers of 'model.layers.0.mlp', so .* Pass `calibration` with model inputs",
+    ),
+    (lambda: compacted(scaled), ValueError, "but 'model.layers.0' computes something else.* as it was before"),
+    (
+        lambda: compacted(of_fixed_size),
+        ValueError,
+        "but 'model.layers.0' fails with RuntimeError: .* as it was before",
+    ),
     (lambda: flap(ratio=1.0), ValueError, r"`ratio` must be in \[0, 1\), got 1.0. Use 0.2"),
     (lambda: flap(ratio=-0.1), ValueError, r"`ratio` must be in \[0, 1\), got -0.1"),
     (lambda: flap(metric="flap"), ValueError, "`metric` must be one of 'wifv', .* got 'flap'"),

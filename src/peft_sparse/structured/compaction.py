@@ -1,21 +1,26 @@
 """compact: cuts out the heads and neurons whose output columns are zero."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calibration.inputs import Calibration, as_inputs
 from ..model.blocks import base_model
 from ..model.settings import ordinary_settings
-from .saving import make_savable
+from .proof import SameOutputs
+from .saving import make_savable, put_back_unless_finished
 from .units import Units, check_loaded, known_units
 
 
 @ordinary_settings()
-def compact(model: nn.Module) -> nn.Module:
+def compact(model: nn.Module, calibration: Calibration | None = None) -> nn.Module:
     """Cut out all heads and neurons that contribute nothing, and change the configuration accordingly. In place.
 
     A head or neuron is cut out if its columns of the output projection W (out, in) are zero. It does not matter what
-    wrote the zeros. The outputs of the model stay the same up to rounding.
+    wrote the zeros. The outputs of the model stay the same up to rounding. This is shown on a small input before and
+    after the change; if the outputs differ, the model is put back as it was.
 
     A key head and its value head are cut out if all their query heads are. In grouped-query attention all remaining
     key heads need equally many query heads. Each keeps as many as the key head with the most query heads that
@@ -29,6 +34,9 @@ def compact(model: nn.Module) -> nn.Module:
 
     Args:
         model: a model of Transformers without adapters, with loaded floating-point weights.
+        calibration: token ids (sequences, tokens), or an iterable of model inputs, of which the first batch is used.
+            It is needed if the model takes none of the inputs that are made for it: token ids, an image, a sound, or
+            the `dummy_inputs` of Transformers; or if these do not run a block from which something is cut out.
 
     Returns:
         `model` itself.
@@ -36,7 +44,8 @@ def compact(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: `model` is not a model of Transformers.
         ValueError: the model has no blocks or has adapters; its weights are quantised or not loaded; no heads and no
-            neurons can be found in it.
+            neurons can be found in it; the compact model computes something else, or no input shows that it does not.
+            The model is then as it was before.
     """
     inner = base_model(model)
     if not isinstance(inner, PreTrainedModel):
@@ -46,11 +55,16 @@ def compact(model: nn.Module) -> nn.Module:
         )
     found = known_units(inner)
     check_loaded(found)
-    for units in found:
-        kept = _contributing(units)
-        if not kept.all():
-            units.cut(kept)
-    make_savable(inner)
+    kept = [(units, _contributing(units)) for units in found]
+    cut = [(units, mask) for units, mask in kept if not mask.all()]
+    batches = [] if calibration is None else as_inputs(model, calibration)[:1]
+    same = SameOutputs(inner, [units for units, _ in cut], batches)
+    with put_back_unless_finished(inner), contextlib.ExitStack() as undo:
+        for units, mask in cut:
+            undo.callback(units.cut(mask))
+        make_savable(inner)
+        same.check()
+        undo.pop_all()
     return model
 
 

@@ -23,6 +23,7 @@ from ..model.processes import working_together
 from ..model.settings import ordinary_settings
 from ..model.weights import WeightView, check_finite
 from .metrics import METRICS, unit_scores
+from .proof import prove_units
 from .report import StructuredReport, UnitsReport
 from .saving import make_savable
 from .selection import ScoredUnits, Structure, check_structure, select_units
@@ -122,8 +123,9 @@ def prune_structured(
     # Whether `ratio` can be reached does not depend on scores, so this refuses a bad `ratio` before calibration.
     select_units([_unscored(units) for units in sets], ratio, structure, attention_ratio)
     statistics: dict[str, Statistics] = {}
-    if calibration is not None:
-        inputs = as_inputs(model, calibration, batch_size)
+    inputs = [] if calibration is None else as_inputs(model, calibration, batch_size)
+    prove_units(model, sets, inputs)
+    if inputs:
         statistics = _measured(model, sets, inputs, activations, on_device(device))
     scored = [_score(units, metric, statistics.get(units.output_name, Statistics())) for units in sets]
     masks = select_units(scored, ratio, structure, attention_ratio)
@@ -177,7 +179,7 @@ def _score(units: Units, metric: str, statistics: Statistics) -> ScoredUnits:
 
 
 def _unscored(units: Units) -> ScoredUnits:
-    return ScoredUnits(units.block, units.kind, torch.zeros(units.count), units.cost)
+    return ScoredUnits(units.block, units.kind, torch.zeros(units.count, device="cpu"), units.cost)
 
 
 def _moved(statistics: Statistics, device: torch.device) -> Statistics:

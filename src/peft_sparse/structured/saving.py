@@ -6,12 +6,13 @@ configuration and the model become subclasses that store the width of every laye
 Transformers by its public `AutoConfig.register` and `AutoModel.register`.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -74,7 +75,8 @@ def compact_config_class(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig
     )
     for auto, mapping in _AUTO_CLASSES.items():
         model = getattr(transformers, mapping).get(dense, None)
-        if isinstance(model, type):
+        # A model class that several configurations share belongs to the one that it names.
+        if isinstance(model, type) and getattr(model, "config_class", None) is dense:
             getattr(transformers, auto).register(config, _model_class(model, config))
     return config
 
@@ -134,6 +136,23 @@ def make_savable(model: PreTrainedModel) -> None:
     config.layer_widths = _widths(model, dense, units)
 
 
+@contextlib.contextmanager
+def put_back_unless_finished(model: PreTrainedModel) -> Iterator[None]:
+    """Put back what `make_savable` changed within the context, if the context ends with an error."""
+    kind = type(model)
+    configs = [(module, module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.bias is None]
+    try:
+        yield
+    except BaseException:
+        model.__class__ = kind
+        for module, config in configs:
+            cast(Any, module).config = config
+        for layer in layers:
+            layer.bias = None
+        raise
+
+
 def _own_config(model: PreTrainedModel) -> Any:
     """Give all modules of `model` a copy of its configuration, and return it. Other models may share the original."""
     shared, own = model.config, copy.deepcopy(model.config)
@@ -170,8 +189,8 @@ def _builds(dense: type[PreTrainedModel], model: PreTrainedModel, changes: dict[
         config = _dense_config(model, changes)
         with torch.device("meta"):
             built = dense(config)
-    except (StrictDataclassError, ValueError):
-        # Some configurations refuse values: Llama's refuses a number of heads that does not divide the hidden size.
+    except Exception:
+        # Some families refuse values, in many ways: Llama's refuses heads that do not divide the hidden size.
         return False
     wanted, found = _shapes(model), _shapes(built)
     return all(found.get(name) == shape for name, shape in wanted.items()) and all(
@@ -234,9 +253,10 @@ def _narrow(model: PreTrainedModel, widths: list[dict[str, Any]]) -> None:
         # On the CPU: while a checkpoint is loaded the weights are on the meta device, and the mask needs values.
         kept = torch.zeros(units.count, units.heads_per_unit, dtype=torch.bool, device="cpu")
         if units.kind == "attention":
-            kept[: entry["key_value_heads"], : entry["heads"] // entry["key_value_heads"]] = True
+            heads, groups = entry.get("heads", kept.numel()), entry.get("key_value_heads", units.count)
+            kept[:groups, : heads // groups] = True
         else:
-            kept[: entry["neurons"]] = True
+            kept[: entry.get("neurons", units.count)] = True
         if not kept.all():
             units.cut(kept)
     for name, block in blocks.items():

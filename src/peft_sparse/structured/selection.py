@@ -86,7 +86,7 @@ def select_units(
             _remove(sets, [index], ratio, removed)
     masks = []
     for units, gone in zip(sets, removed, strict=True):
-        mask = torch.ones(len(units.scores), dtype=torch.bool)
+        mask = torch.ones(len(units.scores), dtype=torch.bool, device="cpu")
         mask[list(gone)] = False
         masks.append(mask)
     return masks

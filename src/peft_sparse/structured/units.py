@@ -5,6 +5,7 @@ must consist of linear layers, of which the last reads what all the others produ
 constructions, and `known_units` leaves them out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,27 +85,36 @@ class Units:
         return kept.repeat_interleave(self.output.in_features // self.count)
 
     @torch.no_grad()
-    def cut(self, kept: Tensor) -> None:
+    def cut(self, kept: Tensor) -> Callable[[], None]:
         """Cut out the parameters of all heads or neurons that are False in `kept`. In place.
 
         Args:
             kept: mask (count, heads_per_unit), True = kept. Units that keep any head must all keep equally many. The
                 mask must hold values; the model may be on the meta device.
+
+        Returns:
+            A function that puts back what was cut out.
         """
         heads, units = kept.cpu().flatten(), kept.cpu().any(1)
+        undo = []
         for index, layer in enumerate(self.layers):
             # The first layer is the query, which has `heads_per_unit` heads per unit; keys and values have one.
             own = heads if index == 0 else units
-            _cut(layer, own.repeat_interleave(layer.out_features // own.numel()), None)
-        _cut(self.output, None, heads.repeat_interleave(self.head_dim))
+            undo.append(_cut(layer, 0, own.repeat_interleave(layer.out_features // own.numel())))
+        undo.append(_cut(self.output, 1, heads.repeat_interleave(self.head_dim)))
         if self.kind == "attention":
             count, groups = int(heads.sum()), int(units.sum())
-            _set_existing(self.module, _WIDTHS, count * self.head_dim)
-            _set_existing(self.module, _HEADS, count)
-            _set_existing(self.module, _KV_HEADS, groups)
-            _set_existing(self.module, ("num_key_value_groups",), count // groups)
+            sizes = dict.fromkeys(_WIDTHS, count * self.head_dim) | dict.fromkeys(_HEADS, count)
+            sizes |= dict.fromkeys(_KV_HEADS, groups) | {"num_key_value_groups": count // groups}
         else:
-            _set_existing(self.module, ("intermediate_size",), int(heads.sum()))
+            sizes = {"intermediate_size": int(heads.sum())}
+        undo.append(_set_existing(self.module, sizes))
+
+        def put_back() -> None:
+            for step in undo:
+                step()
+
+        return put_back
 
 
 def find_units(model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None) -> list[Units]:
@@ -194,6 +204,10 @@ def _parts(model: nn.Module) -> list[_Part]:
     def layers(modules: list[nn.Module]) -> tuple[str, ...]:
         return tuple(names[id(m)] for part in modules for m in part.modules() if isinstance(m, nn.Linear))
 
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
     parts: list[_Part] = []
     for block_name, block in find_blocks(model).items():
         attention, mlp = attention_and_mlp(block)
@@ -203,9 +217,10 @@ def _parts(model: nn.Module) -> list[_Part]:
             parts.append(_Part(children, layers([block]), _reason(block_name, expected)))
             continue
         mlp_name = names[id(mlp[0])] if len(mlp) == 1 else f"{block_name}.mlp"
-        heads = _heads(block_name, attention[0], names)
+        heads = _of_its_own(_heads(block_name, attention[0], names), users)
         parts.append(_Part((names[id(attention[0])],), layers(attention), heads))
         neurons = _neurons(block_name, mlp_name, mlp[0] if len(mlp) == 1 else block, mlp, names)
+        neurons = _of_its_own(neurons, users)
         parts.append(_Part((mlp_name,), layers(mlp), neurons))
     if not parts:
         raise ValueError(
@@ -263,6 +278,19 @@ def _neurons(block: str, name: str, module: nn.Module, mlp: list[nn.Module], nam
     return Units(block, name, "mlp", module, above, names[id(output)], output, output.in_features)
 
 
+def _of_its_own(units: Units | str, users: dict[int, list[str]]) -> Units | str:
+    """Return `units`, or the reason why they cannot be removed if another layer has one of their weights too."""
+    if isinstance(units, str):
+        return units
+    for name, layer in units.named_layers().items():
+        others = [user for parameter in layer.parameters() for user in users[id(parameter)] if user != name]
+        if others:
+            return _reason(
+                units.name, f"weights that no other layer has, got that of {name!r}, which {others[0]!r} has too"
+            )
+    return units
+
+
 def _reason(name: str, expected: str) -> str:
     return f"Structured pruning cannot find the heads or neurons of {name!r}: expected {expected}."
 
@@ -271,19 +299,53 @@ def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None and next(module.parameters(), None) is not None
 
 
-def _cut(layer: nn.Linear, rows: Tensor | None, columns: Tensor | None) -> None:
-    weight = layer.weight
-    for dim, kept in enumerate((rows, columns)):
-        if kept is not None:
-            weight = weight.index_select(dim, kept.nonzero().squeeze(1).to(weight.device))
-    if rows is not None and layer.bias is not None:
-        bias = layer.bias.index_select(0, rows.nonzero().squeeze(1).to(weight.device))
-        layer.bias = nn.Parameter(bias, layer.bias.requires_grad)
-    layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
-    layer.out_features, layer.in_features = weight.shape
+def _cut(layer: nn.Linear, dim: int, kept: Tensor) -> Callable[[], None]:
+    """Cut rows (`dim` 0, with their biases) or columns (1) out of a layer, and return a function that undoes it.
+
+    Only what was cut out is remembered, so that no weight is held twice.
+    """
+    weight, bias = layer.weight, layer.bias
+    indices = [mask.nonzero().squeeze(1).to(weight.device) for mask in (kept, ~kept)]
+    undo = [_cut_parameter(layer, "weight", dim, *indices)]
+    if dim == 0 and bias is not None:
+        undo.append(_cut_parameter(layer, "bias", 0, *indices))
+    layer.out_features, layer.in_features = layer.weight.shape
+
+    def put_back() -> None:
+        for step in undo:
+            step()
+        layer.out_features, layer.in_features = layer.weight.shape
+
+    return put_back
 
 
-def _set_existing(module: nn.Module, names: tuple[str, ...], value: int) -> None:
-    for name in names:
-        if isinstance(module.__dict__.get(name), int):
+def _cut_parameter(layer: nn.Linear, name: str, dim: int, kept: Tensor, gone: Tensor) -> Callable[[], None]:
+    old: nn.Parameter = getattr(layer, name)
+    shape, gradient = old.shape, old.grad
+    removed = old.detach().index_select(dim, gone)
+    setattr(layer, name, nn.Parameter(old.detach().index_select(dim, kept), old.requires_grad))
+
+    @torch.no_grad()
+    def put_back() -> None:
+        new: nn.Parameter = getattr(layer, name)
+        whole = new.new_empty(shape)
+        whole.index_copy_(dim, kept, new.detach())
+        whole.index_copy_(dim, gone, removed)
+        parameter = nn.Parameter(whole, new.requires_grad)
+        parameter.grad = gradient
+        setattr(layer, name, parameter)
+
+    return put_back
+
+
+def _set_existing(module: nn.Module, values: dict[str, int]) -> Callable[[], None]:
+    """Set those attributes that `module` has as numbers, and return a function that sets them back."""
+    before = {name: module.__dict__[name] for name in values if isinstance(module.__dict__.get(name), int)}
+    for name in before:
+        setattr(module, name, values[name])
+
+    def put_back() -> None:
+        for name, value in before.items():
             setattr(module, name, value)
+
+    return put_back
