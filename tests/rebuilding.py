@@ -9,7 +9,8 @@ from peft_sparse.calibration.runner import BlockRunner
 from peft_sparse.model.blocks import find_stacks, prunable_weights
 from peft_sparse.reconstruction import Fit, ReconstructionObserver
 from peft_sparse.reconstruction.calls import chain_of
-from peft_sparse.reconstruction.regions import regions_of_blocks, regions_of_submodules
+from peft_sparse.reconstruction.division import regions_of_submodules
+from peft_sparse.reconstruction.regions import regions_of_blocks
 
 from conftest import inputs_of, tiny
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, LlamaConfig, MixtralConfig
 
 from peft_sparse import (
     MaskLoRAConfig,
@@ -156,6 +156,23 @@ def test_the_peak_of_reconstruction_is_what_the_allocator_tells(case, tmp_path):
 
     measured = allocated(run, tmp_path / "trace.json")
     assert planned.peak_bytes == pytest.approx(measured, rel=0.1)
+
+
+def test_blocks_that_cannot_be_divided_are_planned_whole(tmp_path):
+    sizes = {key: size for key, size in SIZES.items() if key != "num_key_value_heads"}
+    config, tokens = BertConfig(**sizes, architectures=["BertModel"]), torch.randint(0, 2000, (8, LENGTH))
+    options = {"criterion": "wanda", "batch_size": 2}
+    planned = plan_reconstruction(config, 0.5, sequences=8, length=LENGTH, **options)
+
+    def run():
+        model = BertModel(config)
+        # Norms that are as at the beginning are one norm where two follow each other.
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        report = reconstruct(model, 0.5, tokens, fit=Fit(max_steps=2), **options)
+        assert planned.regions == len(report.regions) == 3
+
+    assert planned.peak_bytes == pytest.approx(allocated(run, tmp_path / "trace.json"), rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with
 from peft_sparse import OWL, LeastSquares, MaskLoRAConfig, Swap, prune, reconstruct, sparsity
 from peft_sparse.model.blocks import find_blocks
 from peft_sparse.pruning.criteria import CRITERIA
+from peft_sparse.tuners.model import SparseLoraModel
 
 from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, inputs_by_hooks, zeros_of
 from conftest import FAMILIES, SIZES, VOCABULARY, tiny
@@ -461,9 +462,113 @@ def test_a_refusal_says_what_to_do_before_anything_is_changed(refused, error, wo
         refused()
 
 
-def test_a_refused_model_is_untouched():
-    model = lively("bart")
-    with pytest.raises(ValueError, match='Use `region="block"`'):
-        rebuild(model, batches_of("bart"))
-    assert_same_weights(model, lively("bart"))
-    assert all(parameter.requires_grad for parameter in model.parameters())
+# -- blocks that are fitted whole -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["SS", "SD", "DD"])
+def test_blocks_that_cannot_be_divided_are_fitted_whole_and_counted(mode):
+    model, other = lively("bart"), lively("bart")
+    report = rebuild(model, batches_of("bart"), mode=mode)
+    expected = rebuild(other, batches_of("bart"), mode=mode, region="block", max_steps=0)
+    assert [region.name for region in report.regions] == [region.name for region in expected.regions]
+    assert all("computes something else" in region.whole for region in report.regions)
+    assert all(region.error < region.error_pruned for region in report.regions)
+    assert str(report).endswith("0 reverted, 4 blocks fitted whole")
+    assert [region["whole"] for region in report.to_dict()["regions"]] == [r.whole for r in report.regions]
+    assert {region.whole for region in expected.regions} == {None}
+
+
+def test_a_block_that_is_fitted_whole_does_not_change_the_seeds_of_others():
+    """Its parts have one number each, whether it is divided or not."""
+
+    def rebuilt(post_norm):
+        model = lively("llama")
+        if post_norm:
+            norm, block = torch.nn.LayerNorm(16), model.model.layers[0]
+            forward = block.forward
+            block.forward = lambda hidden, **kwargs: norm(forward(hidden, **kwargs))
+        options = {"criterion": "random", "max_steps": 0}
+        return rebuild(model, batches_of("llama"), **options), zeros_of(model)
+
+    (report, plain), (of_whole, zeros) = rebuilt(False), rebuilt(True)
+    assert [region.whole is not None for region in report.regions] == [False] * 6
+    assert [region.whole is not None for region in of_whole.regions] == [True] + [False] * 4
+    for name, expected in plain.items():
+        assert torch.equal(zeros[name], expected) == (".layers.0.mlp" not in name), name
+
+
+def test_a_student_and_a_teacher_of_which_only_one_can_be_divided_are_both_whole():
+    dense, model = lively("llama"), lively("llama")
+    norm = torch.nn.LayerNorm(16)
+    forward = dense.model.layers[1].forward
+    dense.model.layers[1].forward = lambda hidden, **kwargs: norm(forward(hidden, **kwargs))
+    prune(model, 0.5)
+    report = rebuild(model, batches_of("llama"), pattern=None, dense=dense)
+    assert [region.name for region in report.regions][2:4] == ["model.layers.1", "model.layers.2 (attention)"]
+    assert "computes something else" in report.regions[2].whole
+
+
+# -- what it leaves as it was -----------------------------------------------------------------------------------------
+
+
+def interrupt(step):
+    if step.region.startswith("model.layers.1"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("tuner", ["full", "MaskLoRA", "PERP"])
+@pytest.mark.parametrize("ending", [None, interrupt])
+def test_gradients_that_lie_around_do_not_enter_and_stay(tuner, ending):
+    calibration, clean, model = batches_of("llama"), lively("llama").bfloat16(), lively("llama").bfloat16().train()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, 100.0) if number % 3 else None
+        parameter.requires_grad_(number % 2 == 0)
+    before = [(p, p.grad, p.requires_grad, p.dtype) for p in model.parameters()]
+    tree = str(model)
+    options = {"tuner": TUNERS[tuner], "observer": Told(on_step=ending), "max_grad_norm": 1.0}
+    if ending is None:
+        rebuild(model, calibration, **options)
+        rebuild(clean, calibration, **options)
+        assert_same_weights(model, clean)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            rebuild(model, calibration, **options)
+    after = [(p, p.grad, p.requires_grad, p.dtype) for p in model.parameters()]
+    assert all(
+        one[0] is other[0] and one[1] is other[1] and one[2:] == other[2:]
+        for one, other in zip(before, after, strict=True)
+    )
+    assert all((p.grad == 100).all() for p in model.parameters() if p.grad is not None)
+    assert str(model) == tree
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in module.__dict__ or hasattr(module, "peft_config") for module in model.model.layers)
+
+
+@pytest.mark.parametrize("layer", [3, 6])
+def test_adapters_that_were_attached_or_merged_in_part_are_taken_off(layer, monkeypatch):
+    """An interrupt may come at the third of four layers that get an adapter, or at the second that loses it."""
+    model, dense, calls = lively("llama"), lively("llama"), []
+    replace_module = SparseLoraModel._replace_module
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == layer:
+            raise KeyboardInterrupt
+        replace_module(*args)
+
+    monkeypatch.setattr(SparseLoraModel, "_replace_module", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rebuild(model, batches_of("llama"), tuner=MaskLoRAConfig(r=2))
+    assert str(model) == str(dense)
+    assert not any(hasattr(module, "peft_config") for module in model.modules())
+
+
+@pytest.mark.parametrize("tuner", ["full", "MaskLoRA"])
+def test_a_default_device_of_the_caller_changes_nothing(tuner):
+    """As `cuda` and `meta` are for a user who loads models so."""
+    calibration, one, other = batches_of("llama"), lively("llama"), lively("llama")
+    rebuild(one, calibration, tuner=TUNERS[tuner], holdout=0.4)
+    with torch.device("meta"):
+        rebuild(other, calibration, tuner=TUNERS[tuner], holdout=0.4)
+    assert_same_weights(one, other)

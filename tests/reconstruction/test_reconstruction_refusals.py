@@ -3,7 +3,6 @@
 import tempfile
 
 import pytest
-import torch
 from peft import LoraConfig
 
 from peft_sparse import MaskLoRAConfig, reconstruct
@@ -13,12 +12,9 @@ from conftest import tiny
 from refusing import adapted, llama, rebuild
 
 
-def post_norm():
-    model = tiny("bart")
-    with torch.no_grad():
-        # Two fresh norms in a row are one.
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+def tied(one, other):
+    model = llama()
+    model.get_submodule(one).weight = model.get_submodule(other).weight
     return model
 
 
@@ -94,9 +90,9 @@ REFUSALS = [
     ),
     (lambda: rebuild(pattern=None, dense=shallow()), ValueError, "Expected `dense` .* got one with other blocks"),
     (
-        lambda: rebuild(post_norm()),
+        lambda: rebuild(tied("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")),
         ValueError,
-        "Expected a block .*, but 'model.encoder.layers.0' computes something else; .* Use `region=\"block\"`",
+        "'model.layers.0.mlp.up_proj.weight' and 'model.layers.1.mlp.up_proj.weight' are one weight, .* Use `prune`",
     ),
     (other_state, ValueError, "holds the state of a run with another data. Resume with the same model, data"),
     (other_region, ValueError, "holds the state of a run with another model. Resume with the same model, data"),

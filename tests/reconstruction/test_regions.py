@@ -10,7 +10,13 @@ from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalL
 from peft_sparse.calibration.runner import BlockRunner
 from peft_sparse.model.blocks import find_stacks, is_norm
 from peft_sparse.reconstruction.calls import STATE, StateCall, chain_of
-from peft_sparse.reconstruction.regions import regions_by_names, regions_of_blocks, regions_of_submodules
+from peft_sparse.reconstruction.division import (
+    hands_on,
+    regions_of_submodules,
+    regions_tried,
+    run_noting_values,
+)
+from peft_sparse.reconstruction.regions import regions_by_names, regions_of_blocks
 from peft_sparse.reconstruction.streams import Window
 
 from conftest import FAMILIES, SIZES, inputs_of, tiny
@@ -235,20 +241,206 @@ def post_norm_opt():
 
 
 @pytest.mark.parametrize("post_norm", [bart, bert, post_norm_opt])
-def test_a_norm_after_the_residual_is_refused(post_norm):
+def test_a_block_with_a_norm_after_the_residual_is_one_region(post_norm):
     model, batch = post_norm()
     name, block, hidden, call = captured(model, batch)
-    with pytest.raises(ValueError, match=f'but .{name}. computes something else; .* Use `region="block"`'):
-        regions_of_submodules(name, block, 0, hidden, call)
+    (region,) = regions_of_submodules(name, block, 0, hidden, call)
+    assert region.name == name
+    assert "computes something else, as where a norm follows the residual" in region.whole
+    assert list(region.parameters) == [f"{name}.{key}" for key, _ in block.named_parameters()]
     assert_nothing_left(block)
 
 
 def test_a_block_without_both_parts_is_one_region():
     name, block, hidden, call = of_family("t5")
-    assert [region.name for region in regions_of_submodules(name, block, 0, hidden, call)] == [name]
+    (region,) = regions_of_submodules(name, block, 0, hidden, call)
+    assert (region.name, region.whole) == (name, "no attention was found in it")
     only_mlp = nn.Sequential(nn.Linear(4, 4))
     (region,) = regions_of_submodules("h.0", only_mlp, 0, torch.ones(1, 2, 4), StateCall((STATE,), {}))
     assert list(region.parameters) == ["h.0.0.weight", "h.0.0.bias"]
+
+
+# Of a block that takes nothing but hidden states, and may write into them.
+CALL = StateCall((STATE,), {}, writes=True)
+
+
+class Mixing(nn.Module):
+    """An attention of few words: every token gets the mean of all, after a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, hidden, residual=0):
+        return self.layer(hidden).mean(1, keepdim=True).expand_as(hidden) + residual
+
+
+class Block(nn.Module):
+    """A block whose attention is used in the way of its subclass."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.mlp = Mixing(), nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+        self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)])
+
+    def forward(self, hidden):
+        hidden = self.attended(hidden, self.norms[0](hidden))
+        return hidden + self.mlp(self.norms[1](hidden))
+
+
+class Plain(Block):
+    def attended(self, hidden, normed):
+        return hidden + self.attn(normed)
+
+
+class Named(Block):
+    """Calls its attention with keywords that no other block uses."""
+
+    def attended(self, hidden, normed):
+        return hidden + self.attn(hidden=normed)
+
+
+class InPlace(Block):
+    def forward(self, hidden):
+        hidden += self.attn(self.norms[0](hidden))
+        hidden += self.mlp(self.norms[1](hidden))
+        return hidden
+
+
+class Several(Block):
+    """Two attentions, as a decoder has."""
+
+    def __init__(self):
+        super().__init__()
+        self.cross_attn = Mixing()
+
+    def attended(self, hidden, normed):
+        hidden = hidden + self.attn(normed)
+        return hidden + self.cross_attn(hidden)
+
+
+class Indexed(Block):
+    """An attention with a layer that only chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn.indexer = nn.Linear(8, 8)
+
+    def attended(self, hidden, normed):
+        chosen = self.attn.indexer(normed).argmax(-1, keepdim=True)
+        return hidden + self.attn(normed * (chosen > 3)) + self.attn(normed)
+
+
+class ResidualInside(Block):
+    def attended(self, hidden, normed):
+        return self.attn(normed, hidden)
+
+
+class OfOtherShape(Block):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.Sequential(nn.Linear(8, 4), nn.Unflatten(-1, (2, 2)))
+
+    def attended(self, hidden, normed):
+        return hidden + self.attn(normed).sum(-1).repeat(1, 1, 4)
+
+
+class MixingAsADict(Mixing):
+    def forward(self, hidden):
+        return {"states": super().forward(hidden)}
+
+
+class OfADict(Block):
+    def __init__(self):
+        super().__init__()
+        self.attn = MixingAsADict()
+
+    def attended(self, hidden, normed):
+        return hidden + self.attn(normed)["states"]
+
+
+class MixingAsAList(Mixing):
+    def forward(self, hidden):
+        return [super().forward(hidden), []]
+
+
+class OfAList(Block):
+    def __init__(self):
+        super().__init__()
+        self.attn = MixingAsAList()
+
+    def attended(self, hidden, normed):
+        states, more = self.attn(normed)
+        return hidden + states + len([0, *more][1:])
+
+
+class Sharing(Block):
+    """One matrix in both parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn.layer.weight = nn.Parameter(torch.randn(8, 8))
+        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.mlp[0].weight = self.attn.layer.weight
+
+    def attended(self, hidden, normed):
+        return hidden + self.attn(normed)
+
+
+@pytest.mark.parametrize("kind", [Plain, Named, InPlace, Several, Indexed])
+def test_blocks_of_many_kinds_fall_into_parts(kind):
+    block, hidden = lively(kind()), torch.randn(2, 5, 8)
+    kept = hidden.clone()
+    attention, mlp = regions_of_submodules("b", block, 0, hidden, CALL)
+    with torch.no_grad():
+        second = mlp(attention(hidden, [CALL]), [CALL])
+        assert torch.equal(hidden, kept)
+        torch.testing.assert_close(second, block(kept))
+    names = {key.split(".")[1] for key in attention.parameters}
+    assert names == {"attn", "norms"} | ({"cross_attn"} if kind is Several else set())
+    assert not set(attention.parameters) & set(mlp.parameters)
+    assert len(attention.parameters) + len(mlp.parameters) == len(list(block.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (ResidualInside, "its attention followed by its MLP computes something else"),
+        (OfOtherShape, "its parts do not run apart from each other"),
+        (OfADict, "its parts do not run apart from each other"),
+        (OfAList, "its parts do not run apart from each other"),
+        (Sharing, "its attention and its MLP both use 'b.attn.layer.weight'"),
+    ],
+)
+def test_blocks_of_many_kinds_are_fitted_whole_and_say_why(kind, why):
+    block = lively(kind())
+    (region,) = regions_of_submodules("b", block, 0, torch.randn(2, 5, 8), CALL)
+    assert why in region.whole
+    assert len(region.parameters) == len(list(block.parameters()))
+    assert_nothing_left(block)
+
+
+def test_an_error_of_the_block_itself_is_raised():
+    block = lively(Plain())
+
+    def fail(*args):
+        raise ArithmeticError("the block's own words")
+
+    block.mlp.register_forward_hook(fail)
+    with pytest.raises(ArithmeticError, match="the block's own words"):
+        regions_of_submodules("b", block, 0, torch.randn(2, 5, 8), CALL)
+
+
+@pytest.mark.parametrize("size", ["submodule", "block"])
+def test_what_a_block_writes_into_its_arguments_does_not_reach_the_caller(size):
+    block, hidden = lively(InPlace()), torch.randn(2, 5, 8)
+    kept = hidden.clone()
+    for region in regions_tried({"b": block}, 0, size, hidden, [CALL]):
+        assert region.writes
+        with region.recording(), torch.enable_grad():
+            region(hidden, [CALL]).square().sum().backward()
+        assert torch.equal(hidden, kept)
+        assert all(parameter.grad is not None for parameter in region.parameters.values())
 
 
 # -- what they leave behind -----------------------------------------------------------------------------------------
@@ -315,6 +507,17 @@ def test_regions_by_names_compute_what_those_that_were_tried_compute(family):
     assert [region.silenced for region in named] == [region.silenced for region in tried]
     assert all(one.parameters.keys() >= other.parameters.keys() for one, other in zip(named, tried, strict=True))
     assert [region.name for region in regions_by_names({name: block}, 0, "block", {})] == [name]
+
+
+@pytest.mark.parametrize("model", [*IN_PARTS, bart, bert, post_norm_opt])
+def test_without_values_of_its_weights_a_block_tells_whether_it_can_be_divided(model):
+    whole_model, batch = (lively(tiny(model)), inputs_of(model, 3)) if isinstance(model, str) else model()
+    name, block, hidden, call = captured(whole_model, batch)
+    (whole,) = regions_of_blocks({name: block}, 0)
+    _, returned = run_noting_values(whole, hidden, call)
+    halves = regions_by_names({name: block.to("meta")}, 0, "submodule", returned)
+    assert hands_on(name, block, halves, hidden, call) == isinstance(model, str)
+    assert all(parameter.is_meta for parameter in block.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from transformers import get_linear_schedule_with_warmup
 
 from peft_sparse import MaskLoRAConfig
+from peft_sparse.model.processes import OtherProcessError
 
 from checks import assert_same_weights, named
 from conftest import tiny
@@ -198,6 +199,8 @@ SHARED = {
     "llama": {"tuner": LORA, "mode": "DD", "criterion": "wanda", "allocation": "owl"},
     # The regions of the encoder are left out, and those of the decoder keep their numbers.
     "bart": {"mode": "DD", "region": "block", "target_modules": r".*decoder\.layers.*(fc1|fc2)"},
+    # Every block is fitted whole, so every second number is not used.
+    "t5": {"mode": "DD", "target_modules": r".*decoder\..*"},
 }
 
 
@@ -228,3 +231,45 @@ def test_processes_share_out_the_regions_of_mode_dd(family, tmp_path):
         errors = [(region.error_pruned, region.error) for region in found["regions"]]
         assert sum(errors, ()) == pytest.approx(sum(((r.error_pruned, r.error) for r in report.regions), ()), rel=1e-4)
         assert [weight.name for weight in found["pruning"]] == [weight.name for weight in report.pruning.weights]
+
+
+def stop_all():
+    """Whatever one process has of its own is told in all, and no process waits for another one."""
+    rank = PartialState(cpu=True).process_index
+    calibration, other = calibration_of("llama"), other_tokens()
+    with pytest.raises(ValueError, match="by 6 sequences .* hash .* in process 0 and .* Give all processes the same"):
+        rebuild(lively("llama"), [calibration, other][rank], mode="DD")
+    with pytest.raises(ValueError, match="submodule SS .* in process 0 and .* submodule DD .* in process 1"):
+        rebuild(lively("llama"), calibration, mode=["SS", "DD"][rank])
+    with pytest.raises(ValueError, match="Expected the same call in all 2 processes"):
+        rebuild([lively, tiny][rank]("llama"), calibration)
+    error, words = [(OtherProcessError, "process 1 stopped with ValueError: `mode` must"), (ValueError, "`mode`")][
+        rank
+    ]
+    with pytest.raises(error, match=words):
+        rebuild(lively("llama"), calibration, mode=["DD", "none"][rank])
+    for mode in ("SS", "DD"):
+        fail_in_process_one(rank, calibration, mode)
+    # After all this, the processes are in step.
+    rebuild(lively("llama"), calibration, mode="DD", max_steps=1)
+
+
+def fail_in_process_one(rank, calibration, mode):
+    def fail(step):
+        if rank == 1 and step.region == "model.layers.0 (mlp)":
+            raise ArithmeticError("out of luck")
+
+    model = lively("llama")
+    error, words = [(OtherProcessError, "process 1 stopped with Arith.*: out of luck"), (ArithmeticError, "out of")][
+        rank
+    ]
+    with pytest.raises(error, match=words):
+        rebuild(model, calibration, mode=mode, observer=Told(on_step=fail))
+    # It stops at once, and not at the end of the run.
+    assert torch.equal(model.model.layers[2].mlp.up_proj.weight, lively("llama").model.layers[2].mlp.up_proj.weight)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_an_error_or_a_difference_in_one_process_stops_all(tmp_path):
+    in_two_processes(tmp_path, __file__, "stop_all()")

@@ -83,6 +83,36 @@ def total_of(tensor: Tensor, group: Any = None) -> Tensor:
     return sums.to(tensor.device)
 
 
+def spread(tensor: Tensor, rank: int) -> None:
+    """Replace `tensor` in every process by that of process `rank`. In place.
+
+    All processes must give tensors of the same shape and dtype, and have met in `exchange` before.
+    """
+    sent = tensor.detach().to(_where_sums_are_made(tensor.device, None)).contiguous()
+    distributed.broadcast(sent, rank)
+    tensor.copy_(sent)
+
+
+@contextlib.contextmanager
+def stopping_together() -> Iterator[None]:
+    """Within the context, an error in one process stops all: the others raise `OtherProcessError`.
+
+    All processes must enter the context together. Contexts of this kind must not be nested.
+
+    Raises:
+        OtherProcessError: another process raised an error within the context.
+    """
+    try:
+        yield
+    except OtherProcessError:
+        raise
+    except Exception as error:
+        if place()[1] > 1:
+            _gathered((None, f"{type(error).__name__}: {error}"))
+        raise
+    exchange(None)
+
+
 @contextlib.contextmanager
 def working_together(call: str) -> Iterator[None]:
     """Within the context, an error in one process stops all: the others raise `OtherProcessError`.
@@ -96,19 +126,20 @@ def working_together(call: str) -> Iterator[None]:
         ValueError: another process gave another `call`.
         OtherProcessError: another process raised an error within the context.
     """
-    try:
-        _check_agreed(call)
+    with stopping_together():
+        agree(call)
         yield
-    except OtherProcessError:
-        raise
-    except Exception as error:
-        if place()[1] > 1:
-            _gathered((None, f"{type(error).__name__}: {error}"))
-        raise
-    exchange(None)
 
 
-def _check_agreed(call: str) -> None:
+def agree(call: str) -> None:
+    """Check that all processes do the same work. It is called within `stopping_together`.
+
+    Args:
+        call: the work and its arguments, in words. It must be the same in all processes.
+
+    Raises:
+        ValueError: another process gave another `call`.
+    """
     calls = exchange(call)
     for rank, other in enumerate(calls):
         if other != calls[0]:

@@ -28,8 +28,9 @@ from ..pruning.refinement import Refinement
 from ..pruning.task import PruningTask
 from ..reconstruction.calls import StateCall, chain_of
 from ..reconstruction.checks import checked_task
+from ..reconstruction.division import hands_on
 from ..reconstruction.fitting import Fit, trainable
-from ..reconstruction.regions import Region, RegionSize, regions_by_names
+from ..reconstruction.regions import Region, RegionSize, regions_by_names, regions_of_blocks
 from ..reconstruction.streams import held_in_float32
 from .pruning import batch_tokens, measured_bytes, selecting_bytes
 from .simulation import GIB, Described, LiveBytes, Simulation, bytes_of, described
@@ -122,7 +123,8 @@ def plan_reconstruction(
     """Return the memory that `reconstruct` or `reconstruct_checkpoint` will take, before a weight is loaded.
 
     One region of each kind is fitted on tensors that have shapes and no values, by the code that fits it in a run.
-    Regions in which nothing is pruned are treated as if they were fitted.
+    Regions in which nothing is pruned are treated as if they were fitted. A block that a run would fit whole, because
+    its attention and its MLP do not make it up, is one region here too, as far as this can be told without values.
 
     For a model with one stack of blocks, modes "SS" and "DD" take the same memory. Mode "SD" holds the hidden states
     of all sequences a second time. These are not counted. A `dense` model is not counted either. Allocation does not
@@ -256,6 +258,8 @@ class _Work:
                 if seen is not None:
                     calls = every_call[first : first + len(window)]
                     regions = regions_by_names(window, first, self.size, seen.values)
+                    if len(regions) > 1 and not hands_on(*next(iter(window.items())), regions, hidden, calls[0]):
+                        regions = regions_of_blocks(window, first)
                     self.sizes[kind] = [self._region(region, seen, hidden, calls) for region in regions]
             self.regions += len(self.sizes[kind])
 

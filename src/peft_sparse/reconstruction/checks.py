@@ -15,6 +15,7 @@ from ..pruning.by_name import PatternLike
 from ..pruning.task import PruningTask
 from .fitting import Fit, adapted_weights
 from .regions import RegionSize
+from .ties import check_ties
 
 
 Mode = Literal["DD", "SS", "SD"]
@@ -52,6 +53,7 @@ def checked_task(
     check_activations(activations)
     task = PruningTask.of(model, 0.0 if no_pattern else pattern, sparsity=sparsity, loaded=loaded, **pruning)
     _check_task(task, fit, no_pattern)
+    check_ties(model, task, fit, region)
     return task
 
 

@@ -173,7 +173,7 @@ class TrainableRegion:
             return 0
         optimizer = fit.make_optimizer(self.parameters)
         scheduler = fit.make_scheduler(optimizer, steps)
-        generator = torch.Generator().manual_seed(seed_of(fit.seed, number))
+        generator = torch.Generator("cpu").manual_seed(seed_of(fit.seed, number))
         with contextlib.ExitStack() as undo:
             for parameter, mask in self.masks.items():
                 undo.callback(parameter.register_post_accumulate_grad_hook(_masking(mask)).remove)
@@ -197,10 +197,11 @@ class TrainableRegion:
         loss, size = torch.zeros((), device=device), torch.zeros((), device=device)
         for i in batches:
             inputs, target, keep = pair(i)
-            with torch.autocast(device.type, fit.autocast, enabled=fit.autocast is not None):
-                outputs = run(i, inputs)
-            part, of = region_loss(outputs.float(), target, keep, fit.loss)
-            part.backward()
+            with self.region.recording():
+                with torch.autocast(device.type, fit.autocast, enabled=fit.autocast is not None):
+                    outputs = run(i, inputs)
+                part, of = region_loss(outputs.float(), target, keep, fit.loss)
+                part.backward()
             loss, size = loss + part.detach(), size + of
         # Divided once at the end, so that every token counts equally, whatever batch it is in.
         scale = size.clamp_min(torch.finfo(size.dtype).tiny).reciprocal()
@@ -265,9 +266,13 @@ def trainable(region: Region, weights: dict[str, WeightView], tuner: Tuner) -> I
         tuner: "full", or the configuration of a PEFT tuner.
     """
     adapted = {} if tuner == "full" else {name: weights[name] for name in adapted_weights(tuner, weights)}
-    plain = _plain_parameters(region, tuner, adapted)
+    plain = plain_parameters(region, tuner, adapted)
     changed = {id(p): p for p in (*plain, *(weight.storage for weight in adapted.values()))}
     before = [(parameter, parameter.detach().clone()) for parameter in changed.values()]
+    inside = {id(p): p for block in region.blocks.values() for p in block.parameters()}.values()
+    # Gradients of the caller would be added to those of the first step.
+    kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in inside]
+    modules = [_Children.of(module) for block in region.blocks.values() for module in block.modules()]
     adapters: list[BaseTuner] = []
 
     def merge() -> None:
@@ -275,13 +280,18 @@ def trainable(region: Region, weights: dict[str, WeightView], tuner: Tuner) -> I
             adapters.pop().merge_and_unload()
 
     def undo() -> None:
-        while adapters:
-            adapters.pop().unload()
+        adapters.clear()
+        # Not the tuners' `unload`: one that was interrupted while it attached or merged cannot finish the rest.
+        for module in modules:
+            module.put_back()
         with torch.no_grad():
             for parameter, value in before:
                 parameter.copy_(value)
 
     try:
+        for parameter, _, _ in kept:
+            parameter.grad = None
+            parameter.requires_grad_(False)
         if tuner != "full":
             adapters.extend(_attach(region, list(adapted), tuner))
         for parameter in plain:
@@ -294,9 +304,29 @@ def trainable(region: Region, weights: dict[str, WeightView], tuner: Tuner) -> I
         undo()
         raise
     finally:
-        for parameter in plain:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        for parameter, gradient, required in kept:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+
+
+@dataclass(frozen=True)
+class _Children:
+    """The children of a module before adapters were attached to it."""
+
+    module: nn.Module
+    children: dict[str, nn.Module | None]
+    has_config: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Children":
+        return cls(module, dict(module._modules), hasattr(module, "peft_config"))
+
+    def put_back(self) -> None:
+        self.module._modules.clear()
+        self.module._modules.update(self.children)
+        # PEFT keeps the configurations of its adapters there.
+        if not self.has_config and hasattr(self.module, "peft_config"):
+            del self.module.peft_config
 
 
 def _check_tuner(tuner: Any) -> None:
@@ -345,10 +375,13 @@ def _attach(region: Region, names: list[str], config: PeftConfig) -> Iterator[Ba
                 keys = {local: get_pattern_key(list(values), name) for local, name in inside.items()}
                 if values:
                     setattr(own, option, {re.escape(n): values[key] for n, key in keys.items() if key in values})
-            yield PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](block, own, "default")
+            # PEFT makes adapters on the default device of the caller, and moves them to that of their layer.
+            with torch.device("meta" if next(block.parameters()).is_meta else "cpu"):
+                tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](block, own, "default")
+            yield tuner
 
 
-def _plain_parameters(region: Region, tuner: Tuner, adapted: dict[str, WeightView]) -> list[nn.Parameter]:
+def plain_parameters(region: Region, tuner: Tuner, adapted: dict[str, WeightView]) -> list[nn.Parameter]:
     """Return the region's parameters that are trained in place: all, or the norms and biases that `tuner` trains."""
     if tuner == "full":
         return [p for p in region.parameters.values() if p.is_floating_point()]
@@ -376,7 +409,7 @@ def _by_step(batches: list[int], size: int, steps: int, generator: torch.Generat
     """Yield the batches of each step, at most `size` of them. Every epoch draws a new order."""
     done = 0
     while True:
-        order = torch.randperm(len(batches), generator=generator).tolist()
+        order = torch.randperm(len(batches), generator=generator, device="cpu").tolist()
         for start in range(0, len(order), size):
             if done == steps:
                 return

@@ -1,6 +1,7 @@
 """`reconstruct` and `reconstruct_checkpoint`: they check the arguments of layer-wise reconstruction and run it."""
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,12 +12,12 @@ from torch import nn
 
 from ..calibration.activations import Activations
 from ..calibration.gradients import gradient_sums
-from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, fingerprint_of_inputs
+from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, fingerprint_of_inputs, in_words
 from ..calibration.proof import prove
 from ..calibration.runner import on_device
 from ..model.blocks import Targets
 from ..model.offload import is_offloaded
-from ..model.processes import working_together
+from ..model.processes import agree, place, stopping_together
 from ..model.settings import ordinary_settings
 from ..model.weights import check_finite
 from ..pruning.all_weights import allocated_patterns
@@ -122,9 +123,9 @@ def reconstruct(
         dense: the model before it was pruned, if `model` has been pruned already. It gives the targets, and nothing
             more is pruned: leave `pattern` and `sparsity` out.
         region: what is fitted at a time. "submodule": the attention and the MLP of a block, one after the other, each
-            with its residual; or the block, if one of the two is not found. "block": one block. A number: as many
-            consecutive blocks. "matrix": each weight matrix; it is not trained, because `masked_least_squares`
-            computes it from XᵀX.
+            with its residual; or the block, if it cannot be divided so. The report says which blocks were fitted whole
+            and why. "block": one block. A number: as many consecutive blocks. "matrix": each weight matrix; it is not
+            trained, because `masked_least_squares` computes it from XᵀX.
         mode: where inputs x and targets t come from. "SS": x has passed through the earlier regions, which are pruned
             and fitted, and t is what the dense region returns for this x. "DD": both come from the dense model;
             regions are then independent, and the processes of a `torch.distributed` group share them. "SD": x is that
@@ -142,39 +143,42 @@ def reconstruct(
         TypeError: `pattern` or `update` has another type than these.
         ValueError: an argument is invalid, or does not go with another one; calibration is missing, or never reaches
             the block of a target; a weight, a statistic or a score is not finite; the model has adapters; `dense` is
-            another model; `state_dir` holds another run; attention and MLP of a block cannot be separated; the tuner
-            filled zeros. An error that occurs in a block has a note with the name of the block, or of the first block
-            of its region.
+            another model; `state_dir` holds another run; a weight belongs to two regions; the tuner filled zeros;
+            processes were called differently. An error that occurs in a block has a note with the name of the block,
+            or of the first block of its region.
+        RuntimeError: another process failed.
     """
     started = time.perf_counter()
-    task = checked_task(
-        model,
-        pattern,
-        sparsity=sparsity,
-        criterion=criterion,
-        group=group,
-        allocation=allocation,
-        refinement=refinement,
-        update=update,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        prune_tied=prune_tied,
-        on_unreached=on_unreached,
-        batch_size=batch_size,
-        activations=activations,
-        dense=dense,
-        region=region,
-        mode=mode,
-        fit=fit,
-        loaded=True,
-    )
-    inputs = as_inputs(model, _checked(task, calibration), batch_size)
-    check_finite(task.weights)
-    residence = checked_when_loaded(on_device(device), task.inside)
-    work = Reconstruction(
-        model, dense, task, fit, region, mode, activations, residence, observer or ReconstructionObserver()
-    )
-    _run(work, inputs, state_dir)
+    with stopping_together():
+        task = checked_task(
+            model,
+            pattern,
+            sparsity=sparsity,
+            criterion=criterion,
+            group=group,
+            allocation=allocation,
+            refinement=refinement,
+            update=update,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            prune_tied=prune_tied,
+            on_unreached=on_unreached,
+            batch_size=batch_size,
+            activations=activations,
+            dense=dense,
+            region=region,
+            mode=mode,
+            fit=fit,
+            loaded=True,
+        )
+        inputs = as_inputs(model, _checked(task, calibration), batch_size)
+        check_finite(task.weights)
+        residence = checked_when_loaded(on_device(device), task.inside)
+        work = Reconstruction(
+            model, dense, task, fit, region, mode, activations, residence, observer or ReconstructionObserver()
+        )
+        agree(_in_words(work, inputs))
+        _run(work, inputs, state_dir)
     return work.report(time.perf_counter() - started)
 
 
@@ -256,9 +260,9 @@ def reconstruct_checkpoint(
         device: where each block is loaded.
         trust_remote_code: whether Python code in `source` may run to define the model, as in `from_pretrained`.
         region: what is fitted at a time. "submodule": the attention and the MLP of a block, one after the other, each
-            with its residual; or the block, if one of the two is not found. "block": one block. A number: as many
-            consecutive blocks. "matrix": each weight matrix; it is not trained, because `masked_least_squares`
-            computes it from XᵀX.
+            with its residual; or the block, if it cannot be divided so. The report says which blocks were fitted whole
+            and why. "block": one block. A number: as many consecutive blocks. "matrix": each weight matrix; it is not
+            trained, because `masked_least_squares` computes it from XᵀX.
         mode: where inputs x and targets t come from. "SS": x has passed through the earlier regions, which are pruned
             and fitted, and t is what the dense region returns for this x. "DD": both come from the dense model. "SD":
             x is that of "SS", and t is that of "DD".
@@ -277,8 +281,8 @@ def reconstruct_checkpoint(
             holds no safetensors, lacks a tensor of the model, or holds it quantised or in another shape; no class of
             the configuration fits; tensors of several blocks are converted together or tied; the criterion needs the
             whole model; several processes run; calibration is missing, or never reaches the block of a target; a
-            weight, a statistic or a score is not finite; `state_dir` holds another run; attention and MLP of a block
-            cannot be separated; the tuner filled zeros.
+            weight, a statistic or a score is not finite; `state_dir` holds another run; a weight belongs to two
+            regions; the tuner filled zeros.
     """
     started = time.perf_counter()
     streamed = StreamedModel(source, output, device, trust_remote_code)
@@ -348,11 +352,7 @@ def _run(
         check_chains(work.proof)
         work.observer.start(work.fit.steps(len(work.fit.split(len(inputs))[0])))
         if task.allocation is not None:
-            # Processes share the batches that an allocation measures.
-            with (
-                working_together(f"the allocation of {task.pattern} to {len(task.weights)} weights"),
-                one_layer_at_a_time(task.weights) as layers,
-            ):
+            with one_layer_at_a_time(task.weights) as layers:
                 reading = layers if streamed is None else streamed.weight_in_memory
                 task.patterns = allocated_patterns(
                     model, task, inputs, work.activations, work.residence, reading, work.proof
@@ -362,27 +362,51 @@ def _run(
         work.run(inputs, None if streamed is None else streamed.save)
 
 
+def _in_words(work: Reconstruction, inputs: list[dict[str, Any]]) -> str:
+    """Return the reconstruction in words, by which several processes compare what they were asked to do."""
+    if place()[1] == 1:
+        return ""
+    task, dense = work.task, work.dense
+    models = [fingerprint_of_model(model) for model in (work.model, dense) if model is not None]
+    patterns = hashlib.blake2b(stable_text(task.patterns).encode(), digest_size=8).hexdigest()
+    return (
+        f"to fit {len(task.weights)} weights, pruned to {task.pattern} (hash {patterns}), by {in_words(inputs)}, in "
+        f"models of hash {' and '.join(models)}, with {_choices(work)}"
+    )
+
+
 def _fingerprint(work: Reconstruction, inputs: list[dict[str, Any]]) -> dict[str, str]:
     """Return the hashes and texts that must be equal for the finished regions of an earlier run to be reused."""
-    task = work.task
-    allocation = dict(task.allocation) if isinstance(task.allocation, Mapping) else task.allocation
-    choices = (task.patterns, task.rule, task.group, allocation, task.refinement, task.update, work.size, work.mode,
-               work.fit)  # fmt: skip
     return {
         "model": fingerprint_of_model(work.model),
         "dense model": "" if work.dense is None else fingerprint_of_model(work.dense),
         "data": fingerprint_of_inputs(inputs),
-        "arguments": " ".join(map(stable_text, choices)),
+        "arguments": f"{stable_text(work.task.patterns)} {_choices(work)}",
     }
+
+
+def _choices(work: Reconstruction) -> str:
+    """Return the arguments of a reconstruction, but for patterns, as text that is the same in every process."""
+    task = work.task
+    allocation = dict(task.allocation) if isinstance(task.allocation, Mapping) else task.allocation
+    choices = (task.rule, task.group, allocation, task.refinement, task.update, work.size, work.mode, work.fit)
+    return " ".join(map(stable_text, choices))
 
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter need a gradient within the context, except those that a region sets while it is fitted."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
+    """Let no parameter need or have a gradient within the context, except what a region sets while it is fitted."""
+    before = {name: (p, p.requires_grad, p.grad) for name, p in model.named_parameters()}
     try:
+        for parameter, _, _ in before.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        # By name, because the parameters of offloaded layers are others whenever they are loaded.
+        for name, parameter in model.named_parameters():
+            if name in before:
+                former, required, gradient = before[name]
+                parameter.requires_grad_(required)
+                if parameter is former:
+                    parameter.grad = gradient

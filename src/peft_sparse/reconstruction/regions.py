@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from ..calibration.runner import restore_forward
 from ..model.blocks import attention_and_mlp
@@ -30,6 +31,8 @@ class Region:
         parameters: the parameters that belong to the region, by their names in the model.
         joins: "input" for an attention whose MLP reads the same input (parallel residual), and "output" for that MLP.
             None if the output of this region is the input of the next.
+        whole: why a block was not divided into attention and MLP; None if it was, or if this was not asked for.
+        writes: whether its blocks write into their arguments.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Region:
     silenced: dict[nn.Module, int] = field(default_factory=dict)
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     joins: Literal["input", "output"] | None = None
+    whole: str | None = None
+    writes: bool = False
 
     def __call__(self, hidden: Tensor, calls: list[StateCall]) -> Tensor:
         """Return the hidden states after the region.
@@ -51,18 +56,28 @@ class Region:
                 hidden = call.made(block, hidden)
         return hidden
 
+    def recording(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context within which the region runs forward and backward to get gradients."""
+        return allow_mutation_on_saved_tensors() if self.writes else contextlib.nullcontext()
+
     def holds(self, weight: Tensor) -> bool:
         """Return whether the parameter `weight` belongs to the region."""
         return any(weight is parameter for parameter in self.parameters.values())
 
 
-def regions_in(stack: dict[str, nn.Module], size: RegionSize) -> int:
-    """Return how many regions of `size` a stack of blocks has. The single matrices of a block count as one region."""
+def regions_in(blocks: dict[str, nn.Module], size: RegionSize) -> int:
+    """Return how many regions of `size` consecutive blocks have at most: those of a window, or of a whole stack.
+
+    So many numbers are kept for them before they run. A block in which an attention and an MLP are found keeps two
+    numbers. If it turns out that it can only be fitted whole, its second number is not used. The number of a region,
+    from which its seed is computed, then does not depend on other blocks. The single matrices of a block count as one
+    region.
+    """
     if isinstance(size, int):
-        return -(-len(stack) // size)
+        return -(-len(blocks) // size)
     if size != "submodule":
-        return len(stack)
-    return sum(2 if all(attention_and_mlp(block)) else 1 for block in stack.values())
+        return len(blocks)
+    return sum(2 if all(attention_and_mlp(block)) else 1 for block in blocks.values())
 
 
 def regions_of_blocks(blocks: dict[str, nn.Module], first: int) -> list[Region]:
@@ -76,42 +91,6 @@ def regions_of_blocks(blocks: dict[str, nn.Module], first: int) -> list[Region]:
     name = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1].rpartition('.')[2]}"
     parameters = {key: value for n, block in blocks.items() for key, value in _parameters(n, block).items()}
     return [Region(name, first, blocks, parameters=parameters)]
-
-
-def regions_of_submodules(name: str, block: nn.Module, index: int, hidden: Tensor, call: StateCall) -> list[Region]:
-    """Return the attention and the MLP of a block as two regions, or the block if one of the two is not found.
-
-    The block is run on `hidden` to see which of the two comes first and which parameters each depends on.
-
-    Args:
-        name: name of the block.
-        block: the block.
-        index: index of the block in its stack.
-        hidden: hidden states before the block, (sequences, tokens, features).
-        call: the call of the block.
-
-    Raises:
-        ValueError: attention and MLP together do not give the output of the block, for example because the block
-            normalises after the residual.
-    """
-    attention, mlp = attention_and_mlp(block)
-    if not attention or not mlp:
-        return regions_of_blocks({name: block}, index)
-    whole, returned = _run_noting_values(name, block, index, hidden, call)
-    first, second = _halves(name, block, index, attention, mlp, returned)
-    with torch.no_grad():
-        after_attention = first(hidden, [call])
-        in_a_row = _close(second(after_attention, [call]), whole)
-        side_by_side = not in_a_row and _close(second(hidden, [call]) + after_attention - hidden, whole)
-    if not in_a_row and not side_by_side:
-        raise ValueError(
-            f"Expected a block whose output is that of its attention followed by its MLP, but {name!r} computes "
-            'something else; this is so if a norm follows the residual. Use `region="block"`.'
-        )
-    if side_by_side:
-        first.joins, second.joins = "input", "output"
-    _assign(_parameters(name, block), first, second, hidden, call)
-    return [first, second]
 
 
 def regions_by_names(
@@ -133,14 +112,14 @@ def regions_by_names(
     if size != "submodule" or not attention or not mlp:
         return [whole]
     ((name, block),) = blocks.items()
-    halves = _halves(name, block, first, attention, mlp, returned)
+    halves = halves_of(name, block, first, attention, mlp, returned)
     for half in halves:
         others = {id(parameter) for module in half.silenced for parameter in module.parameters()}
         half.parameters = {key: value for key, value in whole.parameters.items() if id(value) not in others}
     return halves
 
 
-def _halves(
+def halves_of(
     name: str,
     block: nn.Module,
     index: int,
@@ -155,23 +134,6 @@ def _halves(
     ]
 
 
-def _run_noting_values(
-    name: str, block: nn.Module, index: int, hidden: Tensor, call: StateCall
-) -> tuple[Tensor, dict[nn.Module, int]]:
-    """Return the output of a block, and the number of values that each module of its attention and MLP returned."""
-    returned: dict[nn.Module, int] = {}
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        returned[module] = len(output) if isinstance(output, tuple) else 0
-
-    with torch.no_grad(), contextlib.ExitStack() as hooks:
-        for modules in attention_and_mlp(block):
-            for module in modules:
-                hooks.callback(module.register_forward_hook(note).remove)
-        whole = regions_of_blocks({name: block}, index)[0](hidden, [call])
-    return whole, returned
-
-
 def _parameters(name: str, block: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of a block that can be trained with it, by their names in the model.
 
@@ -180,47 +142,6 @@ def _parameters(name: str, block: nn.Module) -> dict[str, nn.Parameter]:
     """
     handed_on = {id(p) for module in block.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     return {f"{name}.{key}": value for key, value in block.named_parameters() if id(value) not in handed_on}
-
-
-def _assign(
-    parameters: dict[str, nn.Parameter], first: Region, second: Region, hidden: Tensor, call: StateCall
-) -> None:
-    """Give each parameter to the region whose output depends on it.
-
-    A parameter that both depend on, such as the one norm before a parallel residual, belongs to neither: fitting one
-    region would change the output of the other. A parameter that neither depends on, such as that of an expert that
-    received no token, belongs to the second region.
-    """
-    trained = {key: value for key, value in parameters.items() if value.is_floating_point()}
-    reached = [_gradients(region, list(trained.values()), hidden, call) for region in (first, second)]
-    for (key, parameter), gradients in zip(trained.items(), zip(*reached, strict=True), strict=True):
-        depends = [gradient is not None for gradient in gradients]
-        if all(depends):
-            # The norm before a silenced module is part of the graph, but its gradient is zero.
-            depends = [bool(gradient.any()) for gradient in gradients if gradient is not None]
-        if not all(depends):
-            (first if depends[0] else second).parameters[key] = parameter
-
-
-def _gradients(
-    region: Region, parameters: list[nn.Parameter], hidden: Tensor, call: StateCall
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the sum of the region's output. They are None for parameters that were not used."""
-    wanted = [(parameter, parameter.requires_grad) for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
-            return torch.autograd.grad(region(hidden, [call]).float().sum(), parameters, allow_unused=True)
-    finally:
-        for parameter, was in wanted:
-            parameter.requires_grad_(was)
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    # In half precision the two computations round at different places.
-    precision = 1e-4 if one.dtype in (torch.float32, torch.float64) else 0.05
-    return bool((one.float() - other.float()).norm() <= precision * other.float().norm())
 
 
 @contextlib.contextmanager
@@ -235,7 +156,7 @@ def _silent(modules: dict[nn.Module, int]) -> Iterator[None]:
 
 def _zeros_for(module: nn.Module, values: int) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        inputs = args[0] if args else kwargs["hidden_states"]
+        inputs = next(leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor))
         if isinstance(module, PRUNABLE_LAYERS):
             return inputs.new_zeros(*inputs.shape[:-1], _outputs(module))
         zeros = torch.zeros_like(inputs)

@@ -21,6 +21,7 @@ class RegionReport:
         seconds: wall-clock time of pruning and fit, without that of the targets. The weights of a block share its time
             equally.
         reverted: whether the fit was undone, because the error was larger after it or not finite.
+        whole: with `region="submodule"`, why a block was fitted as a whole and not in two parts; else None.
     """
 
     name: str
@@ -29,6 +30,7 @@ class RegionReport:
     steps: int
     seconds: float
     reverted: bool
+    whole: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ class ReconstructionReport:
         reverted = sum(region.reverted for region in self.regions)
         before = sum(region.error_pruned for region in self.regions) / len(self.regions)
         after = sum(region.error for region in self.regions) / len(self.regions)
+        whole = sum(region.whole is not None for region in self.regions)
         return (
             f"reconstructed {len(self.regions)} regions ({self.region}, {self.mode}, {self.tuner}) in "
             f"{self.seconds:.1f} s: mean relative error {before:.4f} -> {after:.4f}, {reverted} reverted"
+            + (f", {whole} blocks fitted whole" if whole else "")
         )

@@ -124,9 +124,9 @@ def held_in_float32(blocks: Iterable[nn.Module]) -> Iterator[None]:
         for parameter in block.parameters()
         if parameter.dtype in (torch.float16, torch.bfloat16)
     ]
-    for parameter, _ in changed:
-        parameter.data = parameter.data.float()
     try:
+        for parameter, _ in changed:
+            parameter.data = parameter.data.float()
         yield
     finally:
         for parameter, dtype in changed:

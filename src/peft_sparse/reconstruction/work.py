@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,15 +20,17 @@ from ..calibration.statistics import BlockStatistics, Need
 from ..model.blocks import find_stacks
 from ..model.environment import peak_memory
 from ..model.masks import mask_of
+from ..model.processes import exchange, place, spread
 from ..model.weights import WeightView
 from ..pruning.one_weight import prune_weights
 from ..pruning.task import PruningTask
 from .checks import Mode
+from .division import regions_tried
 from .fitting import Fit, relative_error_of, seed_of, trainable
 from .matrices import solve_matrices
 from .observer import ReconstructionObserver, Step
 from .progress import Progress
-from .regions import Region, RegionSize, regions_in, regions_of_blocks, regions_of_submodules
+from .regions import Region, RegionSize, regions_in, regions_of_blocks
 from .report import ReconstructionReport, RegionReport
 from .streams import Stream, Targets, Window, held_in_float32
 
@@ -84,9 +84,10 @@ class Reconstruction:
         proof: what `prove` found out about the model.
         reports: the reports of finished regions, by number of the region.
         reported: the numbers of the regions that were reported to `observer`.
-        count: number of the next region.
+        count: number of the first region of the next window.
         regions: all regions by number, if processes share them. Otherwise a region is not held, so that a streamed
             model can drop its weights.
+        rounds: number of regions so far, for the processes to share them and to meet.
         on_step: called after each optimiser step.
     """
 
@@ -105,6 +106,7 @@ class Reconstruction:
     reported: set[int] = field(default_factory=set)
     count: int = 0
     regions: dict[int, Region] = field(default_factory=dict)
+    rounds: int = 0
     on_step: Callable[[Step], None] | None = None
 
     def run(self, inputs: list[dict[str, Any]], after_block: Callable[[str], None] | None = None) -> None:
@@ -120,13 +122,13 @@ class Reconstruction:
         # Captured before anything is pruned, because a decoder must receive the outputs of the dense encoder.
         untouched = {n: self._stream(dense, teachers[n], inputs) for n in numbers} if self.mode != "SS" else {}
         for number, stack in enumerate(stacks):
-            if number not in numbers:
-                # The seed of a region depends on its number, and must not change if other stacks are not pruned.
-                self.count += regions_in(stack, self.size)
-                continue
-            main = untouched[number] if self.mode == "DD" else self._stream(self.model, stack, inputs)
-            taught = untouched[number] if self.mode == "SD" else main
-            self._stack(stack, main, taught, None if self.dense is None else teachers[number], after_block)
+            # The seed of a region depends on its number, and must not change if other stacks are not pruned.
+            end = self.count + regions_in(stack, self.size)
+            if number in numbers:
+                main = untouched[number] if self.mode == "DD" else self._stream(self.model, stack, inputs)
+                taught = untouched[number] if self.mode == "SD" else main
+                self._stack(stack, main, taught, None if self.dense is None else teachers[number], after_block)
+            self.count = end
         self._exchange_regions()
 
     def report(self, seconds: float) -> ReconstructionReport:
@@ -203,8 +205,14 @@ class Reconstruction:
         """Reconstruct the regions of a window."""
         regions = self._regions_of(window, window.blocks)
         dense = self._regions_of(window, teachers) if teachers else regions
-        for region, teacher in zip(regions, dense, strict=True):
-            number, self.count = self.count, self.count + 1
+        if len(dense) != len(regions):
+            # Parts are compared with parts only: where one of the two blocks cannot be divided, both are whole.
+            why = dense[0].whole or regions[0].whole
+            regions, dense = (_joined(found, blocks, window.first, why)
+                              for found, blocks in ((regions, window.blocks), (dense, teachers)))  # fmt: skip
+        numbers = range(self.count, self.count + regions_in(window.blocks, self.size))
+        self.count = numbers.stop
+        for number, region, teacher in zip(numbers, regions, dense, strict=False):
             if self._shared:
                 self.regions[number] = region
             weights = {name: weight for name, weight in self.task.weights.items() if region.holds(weight.storage)}
@@ -213,15 +221,12 @@ class Reconstruction:
             self._take_turn(_Turn(number, region, teacher, window, taught, weights, targets, as_read))
 
     def _regions_of(self, window: Window, blocks: dict[str, nn.Module]) -> list[Region]:
-        if self.size != "submodule":
-            return regions_of_blocks(blocks, window.first)
-        ((name, block),) = blocks.items()
-        return regions_of_submodules(name, block, window.first, window.inputs(0), window.calls(0)[0])
+        return regions_tried(blocks, window.first, self.size, window.inputs(0), window.calls(0))
 
     def _take_turn(self, turn: _Turn) -> None:
         """Compute the targets of a region, prune and fit it, and replace the hidden states by its outputs."""
         finished = self.progress.load(turn.number, turn.as_read)
-        mine = finished is None and self._is_mine(turn.number)
+        mine = finished is None and self._is_mine()
         self._find_targets(turn, mine)
         if finished is not None:
             self._restore(turn.number, turn.region, *finished)
@@ -229,6 +234,7 @@ class Reconstruction:
             self._prune_and_fit(turn)
         self._observe(turn.number)
         self._advance(turn)
+        self._meet()
 
     @torch.no_grad()
     def _find_targets(self, turn: _Turn, mine: bool) -> None:
@@ -264,7 +270,8 @@ class Reconstruction:
             with _seeded(self.fit.seed, turn.number, turn.window.device):
                 reports = self._solve(turn) if self.size == "matrix" else [self._fit_region(turn)]
         seconds = (time.perf_counter() - started) / len(reports)
-        self.reports[turn.number] = [replace(report, seconds=seconds) for report in reports]
+        whole = turn.region.whole
+        self.reports[turn.number] = [replace(report, seconds=seconds, whole=whole) for report in reports]
         notes = self._notes(turn.number, turn.weights)
         self.progress.save(turn.number, turn.region.parameters, notes, turn.as_read)
 
@@ -346,37 +353,52 @@ class Reconstruction:
                     parameter.copy_(tensors[name])
         self.reports[number] = [RegionReport(**report) for report in notes["reports"]]
         self.task.counts |= {name: (zeros, size) for name, (zeros, size) in notes["counts"].items()}
-        self.task.errors |= {name: torch.tensor(error) for name, error in notes["errors"].items()}
-        self.task.errors_selected |= {name: torch.tensor(error) for name, error in notes["errors_selected"].items()}
+        self.task.errors |= {name: torch.tensor(error, device="cpu") for name, error in notes["errors"].items()}
+        self.task.errors_selected |= {
+            name: torch.tensor(error, device="cpu") for name, error in notes["errors_selected"].items()
+        }
 
     @property
     def _shared(self) -> bool:
         """Whether several processes share the regions. They do so in mode DD, where regions are independent."""
-        return self.mode == "DD" and PartialState().num_processes > 1
+        return self.mode == "DD" and place()[1] > 1
 
-    def _is_mine(self, number: int) -> bool:
-        """Return whether this process fits region `number`. If regions are not shared, each process fits all."""
-        state = PartialState()
-        return not self._shared or number % state.num_processes == state.process_index
+    def _is_mine(self) -> bool:
+        """Return whether this process fits the region in turn. If regions are not shared, each process fits all."""
+        rank, processes = place()
+        return not self._shared or self.rounds % processes == rank
+
+    def _meet(self) -> None:
+        """Count a region. Once each process has had one, learn whether another process failed."""
+        self.rounds += 1
+        if self.rounds % place()[1] == 0:
+            exchange(None)
 
     def _exchange_regions(self) -> None:
         """Give every process the regions that the other processes fitted."""
         if not self._shared:
             return
-        state, weights = PartialState(), self.task.weights
-        mine = {
-            number: self._notes(number, {n: w for n, w in weights.items() if self.regions[number].holds(w.storage)})
-            for number in self.reports
-        }
-        everything = dict(gather_object(list(mine.items())))
+        weights = self.task.weights
+        everything = exchange(
+            {
+                number: self._notes(
+                    number, {n: w for n, w in weights.items() if self.regions[number].holds(w.storage)}
+                )
+                for number in self.reports
+            }
+        )
         for number, region in self.regions.items():
+            # A region of an earlier run may be finished in several processes.
+            owner = next(rank for rank, notes in enumerate(everything) if number in notes)
             for parameter in region.parameters.values():
-                # A communication backend sends only tensors on its own kind of device.
-                value = parameter.data.to(state.device)
-                torch.distributed.broadcast(value, number % state.num_processes)
-                parameter.data.copy_(value)
-            self._restore(number, region, {}, everything[number])
+                spread(parameter.data, owner)
+            self._restore(number, region, {}, everything[owner][number])
             self._observe(number)
+
+
+def _joined(found: list[Region], blocks: dict[str, nn.Module], first: int, why: str | None) -> list[Region]:
+    """Return the regions `found` of one block as one region that says why it is whole."""
+    return [replace(whole, whole=why, writes=found[0].writes) for whole in regions_of_blocks(blocks, first)]
 
 
 class LossOnBar:

@@ -1,0 +1,83 @@
+"""Refuses weights that several regions hold: to fit one of these regions would change the outputs of the others."""
+
+from torch import nn
+
+from ..model.blocks import base_model, block_of, find_stacks
+from ..model.weights import WeightView
+from ..pruning.task import PruningTask
+from .fitting import Fit, adapted_weights, plain_parameters
+from .regions import RegionSize, regions_of_blocks
+
+
+def check_ties(model: nn.Module, task: PruningTask, fit: Fit, size: RegionSize) -> None:
+    """Check that no weight that is pruned or trained is used in two regions, or also outside the blocks.
+
+    A pruned weight that is also an embedding is allowed here, because `PruningTask.of` allows it only if the caller
+    does. Two parts of one block may share weights, because such a block is fitted whole.
+
+    Args:
+        model: the model.
+        task: what is pruned.
+        fit: what is trained.
+        size: size of the regions.
+
+    Raises:
+        ValueError: a weight is used in two regions, or in a region and outside the blocks.
+    """
+    changed = _changed(model, task, fit, size)
+    pruned = {_identity(weight.storage) for weight in task.weights.values()}
+    places: dict[int, tuple[str, str]] = {}
+    for name, parameter, embeds in _uses(model):
+        key = _identity(parameter)
+        if key not in changed or (embeds and key in pruned):
+            continue
+        region = _region_of(name, model, size)
+        known, other = places.setdefault(key, (name, region))
+        if other != region:
+            raise ValueError(
+                f"{known!r} and {name!r} are one weight, but they belong to different regions, or one of them lies "
+                "outside the blocks. A region is fitted to its own outputs, and this would change those of the other. "
+                f"Use `prune`, {'a number of blocks as `region` that holds both, ' if size != 'matrix' else ''}or "
+                "leave the weight out: exclude it with `exclude_modules`, and train adapters in place of "
+                '`tuner="full"`.'
+            )
+
+
+def _changed(model: nn.Module, task: PruningTask, fit: Fit, size: RegionSize) -> set[int]:
+    """Return the identities of all parameters that are pruned or trained."""
+    parameters = [weight.storage for weight in task.weights.values()]
+    if size != "matrix":
+        adapted: dict[str, WeightView] = (
+            {} if fit.tuner == "full" else {n: task.weights[n] for n in adapted_weights(fit.tuner, task.weights)}
+        )
+        for stack in find_stacks(model):
+            (everything,) = regions_of_blocks(stack, 0)
+            parameters += plain_parameters(everything, fit.tuner, adapted)
+    return {_identity(parameter) for parameter in parameters if parameter.numel()}
+
+
+def _uses(model: nn.Module) -> list[tuple[str, nn.Parameter, bool]]:
+    """Return (name, parameter, whether it is an embedding) of every place in which a parameter stands."""
+    return [
+        (f"{name}.{key}" if name else key, parameter, isinstance(module, nn.Embedding))
+        for name, module in base_model(model).named_modules(remove_duplicate=False)
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+
+
+def _region_of(name: str, model: nn.Module, size: RegionSize) -> str:
+    """Return a text that is equal for parameters of the same region, "" for those outside the blocks."""
+    for number, stack in enumerate(find_stacks(model)):
+        block = block_of(name, stack)
+        if block is not None:
+            window = list(stack).index(block) // (size if isinstance(size, int) else 1)
+            return name if size == "matrix" else f"{number} {window}"
+    return ""
+
+
+def _identity(parameter: nn.Parameter | object) -> int:
+    """Return a number that is equal for parameters that share their memory."""
+    pointer = getattr(parameter, "data_ptr", int)()
+    # Tensors on the meta device have no memory.
+    return pointer or id(parameter)
