@@ -21,6 +21,9 @@ class Stream:
     Args:
         runner: the stack, with its batches before the first block.
         activations: where the hidden states wait: "device", "cpu" or "disk".
+
+    Raises:
+        ValueError: a batch runs other blocks than another one, or in another order.
     """
 
     def __init__(self, runner: BlockRunner, activations: Activations) -> None:
@@ -32,6 +35,12 @@ class Stream:
         self.calls: list[list[StateCall]] = []
         self._first: dict[Link, Tensor] = {}
         for number, batch in enumerate(runner.batches):
+            ran = [runner.names[call.block] for call in batch.calls]
+            if ran != self.names:
+                raise ValueError(
+                    f"Expected the same blocks to run on every batch, got {', '.join(self.names)}, and on batch "
+                    f"{number} {', '.join(ran)}. Give batches of one kind."
+                )
             state, calls = chain_of(runner, batch, self._shared)
             self.dtype = state.dtype
             self.values.append(self.store.put(f"in-{number}", state))
