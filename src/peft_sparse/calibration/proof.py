@@ -1,6 +1,6 @@
 """Proves, before any weight changes, that running blocks one by one computes what the model computes.
 
-For the first batch of each kind, the calls of the blocks are recorded while every block returns slightly larger values
+For the first batch of each kind, the calls of the blocks are recorded while every block returns slightly other values
 than it computes. Then the model runs once as it is. Beside each call of a block, the same call is made from the
 record. Its arguments, what it returns, and the number of inputs that each weight gets must be the same.
 """
@@ -404,7 +404,9 @@ class _Shadow:
         """Make a call from a record."""
         self.phase = phase
         # A block appends to a cache, and the record is used again.
-        args, kwargs = map_leaves(lambda leaf: copied(leaf) if is_cache(leaf) else leaf, (call.args, call.kwargs))
+        args, kwargs = map_leaves(
+            lambda leaf: copied(leaf) if is_cache(leaf) else leaf, (call.args, call.kwargs), keep=True
+        )
         try:
             # The model may be collecting what its blocks return, and keeps the list of it in a context variable.
             return contextvars.Context().run(returned_by, runner.blocks[call.block], args, kwargs)

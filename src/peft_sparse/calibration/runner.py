@@ -155,7 +155,7 @@ class BlockRunner:
         batches_in_all: the number of batches of all processes, if `inputs` is the share of this process.
         traits: how each block behaves, by index. Blocks whose trait is known need not run while calls are recorded.
             Blocks without an entry run, and their traits are added.
-        perturb: let blocks that run return slightly larger values than they compute.
+        perturb: let blocks that run return slightly other values than they compute.
     """
 
     def __init__(
@@ -299,7 +299,7 @@ class _Capture:
     def __init__(self, runner: BlockRunner, model: nn.Module, perturb: bool) -> None:
         self.runner = runner
         self.model = model
-        # Scales what blocks return, so that arguments that depend on it change too.
+        # Changes what blocks return, so that arguments that depend on it change too.
         self.perturb = perturb
         self.masks = TokenMasks(model, runner.names)
         self.batch = Batch(0)
@@ -372,7 +372,9 @@ class _Capture:
                 return self._returned(number, Returned(tree, [instead])).tree
         versions = [version_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         # The block appends to a cache, and what is recorded must stay as it is.
-        own_args, own_kwargs = map_leaves(lambda leaf: copied(leaf) if is_cache(leaf) else leaf, (args, kwargs))
+        own_args, own_kwargs = map_leaves(
+            lambda leaf: copied(leaf) if is_cache(leaf) else leaf, (args, kwargs), keep=True
+        )
         with self.runner.resident(index):
             returned = run_there(self.runner.blocks[index], forward, own_args, own_kwargs)
         if trait is None:
@@ -461,9 +463,12 @@ def _trait_of(returned: Returned, leaves: list[Any], written: bool) -> Trait:
 
 
 def _perturbed(returned: Returned, passed_on: set[int]) -> Returned:
-    """Return what a block returned with every floating-point tensor a little larger, except those it passes on."""
+    """Return what a block returned with every floating-point tensor changed a little, except those it passes on.
+
+    Entries are changed by different shares, because a norm would undo one share for all.
+    """
     changed = {
-        id(tensor): tensor * (1 + 1 / 64)
+        id(tensor): tensor * (1 + torch.rand_like(tensor) / 16)
         for tensor in tensors_of(returned.tree)
         if tensor.is_floating_point() and id(tensor) not in passed_on
     }
