@@ -9,7 +9,8 @@ import torch
 from peft_sparse import prune
 from peft_sparse.calibration.inputs import as_inputs, evaluation_mode
 from peft_sparse.calibration.recording import tensors_of
-from peft_sparse.calibration.runner import BlockRunner, on_device, stack_runners
+from peft_sparse.calibration.residence import on_device
+from peft_sparse.calibration.runner import BlockRunner, stack_runners
 from peft_sparse.model.blocks import find_blocks, find_stacks
 
 from checks import assert_same_weights, inputs_by_hooks

@@ -10,7 +10,7 @@ from accelerate.hooks import AlignDevicesHook
 from transformers import AutoModelForCausalLM
 
 from peft_sparse import Fit, prune, reconstruct, sparsity
-from peft_sparse.calibration.runner import on_device
+from peft_sparse.calibration.residence import on_device
 from peft_sparse.model.blocks import find_blocks
 from peft_sparse.model.offload import execution_device, is_offloaded, resident_through_hooks
 

@@ -16,9 +16,12 @@ from tqdm import tqdm
 from ..model.processes import add_up, exchange
 from ..model.weights import WeightView
 from .activations import Activations
+from .batch import Batch
+from .findings import Proof
 from .observing import InputObserver, Sight
-from .proof import Proof, check_sizes
-from .runner import Batch, BlockRunner, Residence, stack_runners
+from .proof import check_sizes
+from .residence import Residence
+from .runner import BlockRunner, stack_runners
 from .statistics import BlockStatistics, InputStatistics, Need, Statistics, sampled_per_batch, spread_rows
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.activations import Activations
+from ..calibration.findings import Proof
 from ..calibration.measure import measured_blocks
-from ..calibration.proof import Proof
-from ..calibration.runner import Residence
+from ..calibration.residence import Residence
 from ..model.blocks import block_of
 from ..model.weights import WeightView
 from .allocation import OWL, allocate

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
-from ..calibration.runner import Residence
+from ..calibration.residence import Residence
 from ..model.offload import is_offloaded, loaded_layer
 from ..model.weights import WeightView, check_finite
 from .budget import Reading

@@ -10,11 +10,13 @@ from torch import nn
 from tqdm import tqdm
 
 from ..calibration.activations import Activations, check_activations
+from ..calibration.findings import Proof
 from ..calibration.gradients import gradient_sums
 from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, in_words
 from ..calibration.measure import measure
-from ..calibration.proof import Proof, prove
-from ..calibration.runner import BlockRunner, Residence, on_device, stack_runners
+from ..calibration.proof import prove
+from ..calibration.residence import Residence, on_device
+from ..calibration.runner import BlockRunner, stack_runners
 from ..model.blocks import Targets, check_packed, prunable_weights
 from ..model.kinds import count_zeros
 from ..model.processes import working_together

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.batch import Batch
+from ..calibration.findings import Order, Proof
 from ..calibration.inputs import copied
-from ..calibration.proof import Order, Proof
 from ..calibration.recording import Link, is_cache, map_leaves, returned_by
-from ..calibration.runner import Batch, BlockRunner, to_device
+from ..calibration.residence import to_device
+from ..calibration.runner import BlockRunner
 
 
 STATE = Link(-2, 0)

@@ -14,7 +14,7 @@ from ..calibration.activations import Activations
 from ..calibration.gradients import gradient_sums
 from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, fingerprint_of_inputs, in_words
 from ..calibration.proof import prove
-from ..calibration.runner import on_device
+from ..calibration.residence import on_device
 from ..model.blocks import Targets
 from ..model.offload import is_offloaded
 from ..model.processes import agree, place, stopping_together

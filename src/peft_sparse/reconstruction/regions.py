@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 
-from ..calibration.runner import restore_forward
+from ..calibration.residence import restore_forward
 from ..model.blocks import attention_and_mlp
 from ..model.weights import PRUNABLE_LAYERS
 from .calls import StateCall

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..calibration.activations import Activations
+from ..calibration.batch import Batch
+from ..calibration.findings import Proof
 from ..calibration.measure import measure_inputs
-from ..calibration.proof import Proof
 from ..calibration.recording import tensors_of
-from ..calibration.runner import Batch, BlockRunner, Residence, on_device
+from ..calibration.residence import Residence, on_device
+from ..calibration.runner import BlockRunner
 from ..calibration.statistics import BlockStatistics, Need
 from ..model.blocks import find_stacks
 from ..model.environment import peak_memory

@@ -15,7 +15,7 @@ from ..calibration.activations import Activations, check_activations
 from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, in_words
 from ..calibration.measure import measured_blocks
 from ..calibration.proof import prove
-from ..calibration.runner import Residence, on_device
+from ..calibration.residence import Residence, on_device
 from ..calibration.statistics import Statistics
 from ..model.blocks import Targets, base_model
 from ..model.environment import peak_memory

@@ -1,0 +1,83 @@
+"""Where a block computes: on the device of its weights, which may be another one than that of its caller."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.offload import has_hooks, resident_through_hooks
+from .recording import Returned, give_back, leaves_of, map_leaves, returned_by
+
+
+Residence = Callable[[str, nn.Module], AbstractContextManager[Any]]
+
+
+def on_device(device: torch.device | str | None) -> Residence:
+    """Return a residence that moves a block to `device` and back. With None, the block stays where it is.
+
+    Weights that accelerate has offloaded are loaded within it, and what was written into them is kept.
+    """
+
+    # Not accelerate's `align_module_device`: it moves the parameters of one module, but no children and no buffers.
+    @contextlib.contextmanager
+    def resident(name: str, block: nn.Module) -> Iterator[None]:
+        if has_hooks(block):
+            with resident_through_hooks(block, device):
+                yield
+            return
+        homes = {tensor.device for tensor in (*block.parameters(), *block.buffers())}
+        if device is None or homes <= {torch.device(device)}:
+            yield
+            return
+        if len(homes) > 1:
+            with resident_through_hooks(block, device):
+                yield
+            return
+        block.to(device)
+        try:
+            yield
+        finally:
+            block.to(homes.pop())
+
+    return resident
+
+
+def restore_forward(block: nn.Module, own: Any) -> None:
+    """Undo a replacement of `block.forward`: `own` is the attribute that the block had, None if it had none."""
+    if own is None:
+        del block.forward
+    else:
+        block.forward = own
+
+
+def to_device(device: torch.device, leaf: Any) -> Any:
+    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+
+def with_tensors(returned: Returned, replaced: dict[int, Tensor]) -> Returned:
+    """Return what a block returned, with other tensors by the ids of those they replace."""
+    tree = map_leaves(lambda leaf: replaced.get(id(leaf), leaf), returned.tree)
+    return Returned(tree, [replaced.get(id(tensor), tensor) for tensor in returned.tensors])
+
+
+def run_there(
+    block: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Returned:
+    """Run `forward` of `block` on the device of its weights, and return what it returned.
+
+    What it returns comes back to the device of the first tensor among the arguments.
+    """
+    home = next((leaf.device for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)), None)
+    device = next((p.device for p in block.parameters()), home)
+    if device is None or home is None or device == home:
+        return returned_by(forward, args, kwargs)
+    own = args, kwargs
+    there = map_leaves(partial(to_device, device), own)
+    returned = returned_by(forward, *there)
+    moved = {id(tensor): tensor.to(home) for tensor in returned.tensors}
+    give_back(there, own, lambda leaf: moved.get(id(leaf), leaf))
+    return with_tensors(returned, moved)

@@ -1,0 +1,194 @@
+"""Finds out which inputs of a weight are padding, where the mask of the tokens alone does not tell."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.weights import WeightView, input_rows
+from .batch import Batch
+from .comparing import close, linked_leaves
+from .findings import Findings
+from .observing import InputObserver, is_over_tokens, rows_unknown, tokens_in
+from .padding import RowsUnknown, align
+from .recording import Call, Link, Returned, map_leaves, tensors_of
+from .runner import BlockRunner
+
+
+class RowSearch:
+    """Finds out how padding is left out of the inputs of the weights of one block after the other.
+
+    Args:
+        findings: what is known of the model. It grows.
+        make: makes a call from its record once more.
+    """
+
+    def __init__(self, findings: Findings, make: Callable[[BlockRunner, Call], Returned]) -> None:
+        self.findings = findings
+        self.make = make
+        self.states: dict[Link, Tensor] = {}
+        # The inputs that weights got in the latest call from a record, while it is asked which of them are padding.
+        self.looking = False
+        self.seen: dict[str, list[Tensor]] = {}
+
+    def start(self, looking: bool) -> None:
+        """Forget the inputs seen before; note the next ones if `looking`."""
+        self.seen, self.looking = {}, looking
+
+    def note(self, name: str, inputs: Tensor) -> None:
+        """Note inputs of a weight."""
+        if self.looking:
+            self.seen.setdefault(name, []).append(inputs)
+
+    def find(
+        self,
+        runner: BlockRunner,
+        call: int,
+        states: dict[Link, Tensor],
+        constants: list[Tensor],
+        own: Returned,
+    ) -> None:
+        """Find out how padding is left out of the inputs of the weights of a block.
+
+        Args:
+            runner: the stack, with one batch.
+            call: number of the call of the block.
+            states: what earlier calls returned.
+            constants: the tensors that the block gets beside the states.
+            own: what the block returned.
+
+        Raises:
+            ValueError: inputs of a weight cannot be told from padding.
+        """
+        self.states = states
+        batch = runner.batches[0]
+        keep, name = batch.padding.keep, runner.names[batch.calls[call].block]
+        weights = self.findings.weights[name]
+        if keep is None or not weights:
+            return
+        experts = {n: w for n, w in weights.items() if n in self.findings.of_experts}
+        if experts and not experts.keys() <= self.findings.sight.filters.keys():
+            self._find_filters(runner, call, experts, own)
+        unaligned = [
+            n
+            for n, tensors in self.seen.items()
+            if n not in experts and not self._aligned(n, tensors, batch, constants)
+        ]
+        if unaligned:
+            self._check_independent(runner, call, unaligned)
+
+    def _aligned(self, name: str, tensors: list[Tensor], batch: Batch, constants: list[Tensor]) -> bool:
+        layer = self.findings.all_weights[name].layer
+        for tensor in tensors:
+            tokens = tokens_in(layer, tensor)
+            if isinstance(layer, nn.Conv2d):
+                rows = input_rows(layer, tensor).shape[-2]
+                tokens = torch.Size((len(tensor), rows // len(tensor)))
+            try:
+                batch.padding.of_rows(tokens, any(tensor is constant for constant in constants))
+            except RowsUnknown:
+                return False
+        return True
+
+    def _find_filters(self, runner: BlockRunner, call: int, experts: dict[str, WeightView], own: Returned) -> None:
+        """Find for each expert the innermost module that gets all tokens. Check that padding may be removed there."""
+        block, keep = runner.blocks[runner.batches[0].calls[call].block], runner.batches[0].padding.keep
+        assert keep is not None
+        over_tokens: dict[int, bool] = {}
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            over_tokens[id(module)] = any(is_over_tokens(tensor, keep) for tensor in tensors_of((args, kwargs)))
+
+        with contextlib.ExitStack() as hooks:
+            for module in block.modules():
+                hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+            self._run(runner, call)
+        around = {
+            name: [module for module in _around(block, weight.layer) if over_tokens.get(id(module))]
+            for name, weight in experts.items()
+            # Other experts got no token.
+            if any(id(module) in over_tokens for module in weight.layer.modules())
+        }
+        if not around:
+            return
+        # The innermost may get as many rows as there are tokens, but sorted: then the one around it is tried.
+        for outwards in range(1, 1 + max(map(len, around.values()))):
+            filters = {name: modules[-min(outwards, len(modules))] for name, modules in around.items() if modules}
+            if len(filters) == len(around) and self._is_harmless(runner, call, filters, own):
+                sight = self.findings.sight
+                self.findings.sight = replace(sight, filters=sight.filters | filters)
+                return
+        raise ValueError(rows_unknown(next(iter(around)), keep.numel()))
+
+    def _is_harmless(self, runner: BlockRunner, call: int, filters: dict[str, nn.Module], own: Returned) -> bool:
+        """Return whether the block computes the same for all tokens that count if padding is removed there."""
+        keep, sight = runner.batches[0].padding.keep, self.findings.sight
+        assert keep is not None
+        experts = {name: self.findings.all_weights[name] for name in filters}
+        sight = replace(sight, filters=sight.filters | filters)
+        observer = InputObserver(self.findings.model, experts, _ignore, _ignore, sight=sight)
+        try:
+            with observer.hooks():
+                filtered = self._run(runner, call, observer)
+        except Exception:
+            # Modules that do not get one row per token fail in ways of their own.
+            return False
+        for tensor, other in zip(own.tensors, filtered.tensors, strict=True):
+            rows = align(keep, tensor.shape[:-1])
+            if rows is not None and not close(tensor.flatten(0, -2)[rows], other.flatten(0, -2)[rows], 1e-3):
+                return False
+        return True
+
+    def _check_independent(self, runner: BlockRunner, call: int, names: list[str]) -> None:
+        """Check that the inputs of the weights `names` do not depend on padding, so that all their rows count."""
+        before = {name: self.seen[name] for name in names}
+        self._run(runner, call, noise=True)
+        for name in names:
+            after = self.seen.get(name, [])
+            if len(after) != len(before[name]) or not all(map(torch.equal, before[name], after)):
+                raise ValueError(rows_unknown(name, before[name][0].shape[:-1].numel()))
+        self.findings.sight = replace(self.findings.sight, unpadded=self.findings.sight.unpadded | set(names))
+
+    def _run(
+        self, runner: BlockRunner, call: int, observer: InputObserver | None = None, noise: bool = False
+    ) -> Returned:
+        """Make a call from the record once more; `noise` is put on states of padding."""
+        batch = runner.batches[0]
+        filled, constants = runner.filled(batch, call, self.states)
+        if noise:
+            keep = batch.padding.keep
+            links = linked_leaves(runner, call, filled)
+            filled.args, filled.kwargs = map_leaves(
+                lambda leaf: _with_noise(leaf, keep) if id(leaf) in links else leaf, (filled.args, filled.kwargs)
+            )
+        if observer is not None:
+            observer.before_call(batch, constants)
+        self.seen = {}
+        return self.make(runner, filled)
+
+
+def _around(block: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """Return the modules in `block` that get all tokens and not those of one expert, from the outermost one.
+
+    These are the modules around a layer, and itself; or those around the list of experts that it lies in.
+    """
+    path = next(name for name, module in block.named_modules() if module is layer).split(".")
+    modules = [block.get_submodule(".".join(path[:end])) for end in range(1, len(path) + 1)]
+    lists = [n for n, module in enumerate(modules) if isinstance(module, (nn.ModuleList, nn.ModuleDict))]
+    return modules[: lists[-1]] if lists else modules
+
+
+def _with_noise(state: Tensor, keep: Tensor | None) -> Tensor:
+    rows = None if keep is None or not state.is_floating_point() else align(keep, state.shape[:-1])
+    if rows is None:
+        return state
+    noisy = state.clone()
+    noisy.view(-1, state.shape[-1])[~rows] += torch.randn(1)
+    return noisy
+
+
+def _ignore(*args: Any) -> None:
+    """Record nothing."""
