@@ -572,3 +572,53 @@ def test_a_default_device_of_the_caller_changes_nothing(tuner):
     with torch.device("meta"):
         rebuild(other, calibration, tuner=TUNERS[tuner], holdout=0.4)
     assert_same_weights(one, other)
+
+
+# -- weights that stand in several places -----------------------------------------------------------------------------
+
+
+def tied(kind):
+    model = lively("llama")
+    first, second = model.model.layers[0], model.model.layers[1]
+    if kind == "weight":
+        second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    elif kind == "memory":
+        second.mlp.up_proj.weight.data = first.mlp.up_proj.weight.data
+    elif kind == "norm":
+        second.input_layernorm = first.input_layernorm
+    elif kind == "block":
+        model.model.layers[1] = first
+    elif kind == "outside":
+        model.model.norm.weight = second.input_layernorm.weight
+    return model
+
+
+@pytest.mark.parametrize("kind", ["weight", "memory", "norm", "block", "outside"])
+@pytest.mark.parametrize("mode", ["SS", "DD"])
+def test_weights_of_two_regions_are_refused_before_any_work(kind, mode):
+    model, expected, told = tied(kind), tied(kind), Told()
+    with pytest.raises(ValueError, match="are one weight, but they .* belong to different regions, or one of them"):
+        rebuild(model, batches_of("llama"), mode=mode, observer=told)
+    assert_same_weights(model, expected)
+    assert not told.promised
+
+
+def test_weights_that_stay_may_stand_in_two_regions():
+    """A norm that is not trained, and a matrix that is neither pruned nor adapted."""
+    rebuild(tied("norm"), batches_of("llama"), tuner=MaskLoRAConfig(r=2), max_steps=1)
+    rebuild(tied("norm"), batches_of("llama"), region="matrix")
+    options = {"tuner": MaskLoRAConfig(r=2), "exclude_modules": ["up_proj"], "max_steps": 1}
+    rebuild(tied("weight"), batches_of("llama"), **options)
+
+
+def test_blocks_of_one_region_may_share_a_weight():
+    model, seen = tied("weight"), []
+
+    def optimizer(parameters):
+        seen.append(len(parameters) - len(set(parameters)))
+        return torch.optim.AdamW(parameters, 5e-3)
+
+    report = rebuild(model, batches_of("llama"), region=3, optimizer=optimizer)
+    assert seen == [0]
+    assert report.regions[0].error < report.regions[0].error_pruned
+    assert model.model.layers[0].mlp.up_proj.weight is model.model.layers[1].mlp.up_proj.weight

@@ -296,7 +296,9 @@ def trainable(region: Region, weights: dict[str, WeightView], tuner: Tuner) -> I
             adapters.extend(_attach(region, list(adapted), tuner))
         for parameter in plain:
             parameter.requires_grad_(True)
-        parameters = [p for block in region.blocks.values() for p in block.parameters() if p.requires_grad]
+        # Blocks of one region may share parameters.
+        every = {id(p): p for block in region.blocks.values() for p in block.parameters() if p.requires_grad}
+        parameters = list(every.values())
         # All matrices have a mask, because a matrix that is not pruned in this run may have been pruned before.
         masks = {p: mask_of(p.detach()) for p in plain if p.dim() > 1}
         yield TrainableRegion(region, parameters, masks, merge, undo)

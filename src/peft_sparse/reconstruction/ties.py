@@ -26,17 +26,19 @@ def check_ties(model: nn.Module, task: PruningTask, fit: Fit, size: RegionSize) 
     """
     changed = _changed(model, task, fit, size)
     pruned = {_identity(weight.storage) for weight in task.weights.values()}
-    places: dict[int, tuple[str, str]] = {}
+    places: dict[int, tuple[str, str, nn.Parameter]] = {}
     for name, parameter, embeds in _uses(model):
         key = _identity(parameter)
         if key not in changed or (embeds and key in pruned):
             continue
         region = _region_of(name, model, size)
-        known, other = places.setdefault(key, (name, region))
-        if other != region:
+        known, other, first = places.setdefault(key, (name, region, parameter))
+        # Two parameters of one memory would be trained twice, even within a region.
+        if other != region or first is not parameter:
             raise ValueError(
-                f"{known!r} and {name!r} are one weight, but they belong to different regions, or one of them lies "
-                "outside the blocks. A region is fitted to its own outputs, and this would change those of the other. "
+                f"{known!r} and {name!r} are one weight, but they are two parameters, belong to different regions, or "
+                "one of them lies outside the blocks. A region is fitted to its own outputs, and this would change "
+                "those of the other. "
                 f"Use `prune`, {'a number of blocks as `region` that holds both, ' if size != 'matrix' else ''}or "
                 "leave the weight out: exclude it with `exclude_modules`, and train adapters in place of "
                 '`tuner="full"`.'
