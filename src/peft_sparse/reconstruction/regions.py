@@ -11,6 +11,7 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from ..calibration.residence import restore_forward
 from ..model.blocks import attention_and_mlp
+from ..model.kinds import is_quantised
 from ..model.weights import PRUNABLE_LAYERS
 from .calls import StateCall
 
@@ -138,10 +139,14 @@ def _parameters(name: str, block: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of a block that can be trained with it, by their names in the model.
 
     Embeddings inside a block are left out. In T5 they are the position bias. Its values have already been computed for
-    the later blocks, which would not see a change.
+    the later blocks, which would not see a change. Quantised weights are left out, too.
     """
     handed_on = {id(p) for module in block.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    return {f"{name}.{key}": value for key, value in block.named_parameters() if id(value) not in handed_on}
+    return {
+        f"{name}.{key}": value
+        for key, value in block.named_parameters()
+        if id(value) not in handed_on and not is_quantised(value)
+    }
 
 
 @contextlib.contextmanager
