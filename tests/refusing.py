@@ -2,6 +2,7 @@
 
 import torch
 from peft import get_peft_model
+from torch import nn
 
 from peft_sparse import MaskLoRAConfig, SparseTrainingArguments, prune, prune_structured
 
@@ -10,6 +11,42 @@ from rebuilding import rebuild as rebuilt
 
 
 TOKENS = torch.randint(0, 61, (4, 8))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, hidden, other=None):
+        return self.fc(hidden) + (0 if other is None else other)
+
+
+class Net(nn.Module):
+    """A model that runs its three blocks as `order` says."""
+
+    def __init__(self, order, block=Block):
+        super().__init__()
+        self.embed, self.layers, self.order = nn.Embedding(61, 8), nn.ModuleList(block() for _ in range(3)), order
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.order(self.layers, self.embed(input_ids))
+
+
+def in_order(layers, hidden):
+    for block in layers:
+        hidden = block(hidden)
+    return hidden
+
+
+def batches(*lengths):
+    return [{"input_ids": torch.arange(length)[None]} for length in lengths]
+
+
+def padded(*lengths):
+    """Batches of one sequence whose last two tokens are padding."""
+    return [{**batch, "attention_mask": (batch["input_ids"] < batch["input_ids"].shape[1] - 2).long()}
+            for batch in batches(*lengths)]  # fmt: skip
 
 
 def llama(edit=None):

@@ -8,8 +8,8 @@ from transformers import AutoModel, DynamicCache
 
 from peft_sparse import pack_sequences, perplexity, prune, sample_sequences
 
-from conftest import CONFIGS
-from refusing import TOKENS, flap, llama, nan_norm, rebuild, wanda
+from conftest import CONFIGS, tiny
+from refusing import TOKENS, Block, Net, batches, flap, in_order, llama, nan_norm, padded, rebuild, wanda
 
 
 def zero_norm(model):
@@ -74,6 +74,80 @@ def ignored():
 
     model.model.layers[0].mlp.register_forward_hook(call_idle)
     return model
+
+
+def is_unperturbed(block, hidden, output):
+    return torch.equal(output, nn.functional.linear(hidden, block.fc.weight, block.fc.bias))
+
+
+def another_by_values(layers, hidden):
+    output = layers[0](hidden)
+    return layers[1 if is_unperturbed(layers[0], hidden, output) else 2](output)
+
+
+def fewer_by_values(layers, hidden):
+    output = layers[0](hidden)
+    return output if is_unperturbed(layers[0], hidden, output) else layers[1](output)
+
+
+def with_a_number(layers, hidden):
+    hidden = layers[0](hidden)
+    return layers[1](hidden, other=hidden.norm().item())
+
+
+def reaching_in(layers, hidden):
+    return layers[0].fc(in_order(layers, hidden))
+
+
+class Remembering(Block):
+    """Adds what it was given before."""
+
+    last = 0
+
+    def forward(self, hidden):
+        before, self.last = self.last, hidden
+        return self.fc(hidden) + before
+
+
+def in_pairs(layer, hidden):
+    """Call `layer` on the sum of two tokens each, if their number is even."""
+    if hidden.shape[1] % 2:
+        return layer(hidden)
+    return layer(hidden[:, ::2] + hidden[:, 1::2]).repeat_interleave(2, 1)
+
+
+class Pairing(Block):
+    def forward(self, hidden):
+        return in_pairs(self.fc, hidden)
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(8, 2), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, hidden):
+        chosen, outputs = self.router(hidden).argmax(-1), torch.zeros_like(hidden)
+        for index, expert in enumerate(self.experts):
+            outputs[chosen == index] = expert(hidden[chosen == index])
+        return outputs
+
+
+class PairingMixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mixture = Mixture()
+
+    def forward(self, hidden):
+        return in_pairs(self.mixture, hidden)
+
+
+def no_token_counts():
+    wanda(llama(), calibration=[{"input_ids": TOKENS, "token_mask": torch.zeros_like(TOKENS)}])
+
+
+def a_mask_of_other_tokens():
+    wanda(Net(in_order), calibration=[batches(8)[0] | {"attention_mask": padded(7)[0]["attention_mask"]}])
 
 
 REFUSALS = [
@@ -220,6 +294,66 @@ REFUSALS = [
         lambda: wanda(Stairs(in_place=True), calibration=[{"x": torch.ones(1, 2, 4)}]),
         ValueError,
         "Between 'steps.0' and 'steps.1' the model changes the hidden states, .* or give batches for which the model",
+    ),
+    (
+        lambda: wanda(Net(another_by_values), calibration=batches(8)),
+        ValueError,
+        "calls 'layers.1', and another block or none in its place if its blocks return slightly other values: which",
+    ),
+    (
+        lambda: wanda(Net(fewer_by_values), calibration=batches(8)),
+        ValueError,
+        "calls the blocks of 'layers' 1 times, and 2 times if its blocks return slightly other values: which blocks",
+    ),
+    (
+        lambda: wanda(Net(with_a_number), calibration=batches(8)),
+        ValueError,
+        "What 'layers.1' receives beside the hidden states depends on what earlier blocks computed, .* Prune by a",
+    ),
+    (
+        lambda: wanda(Net(in_order, Remembering), calibration=batches(8)),
+        ValueError,
+        "Called alone, 'layers.1' returns something else than within the model: it depends on more than its arg",
+    ),
+    (
+        lambda: wanda(Net(reaching_in), calibration=batches(8)),
+        ValueError,
+        "multiplies 'layers.0.fc' with 128 entries of inputs, and calls of its block with 64: the model also uses",
+    ),
+    (
+        a_mask_of_other_tokens,
+        ValueError,
+        r"'attention_mask' of shape \(1, 7\) marks padding, but fits the tokens of no stack .* `token_mask` of shape",
+    ),
+    (
+        lambda: wanda(Net(in_order, Pairing), calibration=padded(8)),
+        ValueError,
+        "'layers.0.fc' gets 4 rows of which it is not known which are padding. Give batches without padding, such as",
+    ),
+    (
+        lambda: wanda(Net(in_order, Pairing), calibration=padded(7, 8)),
+        ValueError,
+        "'layers.0.fc' gets 4 rows of which it is not known which are padding. .* or add 'layers.0.fc' to",
+    ),
+    (
+        lambda: wanda(Net(in_order, Mixture), calibration=padded(8)),
+        ValueError,
+        r"'layers.0.experts.\d' gets 8 rows of which it is not known which are padding. Give batches without padding",
+    ),
+    (
+        lambda: wanda(Net(in_order, PairingMixture), calibration=padded(7, 8)),
+        ValueError,
+        r"'layers.0.mixture.experts.\d' gets 1 rows of which it is not known which are padding. Give batches",
+    ),
+    (
+        no_token_counts,
+        ValueError,
+        "Layer 'model.layers.0.self_attn.q_proj' saw no calibration token, so its inputs cannot be measured. Use more",
+    ),
+    (
+        lambda: wanda(tiny("mixtral"), calibration=TOKENS[:1, :1], on_unreached="error"),
+        ValueError,
+        r"No calibration token reaches \d+ weights of experts, the first of them .* or `on_unreached=\"magnitude\"`",
     ),
 ]
 

@@ -418,6 +418,16 @@ REFUSALS = [
         "q_proj' is on the meta device, which holds no values. Load the model first",
     ),
     (lambda: arguments(sparsity=1.5), ValueError, r"must be in \[0, 1\), got 1.5"),
+    (
+        lambda: prune(llama(), 0.5, on_unreached="skip"),
+        ValueError,
+        '`on_unreached` must be "magnitude", to prune experts .* or "error", got \'skip\'',
+    ),
+    (
+        lambda: prune(tiny("mixtral"), 0.5, TOKENS[:1, :1], criterion="wanda", group="model"),
+        ValueError,
+        r"No calibration token reaches .*\d such weights of experts.*, so its scores cannot be compared .* Use more",
+    ),
     (nan_hessian, ValueError, "Expected a finite solution of the masked least squares, got NaN or infinity"),
 ]
 

@@ -3,15 +3,13 @@
 import tempfile
 
 import pytest
-import torch
 from peft import LoraConfig
-from torch import nn
 
 from peft_sparse import MaskLoRAConfig, reconstruct
 from peft_sparse.reconstruction.progress import Progress
 
 from conftest import tiny
-from refusing import adapted, llama, rebuild
+from refusing import Net, adapted, batches, llama, rebuild
 
 
 def tied(one, other):
@@ -38,26 +36,6 @@ def other_region():
         Progress(folder, {}).load(0, as_read="those weights")
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-
-    def forward(self, hidden, other=None):
-        return self.fc(hidden) + (0 if other is None else other)
-
-
-class Net(nn.Module):
-    """A model that runs its three blocks as `order` says."""
-
-    def __init__(self, order):
-        super().__init__()
-        self.embed, self.layers, self.order = nn.Embedding(61, 8), nn.ModuleList(Block() for _ in range(3)), order
-
-    def forward(self, input_ids, more=None):
-        return self.order(self.layers, self.embed(input_ids))
-
-
 def twice(layers, hidden):
     return layers[2](layers[1](layers[0](layers[0](hidden))))
 
@@ -73,10 +51,6 @@ def two_streams(layers, hidden):
     return layers[2](layers[1](first), other=first)
 
 
-def batches(*lengths):
-    return [{"input_ids": torch.arange(length)[None]} for length in lengths]
-
-
 REFUSALS = [
     (
         lambda: reconstruct(Net(twice), 0.5, batches(8)),
@@ -89,7 +63,7 @@ REFUSALS = [
         "on every batch, got layers.2, layers.1, layers.0, and on batch 1 layers.0, layers.1, layers.2. Give batches",
     ),
     (
-        lambda: reconstruct(Net(backwards_if_short), 0.5, [batches(8)[0], batches(9)[0] | {"more": None}]),
+        lambda: reconstruct(Net(backwards_if_short), 0.5, [batches(8)[0], batches(9)[0] | {"attention_mask": None}]),
         ValueError,
         "Expected the same blocks to run on every batch, got layers.2, layers.1, layers.0 and layers.0, layers.1,",
     ),
