@@ -88,7 +88,12 @@ def fail_in_the_second():
     words = ["process 1 stopped with ArithmeticError: out of luck", "out of luck"][rank]
     with pytest.raises([group.OtherProcessError, ArithmeticError][rank], match=words):
         prune(model, 0.5, criterion="wanda", calibration=data("llama"))
-    assert (model.model.layers[0].mlp.up_proj.weight == 0).any()
+    # It is met before any work.
+    assert not (model.model.layers[0].mlp.up_proj.weight == 0).any()
+    # An argument that is wrong in one process alone stops both, too.
+    words = ["process 1 stopped with ValueError: `group` must be", "`group` must be"][rank]
+    with pytest.raises([group.OtherProcessError, ValueError][rank], match=words):
+        prune(tiny("llama"), 0.5, criterion="wanda", calibration=data("llama"), group=[None, "none"][rank])
     # Another call finds the processes in step again.
     prune(tiny("llama"), 0.5, criterion="wanda", calibration=data("llama"))
 

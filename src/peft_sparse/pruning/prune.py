@@ -19,7 +19,7 @@ from ..calibration.residence import Residence, on_device
 from ..calibration.runner import BlockRunner, stack_runners
 from ..model.blocks import Targets, check_packed, prunable_weights
 from ..model.kinds import count_zeros
-from ..model.processes import working_together
+from ..model.processes import agree, stopping_together
 from ..model.settings import ordinary_settings
 from ..model.sharding import check_strategy
 from ..model.weights import check_finite
@@ -119,32 +119,44 @@ def prune(
         RuntimeError: another process failed.
     """
     started = time.perf_counter()
-    task = PruningTask.of(
-        model,
-        pattern,
-        sparsity=sparsity,
-        criterion=criterion,
-        group=group,
-        allocation=allocation,
-        refinement=refinement,
-        update=update,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        prune_tied=prune_tied,
-        on_unreached=on_unreached,
-    )
-    check_activations(activations)
-    check_calibration(task, calibration)
-    check_finite(task.weights)
-    inputs = None if calibration is None else as_inputs(model, calibration, batch_size)
-    task.sequences = count_sequences(inputs or [])
-    residence = checked_when_loaded(on_device(device), task.inside)
-    with evaluation_mode(model), _together(task, inputs):
-        proof = (
-            None
-            if inputs is None
-            else prove(model, inputs, task.inside, residence, every_expert=task.on_unreached == "error")
+    # Without calibration, each process does all of the work, and may be the only one that does it.
+    with contextlib.nullcontext() if calibration is None else stopping_together():
+        task = PruningTask.of(
+            model,
+            pattern,
+            sparsity=sparsity,
+            criterion=criterion,
+            group=group,
+            allocation=allocation,
+            refinement=refinement,
+            update=update,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            prune_tied=prune_tied,
+            on_unreached=on_unreached,
         )
+        check_activations(activations)
+        check_calibration(task, calibration)
+        check_finite(task.weights)
+        inputs = None if calibration is None else as_inputs(model, calibration, batch_size)
+        _run(model, task, inputs, activations, checked_when_loaded(on_device(device), task.inside))
+    return task.report(time.perf_counter() - started)
+
+
+def _run(
+    model: nn.Module,
+    task: PruningTask,
+    inputs: list[dict[str, Any]] | None,
+    activations: Activations,
+    residence: Residence,
+) -> None:
+    task.sequences = count_sequences(inputs or [])
+    with evaluation_mode(model):
+        proof = None
+        if inputs is not None:
+            how = f"{task.criterion}, {task.group}, {task.allocation}, {task.refinement}, {task.update}"
+            agree(f"{how} to {task.pattern} of {len(task.weights)} weights by {in_words(inputs)}")
+            proof = prove(model, inputs, task.inside, residence, every_expert=task.on_unreached == "error")
         if task.allocation is not None:
             with one_layer_at_a_time(task.weights) as reading:
                 task.patterns = allocated_patterns(model, task, inputs, activations, residence, reading, proof)
@@ -159,7 +171,6 @@ def prune(
                 prune_stack(model, runner, task, proof)
         else:
             prune_blocks(task, task.blocks, residence)
-    return task.report(time.perf_counter() - started)
 
 
 def sparsity(model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None) -> float:
@@ -228,14 +239,6 @@ def prune_blocks(
             prune_weights(task.inside(name), task, None)
             if after_block is not None:
                 after_block(name)
-
-
-def _together(task: PruningTask, inputs: list[dict[str, Any]] | None) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which the processes share the work. Without calibration each process does all of it."""
-    if inputs is None:
-        return contextlib.nullcontext()
-    how = f"{task.criterion}, {task.group}, {task.allocation}, {task.refinement}, {task.update}"
-    return working_together(f"{how} to {task.pattern} of {len(task.weights)} weights by {in_words(inputs)}")
 
 
 def _saying_where(block: str) -> contextlib.AbstractContextManager[None]:

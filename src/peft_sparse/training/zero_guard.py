@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..model.blocks import Targets, base_layer, base_model, prunable_weights
+from ..model.kinds import count_zeros, is_quantised
 from ..model.masks import fingerprint, mask_, mask_of, pack, unpack
 from ..model.sharding import (
     check_strategy,
@@ -87,6 +88,8 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         self.trained: dict[str, Tensor] = {}
         self.fingerprints: dict[str, str] = {}
         self._hooks: list[RemovableHandle] = []
+        # (zeros, entries) of the weights that are quantised.
+        self._of_quantised: list[tuple[int, int]] = []
         self._model: nn.Module | None = None
         self._followed = 0
 
@@ -168,7 +171,8 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
 
     def sparsity(self) -> float:
         """Return the fraction of zeros in the guarded weights. All processes must call this together."""
-        return share(self._counts().values())
+        plain = {n: c for n, c in self._counts().items() if not is_quantised(self.parameters[n])}
+        return share([*plain.values(), *self._of_quantised])
 
     def _remember(self, optimizer: Optimizer | None) -> None:
         """Store the masks that the weights have now, and register the hooks that keep them."""
@@ -180,6 +184,9 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         for name, weight in self.weights.items():
             firsts.setdefault(id(weight.storage), name)
         self.parameters = {name: self.weights[name].storage for name in firsts.values()}
+        # Training does not change these, and reading them takes long.
+        quantised = {n: w for n, w in self.weights.items() if is_quantised(w.storage)}
+        self._of_quantised = [count_zeros(quantised)] if quantised else []
         self.kept = {name: packed_mask(parameter) for name, parameter in self.parameters.items()}
         # A parameter that is frozen now may be unfrozen later, if the optimiser holds it.
         groups = [] if optimizer is None else optimizer.param_groups
