@@ -14,7 +14,9 @@ from .weights import PRUNABLE_LAYERS
 
 def base_model(model: nn.Module) -> nn.Module:
     """Return the model inside the wrappers of PEFT, DDP and `torch.compile`."""
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    # Accelerate asks the installed packages each time, which takes as long as a small block runs.
+    if hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
     while isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
         model = model.model if isinstance(model, BaseTuner) else model.base_model
     return model
