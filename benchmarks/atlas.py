@@ -96,8 +96,11 @@ def work(types: list[str], stages: list[str], output: Path) -> None:
             print(json.dumps(try_model(known[name], stages)), file=file, flush=True)
 
 
-def supervise(types: list[str], stages: list[str], workers: int) -> list[dict[str, Any]]:
-    """Run the types in `workers` processes at a time, and go on behind a type that ends its process."""
+def supervise(types: list[str], stages: list[str], workers: int, kept: Path | None = None) -> list[dict[str, Any]]:
+    """Run the types in `workers` processes at a time, and go on behind a type that ends its process.
+
+    Each row is appended to the file `kept` as it comes.
+    """
     from atlas_models import entries
 
     known = {entry.type: entry for entry in entries()}
@@ -114,6 +117,9 @@ def supervise(types: list[str], stages: list[str], workers: int) -> list[dict[st
                     for line in lines:
                         rows[line["type"]] = line
                         print(_short(line), flush=True)
+                        if kept is not None:
+                            with kept.open("a") as file:
+                                print(json.dumps(line), file=file)
                     queues[number] = [t for t in queues[number] if t not in rows]
                     running[number] = running[number] if alive else None
             time.sleep(0.5)
@@ -166,7 +172,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="model types; all by default")
     parser.add_argument("--stages", nargs="*", default=STAGES, choices=STAGES, metavar="STAGE")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
-    parser.add_argument("--output", type=Path, help="folder for atlas.md and atlas.json, instead of docs and results")
+    parser.add_argument("--output", type=Path, help="folder for atlas.md, atlas.json and rows.jsonl, which is written as rows come; instead of docs and results")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     sys.path.insert(0, str(HERE))
@@ -178,7 +184,12 @@ def main() -> None:
 
     types = [entry.type for entry in entries() if args.only is None or entry.type in args.only]
     started = time.perf_counter()
-    rows = supervise(types, args.stages, args.workers)
+    kept = None
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        kept = args.output / "rows.jsonl"
+        kept.unlink(missing_ok=True)
+    rows = supervise(types, args.stages, args.workers, kept)
     if args.output is None and (args.only is not None or args.stages != STAGES):
         print("A part of the atlas is printed and not written; name a folder with --output to keep it.")
         return

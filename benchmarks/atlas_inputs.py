@@ -271,12 +271,17 @@ def _with_images(model: Any, make: Part, error: str, deadline: float) -> tuple[P
     numbers = [int(n) for n in re.findall(r"\d+", first + error)]
     width = find(config.get_text_config(), "hidden_size") or 32
     guesses = [n // d for n in numbers for d in (1, SEQUENCES, width, SEQUENCES * width) if n % d == 0]
-    for count in dict.fromkeys([*guesses, *range(1, 40)]):
+    found = _error(model, inserted(2)(_generator(0), False))
+    if found is None:
+        return inserted(2), None
+    # An error that says the same of one and of two tokens has another reason.
+    more = range(3, 40) if found != first else ()
+    for count in dict.fromkeys([*guesses, *more]):
         if time.monotonic() > deadline:
             break
         if 0 < count <= 100 and (found := _error(model, inserted(count)(_generator(0), False))) is None:
             return inserted(count), None
-    return make, found if first is None else first
+    return make, first
 
 
 # Sound.

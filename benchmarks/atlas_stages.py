@@ -212,7 +212,7 @@ class Stages:
         same_state(before, model, ("requires_grad", "dtypes", "identity of parameters", "configuration", "modules"))
         masked = copy.deepcopy(model)
         size = sum(p.numel() for p in model.parameters())
-        compact(model)
+        compact(model, self.batches)
         if sum(p.numel() for p in model.parameters()) >= size:
             raise Wrong("compact made it no smaller")
         if (apart := self._apart(masked, model)) > 1e-3:

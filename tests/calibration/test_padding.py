@@ -242,6 +242,47 @@ def test_masks_of_torchs_convention_are_understood():
     )
 
 
+class Sorted(nn.Module):
+    """Multiplies rows of the first token of all sequences, then of the second, by a layer that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x, attention_mask=None):
+        rows = self.norm(x).transpose(0, 1).flatten(0, 1)
+        return x + (rows @ self.fc.weight.T).view(x.shape[1], x.shape[0], 8).transpose(0, 1)
+
+
+def test_rows_of_tokens_first_are_told_from_rows_of_sequences_first():
+    model = Pooled(Sorted).eval()
+    sequences = texts(8, 3, 5)
+    ids, mask = padded(sequences)
+    assert_same_statistics(model, [{"input_ids": s} for s in sequences], [{"input_ids": ids, "attention_mask": mask}])
+
+
+class Captioner(nn.Module):
+    """Gets as many patches of an image as tokens of text, and a mask of the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.eyes = Pooled(Sorted), Pooled(Sorted)
+
+    def forward(self, input_ids, patches, attention_mask=None):
+        for layer in self.eyes.layers:
+            patches = layer(patches)
+        return self.text(input_ids, attention_mask) + patches
+
+
+def test_a_mask_of_text_leaves_an_image_of_as_many_patches_alone():
+    ids, mask = padded(texts(8, 3))
+    batch = {"input_ids": ids, "patches": torch.randn(2, 8, 8), "attention_mask": mask}
+    found = statistics(Captioner().eval(), [batch])
+    assert {name: measured.tokens for name, measured in found.items()} == {
+        "text.layers.0.fc": 11, "text.layers.1.fc": 11, "eyes.layers.0.fc": 16, "eyes.layers.1.fc": 16
+    }  # fmt: skip
+
+
 class Pooling(nn.Module):
     """Halves the tokens before a layer, so that a row is no token."""
 
@@ -255,9 +296,10 @@ class Pooling(nn.Module):
 
 
 class Pooled(nn.Module):
-    def __init__(self):
+    def __init__(self, block=None):
         super().__init__()
-        self.embed, self.layers = nn.Embedding(32, 8), nn.ModuleList(Pooling() for _ in range(2))
+        self.embed = nn.Embedding(32, 8)
+        self.layers = nn.ModuleList((block or Pooling)() for _ in range(2))
 
     def forward(self, input_ids, attention_mask=None):
         x = self.embed(input_ids)

@@ -133,6 +133,23 @@ NETS = {
 }
 
 
+class Later(nn.Module):
+    """Registers the stack that runs last before the one that runs first."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(32, 8)
+        self.last, self.first = (nn.ModuleList(Block() for _ in range(2)) for _ in range(2))
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, input_ids):
+        return in_order(0, 1)(self.last, self.norm(in_order(0, 1)(self.first, self.embed(input_ids))))
+
+
+NETS["stacks registered in another order"] = Later()
+
+
 def tokens(seed=0, rows=6):
     return torch.randint(0, 32, (rows, 7), generator=torch.Generator().manual_seed(seed))
 

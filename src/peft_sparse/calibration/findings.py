@@ -27,11 +27,13 @@ class Proof:
         sight: how inputs are seen that the calls of layers do not show.
         orders: for each stack, by the name of its first block, the calls on one batch of each kind: (name of the
             block, links to what earlier calls returned).
+        stacks: the names of the first blocks of the stacks, in the order in which the stacks first run.
     """
 
     traits: dict[str, Trait] = field(default_factory=dict)
     sight: Sight = field(default_factory=Sight)
     orders: dict[str, list[Order]] = field(default_factory=dict)
+    stacks: list[str] = field(default_factory=list)
 
 
 class Findings:
@@ -56,6 +58,8 @@ class Findings:
         self.traits: dict[str, Trait] = {}
         self.sight = Sight(experts=frozenset(self.of_experts))
         self.orders: dict[str, list[Order]] = {}
+        # The names of the first blocks of the stacks, in the order in which the stacks first run.
+        self.ran: list[str] = []
         # Number of entries of the inputs that each weight got: in the model's own pass, and in calls of its block.
         self.reached: dict[str, int] = {}
         # The sum of the sizes of these inputs.

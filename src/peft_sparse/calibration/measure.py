@@ -84,13 +84,15 @@ def measured_blocks(
         ValueError: a weight got no input, inputs that are all zero, or inputs that are not finite; no batch runs the
             blocks of a stack.
     """
-    traits, sight = (proof.traits, proof.sight) if proof is not None else (None, None)
-    for runner in stack_runners(model, inputs, inside, activations=activations, residence=residence, traits=traits):
+    proof = proof or Proof()
+    for runner in stack_runners(
+        model, inputs, inside, activations=activations, residence=residence, traits=proof.traits, order=proof.stacks
+    ):
         for index in tqdm(runner.order, desc="measuring", unit="block", disable=None):
             weights = inside(runner.names[index])
             with runner.resident(index):
                 if weights:
-                    measured = measure(model, runner, index, weights, needs, sight)
+                    measured = measure(model, runner, index, weights, needs, proof.sight)
                     yield from ((name, measured) for name in measured.inputs)
                 runner.advance(index)
 

@@ -31,12 +31,15 @@ class Sight:
             tokens, among which padding can no longer be recognised. By default it is the module of fused experts.
         unpadded: names of weights whose inputs do not depend on padding: all their rows count.
         experts: names of the weights of experts, which may get no token.
+        tokens_first: names of weights that get rows of tokens and sequences in one dimension, those of the first token
+            first. Others get those of the first sequence first.
     """
 
     products: frozenset[str] = frozenset()
     filters: dict[str, nn.Module] = field(default_factory=dict)
     unpadded: frozenset[str] = frozenset()
     experts: frozenset[str] = frozenset()
+    tokens_first: frozenset[str] = frozenset()
 
 
 class InputObserver:
@@ -138,7 +141,7 @@ class InputObserver:
             return rows
         shape = shape if shape.numel() == rows.shape[-2] else torch.Size((shape[0], rows.shape[-2] // shape[0]))
         try:
-            keep = self.padding.of_rows(shape, self.from_context[name])
+            keep = self.padding.of_rows(shape, self.from_context[name], name in self.sight.tokens_first)
         except RowsUnknown:
             raise ValueError(rows_unknown(name, rows.shape[-2])) from None
         return rows if keep is None else rows[..., keep.to(rows.device), :]

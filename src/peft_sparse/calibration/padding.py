@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers import PreTrainedModel
 
-from ..model.blocks import base_model, find_stacks, is_encoder_decoder
+from ..model.blocks import base_model, is_encoder_decoder
 from .recording import tensors_of
 
 
@@ -37,12 +38,13 @@ class Padding:
     keep: Tensor | None = None
     keep_context: Tensor | None = None
 
-    def of_rows(self, shape: torch.Size, from_context: bool) -> Tensor | None:
+    def of_rows(self, shape: torch.Size, from_context: bool, tokens_first: bool = False) -> Tensor | None:
         """Return which rows of inputs (..., in) count, flat; None if all do.
 
         Args:
             shape: the shape of the inputs without their last dimension.
             from_context: whether the inputs are states beside the stack's own.
+            tokens_first: whether rows in one dimension are those of the first token first.
 
         Raises:
             RowsUnknown: some tokens do not count, and the rows are not those of the tokens.
@@ -50,7 +52,7 @@ class Padding:
         mask = self.keep_context if from_context else self.keep
         if mask is None:
             return None
-        aligned = align(mask, shape)
+        aligned = mask.T.flatten() if tokens_first and len(shape) == 1 else align(mask, shape)
         if aligned is None:
             raise RowsUnknown
         return aligned
@@ -77,7 +79,8 @@ def align(mask: Tensor, shape: torch.Size) -> Tensor | None:
             view = [size if k in (i, j) else 1 for k, size in enumerate(sizes)]
             return own.reshape(view).expand(shape).flatten()
     flat = [k for k, size in enumerate(sizes) if size == mask.numel()]
-    if flat:
+    # With a dimension for sequences beside it, it is one of other tokens.
+    if flat and sequences not in sizes:
         return mask.flatten().reshape([-1 if k == flat[0] else 1 for k in range(len(sizes))]).expand(shape).flatten()
     return None
 
@@ -93,7 +96,7 @@ class TokenMasks:
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         self.model = model
         self.names = names
-        self.is_decoder = is_encoder_decoder(model) and names[0] not in find_stacks(model)[0]
+        self.is_decoder = _is_in_decoder(base_model(model), names[0])
         self.start({})
 
     def start(self, batch: Mapping[str, Any]) -> None:
@@ -131,6 +134,8 @@ class TokenMasks:
         if self.shape is None or any(isinstance(mask, FakeTensor) for _, mask in found):
             return Padding()
         own = [(name, mask) for name, mask in found if not _is_of_encoder(name)]
+        if not self.is_decoder:
+            own = [(name, mask) for name, mask in own if not name.startswith("decoder_")]
         context = next((_as_kept(n, m) for n, m in reversed(found) if _is_of_encoder(n) and m.dim() == 2), None)
         said = self.batch.get("token_mask")
         if self.is_decoder:
@@ -184,6 +189,16 @@ class TokenMasks:
         given = any(f"decoder_{name}" in self.batch for name in ("input_ids", "inputs_embeds", "attention_mask"))
         labels = self.batch.get("labels")
         return [labels != -100] if isinstance(labels, Tensor) and labels.dim() == 2 and not given else []
+
+
+def _is_in_decoder(model: nn.Module, block: str) -> bool:
+    """Return whether a block belongs to the decoder of an encoder-decoder."""
+    if not is_encoder_decoder(model) or not isinstance(model, PreTrainedModel):
+        return False
+    part = model.get_submodule(block)
+    of_encoder, of_decoder = model.get_encoder(), model.get_decoder()
+    in_encoder = of_encoder is not model and any(module is part for module in of_encoder.modules())
+    return not in_encoder and any(module is part for module in of_decoder.modules())
 
 
 def marks_padding(batch: Mapping[str, Any]) -> list[str]:

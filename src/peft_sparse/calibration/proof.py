@@ -65,7 +65,7 @@ def prove(
                 if proving.unreached_experts() and not any(batch is other for other in proved):
                     proving.prove(batch)
     proving.check_complete(every_expert)
-    return Proof(proving.traits, proving.sight, proving.orders)
+    return Proof(proving.traits, proving.sight, proving.orders, proving.ran)
 
 
 def _first_of_each_kind(inputs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -72,6 +72,12 @@ class RowSearch:
         experts = {n: w for n, w in weights.items() if n in self.findings.of_experts}
         if experts and not experts.keys() <= self.findings.sight.filters.keys():
             self._find_filters(runner, call, experts, own)
+        others = {n: tensors for n, tensors in self.seen.items() if n not in experts}
+        in_one = [
+            n for n, tensors in others.items() if all(tensor.shape[:-1] == (keep.numel(),) for tensor in tensors)
+        ]
+        if in_one:
+            self._find_order(runner, call, in_one)
         unaligned = [
             n
             for n, tensors in self.seen.items()
@@ -142,6 +148,24 @@ class RowSearch:
                 return False
         return True
 
+    def _find_order(self, runner: BlockRunner, call: int, names: list[str]) -> None:
+        """Find out whether rows in one dimension are those of the first sequence first, or of the first token first.
+
+        Noise on padding must change no row that counts.
+        """
+        keep, before = runner.batches[0].padding.keep, {name: self.seen[name] for name in names}
+        assert keep is not None
+        others = self.seen
+        self._run(runner, call, noise=True)
+        after, self.seen = self.seen, others
+        for name in names:
+            pairs = zip(before[name], after.get(name, []), strict=False)
+            changed = [(one != other).any(1) for one, other in pairs if one.shape == other.shape]
+            rows = torch.stack(changed or [~keep.flatten()]).any(0)
+            if (rows & keep.flatten()).any() and not (rows & keep.T.flatten()).any():
+                sight = self.findings.sight
+                self.findings.sight = replace(sight, tokens_first=sight.tokens_first | {name})
+
     def _check_independent(self, runner: BlockRunner, call: int, names: list[str]) -> None:
         """Check that the inputs of the weights `names` do not depend on padding, so that all their rows count."""
         before = {name: self.seen[name] for name in names}
@@ -186,7 +210,7 @@ def _with_noise(state: Tensor, keep: Tensor | None) -> Tensor:
     if rows is None:
         return state
     noisy = state.clone()
-    noisy.view(-1, state.shape[-1])[~rows] += torch.randn(1)
+    noisy.view(-1, state.shape[-1])[~rows] += torch.randn_like(noisy.view(-1, state.shape[-1])[~rows])
     return noisy
 
 

@@ -8,7 +8,7 @@ order, or never. Arguments that are equal in several batches are held once.
 import contextlib
 import copy
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -174,6 +174,12 @@ class BlockRunner:
         return Call(call.block, args, kwargs).filled(value_of), constants
 
 
+def in_order(stacks: list[dict[str, nn.Module]], order: Sequence[str]) -> list[dict[str, nn.Module]]:
+    """Return `stacks` in the order of the names of their first blocks in `order`. Others come last."""
+    places = {name: place for place, name in enumerate(order)}
+    return sorted(stacks, key=lambda stack: places.get(next(iter(stack)), len(places)))
+
+
 def stack_runners(
     model: nn.Module,
     inputs: list[dict[str, Any]],
@@ -182,6 +188,7 @@ def stack_runners(
     activations: Activations = "device",
     residence: Residence | None = None,
     traits: dict[str, Trait] | None = None,
+    order: Sequence[str] = (),
 ) -> Iterator[BlockRunner]:
     """Yield a runner for each stack of `model`, in the order in which the stacks run.
 
@@ -196,9 +203,11 @@ def stack_runners(
         activations: where hidden states wait between blocks: "device", "cpu" or "disk".
         residence: (name, block) -> a context within which the block's weights are on the device that computes.
         traits: how blocks behave, by name. By default all blocks run while calls are recorded.
+        order: the names of the first blocks of the stacks, in the order in which the stacks run. By default it is the
+            order in which they are registered.
     """
     in_all = len(inputs) if place()[1] > 1 else None
-    for stack in find_stacks(model):
+    for stack in in_order(find_stacks(model), order):
         if not any(map(wanted, stack)):
             continue
         known = {index: traits[name] for index, name in enumerate(stack) if traits and name in traits}

@@ -150,7 +150,13 @@ def prune_checkpoint(
             prune_blocks(task, streamed.blocks, streamed.resident, streamed.save)
         else:
             for runner in stack_runners(
-                model, inputs, task.inside, activations=activations, residence=streamed.resident, traits=proof.traits
+                model,
+                inputs,
+                task.inside,
+                activations=activations,
+                residence=streamed.resident,
+                traits=proof.traits,
+                order=proof.stacks,
             ):
                 prune_stack(model, runner, task, proof, streamed.save)
     streamed.finish()

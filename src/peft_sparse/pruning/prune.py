@@ -166,7 +166,13 @@ def _run(
             prune_across(model, task, inputs, activations, residence, proof)
         elif inputs is not None and proof is not None:
             for runner in stack_runners(
-                model, inputs, task.inside, activations=activations, residence=residence, traits=proof.traits
+                model,
+                inputs,
+                task.inside,
+                activations=activations,
+                residence=residence,
+                traits=proof.traits,
+                order=proof.stacks,
             ):
                 prune_stack(model, runner, task, proof)
         else:

@@ -17,7 +17,7 @@ from ..calibration.findings import Proof
 from ..calibration.measure import measure_inputs
 from ..calibration.recording import tensors_of
 from ..calibration.residence import Residence, on_device
-from ..calibration.runner import BlockRunner
+from ..calibration.runner import BlockRunner, in_order
 from ..calibration.statistics import BlockStatistics, Need
 from ..model.blocks import find_stacks
 from ..model.environment import peak_memory
@@ -119,7 +119,7 @@ class Reconstruction:
             after_block: called with the name of each finished block while its weights are in memory.
         """
         dense = self.model if self.dense is None else self.dense
-        stacks, teachers = find_stacks(self.model), find_stacks(dense)
+        stacks, teachers = (in_order(find_stacks(m), self.proof.stacks) for m in (self.model, dense))
         numbers = self._stacks_at_work(stacks)
         # Captured before anything is pruned, because a decoder must receive the outputs of the dense encoder.
         untouched = {n: self._stream(dense, teachers[n], inputs) for n in numbers} if self.mode != "SS" else {}
