@@ -172,7 +172,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="model types; all by default")
     parser.add_argument("--stages", nargs="*", default=STAGES, choices=STAGES, metavar="STAGE")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
-    parser.add_argument("--output", type=Path, help="folder for atlas.md, atlas.json and rows.jsonl, which is written as rows come; instead of docs and results")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for atlas.md, atlas.json and rows.jsonl, written as rows come; instead of docs and results",
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     sys.path.insert(0, str(HERE))

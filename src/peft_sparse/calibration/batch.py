@@ -10,6 +10,10 @@ from .padding import Padding
 from .recording import Call, Link
 
 
+# The calls of one batch: (name of the block, links to what earlier calls returned).
+Order = list[tuple[str, list[Link]]]
+
+
 @dataclass
 class Batch:
     """One calibration batch on its way through a stack.

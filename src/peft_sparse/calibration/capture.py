@@ -224,7 +224,8 @@ def _replaced(old: Any, new: Any, leaf: Any) -> Any:
 
 def _trait_of(returned: Returned, leaves: list[Any], written: bool) -> Trait:
     mirrored = None
-    if len(returned.tensors) == 1 and returned.tensors[0].is_floating_point():
+    passed_on = any(leaf is tensor for leaf in leaves for tensor in returned.tensors)
+    if len(returned.tensors) == 1 and returned.tensors[0].is_floating_point() and (written or not passed_on):
         output = returned.tensors[0]
         like = [
             number

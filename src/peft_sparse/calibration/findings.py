@@ -8,14 +8,10 @@ from torch import Tensor, nn
 from ..model.blocks import called_layers, find_stacks
 from ..model.experts import expert_layers
 from ..model.weights import WeightView
-from .batch import Trait
+from .batch import Order, Trait
 from .observing import Sight
-from .recording import Link
 from .residence import Residence
 from .runner import BlockRunner
-
-
-Order = list[tuple[str, list[Link]]]
 
 
 @dataclass

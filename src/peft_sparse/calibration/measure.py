@@ -86,7 +86,14 @@ def measured_blocks(
     """
     proof = proof or Proof()
     for runner in stack_runners(
-        model, inputs, inside, activations=activations, residence=residence, traits=proof.traits, order=proof.stacks
+        model,
+        inputs,
+        inside,
+        activations=activations,
+        residence=residence,
+        traits=proof.traits,
+        order=proof.stacks,
+        orders=proof.orders,
     ):
         for index in tqdm(runner.order, desc="measuring", unit="block", disable=None):
             weights = inside(runner.names[index])

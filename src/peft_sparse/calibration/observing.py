@@ -217,7 +217,7 @@ class _PaddingFilter:
             return args, kwargs
         if not any(self._is_overtokens_in(tensor) for tensor in tensors_of((args, kwargs))):
             name = next(name for name, other in self.observer.filters.items() if other is module)
-            raise ValueError(rows_unknown(name, tensors_of((args, kwargs))[0].shape[0]))
+            raise ValueError(rows_unknown(name, tensors_of((args, kwargs))[0].shape[:-1].numel()))
         there: tuple[tuple[Any, ...], dict[str, Any]] = map_leaves(self._without_padding, (args, kwargs))
         return there
 

@@ -136,7 +136,7 @@ class TokenMasks:
         own = [(name, mask) for name, mask in found if not _is_of_encoder(name)]
         if not self.is_decoder:
             own = [(name, mask) for name, mask in own if not name.startswith("decoder_")]
-        context = next((_as_kept(n, m) for n, m in reversed(found) if _is_of_encoder(n) and m.dim() == 2), None)
+        context = next((self._kept(n, m) for n, m in reversed(found) if _is_of_encoder(n) and m.dim() == 2), None)
         said = self.batch.get("token_mask")
         if self.is_decoder:
             context = said.bool() if isinstance(said, Tensor) else context
@@ -148,19 +148,21 @@ class TokenMasks:
     def _reaching(self) -> list[tuple[str, Tensor]]:
         """Return the masks that reach the stack, from the outermost module to the blocks.
 
-        A module inside another one, which gets no mask from it, has tokens of its own: those of an image, for example.
-        Then only a batch without images or sound says by the mask of the whole model which tokens count.
+        A module inside another one, which gets no mask from it, may have tokens of its own, such as those of an image.
+        The mask of the whole model is then one of these tokens only if the batch holds no images and no sound.
         """
-        levels, between = list(self.around), []
-        if not levels:
+        if not self.around:
             return []
+        *levels, of_block = self.around
         # Blocks need no mask of their own.
-        between.append(levels.pop())
-        while levels and (levels[-1] or not any(map(len, levels))):
-            between.append(levels.pop())
+        between = [of_block]
         of_tokens_alone = not any(isinstance(x, Tensor) and x.is_floating_point() for x in self.batch.values())
-        if levels and of_tokens_alone:
-            between += reversed(levels)
+        for depth, level in reversed(list(enumerate(levels))):
+            apart = not level and any(between)
+            only_outermost = depth == 0 and not any(between)
+            if not of_tokens_alone and (apart or only_outermost):
+                break
+            between.append(level)
         found = [mask for level in reversed(between) for mask in level]
         # In an encoder-decoder, what the whole model gets for its encoder is no mask of the decoder.
         whole = (
@@ -173,11 +175,20 @@ class TokenMasks:
         for dims in (2, 4):
             for name, mask in reversed(found):
                 if mask.dim() == dims:
-                    kept = _as_kept(name, mask)
-                    fitting = self._fitting(kept if dims == 2 else _of_pairs(kept))
+                    fitting = self._fitting(self._kept(name, mask) if dims == 2 else _of_pairs(_as_kept(name, mask)))
                     if fitting is not None:
                         return fitting
         return None
+
+    def _kept(self, name: str, mask: Tensor) -> Tensor | None:
+        """Return a mask over tokens as bools, True = kept; None if it keeps nothing, as one of the other convention."""
+        kept = _as_kept(name, mask)
+        given = (
+            x for n, x in self.batch.items() if isinstance(x, Tensor) and _MASK.search(n) and x.shape == mask.shape
+        )
+        if mask.dtype == torch.bool and any(torch.equal(~mask, x.to(mask.device).bool()) for x in given):
+            kept = ~mask
+        return kept if bool(kept.any()) else None
 
     def _fitting(self, mask: Tensor | None) -> Tensor | None:
         assert self.shape is not None, "a block was called"

@@ -90,8 +90,16 @@ class _Proving(Findings):
             self.sight = replace(self.sight, products=self.sight.products - called | (products - set(self.reached)))
             shadow = Shadow(self, batch, runners)
             shadow.run()
+        uncounted = {
+            name
+            for runner in runners.values()
+            if (keep := runner.batches[0].padding.keep) is not None and not keep.any()
+            for block in runner.names
+            for name in self.weights[block]
+        }
         for name, count in shadow.counts["model"].items():
-            self.reached[name] = self.reached.get(name, 0) + count
+            if name not in uncounted:
+                self.reached[name] = self.reached.get(name, 0) + count
         return batch
 
     def _recorded(self, batch: dict[str, Any]) -> tuple[set[str], dict[int, BlockRunner]]:
@@ -109,8 +117,7 @@ class _Proving(Findings):
                     if runner.batches:
                         runners[number] = runner
                         self.add_traits(runner)
-                        order = [(runner.names[call.block], call.links) for call in runner.batches[0].calls]
-                        self.orders.setdefault(runner.names[0], []).append(order)
+                        self.orders.setdefault(runner.names[0], []).append(runner.order_of(runner.batches[0]))
         return called, runners
 
     def missing(self) -> list[str]:
@@ -174,9 +181,9 @@ class _Proving(Findings):
             of_stack = [name for block in stack for name in self.weights[block]]
             if of_stack and missing.issuperset(of_stack):
                 raise ValueError(
-                    f"No calibration batch runs the blocks of {next(iter(stack)).rpartition('.')[0]!r}. Give batches "
-                    "that do, such as some with images, or leave these layers out: use `target_modules` or "
-                    "`exclude_modules`, or give the language model alone."
+                    f"No calibration batch runs the blocks of {next(iter(stack)).rpartition('.')[0]!r}, or only on "
+                    "tokens that a mask leaves out. Give batches that do, such as some with images, or leave these "
+                    "layers out: use `target_modules` or `exclude_modules`, or give the language model alone."
                 )
         if missing:
             names = sorted(missing)

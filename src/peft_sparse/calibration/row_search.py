@@ -70,19 +70,18 @@ class RowSearch:
         if keep is None or not weights:
             return
         experts = {n: w for n, w in weights.items() if n in self.findings.of_experts}
+        seen = self.seen
         if experts and not experts.keys() <= self.findings.sight.filters.keys():
             self._find_filters(runner, call, experts, own)
-        others = {n: tensors for n, tensors in self.seen.items() if n not in experts}
+        # Rows within a module before which padding is removed are those of tokens that count.
+        others = {n: tensors for n, tensors in seen.items() if n not in self.findings.sight.filters}
+        self.seen = seen
         in_one = [
             n for n, tensors in others.items() if all(tensor.shape[:-1] == (keep.numel(),) for tensor in tensors)
         ]
         if in_one:
             self._find_order(runner, call, in_one)
-        unaligned = [
-            n
-            for n, tensors in self.seen.items()
-            if n not in experts and not self._aligned(n, tensors, batch, constants)
-        ]
+        unaligned = [n for n, tensors in others.items() if not self._aligned(n, tensors, batch, constants)]
         if unaligned:
             self._check_independent(runner, call, unaligned)
 
@@ -124,8 +123,11 @@ class RowSearch:
         for outwards in range(1, 1 + max(map(len, around.values()))):
             filters = {name: modules[-min(outwards, len(modules))] for name, modules in around.items() if modules}
             if len(filters) == len(around) and self._is_harmless(runner, call, filters, own):
+                inside = {id(part): module for module in filters.values() for part in module.modules()}
+                weights = self.findings.weights[runner.names[runner.batches[0].calls[call].block]]
+                beside = {n: inside[id(w.layer)] for n, w in weights.items() if id(w.layer) in inside}
                 sight = self.findings.sight
-                self.findings.sight = replace(sight, filters=sight.filters | filters)
+                self.findings.sight = replace(sight, filters=sight.filters | beside | filters)
                 return
         raise ValueError(rows_unknown(next(iter(around)), keep.numel()))
 

@@ -8,7 +8,7 @@ order, or never. Arguments that are equal in several batches are held once.
 import contextlib
 import copy
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..model.blocks import find_stacks
 from ..model.processes import place, share_of
 from .activations import Activations, ActivationStore
-from .batch import Batch, EnoughSeen, Trait
+from .batch import Batch, EnoughSeen, Order, Trait
 from .capture import Capture, Stack, placed_once
 from .recording import Call, Link, Returned, is_cache, map_leaves, needed_for, returned_by
 from .residence import Residence
@@ -39,6 +39,7 @@ class BlockRunner:
         batches_in_all: the number of batches of all processes, if `inputs` is the share of this process.
         traits: how each block behaves, by index. Blocks whose trait is known need not run while calls are recorded.
             Blocks without an entry run, and their traits are added.
+        orders: the ways in which the stack may run. None given: each way is taken.
         perturb: let blocks that run return slightly other values than they compute.
     """
 
@@ -53,6 +54,7 @@ class BlockRunner:
         batches_in_all: int | None = None,
         traits: dict[int, Trait] | None = None,
         perturb: bool = False,
+        orders: Sequence[Order] = (),
     ) -> None:
         self.shared = batches_in_all is not None
         self.batches_in_all = len(inputs) if batches_in_all is None else batches_in_all
@@ -68,6 +70,18 @@ class BlockRunner:
         self.resident = self.stack.resident
         self._advanced: set[int] = set()
         self.batches = Capture(model, self.stack, perturb).run(inputs)
+        for batch in self.batches if orders else ():
+            if self.order_of(batch) not in orders:
+                raise ValueError(
+                    f"Batch {batch.number} of the calibration data (of this process) runs the blocks of "
+                    f"{self.names[0].rpartition('.')[0]!r} in another way than the batches that were compared with "
+                    "the model: other blocks, or blocks that receive other things than the outputs of those before. "
+                    "Give batches of one kind, for example all of one length."
+                )
+
+    def order_of(self, batch: Batch) -> Order:
+        """Return the calls on a batch: (name of the block, links to what earlier calls returned)."""
+        return [(self.names[call.block], call.links) for call in batch.calls]
 
     @property
     def order(self) -> list[int]:
@@ -189,6 +203,7 @@ def stack_runners(
     residence: Residence | None = None,
     traits: dict[str, Trait] | None = None,
     order: Sequence[str] = (),
+    orders: Mapping[str, Sequence[Order]] | None = None,
 ) -> Iterator[BlockRunner]:
     """Yield a runner for each stack of `model`, in the order in which the stacks run.
 
@@ -205,8 +220,13 @@ def stack_runners(
         traits: how blocks behave, by name. By default all blocks run while calls are recorded.
         order: the names of the first blocks of the stacks, in the order in which the stacks run. By default it is the
             order in which they are registered.
+        orders: the ways in which each stack may run, by the name of its first block. By default each way is taken.
+
+    Raises:
+        ValueError: a batch runs a stack in another way than `orders` says.
     """
     in_all = len(inputs) if place()[1] > 1 else None
+    orders = orders or {}
     for stack in in_order(find_stacks(model), order):
         if not any(map(wanted, stack)):
             continue
@@ -219,4 +239,5 @@ def stack_runners(
             residence=residence,
             batches_in_all=in_all,
             traits=known,
+            orders=orders.get(next(iter(stack)), ()),
         )

@@ -16,7 +16,7 @@ from .findings import Findings
 from .inputs import copied, model_arguments
 from .padding import TokenMasks, marks_padding
 from .products import ProductObserver
-from .recording import Call, Link, Returned, is_cache, leaves_of, map_leaves, returned_by, tensors_of
+from .recording import Call, Link, Returned, is_cache, last_uses, leaves_of, map_leaves, returned_by, tensors_of
 from .residence import restore_forward, run_there, to_device
 from .row_search import RowSearch
 from .runner import BlockRunner
@@ -37,6 +37,7 @@ class Shadow:
         # The states that calls from the record return, by stack.
         self.states: dict[int, dict[Link, Tensor]] = {number: {} for number in runners}
         self.made: dict[int, int] = dict.fromkeys(runners, 0)
+        self.lasts = {number: last_uses(runner.batches[0].calls) for number, runner in runners.items()}
         self.phase = "model"
         # Number of the stack whose block is called.
         self.present = 0
@@ -143,6 +144,8 @@ class Shadow:
             self._find_states(runner, call, own)
             self.rows.find(runner, call, self.states[number], constants, own)
             self.states[number] |= runner.batches[0].taken(call, own.tensors)
+            lasts = self.lasts[number]
+            self.states[number] = {link: state for link, state in self.states[number].items() if lasts[link] > call}
             self.rows.start(False)
             torch.set_rng_state(after)
         return returned.tree

@@ -157,6 +157,7 @@ def prune_checkpoint(
                 residence=streamed.resident,
                 traits=proof.traits,
                 order=proof.stacks,
+                orders=proof.orders,
             ):
                 prune_stack(model, runner, task, proof, streamed.save)
     streamed.finish()

@@ -173,6 +173,7 @@ def _run(
                 residence=residence,
                 traits=proof.traits,
                 order=proof.stacks,
+                orders=proof.orders,
             ):
                 prune_stack(model, runner, task, proof)
         else:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.batch import Batch
-from ..calibration.findings import Order, Proof
+from ..calibration.batch import Batch, Order
+from ..calibration.findings import Proof
 from ..calibration.inputs import copied
 from ..calibration.recording import Link, is_cache, map_leaves, returned_by
 from ..calibration.residence import to_device

@@ -156,7 +156,13 @@ class Reconstruction:
     def _stream(self, model: nn.Module, stack: dict[str, nn.Module], inputs: list[dict[str, Any]]) -> Stream:
         traits = {index: self.proof.traits[name] for index, name in enumerate(stack) if name in self.proof.traits}
         runner = BlockRunner(
-            model, stack, inputs, activations=self.activations, residence=self.residence, traits=traits
+            model,
+            stack,
+            inputs,
+            activations=self.activations,
+            residence=self.residence,
+            traits=traits,
+            orders=self.proof.orders.get(next(iter(stack)), ()),
         )
         return Stream(runner, self.activations)
 
