@@ -181,7 +181,7 @@ class TokenMasks:
         return None
 
     def _kept(self, name: str, mask: Tensor) -> Tensor | None:
-        """Return a mask over tokens as bools, True = kept; None if it keeps nothing, as one of the other convention."""
+        """Return a mask over tokens as bools, True = kept; None if it keeps nothing."""
         kept = _as_kept(name, mask)
         given = (
             x for n, x in self.batch.items() if isinstance(x, Tensor) and _MASK.search(n) and x.shape == mask.shape
