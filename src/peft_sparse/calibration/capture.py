@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..model.blocks import find_blocks
 from ..model.offload import execution_device
 from .activations import ActivationStore
-from .batch import Batch, Trait
+from .batch import Batch, Order, Trait
 from .inputs import copied, model_arguments
 from .padding import TokenMasks
 from .recording import (
@@ -42,6 +42,7 @@ class Stack:
         store: keeps the tensors that wait between them.
         residence: (name, block) -> a context within which the block's weights are on the device that computes.
         traits: how each block behaves, by index, as far as it is known.
+        orders: the ways in which the stack may run. None given: each way is taken.
     """
 
     names: list[str]
@@ -49,6 +50,7 @@ class Stack:
     store: ActivationStore
     residence: Residence
     traits: dict[int, Trait]
+    orders: Sequence[Order] = ()
 
     def resident(self, index: int) -> AbstractContextManager[Any]:
         """Return a context within which block `index` can be run."""
@@ -128,7 +130,9 @@ class Capture:
         batch, number = self.batch, len(self.batch.calls)
         args, kwargs = map_leaves(self._without_cache, (args, kwargs), keep=True)
         trait = self.stack.traits.get(index)
-        recorded = self.links.linked((args, kwargs))
+        # What stands for an output equals an input, so that values tell no copy. Only proved ones are looked for.
+        proved = {link for order in self.stack.orders if number < len(order) for link in order[number][1]}
+        recorded = self.links.linked((args, kwargs), proved if self.stack.orders else None)
         if trait is not None and trait.writes:
             # What is recorded must stay as it is.
             recorded = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, recorded)

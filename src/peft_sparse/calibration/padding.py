@@ -33,10 +33,12 @@ class Padding:
     Args:
         keep: (sequences, tokens), True = counts. None if all tokens of the stack count.
         keep_context: the same for states that the blocks get beside their own, such as an encoder's.
+        found: whether a mask of the stack's tokens was found.
     """
 
     keep: Tensor | None = None
     keep_context: Tensor | None = None
+    found: bool = False
 
     def of_rows(self, shape: torch.Size, from_context: bool, tokens_first: bool = False) -> Tensor | None:
         """Return which rows of inputs (..., in) count, flat; None if all do.
@@ -143,7 +145,8 @@ class TokenMasks:
             said = self.batch.get("decoder_token_mask")
             own = [("labels", mask) for mask in self._by_labels()] + own
         keep = self._fitting(said) if isinstance(said, Tensor) else None
-        return Padding(_unless_all(self._chosen(own) if keep is None else keep), _unless_all(context))
+        keep = self._chosen(own) if keep is None else keep
+        return Padding(_unless_all(keep), _unless_all(context), keep is not None)
 
     def _reaching(self) -> list[tuple[str, Tensor]]:
         """Return the masks that reach the stack, from the outermost module to the blocks.
@@ -175,10 +178,13 @@ class TokenMasks:
         for dims in (2, 4):
             for name, mask in reversed(found):
                 if mask.dim() == dims:
-                    fitting = self._fitting(self._kept(name, mask) if dims == 2 else _of_pairs(_as_kept(name, mask)))
+                    fitting = self._fitting(self._kept(name, mask) if dims == 2 else self._pairs(name, mask))
                     if fitting is not None:
                         return fitting
         return None
+
+    def _pairs(self, name: str, mask: Tensor) -> Tensor | None:
+        return _of_pairs(_as_kept(name, mask), cached=self.batch.get("past_key_values") is not None)
 
     def _kept(self, name: str, mask: Tensor) -> Tensor | None:
         """Return a mask over tokens as bools, True = kept; None if it keeps nothing."""
@@ -218,7 +224,8 @@ def marks_padding(batch: Mapping[str, Any]) -> list[str]:
     for name, value in batch.items():
         if isinstance(value, Tensor) and value.dim() >= 2 and _MASK.search(name) and not _OTHER_MASKS.search(name):
             kept = _as_kept(name, value)
-            if not bool(kept.all()) and (value.dim() < 4 or not bool(_of_pairs(kept).all())):
+            pairs = _of_pairs(kept) if value.dim() == 4 else kept
+            if pairs is not None and not bool(pairs.all()):
                 names.append(name)
     return names
 
@@ -249,13 +256,17 @@ def _as_kept(name: str, mask: Tensor) -> Tensor:
     return mask.bool()
 
 
-def _of_pairs(kept: Tensor) -> Tensor:
-    """Return the tokens that attend to themselves in a mask (sequences, heads, queries, keys), (sequences, tokens)."""
+def _of_pairs(kept: Tensor, cached: bool = False) -> Tensor | None:
+    """Return the tokens that attend to themselves in a mask (sequences, heads, queries, keys), (sequences, tokens).
+
+    None if queries and keys are not the same tokens. With a cache, its keys come before those of the tokens.
+    """
     queries, keys = kept.shape[-2:]
     if queries == 1:
         return kept[:, 0, 0]
-    # Keys before the first query are those of a cache.
-    return kept[:, 0].diagonal(keys - queries, -2, -1) if keys >= queries else kept[:, 0, :, 0]
+    if keys != queries and not (cached and keys > queries):
+        return kept[:, 0, :, 0] if keys == 1 else None
+    return kept[:, 0].diagonal(keys - queries, -2, -1)
 
 
 def _unless_all(mask: Tensor | None) -> Tensor | None:

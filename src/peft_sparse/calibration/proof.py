@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import base_model, find_blocks
+from ..model.blocks import base_model
 from ..model.offload import execution_device
 from ..model.weights import WeightView, to_host
 from .findings import Findings, Proof
@@ -22,7 +22,7 @@ from .inputs import model_arguments
 from .padding import marks_padding
 from .products import eager_experts
 from .recording import map_leaves
-from .residence import Residence, restore_forward, run_there, to_device
+from .residence import Residence, run_in_residence, to_device
 from .runner import BlockRunner
 from .shadow import Shadow
 
@@ -151,18 +151,11 @@ class _Proving(Findings):
             for name, layer in self.layers().items():
                 if name in missing:
                     hooks.callback(layer.register_forward_pre_hook(partial(_note_call, called, name)).remove)
-            for name, block in find_blocks(self.model).items():
-                hooks.callback(restore_forward, block, block.__dict__.get("forward"))
-                block.forward = partial(self._where_it_computes, name, block, block.forward)
-            device = execution_device(self.model)
-            self.model(**map_leaves(partial(to_device, device), model_arguments(self.model, batch)))
+            arguments = map_leaves(
+                partial(to_device, execution_device(self.model)), model_arguments(self.model, batch)
+            )
+            run_in_residence(self.model, arguments, self.residence)
         return bool(called)
-
-    def _where_it_computes(
-        self, name: str, block: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
-    ) -> Any:
-        with self.residence(name, block):
-            return run_there(block, forward, args, kwargs).tree
 
     def unreached_experts(self) -> list[str]:
         """Return the names of weights of experts that no batch has reached yet."""

@@ -7,7 +7,7 @@ returned is replaced by a `Link` to it. All other leaves are constants, which mu
 import copy
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -154,11 +154,16 @@ class Links:
                 self._known[id(tensor)] = known
                 self._last.append(known)
 
-    def linked(self, tree: Any) -> Any:
-        """Return `tree` with links in the place of the tensors that calls returned."""
+    def linked(self, tree: Any, copies: Collection[Link] | None = None) -> Any:
+        """Return `tree` with links in the place of the tensors that calls returned.
+
+        Args:
+            tree: the arguments of a call.
+            copies: the links of which copies may be among them. None allows all.
+        """
         mapped = map_leaves(self._link_or_leaf, tree)
         used = {leaf for leaf in leaves_of(mapped) if isinstance(leaf, Link)}
-        unused = [known for known in self._last if known[2] not in used]
+        unused = [known for known in self._last if known[2] not in used and (copies is None or known[2] in copies)]
         return map_leaves(lambda leaf: _link_of_copy(leaf, unused), mapped) if unused else mapped
 
     def _link_or_leaf(self, leaf: Any) -> Any:

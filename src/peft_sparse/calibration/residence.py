@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.blocks import find_blocks
 from ..model.offload import has_hooks, resident_through_hooks
 from .recording import Returned, give_back, leaves_of, map_leaves, returned_by
 
@@ -81,3 +82,17 @@ def run_there(
     moved = {id(tensor): tensor.to(home) for tensor in returned.tensors}
     give_back(there, own, lambda leaf: moved.get(id(leaf), leaf))
     return with_tensors(returned, moved)
+
+
+def run_in_residence(model: nn.Module, arguments: dict[str, Any], residence: Residence) -> None:
+    """Run `model`, each block within its residence."""
+
+    def there(name: str, block: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        with residence(name, block):
+            return run_there(block, forward, args, kwargs).tree
+
+    with contextlib.ExitStack() as undo:
+        for name, block in find_blocks(model).items():
+            undo.callback(restore_forward, block, block.__dict__.get("forward"))
+            block.forward = partial(there, name, block, block.forward)
+        model(**arguments)

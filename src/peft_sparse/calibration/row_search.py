@@ -119,17 +119,27 @@ class RowSearch:
         }
         if not around:
             return
+        alike: dict[tuple[int, ...], list[str]] = {}
+        for name, modules in around.items():
+            alike.setdefault(tuple(map(id, modules)), []).append(name)
+        for names in alike.values():
+            self._filter(runner, call, names, around[names[0]], own)
+
+    def _filter(
+        self, runner: BlockRunner, call: int, names: list[str], around: list[nn.Module], own: Returned
+    ) -> None:
+        """Remove padding before the innermost module of `around` that allows it, for all weights in that module."""
         # The innermost may get as many rows as there are tokens, but sorted: then the one around it is tried.
-        for outwards in range(1, 1 + max(map(len, around.values()))):
-            filters = {name: modules[-min(outwards, len(modules))] for name, modules in around.items() if modules}
-            if len(filters) == len(around) and self._is_harmless(runner, call, filters, own):
-                inside = {id(part): module for module in filters.values() for part in module.modules()}
+        for module in reversed(around):
+            if self._is_harmless(runner, call, dict.fromkeys(names, module), own):
+                inside = set(map(id, module.modules()))
                 weights = self.findings.weights[runner.names[runner.batches[0].calls[call].block]]
-                beside = {n: inside[id(w.layer)] for n, w in weights.items() if id(w.layer) in inside}
+                filters = {name: module for name, weight in weights.items() if id(weight.layer) in inside}
                 sight = self.findings.sight
-                self.findings.sight = replace(sight, filters=sight.filters | beside | filters)
+                self.findings.sight = replace(sight, filters=filters | sight.filters | dict.fromkeys(names, module))
                 return
-        raise ValueError(rows_unknown(next(iter(around)), keep.numel()))
+        keep = runner.batches[0].padding.keep
+        raise ValueError(rows_unknown(names[0], 0 if keep is None else keep.numel()))
 
     def _is_harmless(self, runner: BlockRunner, call: int, filters: dict[str, nn.Module], own: Returned) -> bool:
         """Return whether the block computes the same for all tokens that count if padding is removed there."""

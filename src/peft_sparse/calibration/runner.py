@@ -64,6 +64,7 @@ class BlockRunner:
             store=ActivationStore(activations),
             residence=residence or (lambda name, block: contextlib.nullcontext()),
             traits={} if traits is None else traits,
+            orders=orders,
         )
         self.names, self.blocks = self.stack.names, self.stack.blocks
         self.store, self.traits = self.stack.store, self.stack.traits

@@ -17,7 +17,7 @@ from .inputs import copied, model_arguments
 from .padding import TokenMasks, marks_padding
 from .products import ProductObserver
 from .recording import Call, Link, Returned, is_cache, last_uses, leaves_of, map_leaves, returned_by, tensors_of
-from .residence import restore_forward, run_there, to_device
+from .residence import restore_forward, run_in_residence, run_there, to_device
 from .row_search import RowSearch
 from .runner import BlockRunner
 
@@ -217,15 +217,43 @@ class Shadow:
                 )
 
     def _check_masks(self) -> None:
+        """Raise ValueError if padding is marked, and it is not known which states of some stack are padding."""
         marked = marks_padding(self.batch)
-        paddings = [masks.padding() for masks in self.masks.values() if masks.shape is not None]
-        if marked and paddings and all(p.keep is None and p.keep_context is None for p in paddings):
-            shapes = ", ".join(str(tuple(masks.shape or ())) for masks in self.masks.values() if masks.shape)
+        paddings = {n: masks.padding() for n, masks in self.masks.items() if masks.shape is not None}
+        if not marked or not paddings:
+            return
+        if not any(padding.found or padding.keep_context is not None for padding in paddings.values()):
+            shapes = ", ".join(str(tuple(self.masks[number].shape or ())) for number in paddings)
             raise ValueError(
                 f"{marked[0]!r} of shape {tuple(self.batch[marked[0]].shape)} marks padding, but fits the tokens of "
                 f"no stack of blocks, whose hidden states have the shapes {shapes}. Give batches without padding, or "
                 "say which tokens count with `token_mask` of shape (sequences, tokens)."
             )
+        without = [n for n, runner in self.runners.items() if runner.batches and not paddings[n].found]
+        for number in self._changed_by_padding(marked, without) if without else ():
+            raise ValueError(
+                f"{marked[0]!r} marks padding, which changes states of shape {tuple(self.masks[number].shape or ())} "
+                f"that come to {self.runners[number].names[0]!r}, and it is not known which of them are padding. Give "
+                "batches without padding, such as one sequence per batch, or leave these blocks out with "
+                "`exclude_modules`."
+            )
+
+    def _changed_by_padding(self, marked: list[str], stacks: list[int]) -> list[int]:
+        """Return those of `stacks` whose first states change if the model gets something else for padding."""
+        states: dict[int, list[Tensor]] = {number: [] for number in stacks}
+        with contextlib.ExitStack() as hooks:
+            for number in stacks:
+                runner = self.runners[number]
+                block = runner.blocks[runner.batches[0].calls[0].block]
+                hook = partial(_note_state, states[number])
+                hooks.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for batch in (self.batch, _with_other_padding(self.batch, marked)):
+                torch.manual_seed(0)
+                there = partial(to_device, execution_device(self.model))
+                arguments = map_leaves(there, model_arguments(self.model, batch))
+                run_in_residence(self.model, arguments, self.findings.residence)
+        halves = {n: (noted[: len(noted) // 2], noted[len(noted) // 2 :]) for n, noted in states.items()}
+        return [n for n, (one, other) in halves.items() if not all(map(torch.equal, one, other))]
 
     def _find_states(self, runner: BlockRunner, call: int, own: Returned) -> None:
         """Find out which of the tensors that a block returns depend on what earlier calls returned."""
@@ -245,3 +273,26 @@ class Shadow:
                 again = self._make(runner, Call(filled.block, args, kwargs), "again")
             states = tuple(number for number, tensor in enumerate(again.tensors) if tensor.requires_grad)
             self.findings.traits[name] = replace(self.findings.traits[name], states=states)
+
+
+def _note_state(noted: list[Tensor], module: nn.Module, args: Any, kwargs: Any) -> None:
+    states = (x for x in tensors_of((args, kwargs)) if x.is_floating_point() and x.dim() > 1)
+    noted += [state.clone() for state in states][:1]
+
+
+def _with_other_padding(batch: dict[str, Any], marked: list[str]) -> dict[str, Any]:
+    """Return a batch with other tokens where the masks in `marked` say that tokens do not count."""
+    changed = dict(batch)
+    for mask in (batch[name].bool() for name in marked if batch[name].dim() == 2):
+        over = {
+            name: value
+            for name, value in batch.items()
+            if isinstance(value, Tensor) and name not in marked and value.shape[:2] == mask.shape
+        }
+        ids = {name: value for name, value in over.items() if not value.is_floating_point()}
+        # Beside token ids, numbers of the same shape are something else, such as patches of an image.
+        for name, value in (ids or over).items():
+            where = mask.view(*mask.shape, *[1] * (value.dim() - 2))
+            other = value + 1 if value.is_floating_point() else value[mask].flatten()[:1]
+            changed[name] = torch.where(where, value, other)
+    return changed

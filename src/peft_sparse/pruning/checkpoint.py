@@ -6,10 +6,12 @@ The weights of one block are in memory at a time, and the weights outside of the
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..calibration.activations import Activations, check_activations
+from ..calibration.findings import Proof
 from ..calibration.inputs import Calibration, as_inputs, evaluation_mode
 from ..calibration.proof import prove
 from ..calibration.runner import stack_runners
@@ -137,11 +139,7 @@ def prune_checkpoint(
     task.sequences = count_sequences(inputs or [])
     streamed.start(task)
     with evaluation_mode(model):
-        proof = (
-            None
-            if inputs is None
-            else prove(model, inputs, task.inside, streamed.resident, every_expert=task.on_unreached == "error")
-        )
+        proof = None if inputs is None else _proved(streamed, task, inputs)
         if task.allocation is not None:
             task.patterns = allocated_patterns(
                 model, task, inputs, activations, streamed.resident, streamed.weight_in_memory, proof
@@ -162,3 +160,16 @@ def prune_checkpoint(
                 prune_stack(model, runner, task, proof, streamed.save)
     streamed.finish()
     return task.report(time.perf_counter() - started)
+
+
+def _proved(streamed: StreamedModel, task: PruningTask, inputs: list[dict[str, Any]]) -> Proof:
+    every = task.on_unreached == "error"
+    try:
+        return prove(streamed.model, inputs, task.inside, streamed.resident, every_expert=every)
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+        raise ValueError(
+            "The model uses weights of a block outside of calls of this block, and on disk a block is loaded when it "
+            "is called. Load the model and use `prune`."
+        ) from error
