@@ -19,6 +19,7 @@ from .batch import Batch, EnoughSeen
 from .padding import Padding, RowsUnknown
 from .products import ProductObserver, eager_experts
 from .recording import map_leaves, tensors_of
+from .traces import RowTraces
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Sight:
         experts: names of the weights of experts, which may get no token.
         tokens_first: names of weights that get rows of tokens and sequences in one dimension, those of the first token
             first. Others get those of the first sequence first.
+        traced: name of a weight of an expert -> the module whose inputs its rows are copies of. Padding is recognised
+            by these values, where the experts would compute something else without it.
     """
 
     products: frozenset[str] = frozenset()
@@ -40,6 +43,7 @@ class Sight:
     unpadded: frozenset[str] = frozenset()
     experts: frozenset[str] = frozenset()
     tokens_first: frozenset[str] = frozenset()
+    traced: dict[str, nn.Module] = field(default_factory=dict)
 
 
 class InputObserver:
@@ -75,7 +79,9 @@ class InputObserver:
         self.record_outputs = record_outputs
         self.sight = sight or Sight()
         fused = {name: weight.layer for name, weight in weights.items() if weight.expert is not None}
-        self.filters = fused | {name: module for name, module in self.sight.filters.items() if name in weights}
+        filters = fused | {name: module for name, module in self.sight.filters.items() if name in weights}
+        self.filters = {name: module for name, module in filters.items() if name not in self.sight.traced}
+        self.traces = RowTraces()
         self.products = {n: w for n, w in weights.items() if w.expert is not None or n in self.sight.products}
         self.stop = _Stop(len(weights), None if self.products or self.filters else stopping)
         self.padding = Padding()
@@ -101,6 +107,9 @@ class InputObserver:
                 padding = _PaddingFilter(self)
                 undo.callback(module.register_forward_pre_hook(padding.drop, with_kwargs=True).remove)
                 undo.callback(module.register_forward_hook(padding.refill).remove)
+            traced = [module for name, module in self.sight.traced.items() if name in self.weights]
+            for module in {id(module): module for module in traced}.values():
+                undo.callback(module.register_forward_pre_hook(self._on_tokens, with_kwargs=True).remove)
             if self.products:
                 undo.enter_context(eager_experts(self.model))
                 self._products = ProductObserver(self.products, self._observe)
@@ -139,12 +148,29 @@ class InputObserver:
         # Experts get no padding, see `_PaddingFilter`.
         if name in self.filters or name in self.sight.unpadded:
             return rows
+        if name in self.sight.traced and self.padding.keep is not None:
+            return self._traced(name, rows)
         shape = shape if shape.numel() == rows.shape[-2] else torch.Size((shape[0], rows.shape[-2] // shape[0]))
         try:
             keep = self.padding.of_rows(shape, self.from_context[name], name in self.sight.tokens_first)
         except RowsUnknown:
             raise ValueError(rows_unknown(name, rows.shape[-2])) from None
         return rows if keep is None else rows[..., keep.to(rows.device), :]
+
+    def _on_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep = self.padding.keep
+        states = [x for x in tensors_of((args, kwargs)) if keep is not None and is_over_tokens(x, keep)]
+        if states and keep is not None:
+            self.traces.note(module, states[0], keep)
+
+    def _traced(self, name: str, rows: Tensor) -> Tensor:
+        """Return those of `rows` of an expert that are of tokens that count."""
+        weight = self.weights[name]
+        expert = name.rpartition(".")[0] if weight.expert is None else weight.expert
+        try:
+            return rows[self.traces.kept(self.sight.traced[name], expert, rows)]
+        except RowsUnknown:
+            raise ValueError(rows_unknown(name, len(rows))) from None
 
 
 def rows_unknown(name: str, rows: int) -> str:

@@ -71,10 +71,15 @@ class RowSearch:
             return
         experts = {n: w for n, w in weights.items() if n in self.findings.of_experts}
         seen = self.seen
-        if experts and not experts.keys() <= self.findings.sight.filters.keys():
+        sight = self.findings.sight
+        if not experts.keys() <= {*sight.filters, *sight.traced}:
             self._find_filters(runner, call, experts, own)
         # Rows within a module before which padding is removed are those of tokens that count.
-        others = {n: tensors for n, tensors in seen.items() if n not in self.findings.sight.filters}
+        others = {
+            n: tensors
+            for n, tensors in seen.items()
+            if n not in (*self.findings.sight.filters, *self.findings.sight.traced)
+        }
         self.seen = seen
         in_one = [
             n for n, tensors in others.items() if all(tensor.shape[:-1] == (keep.numel(),) for tensor in tensors)
@@ -138,8 +143,25 @@ class RowSearch:
                 sight = self.findings.sight
                 self.findings.sight = replace(sight, filters=filters | sight.filters | dict.fromkeys(names, module))
                 return
+        for module in reversed(around):
+            if self._can_be_traced(runner, call, dict.fromkeys(names, module)):
+                sight = self.findings.sight
+                self.findings.sight = replace(sight, traced=sight.traced | dict.fromkeys(names, module))
+                return
         keep = runner.batches[0].padding.keep
         raise ValueError(rows_unknown(names[0], 0 if keep is None else keep.numel()))
+
+    def _can_be_traced(self, runner: BlockRunner, call: int, traced: dict[str, nn.Module]) -> bool:
+        """Return whether all rows of the experts are copies of inputs of their modules in `traced`, or follow such."""
+        experts = {name: self.findings.all_weights[name] for name in traced}
+        sight = replace(self.findings.sight, traced=traced)
+        observer = InputObserver(self.findings.model, experts, _read, _ignore, sight=sight)
+        try:
+            with observer.hooks():
+                self._run(runner, call, observer)
+        except (ValueError, KeyError):
+            return False
+        return True
 
     def _is_harmless(self, runner: BlockRunner, call: int, filters: dict[str, nn.Module], own: Returned) -> bool:
         """Return whether the block computes the same for all tokens that count if padding is removed there."""
@@ -224,6 +246,11 @@ def _with_noise(state: Tensor, keep: Tensor | None) -> Tensor:
     noisy = state.clone()
     noisy.view(-1, state.shape[-1])[~rows] += torch.randn_like(noisy.view(-1, state.shape[-1])[~rows])
     return noisy
+
+
+def _read(name: str, leader: str, rows: Callable[[], Tensor]) -> None:
+    """Record nothing, but ask for the rows."""
+    rows()
 
 
 def _ignore(*args: Any) -> None:
