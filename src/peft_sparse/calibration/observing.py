@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -154,12 +154,12 @@ class InputObserver:
         try:
             keep = self.padding.of_rows(shape, self.from_context[name], name in self.sight.tokens_first)
         except RowsUnknown:
-            raise ValueError(rows_unknown(name, rows.shape[-2])) from None
+            refuse_rows(name, rows.shape[-2])
         return rows if keep is None else rows[..., keep.to(rows.device), :]
 
     def _on_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep = self.padding.keep
-        states = [x for x in tensors_of((args, kwargs)) if keep is not None and is_over_tokens(x, keep)]
+        states = [x for x in tensors_of((args, kwargs)) if keep is not None and x.shape[:2] == keep.shape]
         if states and keep is not None:
             self.traces.note(module, states[0], keep)
 
@@ -170,12 +170,12 @@ class InputObserver:
         try:
             return rows[self.traces.kept(self.sight.traced[name], expert, rows)]
         except RowsUnknown:
-            raise ValueError(rows_unknown(name, len(rows))) from None
+            refuse_rows(name, len(rows))
 
 
-def rows_unknown(name: str, rows: int) -> str:
-    """Return the message of an error: it is not known which inputs of a weight are padding."""
-    return (
+def refuse_rows(name: str, rows: int) -> NoReturn:
+    """Raise ValueError: it is not known which inputs of the weight `name` are padding."""
+    raise ValueError(
         f"Some calibration tokens are padding, and {name!r} gets {rows} rows of which it is not known which are "
         f"padding. Give batches without padding, such as one sequence per batch, or add {name!r} to `exclude_modules`."
     )
@@ -243,7 +243,7 @@ class _PaddingFilter:
             return args, kwargs
         if not any(self._is_overtokens_in(tensor) for tensor in tensors_of((args, kwargs))):
             name = next(name for name, other in self.observer.filters.items() if other is module)
-            raise ValueError(rows_unknown(name, tensors_of((args, kwargs))[0].shape[:-1].numel()))
+            refuse_rows(name, tensors_of((args, kwargs))[0].shape[:-1].numel())
         there: tuple[tuple[Any, ...], dict[str, Any]] = map_leaves(self._without_padding, (args, kwargs))
         return there
 

@@ -251,7 +251,7 @@ def _as_kept(name: str, mask: Tensor) -> Tensor:
     if "padding_mask" in name and mask.dtype == torch.bool:
         # The convention of torch: True = left out.
         return ~mask
-    if mask.is_floating_point() and bool((mask < 0).any() | (mask == 0).all()):
+    if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all() & (mask == 1).any()):
         return mask > -1
     return mask.bool()
 

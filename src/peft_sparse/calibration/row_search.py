@@ -12,7 +12,7 @@ from ..model.weights import WeightView, input_rows
 from .batch import Batch
 from .comparing import close, linked_leaves
 from .findings import Findings
-from .observing import InputObserver, is_over_tokens, rows_unknown, tokens_in
+from .observing import InputObserver, is_over_tokens, refuse_rows, tokens_in
 from .padding import RowsUnknown, align
 from .recording import Call, Link, Returned, map_leaves, tensors_of
 from .runner import BlockRunner
@@ -108,9 +108,13 @@ class RowSearch:
         block, keep = runner.blocks[runner.batches[0].calls[call].block], runner.batches[0].padding.keep
         assert keep is not None
         over_tokens: dict[int, bool] = {}
+        # Modules that get sequences and tokens in dimensions of their own, so that rows are surely in their order.
+        in_order: set[int] = set()
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            over_tokens[id(module)] = any(is_over_tokens(tensor, keep) for tensor in tensors_of((args, kwargs)))
+            tensors = tensors_of((args, kwargs))
+            over_tokens[id(module)] = any(is_over_tokens(tensor, keep) for tensor in tensors)
+            in_order.update({id(module)} if any(tensor.shape[:2] == keep.shape for tensor in tensors) else ())
 
         with contextlib.ExitStack() as hooks:
             for module in block.modules():
@@ -127,13 +131,19 @@ class RowSearch:
         alike: dict[tuple[int, ...], list[str]] = {}
         for name, modules in around.items():
             alike.setdefault(tuple(map(id, modules)), []).append(name)
-        for names in alike.values():
-            self._filter(runner, call, names, around[names[0]], own)
+        unfiltered = [n for names in alike.values() if not self._filter(runner, call, names, around[names[0]], own)
+                      for n in names]  # fmt: skip
+        traced = {n: [m for m in around[n] if id(m) in in_order][-1:] for n in unfiltered}
+        for name, modules in traced.items():
+            if not modules or not self._can_be_traced(runner, call, {n: m[0] for n, m in traced.items() if m}):
+                refuse_rows(name, keep.numel())
+        sight = self.findings.sight
+        self.findings.sight = replace(sight, traced=sight.traced | {n: m[0] for n, m in traced.items()})
 
     def _filter(
         self, runner: BlockRunner, call: int, names: list[str], around: list[nn.Module], own: Returned
-    ) -> None:
-        """Remove padding before the innermost module of `around` that allows it, for all weights in that module."""
+    ) -> bool:
+        """Remove padding before the innermost module of `around` that allows it. Return whether one does."""
         # The innermost may get as many rows as there are tokens, but sorted: then the one around it is tried.
         for module in reversed(around):
             if self._is_harmless(runner, call, dict.fromkeys(names, module), own):
@@ -142,14 +152,8 @@ class RowSearch:
                 filters = {name: module for name, weight in weights.items() if id(weight.layer) in inside}
                 sight = self.findings.sight
                 self.findings.sight = replace(sight, filters=filters | sight.filters | dict.fromkeys(names, module))
-                return
-        for module in reversed(around):
-            if self._can_be_traced(runner, call, dict.fromkeys(names, module)):
-                sight = self.findings.sight
-                self.findings.sight = replace(sight, traced=sight.traced | dict.fromkeys(names, module))
-                return
-        keep = runner.batches[0].padding.keep
-        raise ValueError(rows_unknown(names[0], 0 if keep is None else keep.numel()))
+                return True
+        return False
 
     def _can_be_traced(self, runner: BlockRunner, call: int, traced: dict[str, nn.Module]) -> bool:
         """Return whether all rows of the experts are copies of inputs of their modules in `traced`, or follow such."""
@@ -207,7 +211,7 @@ class RowSearch:
         for name in names:
             after = self.seen.get(name, [])
             if len(after) != len(before[name]) or not all(map(torch.equal, before[name], after)):
-                raise ValueError(rows_unknown(name, before[name][0].shape[:-1].numel()))
+                refuse_rows(name, before[name][0].shape[:-1].numel())
         self.findings.sight = replace(self.findings.sight, unpadded=self.findings.sight.unpadded | set(names))
 
     def _run(

@@ -35,12 +35,6 @@ class Stream:
         self.calls: list[list[StateCall]] = []
         self._first: dict[Link, Tensor] = {}
         for number, batch in enumerate(runner.batches):
-            ran = [runner.names[call.block] for call in batch.calls]
-            if ran != self.names:
-                raise ValueError(
-                    f"Expected the same blocks to run on every batch, got {', '.join(self.names)}, and on batch "
-                    f"{number} {', '.join(ran)}. Give batches of one kind."
-                )
             state, calls = chain_of(runner, batch, self._shared)
             self.dtype = state.dtype
             self.values.append(self.store.put(f"in-{number}", state))
