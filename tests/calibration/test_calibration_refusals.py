@@ -150,7 +150,31 @@ def a_mask_of_other_tokens():
     wanda(Net(in_order), calibration=[batches(8)[0] | {"attention_mask": padded(7)[0]["attention_mask"]}])
 
 
+class Pools(nn.Module):
+    """Has a second stack, whose tokens are two tokens of the first one each."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Net(in_order), Net(in_order)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = in_order(self.first.layers, self.first.embed(input_ids))
+        return in_order(self.second.layers, x[:, ::2] + x[:, 1::2])
+
+
+def pooled_padding():
+    ids = TOKENS % 8
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    prune(Pools().eval(), 0.5, [{"input_ids": ids, "attention_mask": mask}], criterion="wanda")
+
+
 REFUSALS = [
+    (
+        pooled_padding,
+        ValueError,
+        r"'attention_mask' marks padding, which changes states of shape .* that come to 'second.layers.0', .* Give",
+    ),
     (
         lambda: prune(llama(), 0.5, criterion="wanda", calibration=TOKENS.float()),
         ValueError,
@@ -283,7 +307,7 @@ REFUSALS = [
     (
         lambda: wanda(TwoTowers(), calibration=[{"x": torch.ones(1, 2, 4)}]),
         ValueError,
-        "No calibration batch runs the blocks of 'two'. Give batches that do, .* or leave these layers out",
+        "No calibration batch runs the blocks of 'two', or only .* Give batches that do, .* or leave these layers",
     ),
     (
         lambda: wanda(Stairs(in_place=False), calibration=[{"x": torch.ones(1, 2, 4)}]),
@@ -343,12 +367,12 @@ REFUSALS = [
     (
         lambda: wanda(Net(in_order, PairingMixture), calibration=padded(7, 8)),
         ValueError,
-        r"'layers.0.mixture.experts.\d' gets 1 rows of which it is not known which are padding. Give batches",
+        r"'layers.0.mixture.experts.\d' gets 4 rows of which it is not known which are padding. Give batches",
     ),
     (
         no_token_counts,
         ValueError,
-        "Layer 'model.layers.0.self_attn.q_proj' saw no calibration token, so its inputs cannot be measured. Use more",
+        "No calibration batch runs the blocks of 'model.layers', or only on tokens that a mask leaves out. Give",
     ),
     (
         lambda: wanda(tiny("mixtral"), calibration=TOKENS[:1, :1], on_unreached="error"),

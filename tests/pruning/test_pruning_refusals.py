@@ -12,7 +12,7 @@ import torch
 from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import Criterion, Magnitude, SparseGPT, plan_pruning, prune, prune_checkpoint, sparsity
 from peft_sparse.model.blocks import find_blocks
@@ -135,7 +135,25 @@ def nan_hessian():
     masked_least_squares(torch.ones(2, 2), torch.eye(2).bool(), torch.full((2, 2), torch.nan))
 
 
+def reaching_into_a_block():
+    """A model on disk that multiplies by a weight of a block without calling the block."""
+    llama().save_pretrained("dense")
+    own = LlamaForCausalLM.forward
+
+    def forward(self, *args, **kwargs):
+        float(self.model.layers[1].mlp.up_proj(torch.ones(1, 16)).sum())
+        return own(self, *args, **kwargs)
+
+    with mock.patch.object(LlamaForCausalLM, "forward", forward):
+        prune_checkpoint("dense", "sparse", 0.5, TOKENS, criterion="wanda")
+
+
 REFUSALS = [
+    (
+        reaching_into_a_block,
+        ValueError,
+        "The model uses weights of a block outside of calls of this block, .* Load the model and use `prune`",
+    ),
     (lambda: Unstructured(1.0), ValueError, r"`sparsity` must be in \[0, 1\), got 1.0. Use 0.5"),
     (lambda: sparsity(without_entries()), ValueError, "Expected weights with entries, got .* Name other layers"),
     (lambda: parse_pattern(-0.1), ValueError, r"must be in \[0, 1\), got -0.1"),
