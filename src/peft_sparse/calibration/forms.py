@@ -150,7 +150,12 @@ class Reader:
         known = [
             inputs[name].dim() == size for name, size in DIMENSIONS.items() if isinstance(inputs.get(name), Tensor)
         ]
-        return known[0] if known else is_dataset
+        if not known or not known[0]:
+            return is_dataset and not known
+        # An image has channels first, and nothing else has as many. Images as rows of patches are several.
+        first = next(inputs[name] for name in DIMENSIONS if isinstance(inputs.get(name), Tensor))
+        others = (x for x in inputs.values() if isinstance(x, Tensor) and x is not first and x.dim() > 1)
+        return first.dim() < 3 or not any(other.shape[0] == first.shape[0] for other in others)
 
     def _checked(self, entry: Mapping[str, Any], is_dataset: bool) -> dict[str, Any]:
         """Return a dict of model inputs, its values as tensors, or as lists of tensors of different lengths."""

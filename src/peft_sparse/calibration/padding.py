@@ -34,11 +34,13 @@ class Padding:
         keep: (sequences, tokens), True = counts. None if all tokens of the stack count.
         keep_context: the same for states that the blocks get beside their own, such as an encoder's.
         found: whether a mask of the stack's tokens was found.
+        context_is_own: whether states beside the stack's own, of which no mask is known, may be of the same tokens.
     """
 
     keep: Tensor | None = None
     keep_context: Tensor | None = None
     found: bool = False
+    context_is_own: bool = True
 
     def of_rows(self, shape: torch.Size, from_context: bool, tokens_first: bool = False) -> Tensor | None:
         """Return which rows of inputs (..., in) count, flat; None if all do.
@@ -51,6 +53,9 @@ class Padding:
         Raises:
             RowsUnknown: some tokens do not count, and the rows are not those of the tokens.
         """
+        if from_context and self.keep_context is None:
+            fits = self.context_is_own and self.keep is not None
+            return align(self.keep, shape) if fits and self.keep is not None else None
         mask = self.keep_context if from_context else self.keep
         if mask is None:
             return None
@@ -146,7 +151,7 @@ class TokenMasks:
             own = [("labels", mask) for mask in self._by_labels()] + own
         keep = self._fitting(said) if isinstance(said, Tensor) else None
         keep = self._chosen(own) if keep is None else keep
-        return Padding(_unless_all(keep), _unless_all(context), keep is not None)
+        return Padding(_unless_all(keep), _unless_all(context), keep is not None, not self.is_decoder)
 
     def _reaching(self) -> list[tuple[str, Tensor]]:
         """Return the masks that reach the stack, from the outermost module to the blocks.
@@ -161,9 +166,7 @@ class TokenMasks:
         between = [of_block]
         of_tokens_alone = not any(isinstance(x, Tensor) and x.is_floating_point() for x in self.batch.values())
         for depth, level in reversed(list(enumerate(levels))):
-            apart = not level and any(between)
-            only_outermost = depth == 0 and not any(between)
-            if not of_tokens_alone and (apart or only_outermost):
+            if not of_tokens_alone and (not level or (depth == 0 and not any(between))):
                 break
             between.append(level)
         found = [mask for level in reversed(between) for mask in level]
