@@ -6,7 +6,8 @@ is multiplied with. The scores |W| · norm select the zeros.
 
 Padding is left out without any rule about masks: each sequence of a padded batch runs alone, cut to its real tokens.
 Where a model gives other numbers then (its own convolutions see the padding), rows are left out by their place
-(sequences, tokens), and a target whose rows have no such place is not compared.
+(sequences, tokens), and a target whose rows have no such place is not compared. What does not change when something
+else is written into the padding, such as the states of images or distances between tokens, is no padding.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atlas_inputs import Batch, leaves, run
+from atlas_sizes import PLAIN_TOKENS
 from peft_sparse.model.blocks import find_blocks, prunable_weights
 
 
@@ -32,6 +34,25 @@ class Pass:
 
     batch: Batch
     masks: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Given:
+    """One batch as it was given, and the passes that stand for it.
+
+    Args:
+        batch: the batch.
+        passes: the passes in which padding does not count.
+        altered: the batch with other values in its padding; None if it has none.
+        changed: the batch with other values in its padding and for its tokens.
+        unpadded: targets whose inputs do not depend on padding.
+    """
+
+    batch: Batch
+    passes: list[Pass]
+    altered: Batch | None = None
+    changed: Batch | None = None
+    unpadded: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -65,6 +86,10 @@ class Watch(TorchDispatchMode):
         self.rows = dict.fromkeys(weights, 0)
         self.unplaced: dict[str, str] = {}
         self.masks: list[Tensor] = []
+        # Names of weights whose inputs do not depend on padding.
+        self.unpadded: set[str] = set()
+        # Names of weights that are not watched at present.
+        self.muted: set[str] = set()
         self.hooked = {name: w for name, w in weights.items() if w.expert is None and id(w.layer) in called}
         self.others = {name: w for name, w in weights.items() if name not in self.hooked}
 
@@ -99,6 +124,8 @@ class Watch(TorchDispatchMode):
         pads = [*sides[1], *sides[0]]
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         padded = nn.functional.pad(inputs if inputs.dim() == 4 else inputs[None], pads, mode=mode)
+        if name in self.muted:
+            return
         patches = nn.functional.unfold(padded, module.kernel_size, module.dilation, 0, module.stride).double()
         sums = patches.square().sum((0, 2)).view(module.groups, -1)
         self.squares[name] += sums.repeat_interleave(module.out_channels // module.groups, dim=0)
@@ -106,13 +133,18 @@ class Watch(TorchDispatchMode):
 
     def add(self, name: str, inputs: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
         """Add inputs (..., in) of the part [rows, columns] of a weight."""
+        if name in self.muted:
+            return
         kept = inputs.reshape(-1, inputs.shape[-1])
         if self.masks:
-            place = next((m for m in self.masks if tuple(inputs.shape[:-1]) in (tuple(m.shape), (m.numel(),))), None)
+            shape = tuple(inputs.shape[:-1])
+            place = next((m.flatten().bool() for m in self.masks if shape in (tuple(m.shape), (m.numel(),))), None)
+            if name in self.unpadded and (place is None or not _alike(kept[~place])):
+                place = torch.ones(len(kept), dtype=torch.bool)
             if place is None:
                 self.unplaced[name] = f"inputs of shape {tuple(inputs.shape)} in a padded batch"
                 return
-            kept = kept[place.flatten().bool()]
+            kept = kept[place]
         self.squares[name][rows, columns] += kept.double().square().sum(0)
         self.rows[name] += len(kept)
 
@@ -142,11 +174,16 @@ class Watch(TorchDispatchMode):
                 if found is None:
                     continue
                 given = inputs[index] if inputs.dim() == 3 else inputs
-                if self.masks:
+                if self.masks and name not in self.unpadded:
                     # A product has lost the order of sequences and tokens.
                     self.unplaced[name] = "its layer is not called, in a padded batch"
                     continue
                 self.add(name, given, *found)
+
+
+def _alike(rows: Tensor) -> bool:
+    """Return whether all rows are equal, as those of padding are in models that write zeros there."""
+    return bool((rows == rows[:1]).all())
 
 
 def _place(matrix: Tensor, part: Tensor) -> tuple[slice, slice] | None:
@@ -180,8 +217,11 @@ class Reference:
             with contextlib.suppress(Exception):
                 model.set_experts_implementation("eager")
         self.blocks = find_blocks(model)
-        self.runs, self.how = passes_of(model, batches)
+        self.given, self.how = passes_of(model, batches)
         self.order, self.called = self._order()
+        for given in self.given:
+            if given.altered is not None:
+                given.unpadded = self._unpadded(given)
 
     def never_run(self) -> list[str]:
         """Return the blocks that do not run on these batches."""
@@ -205,9 +245,26 @@ class Reference:
 
             for module in self.model.modules():
                 undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for each in self.runs:
-                run(self.model, each.batch)
+            for given in self.given:
+                for each in given.passes:
+                    run(self.model, each.batch)
         return list(order), called
+
+    def _unpadded(self, given: Given) -> set[str]:
+        """Return the targets whose inputs stay the same when other values are written into the padding of a batch."""
+        weights = prunable_weights(self.model)
+        whole = self._watched(weights, [Given(given.batch, [Pass(given.batch)])])
+        altered = self._watched(weights, [Given(given.batch, [Pass(given.altered or {})])])
+        same = {
+            name
+            for name in weights
+            if whole.rows[name] == altered.rows[name] and torch.equal(whole.squares[name], altered.squares[name])
+        }
+        if len(given.passes) > 1 and same:
+            # Sequences alone show what padding is, but for what no token enters, such as distances between tokens.
+            changed = self._watched(weights, [Given(given.batch, [Pass(given.changed or {})])])
+            same = {name for name in same if torch.equal(whole.squares[name], changed.squares[name])}
+        return same
 
     @torch.no_grad()
     def compare(self, pruned: nn.Module, targets: list[str], pattern: float | str) -> Comparison:
@@ -233,15 +290,24 @@ class Reference:
                     weight.write(theirs[name].matrix())
         return result
 
-    def _watched(self, weights: dict[str, Any]) -> Watch:
+    @torch.no_grad()
+    def _watched(self, weights: dict[str, Any], batches: list[Given] | None = None) -> Watch:
+        """Run the model on batches, and return what the targets `weights` were multiplied with."""
         watch = Watch(weights, self.called)
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             with watch.watching():
-                for each in self.runs:
-                    watch.masks = each.masks
-                    run(self.model, each.batch)
+                for given in self.given if batches is None else batches:
+                    watch.unpadded = given.unpadded
+                    alone = len(given.passes) > 1
+                    watch.muted = given.unpadded if alone else set()
+                    for each in given.passes:
+                        watch.masks = each.masks
+                        run(self.model, each.batch)
+                    if alone and not given.unpadded.isdisjoint(weights):
+                        watch.masks, watch.muted = [], set(weights) - given.unpadded
+                        run(self.model, given.batch)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
         return watch
@@ -281,25 +347,26 @@ def _compare(
         result.first = result.first or f"{name} ({different} of {theirs.numel()}; {rows} rows)"
 
 
-def passes_of(model: nn.Module, batches: list[Batch]) -> tuple[list[Pass], str]:
-    """Return the passes in which padding does not count, and how it was left out."""
-    runs: list[Pass] = []
+def passes_of(model: nn.Module, batches: list[Batch]) -> tuple[list[Given], str]:
+    """Return the batches with passes in which padding does not count, and how it was left out."""
+    found: list[Given] = []
     how = "no padding"
     for batch in batches:
         masks = {key: v for key, v in batch.items() if "mask" in key and isinstance(v, Tensor) and v.dim() == 2}
         padded = {key: v for key, v in masks.items() if not v.bool().all()}
         if not padded:
-            runs.append(Pass(batch))
+            found.append(Given(batch, [Pass(batch)]))
             continue
-        alone = list(_alone(batch, masks))
-        if _same_outputs(model, batch, masks, alone):
-            runs += [Pass(each) for each in alone]
-            how = "sequences alone"
+        alone = list(_alone(batch, padded))
+        if _same_outputs(model, batch, alone):
+            passes, how = [Pass(each) for each in alone], "sequences alone"
         else:
             others = [torch.ones(b.shape[:2]) for k, b in batch.items() if k.endswith("input_ids")]
-            runs.append(Pass(batch, [*masks.values(), *_reduced(model, batch, masks), *others]))
-            how = "rows by place"
-    return runs, how
+            reduced = _reduced(model, batch, masks)
+            passes, how = [Pass(batch, [*padded.values(), *masks.values(), *reduced, *others])], "rows by place"
+        everything = {key: torch.zeros_like(mask) for key, mask in padded.items()}
+        found.append(Given(batch, passes, _altered(batch, padded), _altered(batch, everything)))
+    return found, how
 
 
 @torch.no_grad()
@@ -313,25 +380,47 @@ def _reduced(model: nn.Module, batch: Batch, masks: dict[str, Tensor]) -> list[T
         return []
 
 
-def _alone(batch: Batch, masks: dict[str, Tensor]) -> Iterator[Batch]:
-    count = len(next(iter(masks.values())))
+def _alone(batch: Batch, padded: dict[str, Tensor]) -> Iterator[Batch]:
+    """Yield each sequence of a batch, cut to its real tokens."""
+    count = len(next(iter(padded.values())))
     for i in range(count):
-        single = {}
+        single = dict(batch)
         for key, value in batch.items():
-            if not isinstance(value, Tensor) or value.shape[0] != count:
-                single[key] = value
+            if not isinstance(value, Tensor) or value.dim() == 0 or len(value) % count:
                 continue
-            one = value[i : i + 1]
-            for mask_key, mask in masks.items():
-                mine = key.startswith("decoder_") == mask_key.startswith("decoder_")
-                if mine and value.dim() > 1 and value.shape[1] == mask.shape[1]:
-                    one = one[:, mask[i].bool()]
+            # Patches of all images may stand in one dimension.
+            one = value.chunk(count)[i]
+            for mask_key, mask in padded.items():
+                axis = _axis_of(mask_key, mask, key, value)
+                if axis is not None:
+                    one = one.index_select(axis, mask[i].nonzero().flatten())
             single[key] = one
         yield single
 
 
+def _altered(batch: Batch, padded: dict[str, Tensor]) -> Batch:
+    """Return a batch with other token ids and other numbers in its padding."""
+    altered = dict(batch)
+    for mask_key, mask in padded.items():
+        for key, value in altered.items():
+            axis = _axis_of(mask_key, mask, key, value) if isinstance(value, Tensor) else None
+            if axis is None or "mask" in key or (not value.is_floating_point() and not key.endswith("input_ids")):
+                continue
+            gone = ~mask.bool().view([size if d in (0, axis) else 1 for d, size in enumerate(value.shape)])
+            other = value + 1 if value.is_floating_point() else torch.full_like(value, PLAIN_TOKENS.stop - 1)
+            altered[key] = torch.where(gone, other, value)
+    return altered
+
+
+def _axis_of(mask_key: str, mask: Tensor, key: str, value: Tensor) -> int | None:
+    """Return the dimension of a model input that the mask (sequences, tokens) describes, or None."""
+    if key.startswith("decoder_") != mask_key.startswith("decoder_") or len(value) != len(mask):
+        return None
+    return next((axis for axis in (1, 2) if value.dim() > axis and value.shape[axis] == mask.shape[1]), None)
+
+
 @torch.no_grad()
-def _same_outputs(model: nn.Module, batch: Batch, masks: dict[str, Tensor], alone: list[Batch]) -> bool:
+def _same_outputs(model: nn.Module, batch: Batch, alone: list[Batch]) -> bool:
     """Return whether sequences alone give the outputs that they have in the padded batch."""
     try:
         together = leaves(run(model, batch))
@@ -344,7 +433,7 @@ def _same_outputs(model: nn.Module, batch: Batch, masks: dict[str, Tensor], alon
                 expected = whole[i, : one.shape[1]]
                 if whole.shape[0] != len(alone) or expected.shape != one[0].shape:
                     continue
-                if not torch.allclose(one[0], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+                if not torch.allclose(one[0], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
                     return False
                 compared = True
             if not compared:
