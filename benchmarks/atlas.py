@@ -65,7 +65,7 @@ def try_model(entry: Any, stages: list[str]) -> dict[str, Any]:
             tried.prepare()
     except (Exception, OutOfTime) as error:
         return row | {"skipped": f"its own pass with hooks fails: {first_line(error)}"}
-    row["padding"], row["note"] = tried.how, tried.note
+    row["padding"] = tried.how
     for stage in stages:
         began = time.perf_counter()
         row[stage] = tried.run(stage)

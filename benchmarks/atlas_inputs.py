@@ -125,6 +125,9 @@ def _text(known: Any, config: PretrainedConfig) -> Iterator[Part]:
             batch[f"{side}input_ids"] = ids.masked_fill(mask == 0, pad)
             if f"{side}attention_mask" in known and "input_features" not in known and "input_values" not in known:
                 batch[f"{side}attention_mask"] = mask
+        if "global_attention_mask" in known:
+            batch["global_attention_mask"] = torch.zeros(SEQUENCES, length, dtype=torch.long)
+            batch["global_attention_mask"][:, 0] = 1
         if "bbox" in known:
             corner = torch.randint(0, 40, (SEQUENCES, length, 2), generator=generator)
             batch["bbox"] = torch.cat([corner, corner + 20], dim=-1)
@@ -305,7 +308,7 @@ def _audio(known: Any, config: PretrainedConfig) -> Iterator[Part]:
             batch = {name: values}
             mask = torch.ones(shape[0], shape[axis], dtype=torch.long)
             if padded:
-                mask[-1, shape[axis] * 3 // 4 :] = 0
+                mask[-1, shape[axis] // 2 :] = 0
                 values[-1] = values[-1] * mask[-1].view([-1 if i == axis else 1 for i in range(1, len(shape))])
             masks = ["attention_mask", "input_features_mask", "feature_attention_mask", "padding_mask"]
             wanted = [m for m in masks if m in known]

@@ -138,7 +138,7 @@ class Watch(TorchDispatchMode):
         kept = inputs.reshape(-1, inputs.shape[-1])
         if self.masks:
             shape = tuple(inputs.shape[:-1])
-            place = next((m.flatten().bool() for m in self.masks if shape in (tuple(m.shape), (m.numel(),))), None)
+            place = next((p for p in (_flat(mask, shape) for mask in self.masks) if p is not None), None)
             if name in self.unpadded and (place is None or not _alike(kept[~place])):
                 place = torch.ones(len(kept), dtype=torch.bool)
             if place is None:
@@ -179,6 +179,13 @@ class Watch(TorchDispatchMode):
                     self.unplaced[name] = "its layer is not called, in a padded batch"
                     continue
                 self.add(name, given, *found)
+
+
+def _flat(mask: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """Return a mask (sequences, tokens) for rows of `shape`, which may have tokens first; None if it does not fit."""
+    if shape in (tuple(mask.shape), (mask.numel(),)):
+        return mask.flatten().bool()
+    return mask.T.flatten().bool() if shape == tuple(mask.T.shape) else None
 
 
 def _alike(rows: Tensor) -> bool:
@@ -352,7 +359,8 @@ def passes_of(model: nn.Module, batches: list[Batch]) -> tuple[list[Given], str]
     found: list[Given] = []
     how = "no padding"
     for batch in batches:
-        masks = {key: v for key, v in batch.items() if "mask" in key and isinstance(v, Tensor) and v.dim() == 2}
+        tensors = {key: v for key, v in batch.items() if isinstance(v, Tensor) and v.dim() == 2}
+        masks = {key: v for key, v in tensors.items() if "mask" in key and not key.startswith("global")}
         padded = {key: v for key, v in masks.items() if not v.bool().all()}
         if not padded:
             found.append(Given(batch, [Pass(batch)]))
@@ -408,6 +416,9 @@ def _altered(batch: Batch, padded: dict[str, Tensor]) -> Batch:
                 continue
             gone = ~mask.bool().view([size if d in (0, axis) else 1 for d, size in enumerate(value.shape)])
             other = value + 1 if value.is_floating_point() else torch.full_like(value, PLAIN_TOKENS.stop - 1)
+            if not value.is_floating_point() and not mask.any():
+                # Tokens that stand for images must be as many as there are images.
+                gone = gone & (value < PLAIN_TOKENS.stop)
             altered[key] = torch.where(gone, other, value)
     return altered
 

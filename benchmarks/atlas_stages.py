@@ -29,6 +29,8 @@ from peft_sparse.model.blocks import prunable_weights
 
 PACKAGE = Path(inspect.getfile(peft_sparse)).parent
 SECONDS = 60
+# How often the advice of refusals is followed, and how long an outcome is.
+TRIES, LENGTH = 4, 500
 STAGES = ("prune", "2:4", "submodule", "block", "structured", "checkpoint")
 
 
@@ -69,7 +71,7 @@ def is_refusal(error: BaseException) -> bool:
     return stated and str(error).rstrip().endswith((".", "`", ")", '"'))
 
 
-def words(error: BaseException, length: int = 400) -> str:
+def words(error: BaseException, length: int = 4000) -> str:
     """Return the message of an error on one line, with the place for errors that are no refusal."""
     text = " ".join(str(error).split())[:length]
     if is_refusal(error):
@@ -108,8 +110,30 @@ def same_state(before: State, model: nn.Module, but: tuple[str, ...] = ()) -> No
         raise Wrong(f"not restored: {', '.join(changed)}")
 
 
+def advised(message: str) -> list[str]:
+    """Return what a refusal says to leave out, as regular expressions for names; the same layer of all blocks."""
+    named = re.search(r"exclude_modules=(\[[^\]]*\])", message)
+    if named:
+        return [rf"(.*\.)?{_of_all_blocks(name)}" for name in ast.literal_eval(named[1])]
+    found = re.search(r"No calibration batch runs the blocks of '([^']+)'", message)
+    found = found or re.search(r"(?:of|layers of|but in|of layer|and|add) '([^']+)'.*`exclude_modules`", message)
+    return [rf"{_of_all_blocks(found[1])}(\..*)?"] if found else []
+
+
+def _of_all_blocks(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name))
+
+
+def readable(expression: str) -> str:
+    """Return a regular expression of `advised` as a name with stars."""
+    return expression.replace(r"(.*\.)?", "").replace(r"(\..*)?", "").replace(r"\d+", "*").replace("\\", "")
+
+
 class Stages:
     """The stages for one model.
+
+    A refusal that says what to do is taken at its word: layers are left out, or padding is, and the stage is tried
+    again. The outcome then says so.
 
     Args:
         model: the dense model. Every stage works on a copy.
@@ -118,50 +142,53 @@ class Stages:
 
     def __init__(self, model: Any, batches: list[Batch]) -> None:
         self.model, self.batches = model, batches
-        self.excluded: str | None = None
-        self.note = ""
 
     def prepare(self) -> None:
-        """Find out what does not run. It is excluded where the package refuses otherwise."""
-        reference = Reference(copy.deepcopy(self.model), self.batches)
-        self.how = reference.how
-        never = reference.never_run()
-        if never and reference.order:
-            self.excluded = rf"({'|'.join(map(re.escape, never))})\..*"
-            self.note = f"without {len(never)} blocks that do not run, such as {never[0]}"
+        """Run the model as the reference does."""
+        self.how = Reference(copy.deepcopy(self.model), self.batches).how
 
     def run(self, stage: str) -> str:
-        """Return the outcome of a stage; a second try leaves out the blocks that do not run."""
+        """Return the outcome of a stage."""
         method = {
-            "prune": lambda model, **more: self.prune(model, 0.5, **more),
-            "2:4": lambda model, **more: self.prune(model, "2:4", **more),
-            "submodule": lambda model, **more: self.reconstruct(model, "submodule", **more),
-            "block": lambda model, **more: self.reconstruct(model, "block", **more),
+            "prune": lambda model, batches, **more: self.prune(model, batches, 0.5, **more),
+            "2:4": lambda model, batches, **more: self.prune(model, batches, "2:4", **more),
+            "submodule": lambda model, batches, **more: self.reconstruct(model, batches, "submodule", **more),
+            "block": lambda model, batches, **more: self.reconstruct(model, batches, "block", **more),
             "structured": self.structured,
             "checkpoint": self.checkpoint,
         }[stage]
-        result = self._try(method)
-        if result.startswith("refused") and self.excluded is not None:
-            second = self._try(method, exclude_modules=self.excluded)
-            if not second.startswith("refused"):
-                return f"{second} ({self.note})" if second == "works" else second
-        return result
+        first = result = self._try(method, self.batches)
+        batches, excluded = self.batches, []
+        for _ in range(TRIES):
+            if not result.startswith("refused"):
+                break
+            if batches is self.batches and "without padding" in result:
+                batches = self.batches[:1]
+            elif left_out := advised(result):
+                excluded += left_out
+            else:
+                break
+            more = {"exclude_modules": "|".join(excluded)} if excluded else {}
+            result = self._try(method, batches, **more)
+        if result.startswith("refused"):
+            return first[:LENGTH]
+        notes = ["without padding"] if batches is not self.batches else []
+        notes += [f"without `{readable(name)}`" for name in dict.fromkeys(excluded)]
+        return f"{result} ({', '.join(notes)})"[:LENGTH] if notes and result == "works" else result[:LENGTH]
 
-    def _try(self, method: Callable[..., str], **more: Any) -> str:
+    def _try(self, method: Callable[..., str], batches: list[Batch], **more: Any) -> str:
         model = copy.deepcopy(self.model)
         disturb(model)
-        return outcome(model, lambda: method(model, **more))
+        return outcome(model, lambda: method(model, batches, **more))
 
-    def prune(self, model: nn.Module, pattern: float | str, **more: Any) -> str:
+    def prune(self, model: nn.Module, batches: list[Batch], pattern: float | str, **more: Any) -> str:
         """Prune, and compare with the reference."""
         before = State(model)
-        report = prune(model, pattern, self.batches, criterion="wanda", **more)
+        report = prune(model, pattern, batches, criterion="wanda", **more)
         same_state(before, model)
         targets = [weight.name for weight in report.weights]
         self._only_targets_changed(model, targets)
-        reference = Reference(copy.deepcopy(self.model), self.batches)
-        result = reference.compare(model, targets, pattern)
-        self.rounding = result.rounding
+        result = Reference(copy.deepcopy(self.model), batches).compare(model, targets, pattern)
         if result.different:
             raise Wrong(result.verdict.removeprefix("wrong: "))
         if result.not_compared and not result.entries:
@@ -177,11 +204,11 @@ class Stages:
             if id(parameter) not in stored and not torch.equal(parameter, dense[name]):
                 raise Wrong(f"{name} changed, which is no target")
 
-    def reconstruct(self, model: nn.Module, region: Any, **more: Any) -> str:
+    def reconstruct(self, model: nn.Module, batches: list[Batch], region: Any, **more: Any) -> str:
         """Reconstruct with one step, and check zeros, errors and what lies outside of the blocks."""
         before = State(model)
         report = reconstruct(
-            model, 0.5, self.batches, criterion="wanda", region=region, fit=Fit(max_steps=1, holdout=0.0), **more
+            model, 0.5, batches, criterion="wanda", region=region, fit=Fit(max_steps=1, holdout=0.0), **more
         )
         same_state(before, model)
         views = prunable_weights(model)
@@ -205,14 +232,14 @@ class Stages:
             return "works (no region was trained)"
         return "works"
 
-    def structured(self, model: nn.Module, **more: Any) -> str:
+    def structured(self, model: nn.Module, batches: list[Batch], **more: Any) -> str:
         """Remove heads and neurons, cut them out, and compare the outputs of the masked and the compact model."""
         before = State(model)
-        prune_structured(model, 0.3, self.batches, **more)
+        prune_structured(model, 0.3, batches, **more)
         same_state(before, model, ("requires_grad", "dtypes", "identity of parameters", "configuration", "modules"))
         masked = copy.deepcopy(model)
         size = sum(p.numel() for p in model.parameters())
-        compact(model, self.batches)
+        compact(model, batches)
         if sum(p.numel() for p in model.parameters()) >= size:
             raise Wrong("compact made it no smaller")
         if (apart := self._apart(masked, model)) > 1e-3:
@@ -230,7 +257,7 @@ class Stages:
                     largest = max(largest, float((a - b).abs().max() / a.abs().max().clamp_min(1e-6)))
         return largest
 
-    def checkpoint(self, model: nn.Module, **more: Any) -> str:
+    def checkpoint(self, model: nn.Module, batches: list[Batch], **more: Any) -> str:
         """Prune on disk and in memory, and compare bit for bit."""
         cls = type(self.model)
         with tempfile.TemporaryDirectory() as folder:
@@ -246,7 +273,7 @@ class Stages:
                 return "skipped: save_pretrained and from_pretrained change tensors"
             files = digest_of_folder(source)
             try:
-                prune_checkpoint(source, output, 0.5, self.batches, criterion="wanda", **more)
+                prune_checkpoint(source, output, 0.5, batches, criterion="wanda", **more)
             except Exception as error:
                 left = sorted(p.name for p in output.glob("*")) if output.exists() else []
                 if is_refusal(error) and left:
@@ -255,7 +282,7 @@ class Stages:
             finally:
                 if digest_of_folder(source) != files:
                     raise Wrong("the source was changed")
-            prune(loaded, 0.5, self.batches, criterion="wanda", **more)
+            prune(loaded, 0.5, batches, criterion="wanda", **more)
             back = cls.from_pretrained(output)
             theirs = back.state_dict()
             for name, tensor in loaded.state_dict().items():
