@@ -300,7 +300,8 @@ def _audio(known: Any, config: PretrainedConfig) -> Iterator[Part]:
     mels = mels if isinstance(mels, int) else 16
     source = find(config, "max_source_positions")
     frames = 2 * source if isinstance(source, int) else 64
-    samples = 3200
+    # The frames of a sound must not be as many as the tokens of a decoder.
+    samples = 4000
 
     def plain(*shape: int, axis: int = 1) -> Part:
         def make(generator: torch.Generator, padded: bool) -> Batch:

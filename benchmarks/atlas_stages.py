@@ -239,7 +239,9 @@ class Stages:
         same_state(before, model, ("requires_grad", "dtypes", "identity of parameters", "configuration", "modules"))
         masked = copy.deepcopy(model)
         size = sum(p.numel() for p in model.parameters())
-        compact(model, batches)
+        result = outcome(model, lambda: str(compact(model, batches) is model))
+        if not result.startswith("True"):
+            return result.replace(": ", ": compact: ", 1)
         if sum(p.numel() for p in model.parameters()) >= size:
             raise Wrong("compact made it no smaller")
         if (apart := self._apart(masked, model)) > 1e-3:
