@@ -6,8 +6,8 @@ is multiplied with. The scores |W| · norm select the zeros.
 
 Padding is left out without any rule about masks: each sequence of a padded batch runs alone, cut to its real tokens.
 Where a model gives other numbers then (its own convolutions see the padding), rows are left out by their place
-(sequences, tokens), and a target whose rows have no such place is not compared. What does not change when something
-else is written into the padding, such as the states of images or distances between tokens, is no padding.
+(sequences, tokens), and a target whose rows have no such place is not compared. All rows count of inputs that stay the
+same when all these tokens are replaced by others, such as the states of images or the distances between tokens.
 """
 
 import contextlib
@@ -43,14 +43,12 @@ class Given:
     Args:
         batch: the batch.
         passes: the passes in which padding does not count.
-        altered: the batch with other values in its padding; None if it has none.
-        changed: the batch with other values in its padding and for its tokens.
-        unpadded: targets whose inputs do not depend on padding.
+        changed: the batch with other values for all tokens of which some are padding; None if none are.
+        unpadded: targets whose inputs do not depend on these tokens.
     """
 
     batch: Batch
     passes: list[Pass]
-    altered: Batch | None = None
     changed: Batch | None = None
     unpadded: set[str] = field(default_factory=set)
 
@@ -126,6 +124,9 @@ class Watch(TorchDispatchMode):
         padded = nn.functional.pad(inputs if inputs.dim() == 4 else inputs[None], pads, mode=mode)
         if name in self.muted:
             return
+        if self.masks and name not in self.unpadded:
+            self.unplaced[name] = "a convolution over tokens, in a padded batch"
+            return
         patches = nn.functional.unfold(padded, module.kernel_size, module.dilation, 0, module.stride).double()
         sums = patches.square().sum((0, 2)).view(module.groups, -1)
         self.squares[name] += sums.repeat_interleave(module.out_channels // module.groups, dim=0)
@@ -139,7 +140,7 @@ class Watch(TorchDispatchMode):
         if self.masks:
             shape = tuple(inputs.shape[:-1])
             place = next((p for p in (_flat(mask, shape) for mask in self.masks) if p is not None), None)
-            if name in self.unpadded and (place is None or not _alike(kept[~place])):
+            if name in self.unpadded:
                 place = torch.ones(len(kept), dtype=torch.bool)
             if place is None:
                 self.unplaced[name] = f"inputs of shape {tuple(inputs.shape)} in a padded batch"
@@ -188,11 +189,6 @@ def _flat(mask: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     return mask.T.flatten().bool() if shape == tuple(mask.T.shape) else None
 
 
-def _alike(rows: Tensor) -> bool:
-    """Return whether all rows are equal, as those of padding are in models that write zeros there."""
-    return bool((rows == rows[:1]).all())
-
-
 def _place(matrix: Tensor, part: Tensor) -> tuple[slice, slice] | None:
     """Return where the view `part` (out', in') lies in the view `matrix` (out, in) of one memory, or None."""
     if matrix.stride() != part.stride() and min(part.shape) > 1:
@@ -227,8 +223,8 @@ class Reference:
         self.given, self.how = passes_of(model, batches)
         self.order, self.called = self._order()
         for given in self.given:
-            if given.altered is not None:
-                given.unpadded = self._unpadded(given)
+            if given.changed is not None:
+                given.unpadded = self._unpadded(given, prunable_weights(model))
 
     def never_run(self) -> list[str]:
         """Return the blocks that do not run on these batches."""
@@ -257,21 +253,15 @@ class Reference:
                     run(self.model, each.batch)
         return list(order), called
 
-    def _unpadded(self, given: Given) -> set[str]:
-        """Return the targets whose inputs stay the same when other values are written into the padding of a batch."""
-        weights = prunable_weights(self.model)
+    def _unpadded(self, given: Given, weights: dict[str, Any]) -> set[str]:
+        """Return the targets whose inputs stay the same when all tokens of a padded batch are replaced by others."""
         whole = self._watched(weights, [Given(given.batch, [Pass(given.batch)])])
-        altered = self._watched(weights, [Given(given.batch, [Pass(given.altered or {})])])
-        same = {
+        changed = self._watched(weights, [Given(given.batch, [Pass(given.changed or {})])])
+        return {
             name
             for name in weights
-            if whole.rows[name] == altered.rows[name] and torch.equal(whole.squares[name], altered.squares[name])
+            if whole.rows[name] == changed.rows[name] and torch.equal(whole.squares[name], changed.squares[name])
         }
-        if len(given.passes) > 1 and same:
-            # Sequences alone show what padding is, but for what no token enters, such as distances between tokens.
-            changed = self._watched(weights, [Given(given.batch, [Pass(given.changed or {})])])
-            same = {name for name in same if torch.equal(whole.squares[name], changed.squares[name])}
-        return same
 
     @torch.no_grad()
     def compare(self, pruned: nn.Module, targets: list[str], pattern: float | str) -> Comparison:
@@ -286,6 +276,7 @@ class Reference:
         for block in self.order:
             weights = {name: w for name, w in mine.items() if name.startswith(f"{block}.")}
             if weights:
+                self._look_again(weights)
                 watch = self._watched(weights)
                 for name, weight in weights.items():
                     if name in watch.unplaced:
@@ -296,6 +287,13 @@ class Reference:
                 for name, weight in weights.items():
                     weight.write(theirs[name].matrix())
         return result
+
+    def _look_again(self, weights: dict[str, Any]) -> None:
+        """Find out anew what depends on padding: tokens choose other experts once the blocks before are pruned."""
+        for given in self.given:
+            mine = {name: weight for name, weight in weights.items() if name in given.unpadded}
+            if mine:
+                given.unpadded -= mine.keys() - self._unpadded(given, mine)
 
     @torch.no_grad()
     def _watched(self, weights: dict[str, Any], batches: list[Given] | None = None) -> Watch:
@@ -372,8 +370,7 @@ def passes_of(model: nn.Module, batches: list[Batch]) -> tuple[list[Given], str]
             others = [torch.ones(b.shape[:2]) for k, b in batch.items() if k.endswith("input_ids")]
             reduced = _reduced(model, batch, masks)
             passes, how = [Pass(batch, [*padded.values(), *masks.values(), *reduced, *others])], "rows by place"
-        everything = {key: torch.zeros_like(mask) for key, mask in padded.items()}
-        found.append(Given(batch, passes, _altered(batch, padded), _altered(batch, everything)))
+        found.append(Given(batch, passes, _changed(batch, padded)))
     return found, how
 
 
@@ -406,26 +403,24 @@ def _alone(batch: Batch, padded: dict[str, Tensor]) -> Iterator[Batch]:
         yield single
 
 
-def _altered(batch: Batch, padded: dict[str, Tensor]) -> Batch:
-    """Return a batch with other token ids and other numbers in its padding."""
-    altered = dict(batch)
+def _changed(batch: Batch, padded: dict[str, Tensor]) -> Batch:
+    """Return a batch with other values for all tokens that the masks `padded` describe."""
+    changed = dict(batch)
     for mask_key, mask in padded.items():
-        for key, value in altered.items():
-            axis = _axis_of(mask_key, mask, key, value) if isinstance(value, Tensor) else None
-            if axis is None or "mask" in key or (not value.is_floating_point() and not key.endswith("input_ids")):
+        for key, value in batch.items():
+            if not isinstance(value, Tensor) or "mask" in key or _axis_of(mask_key, mask, key, value) is None:
                 continue
-            gone = ~mask.bool().view([size if d in (0, axis) else 1 for d, size in enumerate(value.shape)])
-            other = value + 1 if value.is_floating_point() else torch.full_like(value, PLAIN_TOKENS.stop - 1)
-            if not value.is_floating_point() and not mask.any():
+            if key.endswith("input_ids"):
                 # Tokens that stand for images must be as many as there are images.
-                gone = gone & (value < PLAIN_TOKENS.stop)
-            altered[key] = torch.where(gone, other, value)
-    return altered
+                changed[key] = value.masked_fill(value < PLAIN_TOKENS.stop, PLAIN_TOKENS.stop - 1)
+            elif value.dim() > 2 or value.is_floating_point():
+                changed[key] = value + 1
+    return changed
 
 
 def _axis_of(mask_key: str, mask: Tensor, key: str, value: Tensor) -> int | None:
     """Return the dimension of a model input that the mask (sequences, tokens) describes, or None."""
-    if key.startswith("decoder_") != mask_key.startswith("decoder_") or len(value) != len(mask):
+    if key.startswith("decoder_") != mask_key.startswith("decoder_") or value.dim() > 3 or len(value) != len(mask):
         return None
     return next((axis for axis in (1, 2) if value.dim() > axis and value.shape[axis] == mask.shape[1]), None)
 
