@@ -35,6 +35,10 @@ def third_matrix(model):
     model.model.layers[0].mlp.inner = nn.Linear(24, 16)
 
 
+def norm_of_neurons(model):
+    model.model.layers[0].mlp.norm = nn.LayerNorm(24)
+
+
 def lone_matrix(model):
     model.model.layers[0].mlp = nn.Linear(16, 16)
 
@@ -63,6 +67,13 @@ def scaled(mlp, x):
 
 def of_fixed_size(mlp, x):
     return mlp.down_proj((mlp.gate_proj(x) * mlp.up_proj(x)).view(-1, 24)).view_as(x)
+
+
+def asserting(mlp, x):
+    # Pytest would give a plain assertion a text.
+    if mlp.up_proj.out_features != 24:
+        raise AssertionError
+    return mlp.down_proj(mlp.gate_proj(x) * mlp.up_proj(x))
 
 
 def compacted(forward):
@@ -99,6 +110,11 @@ REFUSALS = [
         lambda: compacted(of_fixed_size),
         ValueError,
         "but 'model.layers.0' fails with RuntimeError: .* as it was before",
+    ),
+    (
+        lambda: compacted(asserting),
+        ValueError,
+        "but 'model.layers.0' fails with AssertionError. Its sizes are .* as it was before: use it with its zeros",
     ),
     (lambda: flap(ratio=1.0), ValueError, r"`ratio` must be in \[0, 1\), got 1.0. Use 0.2"),
     (lambda: flap(ratio=-0.1), ValueError, r"`ratio` must be in \[0, 1\), got -0.1"),
@@ -155,15 +171,28 @@ REFUSALS = [
         ValueError,
         "as many query rows as output columns, and as many key .* got 16, 16, 8 and 4",
     ),
-    (lambda: heads(wide_norm), ValueError, "expected no parameters except projections and norms .* got q_norm.weight"),
-    (lambda: flap(tiny("gpt_oss"), target_modules=["self_attn"]), ValueError, "norms of single heads, got sinks"),
+    (
+        lambda: heads(wide_norm),
+        ValueError,
+        "expected no parameters except projections, norms .* got model.layers.0.self_attn.q_norm.weight of LayerNorm",
+    ),
+    (
+        lambda: flap(tiny("gpt_oss"), target_modules=["self_attn"]),
+        ValueError,
+        "norms of the output, got model.layers.0.self_attn.sinks of ",
+    ),
     (lambda: heads(other_head_size), ValueError, "expected a `head_dim` that divides 8 key rows, got 3"),
     (
         lambda: flap(llama(third_matrix)),
         ValueError,
         "expected layers of 24 rows before the output layer, got 24, 24, 16",
     ),
-    (lambda: flap(llama(lone_matrix)), ValueError, "expected an MLP of at least two nn.Linear layers .* got 1 of"),
+    (
+        lambda: flap(llama(norm_of_neurons)),
+        ValueError,
+        "expected an MLP of nn.Linear layers, .* got model.layers.0.mlp.norm.weight of LayerNorm. Leave it out",
+    ),
+    (lambda: flap(llama(lone_matrix)), ValueError, "expected an MLP of at least two nn.Linear layers, got 1 of"),
     (
         lambda: saving.CompactNothing,
         AttributeError,

@@ -153,10 +153,18 @@ def test_a_compact_model_that_differs_is_put_back(forward, structure, what, toke
     remove(model, structure=structure)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
+    model.model.layers[0].mlp.up_proj.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    optimizer.step()
+    # Zeros that have moved would not be cut out.
+    remove(model, structure=structure)
     before, config, expected = copy.deepcopy(model), model.config.to_dict(), model(tokens).logits
+    objects = {id(value): value for value in (model.config, *model.modules(), *model.parameters())}
     with pytest.raises(ValueError, match=f"but 'model.layers.1' {what}.* The model is as it was before"):
         compact(model)
+    assert {id(value) for value in (model.config, *model.modules(), *model.parameters())} == set(objects)
     assert_same_weights(model, before)
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
     assert type(model) is type(before)
     assert model.config.to_dict() == config
     assert str(model) == str(before)
@@ -165,6 +173,8 @@ def test_a_compact_model_that_differs_is_put_back(forward, structure, what, toke
     ]
     assert all((parameter.grad == 1).all() for parameter in model.parameters())
     assert torch.equal(model(tokens).logits, expected)
+    optimizer.step()
+    assert not torch.equal(model(tokens).logits, expected)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float64])

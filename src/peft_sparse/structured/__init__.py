@@ -1,6 +1,7 @@
 """Structured pruning of whole attention heads and MLP neurons.
 
-    units       finds the heads and neurons of a model, and cuts them out
+    units       finds the heads and neurons of a model
+    cutting     cuts them out, and puts them back
     metrics     weights and statistics -> one number per channel
     selection   scores -> the units to remove
     flap        prune_structured: writes zeros and compensating biases

@@ -1,7 +1,5 @@
 """compact: cuts out the heads and neurons whose output columns are zero."""
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -9,6 +7,7 @@ from transformers import PreTrainedModel
 from ..calibration.inputs import Calibration, as_inputs
 from ..model.blocks import base_model
 from ..model.settings import ordinary_settings
+from .cutting import Cuts
 from .proof import SameOutputs
 from .saving import make_savable, put_back_unless_finished
 from .units import Units, check_loaded, known_units
@@ -20,7 +19,8 @@ def compact(model: nn.Module, calibration: Calibration | None = None) -> nn.Modu
 
     A head or neuron is cut out if its columns of the output projection W (out, in) are zero. It does not matter what
     wrote the zeros. The outputs of the model stay the same up to rounding. This is shown on a small input before and
-    after the change; if the outputs differ, the model is put back as it was.
+    after the change. If the outputs differ, the model is put back as it was: the same parameters, which an optimizer
+    may hold, with their values and gradients, and the same configuration.
 
     A key head and its value head are cut out if all their query heads are. In grouped-query attention all remaining
     key heads need equally many query heads. Each keeps as many as the key head with the most query heads that
@@ -59,12 +59,11 @@ def compact(model: nn.Module, calibration: Calibration | None = None) -> nn.Modu
     cut = [(units, mask) for units, mask in kept if not mask.all()]
     batches = [] if calibration is None else as_inputs(model, calibration)[:1]
     same = SameOutputs(inner, [units for units, _ in cut], batches)
-    with put_back_unless_finished(inner), contextlib.ExitStack() as undo:
+    with Cuts() as cuts, put_back_unless_finished(inner):
         for units, mask in cut:
-            undo.callback(units.cut(mask))
+            units.cut(mask, cuts)
         make_savable(inner)
         same.check()
-        undo.pop_all()
     return model
 
 

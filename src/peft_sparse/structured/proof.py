@@ -98,7 +98,10 @@ class SameOutputs:
             except Exception as error:
                 done = len(after)
                 block = before[min(done, len(before) - 1)][0]
-                raise ValueError(self._said(block, f"fails with {type(error).__name__}: {error}")) from error
+                # Assertions often have no text.
+                text = str(error).strip().rstrip(".")
+                failure = f"{type(error).__name__}: {text}" if text else type(error).__name__
+                raise ValueError(self._said(block, f"fails with {failure}")) from error
             block_or_none = first_difference(before, after)
             if block_or_none is not None:
                 raise ValueError(self._said(block_or_none, "computes something else"))

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..model.blocks import find_blocks
+from .cutting import Cuts
 from .units import Units, known_units
 
 
@@ -30,6 +31,8 @@ _AUTO_CLASSES = {
     "AutoModel": "MODEL_MAPPING",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
     "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
@@ -258,7 +261,7 @@ def _narrow(model: PreTrainedModel, widths: list[dict[str, Any]]) -> None:
         else:
             kept[: entry.get("neurons", units.count)] = True
         if not kept.all():
-            units.cut(kept)
+            units.cut(kept, Cuts())
     for name, block in blocks.items():
         for layer in entries[name]["biases"]:
             _add_bias(cast(nn.Linear, block.get_submodule(layer)))

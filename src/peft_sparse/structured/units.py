@@ -1,19 +1,18 @@
-"""Finds the attention heads and MLP neurons of each block, and cuts them out.
+"""Finds the attention heads and MLP neurons of each block, and the rows and columns that belong to them.
 
 They are found from the module tree. An attention must have separate query, key, value and output projections. An MLP
 must consist of linear layers, of which the last reads what all the others produce. `find_units` refuses other
 constructions, and `known_units` leaves them out.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..model.blocks import Targets, attention_and_mlp, base_model, find_blocks, matching_names
+from .cutting import Cuts
 
 
 Kind = Literal["attention", "mlp"]
@@ -37,8 +36,8 @@ class Units:
         block: name of the block.
         name: name of the attention or MLP.
         kind: "attention" or "mlp".
-        module: the attention module; for an MLP the module that holds its layers, which is the block itself where the
-            block holds them directly.
+        module: the module that stores the sizes as attributes: the attention or a module inside it; for an MLP the
+            module that holds its layers, which is the block itself where the block holds them directly.
         rows: the layers whose rows belong to units, by name; for an attention query, key and value, in this order.
         output_name: name of the layer whose columns belong to units.
         output: that layer, W (out, in).
@@ -84,37 +83,27 @@ class Units:
         """Return the mask (in,) of the columns of `output` that belong to the units in the mask `kept` (count,)."""
         return kept.repeat_interleave(self.output.in_features // self.count)
 
-    @torch.no_grad()
-    def cut(self, kept: Tensor) -> Callable[[], None]:
+    def cut(self, kept: Tensor, cuts: Cuts) -> None:
         """Cut out the parameters of all heads or neurons that are False in `kept`. In place.
 
         Args:
             kept: mask (count, heads_per_unit), True = kept. Units that keep any head must all keep equally many. The
                 mask must hold values; the model may be on the meta device.
-
-        Returns:
-            A function that puts back what was cut out.
+            cuts: what can put them back.
         """
         heads, units = kept.cpu().flatten(), kept.cpu().any(1)
-        undo = []
         for index, layer in enumerate(self.layers):
             # The first layer is the query, which has `heads_per_unit` heads per unit; keys and values have one.
             own = heads if index == 0 else units
-            undo.append(_cut(layer, 0, own.repeat_interleave(layer.out_features // own.numel())))
-        undo.append(_cut(self.output, 1, heads.repeat_interleave(self.head_dim)))
+            cuts.cut(layer, 0, own.repeat_interleave(layer.out_features // own.numel()))
+        cuts.cut(self.output, 1, heads.repeat_interleave(self.head_dim))
         if self.kind == "attention":
             count, groups = int(heads.sum()), int(units.sum())
             sizes = dict.fromkeys(_WIDTHS, count * self.head_dim) | dict.fromkeys(_HEADS, count)
             sizes |= dict.fromkeys(_KV_HEADS, groups) | {"num_key_value_groups": count // groups}
         else:
             sizes = {"intermediate_size": int(heads.sum())}
-        undo.append(_set_existing(self.module, sizes))
-
-        def put_back() -> None:
-            for step in undo:
-                step()
-
-        return put_back
+        cuts.set_existing(self.module, sizes)
 
 
 def find_units(model: nn.Module, target_modules: Targets = None, exclude_modules: Targets = None) -> list[Units]:
@@ -239,23 +228,21 @@ def _heads(block: str, attention: nn.Module, names: dict[int, str]) -> Units | s
         leaves = ", ".join(names[id(module)].rpartition(".")[2] for module in attention.modules() if _is_leaf(module))
         return _reason(name, f"separate query, key, value and output projections, got {leaves} (fused or unknown)")
     (output,) = roles.values()
-    head_dim = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
+    sized, head_dim = _head_dim(attention)
     if not head_dim or key.out_features % head_dim or query.out_features % key.out_features:
         return _reason(name, f"a `head_dim` that divides {key.out_features} key rows, got {head_dim}")
     if key.out_features != value.out_features or query.out_features != output.in_features:
         given = f"{query.out_features}, {output.in_features}, {key.out_features} and {value.out_features}"
         return _reason(name, f"as many query rows as output columns, and as many key rows as value rows, got {given}")
-    known = {id(parameter) for layer in linear for parameter in layer.parameters()}
-    # The norms of single heads stay as they are. Parameters of the attention itself, such as sinks, would have to be
-    # cut, and their shape does not tell: there may be as many heads as a head has entries.
-    others = {n: p for n, p in attention.named_parameters() if id(p) not in known}
-    unknown = [n for n, p in others.items() if "." not in n or p.shape != (head_dim,)]
+    unknown = _in_the_way([attention], [query, key, value], output, names, head_dim)
     if unknown or any(isinstance(module, nn.ModuleList) for module in attention.modules()):
-        what = (unknown or ["a list of modules"])[0]
-        return _reason(name, f"no parameters except projections and norms of single heads, got {what}")
+        what = unknown or "a list of modules"
+        return _reason(
+            name, f"no parameters except projections, norms of single heads and norms of the output, got {what}"
+        )
     rows = {names[id(layer)]: layer for layer in (query, key, value)}
     count = key.out_features // head_dim
-    return Units(block, name, "attention", attention, rows, names[id(output)], output, count, head_dim)
+    return Units(block, name, "attention", sized, rows, names[id(output)], output, count, head_dim)
 
 
 def _neurons(block: str, name: str, module: nn.Module, mlp: list[nn.Module], names: dict[int, str]) -> Units | str:
@@ -264,11 +251,11 @@ def _neurons(block: str, name: str, module: nn.Module, mlp: list[nn.Module], nam
     if any(parameter.dim() > 2 for parameter in parameters) or any(isinstance(m, nn.ModuleList) for m in inside):
         return _reason(name, "a dense MLP, got experts")
     linear = [m for m in inside if isinstance(m, nn.Linear)]
-    known = {id(parameter) for layer in linear for parameter in layer.parameters()}
-    if len(linear) < 2 or any(id(parameter) not in known for parameter in parameters):
-        return _reason(
-            name, f"an MLP of at least two nn.Linear layers and no other parameters, got {len(linear)} of these layers"
-        )
+    unknown = _in_the_way(mlp, linear[:-1], linear[-1], names) if linear else None
+    if unknown:
+        return _reason(name, f"an MLP of nn.Linear layers, with norms after its output at most, got {unknown}")
+    if len(linear) < 2:
+        return _reason(name, f"an MLP of at least two nn.Linear layers, got {len(linear)} of these layers")
     *rows, output = linear
     shape = (output.in_features, output.out_features)
     if any((layer.out_features, layer.in_features) != shape for layer in rows):
@@ -276,6 +263,40 @@ def _neurons(block: str, name: str, module: nn.Module, mlp: list[nn.Module], nam
         return _reason(name, f"layers of {output.in_features} rows before the output layer, got {given} (fused?)")
     above = {names[id(layer)]: layer for layer in rows}
     return Units(block, name, "mlp", module, above, names[id(output)], output, output.in_features)
+
+
+def _head_dim(attention: nn.Module) -> tuple[nn.Module, int | None]:
+    """Return the module of an attention that stores its sizes, and the rows of one head."""
+    for module in attention.modules():
+        for name in ("head_dim", "attention_head_size"):
+            if isinstance(size := getattr(module, name, None), int) and size:
+                return module, size
+    return attention, None
+
+
+def _in_the_way(
+    parts: list[nn.Module],
+    rows: list[nn.Linear],
+    output: nn.Linear,
+    names: dict[int, str],
+    head_dim: int | None = None,
+) -> str | None:
+    """Return the name and the class of a parameter of `parts` that may have entries for single heads or neurons.
+
+    The projections have such entries. The norms of single heads have none. Nor have those parameters that are as wide
+    as the output and lie outside of the modules that hold `rows`: they belong to norms before or after.
+    """
+    known = {id(parameter) for layer in (*rows, output) for parameter in layer.parameters()}
+    holders = tuple(f"{names[id(layer)].rpartition('.')[0]}." for layer in rows)
+    for module in (below for part in parts for below in part.modules()):
+        name = f"{names[id(module)]}."
+        for leaf, parameter in module.named_parameters(recurse=False):
+            # Parameters of the attention itself, such as sinks, would have to be cut, and their shape does not tell:
+            # there may be as many heads as a head has entries.
+            width = output.out_features if not name.startswith(holders) else None if name in holders else head_dim
+            if id(parameter) not in known and parameter.shape != (width,):
+                return f"{name}{leaf} of {type(module).__name__}"
+    return None
 
 
 def _of_its_own(units: Units | str, users: dict[int, list[str]]) -> Units | str:
@@ -297,55 +318,3 @@ def _reason(name: str, expected: str) -> str:
 
 def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None and next(module.parameters(), None) is not None
-
-
-def _cut(layer: nn.Linear, dim: int, kept: Tensor) -> Callable[[], None]:
-    """Cut rows (`dim` 0, with their biases) or columns (1) out of a layer, and return a function that undoes it.
-
-    Only what was cut out is remembered, so that no weight is held twice.
-    """
-    weight, bias = layer.weight, layer.bias
-    indices = [mask.nonzero().squeeze(1).to(weight.device) for mask in (kept, ~kept)]
-    undo = [_cut_parameter(layer, "weight", dim, *indices)]
-    if dim == 0 and bias is not None:
-        undo.append(_cut_parameter(layer, "bias", 0, *indices))
-    layer.out_features, layer.in_features = layer.weight.shape
-
-    def put_back() -> None:
-        for step in undo:
-            step()
-        layer.out_features, layer.in_features = layer.weight.shape
-
-    return put_back
-
-
-def _cut_parameter(layer: nn.Linear, name: str, dim: int, kept: Tensor, gone: Tensor) -> Callable[[], None]:
-    old: nn.Parameter = getattr(layer, name)
-    shape, gradient = old.shape, old.grad
-    removed = old.detach().index_select(dim, gone)
-    setattr(layer, name, nn.Parameter(old.detach().index_select(dim, kept), old.requires_grad))
-
-    @torch.no_grad()
-    def put_back() -> None:
-        new: nn.Parameter = getattr(layer, name)
-        whole = new.new_empty(shape)
-        whole.index_copy_(dim, kept, new.detach())
-        whole.index_copy_(dim, gone, removed)
-        parameter = nn.Parameter(whole, new.requires_grad)
-        parameter.grad = gradient
-        setattr(layer, name, parameter)
-
-    return put_back
-
-
-def _set_existing(module: nn.Module, values: dict[str, int]) -> Callable[[], None]:
-    """Set those attributes that `module` has as numbers, and return a function that sets them back."""
-    before = {name: module.__dict__[name] for name in values if isinstance(module.__dict__.get(name), int)}
-    for name in before:
-        setattr(module, name, values[name])
-
-    def put_back() -> None:
-        for name, value in before.items():
-            setattr(module, name, value)
-
-    return put_back
