@@ -5,6 +5,7 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -141,87 +142,101 @@ def _text(known: Any, config: PretrainedConfig) -> Iterator[Part]:
 # Images.
 
 
+@dataclass
+class _Images:
+    """The sizes of the images that a model takes, as its configuration says."""
+
+    height: int
+    width: int
+    patch: int
+    channels: int
+    frames: int
+    temporal: int
+    merge: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "_Images":
+        size = find(config, "image_size", "input_size", "img_size") or 32
+        sides = (
+            [size, size] if isinstance(size, int) else list(size)[-2:] if isinstance(size, list | tuple) else [32] * 2
+        )
+        patch = find(config, "patch_size", "spatial_patch_size") or 8
+        channels = find(config, "num_channels", "in_channels", "in_chans") or 3
+        temporal = find(config, "temporal_patch_size") or 1
+        merge = find(config, "spatial_merge_size", "merge_kernel_size") or 1
+        return cls(
+            *sides,
+            patch if isinstance(patch, int) else list(patch)[-1],
+            channels if isinstance(channels, int) else 3,
+            find(config, "num_frames", "frames_per_clip") or 4,
+            temporal if isinstance(temporal, int) else 1,
+            merge if isinstance(merge, int) else list(merge)[0],
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The patches of an image, in numbers that can be merged."""
+        merge = self.merge
+        rows, columns = (side // self.patch // merge * merge for side in (self.height, self.width))
+        return max(merge, rows), max(merge, columns)
+
+    def sizes(self) -> Batch:
+        return {
+            "image_sizes": torch.tensor([[self.height, self.width]] * SEQUENCES),
+            "pixel_attention_mask": torch.ones(SEQUENCES, 1, self.height, self.width, dtype=torch.long),
+        }
+
+    def grids(self) -> Batch:
+        where = torch.tensor([[1, *self.grid]] * SEQUENCES)
+        return {
+            "image_grid_thw": where,
+            "grid_thw": where,
+            "merge_sizes": torch.full((SEQUENCES,), self.merge),
+            "image_grid_hws": where[:, 1:],
+            "spatial_shapes": where[:, 1:],
+            "pixel_attention_mask": torch.ones(SEQUENCES, self.grid[0] * self.grid[1], dtype=torch.long),
+            "pixel_position_ids": _positions(self.grid),
+            "image_position_ids": _positions(self.grid),
+        }
+
+
 def _pixels(known: Any, config: PretrainedConfig) -> Iterator[Part]:
-    name = next(
-        (n for n in ("pixel_values", "pixel_values_videos", "images", "flattened_patches") if n in known), None
-    )
+    names = ("pixel_values", "pixel_values_videos", "images", "flattened_patches")
+    name = next((n for n in names if n in known), None)
     if name is None and "grid_thw" in known and "hidden_states" in known:
         name = "hidden_states"
     if name is None:
         return
-    size = find(config, "image_size", "input_size", "img_size") or 32
-    height, width = (
-        (size, size)
-        if isinstance(size, int)
-        else tuple(list(size)[-2:])
-        if isinstance(size, list | tuple)
-        else (32, 32)
-    )
-    patch = find(config, "patch_size", "spatial_patch_size") or 8
-    patch = patch if isinstance(patch, int) else list(patch)[-1]
-    channels = find(config, "num_channels", "in_channels", "in_chans") or 3
-    channels = channels if isinstance(channels, int) else 3
-    frames = find(config, "num_frames", "frames_per_clip") or 4
-    temporal = find(config, "temporal_patch_size") or 1
-    temporal = temporal if isinstance(temporal, int) else 1
-    merge = find(config, "spatial_merge_size", "merge_kernel_size") or 1
-    merge = merge if isinstance(merge, int) else list(merge)[0]
+    images = _Images.of(config)
+    image = images.channels, images.height, images.width
 
-    def plain(*shape: int, extra: Any = None) -> Part:
+    def plain(*shape: int, extra: Callable[[], Batch] | None = None) -> Part:
         def make(generator: torch.Generator, padded: bool) -> Batch:
-            batch = {name: torch.randn(*shape, generator=generator)}
-            if extra is not None:
-                batch |= extra()
+            batch = {name: torch.randn(*shape, generator=generator)} | (extra() if extra is not None else {})
             return {key: value for key, value in batch.items() if key in known}
 
         return make
 
-    def sizes() -> Batch:
-        return {
-            "image_sizes": torch.tensor([[height, width]] * SEQUENCES),
-            "pixel_attention_mask": torch.ones(SEQUENCES, 1, height, width, dtype=torch.long),
-        }
-
-    grid = max(merge, height // patch // merge * merge), max(merge, width // patch // merge * merge)
-
-    def grids() -> Batch:
-        where = torch.tensor([[1, *grid]] * SEQUENCES)
-        return {
-            "image_grid_thw": where,
-            "grid_thw": where,
-            "merge_sizes": torch.full((SEQUENCES,), merge),
-            "image_grid_hws": where[:, 1:],
-            "spatial_shapes": where[:, 1:],
-            "pixel_attention_mask": torch.ones(SEQUENCES, grid[0] * grid[1], dtype=torch.long),
-            "pixel_position_ids": _positions(grid),
-            "image_position_ids": _positions(grid),
-        }
-
-    count, features = grid[0] * grid[1], channels * patch * patch
+    count, features = images.grid[0] * images.grid[1], images.channels * images.patch**2
     if {"image_grid_thw", "grid_thw", "image_grid_hws"} & set(known):
-        yield plain(SEQUENCES * count, features * temporal, extra=grids)
-        yield plain(SEQUENCES * count, channels, patch, patch, extra=grids)
+        yield plain(SEQUENCES * count, features * images.temporal, extra=images.grids)
+        yield plain(SEQUENCES * count, images.channels, images.patch, images.patch, extra=images.grids)
     if {"spatial_shapes", "pixel_position_ids", "image_position_ids"} & set(known):
-        yield plain(SEQUENCES, count, features, extra=grids)
-    if (
-        "video" in type(config).__name__.lower()
-        or name == "pixel_values_videos"
-        or find(config, "tubelet_size", "num_frames")
-    ):
-        yield plain(SEQUENCES, frames, channels, height, width)
+        yield plain(SEQUENCES, count, features, extra=images.grids)
+    of_videos = "video" in type(config).__name__.lower() or name == "pixel_values_videos"
+    if of_videos or find(config, "tubelet_size", "num_frames"):
+        yield plain(SEQUENCES, images.frames, *image)
     if "image_sizes" in known:
-        yield plain(SEQUENCES, channels, height, width, extra=sizes)
-        yield plain(SEQUENCES, 5, channels, height, width, extra=sizes)
-        yield plain(SEQUENCES, 1, channels, height, width, extra=sizes)
-    yield plain(SEQUENCES, channels, height, width)
-    yield plain(
-        SEQUENCES, 1, channels, height, width, extra=lambda: {"pixel_attention_mask": sizes()["pixel_attention_mask"]}
-    )
+        yield plain(SEQUENCES, *image, extra=images.sizes)
+        yield plain(SEQUENCES, 5, *image, extra=images.sizes)
+        yield plain(SEQUENCES, 1, *image, extra=images.sizes)
+    yield plain(SEQUENCES, *image)
+    yield plain(SEQUENCES, 1, *image, extra=lambda: {"pixel_attention_mask": images.sizes()["pixel_attention_mask"]})
     for other in (64, 128, 224):
-        if other > height:
-            yield plain(SEQUENCES, channels, other, other)
-    yield plain(SEQUENCES, frames, channels, height, width)
-    yield plain(SEQUENCES, 2, channels, height, width)
+        if other > images.height:
+            yield plain(SEQUENCES, images.channels, other, other)
+    yield plain(SEQUENCES, images.frames, *image)
+    yield plain(SEQUENCES, 2, *image)
     if name == "flattened_patches":
         yield plain(SEQUENCES, 10, features + 2)
 
@@ -235,8 +250,6 @@ def _with_images(model: Any, make: Part, error: str, deadline: float) -> tuple[P
     """Put image, video or audio tokens into the text, as many as the error of the model asks for."""
     config = model.config
     batch = make(_generator(0), False)
-    if "input_ids" not in batch or len(batch) < 3:
-        return make, error
     names = [
         "image_token_id",
         "image_token_index",
@@ -247,44 +260,47 @@ def _with_images(model: Any, make: Part, error: str, deadline: float) -> tuple[P
     if "pixel_values" not in batch and "images" not in batch:
         names = [*names[3:], "video_token_id", *names[:3]]
     token = find(config, *names)
-    if not isinstance(token, int):
+    if "input_ids" not in batch or len(batch) < 3 or not isinstance(token, int):
         return make, error
-    known = inspect.signature(model.forward).parameters
+    typed = "mm_token_type_ids" in inspect.signature(model.forward).parameters
 
-    def inserted(count: int) -> Part:
-        def new(generator: torch.Generator, padded: bool) -> Batch:
-            batch = make(generator, padded)
-            start = find(config, "vision_start_token_id", "image_start_token_id", "boi_token_id")
-            marks = [start] if isinstance(start, int) else []
-            ids = batch["input_ids"]
-            extra = torch.tensor([*marks, *[token] * count]).expand(len(ids), -1)
-            batch["input_ids"] = torch.cat([ids[:, :2], extra, ids[:, 2:]], dim=1)
-            if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
-                mask = batch["attention_mask"]
-                batch["attention_mask"] = torch.cat([mask[:, :2], torch.ones_like(extra), mask[:, 2:]], dim=1)
-            if "mm_token_type_ids" in known:
-                batch["mm_token_type_ids"] = (batch["input_ids"] == token).long()
-            return batch
+    def fails(count: int) -> str | None:
+        return _error(model, _inserted(make, config, token, count, typed)(_generator(0), False))
 
-        return new
-
-    first = _error(model, inserted(1)(_generator(0), False))
+    first = fails(1)
     if first is None:
-        return inserted(1), None
+        return _inserted(make, config, token, 1, typed), None
     numbers = [int(n) for n in re.findall(r"\d+", first + error)]
     width = find(config.get_text_config(), "hidden_size") or 32
     guesses = [n // d for n in numbers for d in (1, SEQUENCES, width, SEQUENCES * width) if n % d == 0]
-    found = _error(model, inserted(2)(_generator(0), False))
-    if found is None:
-        return inserted(2), None
     # An error that says the same of one and of two tokens has another reason.
-    more = range(3, 40) if found != first else ()
+    more = range(2, 40) if fails(2) != first else ()
     for count in dict.fromkeys([*guesses, *more]):
         if time.monotonic() > deadline:
             break
-        if 0 < count <= 100 and (found := _error(model, inserted(count)(_generator(0), False))) is None:
-            return inserted(count), None
+        if 0 < count <= 100 and fails(count) is None:
+            return _inserted(make, config, token, count, typed), None
     return make, first
+
+
+def _inserted(make: Part, config: PretrainedConfig, token: int, count: int, typed: bool) -> Part:
+    """Return `make` with `count` times `token` in each sequence, behind the token that begins an image."""
+
+    def new(generator: torch.Generator, padded: bool) -> Batch:
+        batch = make(generator, padded)
+        start = find(config, "vision_start_token_id", "image_start_token_id", "boi_token_id")
+        marks = [start] if isinstance(start, int) else []
+        ids = batch["input_ids"]
+        extra = torch.tensor([*marks, *[token] * count]).expand(len(ids), -1)
+        batch["input_ids"] = torch.cat([ids[:, :2], extra, ids[:, 2:]], dim=1)
+        if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
+            mask = batch["attention_mask"]
+            batch["attention_mask"] = torch.cat([mask[:, :2], torch.ones_like(extra), mask[:, 2:]], dim=1)
+        if typed:
+            batch["mm_token_type_ids"] = (batch["input_ids"] == token).long()
+        return batch
+
+    return new
 
 
 # Sound.

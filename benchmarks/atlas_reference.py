@@ -7,7 +7,8 @@ is multiplied with. The scores |W| · norm select the zeros.
 Padding is left out without any rule about masks: each sequence of a padded batch runs alone, cut to its real tokens.
 Where a model gives other numbers then (its own convolutions see the padding), rows are left out by their place
 (sequences, tokens), and a target whose rows have no such place is not compared. All rows count of inputs that stay the
-same when all these tokens are replaced by others, such as the states of images or the distances between tokens.
+same when all these tokens are replaced by others, such as the states of images or the distances between tokens. If
+sequences alone have other numbers of such inputs, these count as well: nothing says which are right.
 """
 
 import contextlib
@@ -19,38 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atlas_inputs import Batch, leaves, run
-from atlas_sizes import PLAIN_TOKENS
+from atlas_inputs import Batch, run
+from atlas_padding import Given, Pass, passes_of
 from peft_sparse.model.blocks import find_blocks, prunable_weights
 
 
 # Scores that differ by less than this fraction may change places: the engine adds up in another order.
 ROUNDING = 1e-4
-
-
-@dataclass
-class Pass:
-    """One run of the model: a batch, and which tokens count where padding is in it."""
-
-    batch: Batch
-    masks: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class Given:
-    """One batch as it was given, and the passes that stand for it.
-
-    Args:
-        batch: the batch.
-        passes: the passes in which padding does not count.
-        changed: the batch with other values for all tokens of which some are padding; None if none are.
-        unpadded: targets whose inputs do not depend on these tokens.
-    """
-
-    batch: Batch
-    passes: list[Pass]
-    changed: Batch | None = None
-    unpadded: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -62,6 +38,13 @@ class Comparison:
     rounding: int = 0
     not_compared: dict[str, str] = field(default_factory=dict)
     first: str = ""
+
+    def add(self, other: "Comparison") -> None:
+        """Add what was found for one weight."""
+        self.entries += other.entries
+        self.different += other.different
+        self.rounding += other.rounding
+        self.first = self.first or other.first
 
     @property
     def verdict(self) -> str:
@@ -281,9 +264,12 @@ class Reference:
                 for name, weight in weights.items():
                     if name in watch.unplaced:
                         result.not_compared[name] = watch.unplaced[name]
-                    else:
-                        _compare(result, name, weight.matrix(), watch.squares[name], watch.rows[name],
-                                 theirs[name].matrix(), pattern)  # fmt: skip
+                        continue
+                    found = _compare(name, weight.matrix(), watch, theirs[name].matrix(), pattern)
+                    if found.different and any(name in g.unpadded for g in self.given if len(g.passes) > 1):
+                        alone = self._watched({name: weight}, [Given(g.batch, g.passes) for g in self.given])
+                        found = _compare(name, weight.matrix(), alone, theirs[name].matrix(), pattern)
+                    result.add(found)
                 for name, weight in weights.items():
                     weight.write(theirs[name].matrix())
         return result
@@ -318,9 +304,9 @@ class Reference:
         return watch
 
 
-def _compare(
-    result: Comparison, name: str, dense: Tensor, squares: Tensor, rows: int, pruned: Tensor, pattern: float | str
-) -> None:
+def _compare(name: str, dense: Tensor, watch: Watch, pruned: Tensor, pattern: float | str) -> Comparison:
+    """Compare the zeros of one weight."""
+    result, squares, rows = Comparison(), watch.squares[name], watch.rows[name]
     scores = dense.abs().double() * (squares.sqrt() if rows else 1)
     theirs = pruned == 0
     kept = pruned[~theirs]
@@ -340,7 +326,7 @@ def _compare(
     result.entries += mine.numel()
     unequal = (mine != given).any(1)
     if not unequal.any():
-        return
+        return result
     groups, mine, given, counts = groups[unequal], mine[unequal], given[unequal], counts[unequal]
     highest_pruned = groups.masked_fill(~given, -1).amax(1)
     lowest_kept = groups.masked_fill(given, torch.inf).amin(1)
@@ -350,100 +336,4 @@ def _compare(
     if different:
         result.different += different
         result.first = result.first or f"{name} ({different} of {theirs.numel()}; {rows} rows)"
-
-
-def passes_of(model: nn.Module, batches: list[Batch]) -> tuple[list[Given], str]:
-    """Return the batches with passes in which padding does not count, and how it was left out."""
-    found: list[Given] = []
-    how = "no padding"
-    for batch in batches:
-        tensors = {key: v for key, v in batch.items() if isinstance(v, Tensor) and v.dim() == 2}
-        masks = {key: v for key, v in tensors.items() if "mask" in key and not key.startswith("global")}
-        padded = {key: v for key, v in masks.items() if not v.bool().all()}
-        if not padded:
-            found.append(Given(batch, [Pass(batch)]))
-            continue
-        alone = list(_alone(batch, padded))
-        if _same_outputs(model, batch, alone):
-            passes, how = [Pass(each) for each in alone], "sequences alone"
-        else:
-            others = [torch.ones(b.shape[:2]) for k, b in batch.items() if k.endswith("input_ids")]
-            reduced = _reduced(model, batch, masks)
-            passes, how = [Pass(batch, [*padded.values(), *masks.values(), *reduced, *others])], "rows by place"
-        found.append(Given(batch, passes, _changed(batch, padded)))
-    return found, how
-
-
-@torch.no_grad()
-def _reduced(model: nn.Module, batch: Batch, masks: dict[str, Tensor]) -> list[Tensor]:
-    """Return the masks over frames that the model itself makes of masks over samples."""
-    makers: list[Any] = [m for m in model.modules() if hasattr(m, "_get_feature_vector_attention_mask")]
-    try:
-        frames = next(leaf.shape[1] for leaf in leaves(run(model, batch)) if leaf.dim() == 3)
-        return [makers[-1]._get_feature_vector_attention_mask(frames, m).bool() for m in masks.values() if makers]
-    except Exception:
-        return []
-
-
-def _alone(batch: Batch, padded: dict[str, Tensor]) -> Iterator[Batch]:
-    """Yield each sequence of a batch, cut to its real tokens."""
-    count = len(next(iter(padded.values())))
-    for i in range(count):
-        single = dict(batch)
-        for key, value in batch.items():
-            if not isinstance(value, Tensor) or value.dim() == 0 or len(value) % count:
-                continue
-            # Patches of all images may stand in one dimension.
-            one = value.chunk(count)[i]
-            for mask_key, mask in padded.items():
-                axis = _axis_of(mask_key, mask, key, value)
-                if axis is not None:
-                    one = one.index_select(axis, mask[i].nonzero().flatten())
-            single[key] = one
-        yield single
-
-
-def _changed(batch: Batch, padded: dict[str, Tensor]) -> Batch:
-    """Return a batch with other values for all tokens that the masks `padded` describe."""
-    changed = dict(batch)
-    for mask_key, mask in padded.items():
-        for key, value in batch.items():
-            if not isinstance(value, Tensor) or "mask" in key or _axis_of(mask_key, mask, key, value) is None:
-                continue
-            if key.endswith("input_ids"):
-                # Tokens that stand for images must be as many as there are images.
-                changed[key] = value.masked_fill(value < PLAIN_TOKENS.stop, PLAIN_TOKENS.stop - 1)
-            elif value.dim() > 2 or value.is_floating_point():
-                changed[key] = value + 1
-    return changed
-
-
-def _axis_of(mask_key: str, mask: Tensor, key: str, value: Tensor) -> int | None:
-    """Return the dimension of a model input that the mask (sequences, tokens) describes, or None."""
-    if key.startswith("decoder_") != mask_key.startswith("decoder_") or value.dim() > 3 or len(value) != len(mask):
-        return None
-    return next((axis for axis in (1, 2) if value.dim() > axis and value.shape[axis] == mask.shape[1]), None)
-
-
-@torch.no_grad()
-def _same_outputs(model: nn.Module, batch: Batch, alone: list[Batch]) -> bool:
-    """Return whether sequences alone give the outputs that they have in the padded batch."""
-    try:
-        together = leaves(run(model, batch))
-        for i, single in enumerate(alone):
-            compared = False
-            for whole, one in zip(together, leaves(run(model, single)), strict=True):
-                if whole.dim() < 3 or whole.dim() != one.dim() or whole.shape[2:] != one.shape[2:]:
-                    continue
-                # Padding is on the right, so the tokens of the sequence come first.
-                expected = whole[i, : one.shape[1]]
-                if whole.shape[0] != len(alone) or expected.shape != one[0].shape:
-                    continue
-                if not torch.allclose(one[0], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
-                    return False
-                compared = True
-            if not compared:
-                return False
-    except Exception:
-        return False
-    return True
+    return result

@@ -19,7 +19,7 @@ TITLES = {
     "structured": "structured, compact",
     "checkpoint": "checkpoint",
 }
-OUTCOMES = ("works", "refused", "wrong", "error", "skipped")
+OUTCOMES = ("works", "part", "refused", "wrong", "error", "skipped")
 INTRODUCTION = """# Atlas
 
 One tiny model for every model type of the installed Transformers, and what this package does with it.
@@ -34,9 +34,11 @@ One tiny model for every model type of the installed Transformers, and what this
 - **checkpoint**: `prune_checkpoint` writes, bit for bit, what `prune` makes in memory, and `from_pretrained` loads it.
 
 In every case modes, `requires_grad`, hooks, attributes, buffers and the configuration are as before afterwards. A
-refusal is a message of this package before any change: the weights are compared.
+refusal is a message of this package before any change: the weights are compared. If a refusal says what to leave out,
+the atlas does so and tries again: such cells are called "part".
 
-Of {known} model types, {tried} were built and ran. {skipped} were not built ([why](#not-built)).
+Of {known} model types, {tried} were built and ran. {skipped} were not built ([why](#not-built)). A number in a cell is
+that of the reason [below](#reasons).
 """
 
 
@@ -72,8 +74,8 @@ def counts(rows: list[dict[str, Any]], stages: list[str]) -> dict[str, dict[str,
 
 
 def kind_of(cell: str) -> str:
-    """Return "works", "refused", "wrong", "error" or "skipped"."""
-    return re.split(r"[ :]", cell)[0]
+    """Return "works", "part", "refused", "wrong", "error" or "skipped"."""
+    return "part" if cell.startswith("works (without") else re.split(r"[ :]", cell)[0]
 
 
 def bad(row: dict[str, Any]) -> dict[str, str]:
@@ -103,11 +105,11 @@ def page(result: dict[str, Any]) -> str:
     ]
     faults = [row for row in rows if bad(row)]
     parts.append("## Wrong, or an error\n\n" + ("\n".join(_faults(faults)) if faults else "None.") + "\n")
+    reasons: dict[str, list[str]] = {}
     for kind in dict.fromkeys(row["kind"] for row in tried):
-        parts.append(_kind(kind, [row for row in tried if row["kind"] == kind], stages))
-    parts.append(
-        "## Not built\n\n" + "\n".join(f"- `{row['type']}`: {_plain(row['skipped'])}" for row in missing) + "\n"
-    )
+        parts.append(_kind(kind, [row for row in tried if row["kind"] == kind], stages, reasons))
+    parts.append("## Reasons\n\n" + "\n".join(_numbered(reasons)) + "\n")
+    parts.append("## Not built\n\n" + "\n".join(_not_built(missing)) + "\n")
     return "\n".join(parts)
 
 
@@ -121,27 +123,72 @@ def _faults(rows: list[dict[str, Any]]) -> list[str]:
     return [f"- `{row['type']}`, {TITLES.get(s, s)}: {_plain(cell)}" for row in rows for s, cell in bad(row).items()]
 
 
-def _kind(kind: str, rows: list[dict[str, Any]], stages: list[str]) -> str:
-    """Return the table of one kind. A reason stands once, below the table, with a number."""
-    reasons: dict[str, int] = {}
-    lines = [f"## {kind.capitalize()}", "", f"| model | {' | '.join(TITLES[s] for s in stages)} |"]
-    lines.append(f"| --- |{' --- |' * len(stages)}")
-    for row in rows:
-        cells = [_cell(row.get(stage, ""), reasons) for stage in stages]
+def _kind(kind: str, rows: list[dict[str, Any]], stages: list[str], reasons: dict[str, list[str]]) -> str:
+    """Return what one family does: the models in which everything works, and a table of the others.
+
+    A reason stands once in `reasons`, with the models that have it.
+    """
+    whole = [row["type"] for row in rows if all(row.get(stage) == "works" for stage in stages)]
+    lines = [f"## {kind.capitalize()}", ""]
+    if whole:
+        lines += [f"Everything works in {len(whole)} of {len(rows)}: {', '.join(whole)}.", ""]
+    others = [row for row in rows if row["type"] not in whole]
+    if others:
+        lines += [f"| model | {' | '.join(TITLES[s] for s in stages)} |", f"| --- |{' --- |' * len(stages)}"]
+    for row in others:
+        cells = [_cell(row["type"], row.get(stage, ""), reasons) for stage in stages]
         lines.append(f"| {row['type']} | {' | '.join(cells)} |")
-    lines += ["", *[f"{number}. {reason}" for reason, number in reasons.items()], ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
-def _cell(cell: str, reasons: dict[str, int]) -> str:
+def _cell(model: str, cell: str, reasons: dict[str, list[str]]) -> str:
     outcome = kind_of(cell)
-    detail = cell.removeprefix(outcome).strip(" :")
+    detail = cell.removeprefix("works" if outcome == "part" else outcome).strip(" :")
     if not detail:
         return cell
-    # Names of modules and numbers differ from model to model; the reason is the same.
-    reason = re.sub(r"'[^']*'", "'...'", re.sub(r"\b\d+\b", "n", detail.strip("()")))
-    number = reasons.setdefault(_plain(reason), len(reasons) + 1)
-    return f"{outcome} ({number})"
+    reason = _general(detail.removeprefix("(").removesuffix(")") if outcome in ("works", "part") else detail)
+    models = reasons.setdefault(reason, [])
+    models += [model] if model not in models else []
+    return f"{outcome} {list(reasons).index(reason) + 1}"
+
+
+def _general(reason: str) -> str:
+    """Return a reason without the names and numbers of one model."""
+    reason = re.sub(r"'[^']*'", "'...'", re.sub(r"\b\d+\b", "n", _plain(reason)))
+    # Of a name, what stands before the list of blocks or the last two parts is left out.
+    shorter = re.sub(r"`([\w.]*?)((?:\w+\.)?(?:\w+\.\*|\w+)(?:\.[\w*.]+)?)`", _short_name, reason)
+    shape = r"\((?:n, )*n,?\)"
+    return re.sub(shape, "(...)", re.sub(r"got (?!n |none|None)[\w, .*]+(?= \(fused)", "got other layers", shorter))
+
+
+def _short_name(found: re.Match[str]) -> str:
+    parts = found[0].strip("`").split(".")
+    return f"`{'.'.join(parts[parts.index('*') - 1 :] if '*' in parts else parts[-2:])}`"
+
+
+def _numbered(reasons: dict[str, list[str]]) -> list[str]:
+    return [
+        f"{number}. {reason} ({len(models)}: {', '.join(models[:4])}{' and others' if len(models) > 4 else ''})"
+        for number, (reason, models) in enumerate(reasons.items(), start=1)
+    ]
+
+
+def _not_built(rows: list[dict[str, Any]]) -> list[str]:
+    """Return why models were not built, those with one cause together."""
+    causes: dict[str, list[str]] = {}
+    for row in rows:
+        reason, name = row["skipped"], f"`{row['type']}`"
+        library = re.search(r"requires the (\w+) library|No module named '(\w+)'", reason)
+        if library:
+            cause = f"The library {library[1] or library[2]} is not installed"
+        elif "million parameters" in reason:
+            cause = "Too large after shrinking"
+        elif reason.startswith(("NoInputs", "its own pass", "no inputs")):
+            cause = "No inputs were found with which the tiny model runs twice alike"
+        else:
+            cause = "No tiny configuration was found that can be built"
+        causes.setdefault(cause, []).append(name)
+    return [f"- {cause} ({len(names)}): {', '.join(names)}." for cause, names in sorted(causes.items())]
 
 
 def _plain(text: str) -> str:

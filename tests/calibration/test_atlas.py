@@ -20,7 +20,7 @@ SAMPLE = {
     "encoder": "bert",
     "causal": "mixtral",
     "vision": "vit",
-    "speech": "whisper",
+    "speech": "wav2vec2",
 }
 
 
