@@ -116,7 +116,7 @@ def test_a_change_after_a_refusal_is_wrong(atlas):
 
 @pytest.mark.slow
 def test_no_row_of_the_atlas_is_wrong(tmp_path):
-    """All model types: about 40 minutes on two cores."""
+    """All model types: about 20 minutes on two cores."""
     command = [sys.executable, str(BENCHMARKS / "atlas.py"), "--output", str(tmp_path), "--workers", "2"]
     subprocess.run(command, check=True)
     rows = json.loads((tmp_path / "atlas.json").read_text())["rows"]
