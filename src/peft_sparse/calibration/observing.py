@@ -30,7 +30,7 @@ class Sight:
         products: names of weights that are seen in products, because their layers are never called.
         filters: name of a weight of an expert -> the module before which padding is removed. Experts get picked
             tokens, among which padding can no longer be recognised. By default it is the module of fused experts.
-        unpadded: names of weights whose inputs do not depend on padding: all their rows count.
+        unpadded: names of weights that get inputs which are no tokens, and do not depend on padding: all rows count.
         experts: names of the weights of experts, which may get no token.
         tokens_first: names of weights that get rows of tokens and sequences in one dimension, those of the first token
             first. Others get those of the first sequence first.
@@ -146,7 +146,7 @@ class InputObserver:
 
     def _unpadded(self, name: str, rows: Tensor, shape: torch.Size) -> Tensor:
         # Experts get no padding, see `_PaddingFilter`.
-        if name in self.filters or name in self.sight.unpadded:
+        if name in self.filters:
             return rows
         if name in self.sight.traced and self.padding.keep is not None:
             return self._traced(name, rows)
@@ -154,7 +154,9 @@ class InputObserver:
         try:
             keep = self.padding.of_rows(shape, self.from_context[name], name in self.sight.tokens_first)
         except RowsUnknown:
-            refuse_rows(name, rows.shape[-2])
+            if name not in self.sight.unpadded:
+                refuse_rows(name, rows.shape[-2])
+            keep = None
         return rows if keep is None else rows[..., keep.to(rows.device), :]
 
     def _on_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -86,21 +86,23 @@ class RowSearch:
         ]
         if in_one:
             self._find_order(runner, call, in_one)
-        unaligned = [n for n, tensors in others.items() if not self._aligned(n, tensors, batch, constants)]
-        if unaligned:
-            self._check_independent(runner, call, unaligned)
+        unaligned = {
+            name: [n for n, tensor in enumerate(tensors) if not self._aligned(name, tensor, batch, constants)]
+            for name, tensors in others.items()
+        }
+        if any(unaligned.values()):
+            self._check_independent(runner, call, {name: places for name, places in unaligned.items() if places})
 
-    def _aligned(self, name: str, tensors: list[Tensor], batch: Batch, constants: list[Tensor]) -> bool:
+    def _aligned(self, name: str, inputs: Tensor, batch: Batch, constants: list[Tensor]) -> bool:
         layer = self.findings.all_weights[name].layer
-        for tensor in tensors:
-            tokens = tokens_in(layer, tensor)
-            if isinstance(layer, nn.Conv2d):
-                rows = input_rows(layer, tensor).shape[-2]
-                tokens = torch.Size((len(tensor), rows // len(tensor)))
-            try:
-                batch.padding.of_rows(tokens, any(tensor is constant for constant in constants))
-            except RowsUnknown:
-                return False
+        tokens = tokens_in(layer, inputs)
+        if isinstance(layer, nn.Conv2d):
+            rows = input_rows(layer, inputs).shape[-2]
+            tokens = torch.Size((len(inputs), rows // len(inputs)))
+        try:
+            batch.padding.of_rows(tokens, any(inputs is constant for constant in constants))
+        except RowsUnknown:
+            return False
         return True
 
     def _find_filters(self, runner: BlockRunner, call: int, experts: dict[str, WeightView], own: Returned) -> None:
@@ -204,15 +206,23 @@ class RowSearch:
                 sight = self.findings.sight
                 self.findings.sight = replace(sight, tokens_first=sight.tokens_first | {name})
 
-    def _check_independent(self, runner: BlockRunner, call: int, names: list[str]) -> None:
-        """Check that the inputs of the weights `names` do not depend on padding, so that all their rows count."""
-        before = {name: self.seen[name] for name in names}
+    def _check_independent(self, runner: BlockRunner, call: int, unaligned: dict[str, list[int]]) -> None:
+        """Check that inputs which are no tokens do not depend on padding, so that all their rows count.
+
+        Args:
+            runner: the stack.
+            call: number of the call.
+            unaligned: name of a weight -> the numbers of such inputs among those that it gets in the call.
+        """
+        before = {name: self.seen[name] for name in unaligned}
         self._run(runner, call, noise=True)
-        for name in names:
+        for name, places in unaligned.items():
             after = self.seen.get(name, [])
-            if len(after) != len(before[name]) or not all(map(torch.equal, before[name], after)):
-                refuse_rows(name, before[name][0].shape[:-1].numel())
-        self.findings.sight = replace(self.findings.sight, unpadded=self.findings.sight.unpadded | set(names))
+            same = len(after) == len(before[name]) and all(torch.equal(before[name][n], after[n]) for n in places)
+            if not same:
+                refuse_rows(name, before[name][places[0]].shape[:-1].numel())
+        unpadded = self.findings.sight.unpadded | set(unaligned)
+        self.findings.sight = replace(self.findings.sight, unpadded=unpadded)
 
     def _run(
         self, runner: BlockRunner, call: int, observer: InputObserver | None = None, noise: bool = False
