@@ -164,8 +164,10 @@ class _Images:
         channels = find(config, "num_channels", "in_channels", "in_chans") or 3
         temporal = find(config, "temporal_patch_size") or 1
         merge = find(config, "spatial_merge_size", "merge_kernel_size") or 1
+        height, width = sides
         return cls(
-            *sides,
+            height,
+            width,
             patch if isinstance(patch, int) else list(patch)[-1],
             channels if isinstance(channels, int) else 3,
             find(config, "num_frames", "frames_per_clip") or 4,

@@ -104,7 +104,9 @@ def _changed(batch: Batch, padded: dict[str, Tensor]) -> Batch:
 
 def _axis_of(mask_key: str, mask: Tensor, key: str, value: Tensor) -> int | None:
     """Return the dimension of a model input that the mask (sequences, tokens) describes, or None."""
-    if key.startswith("decoder_") != mask_key.startswith("decoder_") or value.dim() > 3 or len(value) != len(mask):
+    if any(key.startswith(side) != mask_key.startswith(side) for side in ("decoder_", "pixel_")):
+        return None
+    if value.dim() > 3 or len(value) != len(mask):
         return None
     return next((axis for axis in (1, 2) if value.dim() > axis and value.shape[axis] == mask.shape[1]), None)
 
