@@ -56,7 +56,14 @@ def flattened():
     ZeroGuardCallback().on_train_begin(arguments(), _State(), None, model=model)
 
 
+def made_in_inference_mode():
+    with torch.inference_mode():
+        model = llama()
+    prune(model, 0.5)
+
+
 REFUSALS = [
+    (made_in_inference_mode, ValueError, "was made within `torch.inference_mode`, .* Load the model outside of it"),
     (lambda: as_matrix(nn.Embedding(3, 3), torch.zeros(3, 3)), TypeError, "one of `Linear`.* got Embedding"),
     (
         lambda: beside("magnitude"),

@@ -52,6 +52,8 @@ def obstacle(weight: WeightView, loaded: bool = True) -> str | None:
         )
     if 0 in stored.shape:
         return f"has no entries: its shape is {tuple(stored.shape)}. Add it to `exclude_modules`."
+    if stored.is_inference():
+        return "was made within `torch.inference_mode`, and cannot be written. Load the model outside of it."
     if loaded and stored.is_meta and not is_offloaded(layer):
         return "is on the meta device, which holds no values. Load the model first, or use `prune_checkpoint`."
     return None
