@@ -440,3 +440,24 @@ def test_layers_that_share_inputs_on_some_batches_alone_are_measured_on_their_ow
     rows = [batch["hidden"][0] for batch in batches]
     torch.testing.assert_close(found[0], torch.cat(rows).norm(dim=0))
     torch.testing.assert_close(found[1], torch.cat([rows[0], rows[1] + 1]).norm(dim=0))
+
+
+class Twice(torch.nn.Module):
+    """Calls its first layer on what its second layer gets, and on something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, hidden):
+        return self.one(hidden) + self.two(hidden) + self.one(hidden.flip(0) + 1).mean(0)
+
+
+def test_a_layer_that_is_called_once_more_has_inputs_of_its_own():
+    model, found = FickleModel(), []
+    model.layers = torch.nn.ModuleList([Twice()])
+    hidden = torch.randn(2, 3, 4)
+    prune(model, 0.5, [{"hidden": hidden}], criterion=lambda w, s: (found.append(s.input_norm), w.abs())[1])
+    rows = hidden.flatten(0, 1)
+    torch.testing.assert_close(sorted(found, key=lambda norm: float(norm.sum()))[0], rows.norm(dim=0))
+    torch.testing.assert_close(found[0], torch.cat([rows, rows + 1]).norm(dim=0))

@@ -176,10 +176,12 @@ def _summed(
     measured: dict[str, InputStatistics] = {}
     squares: dict[str, list[Tensor]] = {}
     quota = sampled_per_batch(batches)
+    calls = dict.fromkeys(weights, 0)
 
     def record(name: str, leader: str, rows: Callable[[], Tensor]) -> None:
         leader = leader if sharing else name
         _note_leader(leaders, name, leader)
+        calls[name] += 1
         if name == leader:
             if name not in measured:
                 measured[name] = InputStatistics("hessian" in needs, quota, "moments" in needs)
@@ -191,6 +193,9 @@ def _summed(
     observer = InputObserver(model, weights, record, record_outputs, stopping, sight)
     with observer.hooks():
         run(observer.before_call)
+    # A leader that was called more often has sums of other inputs, too.
+    if any(calls[name] != calls[leader] for name, leader in leaders.items()):
+        raise _SharingChanged
     return leaders, measured, squares
 
 

@@ -14,7 +14,7 @@ from ..model.offload import execution_device
 from .comparing import close, linked_leaves
 from .findings import Findings
 from .inputs import copied, model_arguments
-from .padding import TokenMasks, marks_padding
+from .padding import Padding, TokenMasks, align, marks_padding
 from .products import ProductObserver
 from .recording import Call, Link, Returned, is_cache, last_uses, leaves_of, map_leaves, returned_by, tensors_of
 from .residence import restore_forward, run_in_residence, run_there, to_device
@@ -229,8 +229,7 @@ class Shadow:
                 f"no stack of blocks, whose hidden states have the shapes {shapes}. Give batches without padding, or "
                 "say which tokens count with `token_mask` of shape (sequences, tokens)."
             )
-        without = [n for n, runner in self.runners.items() if runner.batches and not paddings[n].found]
-        for number in self._changed_by_padding(marked, without) if without else ():
+        for number in self._changed_by_padding(marked, paddings):
             raise ValueError(
                 f"{marked[0]!r} marks padding, which changes states of shape {tuple(self.masks[number].shape or ())} "
                 f"that come to {self.runners[number].names[0]!r}, and it is not known which of them are padding. Give "
@@ -238,14 +237,18 @@ class Shadow:
                 "`exclude_modules`."
             )
 
-    def _changed_by_padding(self, marked: list[str], stacks: list[int]) -> list[int]:
-        """Return those of `stacks` whose first states change if the model gets something else for padding."""
+    def _changed_by_padding(self, marked: list[str], paddings: dict[int, Padding]) -> list[int]:
+        """Return the stacks that get states without a known mask which change if padding does.
+
+        These are the stack's own first states, or states beside them, such as those of another stack.
+        """
+        stacks = [n for n in self.runners if not paddings[n].found or paddings[n].keep_context is None]
         states: dict[int, list[Tensor]] = {number: [] for number in stacks}
         with contextlib.ExitStack() as hooks:
             for number in stacks:
                 runner = self.runners[number]
                 block = runner.blocks[runner.batches[0].calls[0].block]
-                hook = partial(_note_state, states[number])
+                hook = partial(_note_states, states[number], paddings[number])
                 hooks.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for batch in (self.batch, _with_other_padding(self.batch, marked)):
                 torch.manual_seed(0)
@@ -275,19 +278,32 @@ class Shadow:
             self.findings.traits[name] = replace(self.findings.traits[name], states=states)
 
 
-def _note_state(noted: list[Tensor], module: nn.Module, args: Any, kwargs: Any) -> None:
-    states = (x for x in tensors_of((args, kwargs)) if x.is_floating_point() and x.dim() > 1)
-    noted += [state.clone() for state in states][:1]
+def _note_states(noted: list[Tensor], padding: Padding, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Note the states (sequences, tokens, features) that a block gets and of which no mask is known."""
+    own, *others = [x for x in tensors_of((args, kwargs)) if x.is_floating_point() and x.dim() > 1]
+    if not padding.found:
+        noted.append(own.clone())
+    if padding.keep_context is None:
+        keep = padding.keep if padding.context_is_own else None
+        for other in others:
+            if other.dim() == 3 and (keep is None or align(keep, other.shape[:-1]) is None):
+                noted.append(other.clone())
 
 
 def _with_other_padding(batch: dict[str, Any], marked: list[str]) -> dict[str, Any]:
     """Return a batch with other tokens where the masks in `marked` say that tokens do not count."""
     changed = dict(batch)
-    for mask in (batch[name].bool() for name in marked if batch[name].dim() == 2):
+    for name_of_mask in marked:
+        mask = batch[name_of_mask].bool()
+        if mask.dim() != 2 or not mask.any():
+            continue
         over = {
             name: value
             for name, value in batch.items()
-            if isinstance(value, Tensor) and name not in marked and value.shape[:2] == mask.shape
+            if isinstance(value, Tensor)
+            and name not in marked
+            and value.shape[:2] == mask.shape
+            and name.startswith("decoder_") == name_of_mask.startswith("decoder_")
         }
         ids = {name: value for name, value in over.items() if not value.is_floating_point()}
         # Beside token ids, numbers of the same shape are something else, such as patches of an image.
