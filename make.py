@@ -38,7 +38,7 @@ def test(arguments: list[str]) -> int:
         run("ruff", "format", "--check", "."),
         run("ruff", "check", "."),
         run("mypy"),
-        run("pytest", "-n", "auto", "--maxprocesses", "4", *(arguments or ["-m", "slow or not slow"])),
+        run("pytest", "-n", "auto", "--maxprocesses", "4", *(arguments or ["-m", "not atlas"])),
     ]
     return max(codes)
 

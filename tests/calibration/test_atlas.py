@@ -1,4 +1,4 @@
-"""The atlas on one model per kind, and its reference on mistakes made on purpose. The whole atlas is slow."""
+"""The atlas on one model per kind, and its reference on mistakes made on purpose. The whole atlas runs by `-m atlas`."""
 
 import copy
 import json
@@ -114,7 +114,7 @@ def test_a_change_after_a_refusal_is_wrong(atlas):
     assert outcome(model, lambda: [][0]).startswith("error: IndexError")
 
 
-@pytest.mark.slow
+@pytest.mark.atlas
 def test_no_row_of_the_atlas_is_wrong(tmp_path):
     """All model types: about 20 minutes on two cores."""
     command = [sys.executable, str(BENCHMARKS / "atlas.py"), "--output", str(tmp_path), "--workers", "2"]
