@@ -1,4 +1,4 @@
-"""The atlas on one model per kind, and its reference on mistakes made on purpose. The whole atlas runs by `-m atlas`."""
+"""The atlas on one model per kind, and its reference on mistakes made on purpose. The whole runs by `-m atlas`."""
 
 import copy
 import json
