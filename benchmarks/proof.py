@@ -20,14 +20,14 @@ from common import DEVICE, add_text_arguments, digest, documents, parser, smollm
 
 
 # The module, of which the function `prune` is a part.
-pruning = importlib.import_module("peft_sparse.pruning.prune")
+pruning: Any = importlib.import_module("peft_sparse.pruning.prune")
 
 
 def main() -> None:
     args = arguments()
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_dir())
     texts, _ = documents(args)
-    tokens = pack_sequences(tokenizer, texts, args.length)[: args.sequences]
+    tokens = pack_sequences(texts, tokenizer, args.length)[: args.sequences]
     rows = [measured(criterion, tokens, args) for criterion in args.criteria for _ in range(args.rounds)]
     summary = []
     for criterion in args.criteria:
@@ -47,7 +47,7 @@ def main() -> None:
 def measured(criterion: str, tokens: torch.Tensor, args: Any) -> dict[str, Any]:
     """Prune once, and return the seconds of the proof and of the run."""
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir(), dtype=torch.float32).to(DEVICE).eval()
-    taken = []
+    taken: list[float] = []
 
     def timed(*arguments: Any, **options: Any) -> Any:
         started = time.perf_counter()
