@@ -1,5 +1,6 @@
 """Every refusal of `training/`, with its words."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -23,7 +24,7 @@ from peft_sparse.training.distillation import check_teacher, hidden_states_loss,
 from peft_sparse.training.learning_rates import norm_drop, retraining_schedule
 from peft_sparse.training.zero_guard import ZeroGuardCallback, _compare
 
-from conftest import tiny
+from conftest import Samples, tiny
 from refusing import TOKENS, _State, adapted, arguments, llama
 from trainers import StopAt
 
@@ -109,7 +110,25 @@ class TokenSamples(torch.utils.data.Dataset):
         return {"input_ids": TOKENS[index]}
 
 
+def where_others_keep_files():
+    folder = Path("out") / "reconstruction"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text("{}")
+    args = SparseTrainingArguments(
+        "out", recovery="reconstruct", sparsity=0.5, calibration_samples=2, max_steps=1, use_cpu=True, report_to="none"
+    )
+    try:
+        SparseTrainer(llama(), args, train_dataset=Samples()).train()
+    finally:
+        assert (folder / "results.json").exists()
+
+
 REFUSALS = [
+    (
+        where_others_keep_files,
+        ValueError,
+        "where 'results.json' is not one of its files and would be deleted. Move the folder, or give another",
+    ),
     (
         lambda: arguments(sparsity=0.5, allocation="erk", allocation_options="power=2"),
         ValueError,

@@ -609,3 +609,9 @@ def test_a_training_step_compiles_without_a_break(tuner, r):
         gradients.append({name: p.grad.clone() for name, p in wrapped.named_parameters() if p.requires_grad})
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
     assert all(gradient.any() for gradient in gradients[0].values())
+
+
+def test_trainable_shares_know_the_adapters_of_other_methods():
+    kind = KINDS["llama"]
+    shares = trainable_shares(get_peft_model(kind.sparse(), LoraConfig(r=4, target_modules="all-linear")))
+    assert shares["adapters"] == shares["all"] > 0

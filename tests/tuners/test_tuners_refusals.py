@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.utils.prune as torch_prune
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
@@ -69,7 +71,29 @@ def mismatch():
     check_masks(llama(), config)
 
 
+def offloaded():
+    model = adapted()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    model(input_ids=TOKENS)
+
+
+def with_masks_not_removed():
+    model = llama()
+    torch_prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.5)
+    adapted(model)
+
+
 REFUSALS = [
+    (
+        offloaded,
+        ValueError,
+        "adapted layer are on the meta device: accelerate has offloaded them, .* Merge the adapters before offloading",
+    ),
+    (
+        with_masks_not_removed,
+        ValueError,
+        "layers.0.mlp.up_proj' is computed from other parameters, .* Call `torch.nn.utils.prune.remove",
+    ),
     (lambda: MaskLoRAConfig(r=0), ValueError, "`r` must be a positive integer, got 0"),
     (lambda: MaskLoRAConfig(rank_pattern={"q": -1}), ValueError, r"`rank_pattern\['q'\]` must be a positive integer"),
     (

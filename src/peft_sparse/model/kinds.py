@@ -64,6 +64,17 @@ def _is_split(stored: Tensor) -> bool:
     return isinstance(stored, DTensor) or (is_partitioned(stored) and whole_shape(stored) != stored.shape)
 
 
+def computation(layer: nn.Module, parameter: str = "weight") -> str | None:
+    """Return how to make a computed weight a parameter of its layer, as a sentence; None if it is one.
+
+    Args:
+        layer: the layer.
+        parameter: the name of the weight.
+    """
+    computed = isinstance(getattr(layer, parameter, None), Tensor) and layer._parameters.get(parameter) is None
+    return _undoing(layer, parameter) if computed and parameter not in layer._buffers else None
+
+
 def is_quantised(stored: Tensor) -> bool:
     """Return whether a quantiser holds `stored` in a form of its own: packed, with scales, or as a tensor subclass."""
     if type(stored).__name__ == "Params4bit":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,13 @@ _FINGERPRINT = "fingerprint.json"
 def is_progress(folder: Path) -> bool:
     """Return whether a run has begun to keep its regions in `folder`."""
     return (folder / _FINGERPRINT).is_file()
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Return the names of what lies in `folder` and was not written by a `Progress`."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    own = re.compile(rf"{re.escape(_FINGERPRINT)}.*|\d{{5}}\.(json|safetensors).*")
+    return [name for name in names if not own.fullmatch(name)]
 
 
 class Progress:

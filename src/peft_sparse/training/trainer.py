@@ -35,7 +35,7 @@ from ..pruning.criteria import find_criterion
 from ..pruning.prune import sparsity
 from ..pruning.report import PruningReport
 from ..reconstruction import Fit, ReconstructionReport, reconstruct
-from ..reconstruction.progress import is_progress
+from ..reconstruction.progress import foreign_files, is_progress
 from ..tuners import merged_state_dict
 from .arguments import SparseTrainingArguments
 from .distillation import check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
@@ -366,6 +366,11 @@ class SparseTrainer(Trainer):
         if isinstance(resume_from_checkpoint, str):
             folder = Path(resume_from_checkpoint)
         if not resume_from_checkpoint:
+            if foreign := foreign_files(folder):
+                raise ValueError(
+                    f"Reconstruction keeps its finished regions in {str(folder)!r}, where {foreign[0]!r} is not one "
+                    "of its files and would be deleted. Move the folder, or give another `output_dir`."
+                )
             if self.is_world_process_zero():
                 shutil.rmtree(folder, ignore_errors=True)
             # No process writes before the folder is gone.

@@ -3,6 +3,9 @@
 Zimmer et al. 2023 (PERP), arXiv:2312.15230. `SparseLoraModel` calls `select_groups` before PEFT adds the adapters.
 """
 
+from functools import partial
+
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..model.blocks import base_model, norm_names, output_head, tied_to_embedding
@@ -49,8 +52,7 @@ def trainable_shares(model: nn.Module) -> dict[str, float]:
     The tables of Zimmer et al. 2023 (PERP), arXiv:2312.15230, give these fractions in percent.
 
     Args:
-        model: a model with MaskLoRA or ScaledLoRA adapters, or without adapters. Adapters of other methods count as
-            "other" and as parameters of the base model.
+        model: a model with adapters of any of PEFT's methods that adapt layers, or without adapters.
 
     Returns:
         The fractions of "adapters", "norms", "biases" and "other", and their sum "all". The bias of a norm counts in
@@ -61,8 +63,15 @@ def trainable_shares(model: nn.Module) -> dict[str, float]:
     norms = tuple(f"{name}." for name in norm_names(model))
     base = base_model(model)
     total = 0
+    of_adapters = {
+        id(parameter)
+        for module in base.modules()
+        if isinstance(module, BaseTunerLayer)
+        for part in map(partial(getattr, module), module.adapter_layer_names)
+        for parameter in (part.parameters() if isinstance(part, nn.Module) else ())
+    }
     for name, parameter in base.named_parameters():
-        adapter = "_lora_" in name
+        adapter = id(parameter) in of_adapters
         copied = ".modules_to_save." in name
         total += 0 if adapter or copied else parameter.numel()
         if not parameter.requires_grad:

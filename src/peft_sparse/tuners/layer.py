@@ -265,7 +265,18 @@ class SparseLoraLayer(BaseWeight):
         names = self._present(self.active_adapters)
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
+        self._check_loaded(names, x)
         return self._forward_active(x, names, *args, **kwargs)
+
+    def _check_loaded(self, names: list[str], x: Tensor) -> None:
+        weights = [getattr(self.get_base_layer(), "weight", None)]
+        weights += [stored_weight(factor[name]) for name in names for factor in (self.A, self.B)]
+        if not x.is_meta and any(weight is not None and weight.is_meta for weight in weights):
+            raise ValueError(
+                "The weights of an adapted layer are on the meta device: accelerate has offloaded them, and loads "
+                "them only for modules that are called. Merge the adapters before offloading, by "
+                "`merge_and_unload()`, or load the model without offloading."
+            )
 
     def _forward_active(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         fused = [name for name in names if self._fuses(name)]

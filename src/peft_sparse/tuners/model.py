@@ -18,6 +18,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..model.blocks import base_layer
+from ..model.kinds import computation
 from .config import SparseLoraConfig
 from .groups import select_groups
 from .layer import SparseLoraLayer
@@ -111,7 +113,14 @@ class SparseLoraModel(BaseTuner):
 
         Raises:
             TypeError: a module of this class cannot be adapted.
+            ValueError: the weight of the layer is computed from other parameters.
         """
+        undoing = computation(base_layer(target)) if parameter_name is None else None
+        if undoing:
+            raise ValueError(
+                f"The weight of {current_key!r} is computed from other parameters, so that an adapter that is merged "
+                f"into it would not last. {undoing}"
+            )
         ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
         r = ranks.get(get_pattern_key(ranks.keys(), current_key), peft_config.r)
         lora_alpha = alphas.get(get_pattern_key(alphas.keys(), current_key), peft_config.lora_alpha)
