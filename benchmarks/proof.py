@@ -1,9 +1,9 @@
 """Measures what the proof costs: the comparison of blocks that run one by one with the model's own pass.
 
-It prunes SmolLM2-135M by Wanda and by SparseGPT, and notes the seconds of the proof and those of the whole run. Both
+It prunes SmolLM2-135M, and notes the seconds of the proof and those of the whole run. Both
 are of one run, so that a busy machine slows both. Each run is repeated, and the median share is reported.
 
-    python benchmarks/proof.py --json benchmarks/results/proof-smollm2-cpu.json
+    python benchmarks/proof.py --criteria wanda --json benchmarks/results/proof-smollm2-cpu.json
 """
 
 import importlib
