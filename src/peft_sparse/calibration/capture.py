@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..model.blocks import find_blocks
-from ..model.offload import execution_device
 from .activations import ActivationStore
 from .batch import Batch, Order, Trait
-from .inputs import copied, model_arguments
+from .inputs import copied
 from .padding import TokenMasks
 from .recording import (
     Call,
@@ -29,7 +28,7 @@ from .recording import (
     tensors_of,
     version_of,
 )
-from .residence import Residence, restore_forward, run_there, to_device, with_tensors
+from .residence import Residence, arguments_there, in_residence, restore_forward, run_there, with_tensors
 
 
 @dataclass
@@ -85,28 +84,27 @@ class Capture:
 
     @torch.no_grad()
     def run(self, inputs: list[dict[str, Any]]) -> list[Batch]:
-        device = execution_device(self.model)
         batches: list[Batch] = []
         with contextlib.ExitStack() as replaced:
             self._replace_blocks(replaced)
             replaced.enter_context(self.masks.watching())
             for number, inputs_of_batch in enumerate(inputs):
-                self._record(number, inputs_of_batch, device)
+                self._record(number, inputs_of_batch)
                 if self.batch.calls:
                     self._end(batches[0] if batches else None)
                     batches.append(self.batch)
         return batches
 
-    def _record(self, number: int, inputs: dict[str, Any], device: torch.device) -> None:
+    def _record(self, number: int, inputs: dict[str, Any]) -> None:
         """Run the model on one batch."""
         self.batch, self.links, self.prefix = Batch(number), Links(), None
         self.masks.start(inputs)
         try:
-            self.model(**map_leaves(partial(to_device, device), model_arguments(self.model, inputs)))
+            self.model(**arguments_there(self.model, inputs))
         except _CaptureComplete:
             pass
         except _RecordOverwritten:
-            self._record(number, inputs, device)
+            self._record(number, inputs)
 
     def _replace_blocks(self, replaced: contextlib.ExitStack) -> None:
         own = {id(block): index for index, block in enumerate(self.stack.blocks)}
@@ -114,16 +112,9 @@ class Capture:
             if id(block) in own:
                 stand_in = partial(self._stand_in, own[id(block)], block.forward)
             else:
-                stand_in = partial(self._elsewhere, name, block, block.forward)
+                stand_in = partial(in_residence, self.stack.residence, name, block, block.forward)
             replaced.callback(restore_forward, block, block.__dict__.get("forward"))
             block.forward = stand_in
-
-    def _elsewhere(
-        self, name: str, block: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Run a block of another stack where its residence puts it."""
-        with self.stack.residence(name, block):
-            return run_there(block, forward, args, kwargs).tree
 
     def _stand_in(self, index: int, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Take the place of a block's `forward`: record the call, and return something of the right shape."""

@@ -163,9 +163,10 @@ def split(inputs: dict[str, Any], batch_size: int) -> list[dict[str, Any]]:
 
 
 def can_be_split(inputs: Mapping[str, Any]) -> bool:
-    """Tell whether the first dimension of every tensor of model inputs counts the sequences, and nothing else is big.
+    """Return whether model inputs can be split into single sequences.
 
-    Tensors of flattened images and a key-value cache, for example, cannot be split.
+    The first dimension of every tensor must be the number of sequences, and there must be no other objects. Flattened
+    images and a key-value cache, for example, cannot be split.
     """
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     others = [value for value in inputs.values() if not isinstance(value, (Tensor, bool, int, float, str, type(None)))]

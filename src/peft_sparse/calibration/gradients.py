@@ -78,7 +78,7 @@ def gradient_sums(
 
 
 def _add_up(weights: dict[str, WeightView], sums: dict[str, Tensor], offload: bool) -> None:
-    """Replace `sums` by the sums over all processes. In place. A process may lack weights that others reached."""
+    """Add up `sums` over all processes, in place. Weights that only other processes reached are added."""
     reached = set().union(*exchange(set(sums)))
     for name in weights:
         if name in reached and name not in sums:

@@ -15,14 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..model.blocks import base_model
-from ..model.offload import execution_device
 from ..model.weights import WeightView, to_host
 from .findings import Findings, Proof
-from .inputs import model_arguments
 from .padding import marks_padding
 from .products import eager_experts
-from .recording import map_leaves
-from .residence import Residence, run_in_residence, to_device
+from .residence import Residence, run_in_residence
 from .runner import BlockRunner
 from .shadow import Shadow
 
@@ -151,10 +148,7 @@ class _Proving(Findings):
             for name, layer in self.layers().items():
                 if name in missing:
                     hooks.callback(layer.register_forward_pre_hook(partial(_note_call, called, name)).remove)
-            arguments = map_leaves(
-                partial(to_device, execution_device(self.model)), model_arguments(self.model, batch)
-            )
-            run_in_residence(self.model, arguments, self.residence)
+            run_in_residence(self.model, batch, self.residence)
         return bool(called)
 
     def unreached_experts(self) -> list[str]:

@@ -1,7 +1,7 @@
 """Where a block computes: on the device of its weights, which may be another one than that of its caller."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..model.blocks import find_blocks
-from ..model.offload import has_hooks, resident_through_hooks
+from ..model.offload import execution_device, has_hooks, resident_through_hooks
+from .inputs import model_arguments
 from .recording import Returned, give_back, leaves_of, map_leaves, returned_by
 
 
@@ -84,15 +85,24 @@ def run_there(
     return with_tensors(returned, moved)
 
 
-def run_in_residence(model: nn.Module, arguments: dict[str, Any], residence: Residence) -> None:
-    """Run `model`, each block within its residence."""
+def arguments_there(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with which `model` is called on a batch, on the device on which it takes them."""
+    arguments: dict[str, Any] = map_leaves(partial(to_device, execution_device(model)), model_arguments(model, batch))
+    return arguments
 
-    def there(name: str, block: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        with residence(name, block):
-            return run_there(block, forward, args, kwargs).tree
 
+def in_residence(
+    residence: Residence, name: str, block: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Run `forward` of a block where its residence puts it."""
+    with residence(name, block):
+        return run_there(block, forward, args, kwargs).tree
+
+
+def run_in_residence(model: nn.Module, batch: Mapping[str, Any], residence: Residence) -> None:
+    """Run `model` on a batch, each block within its residence."""
     with contextlib.ExitStack() as undo:
         for name, block in find_blocks(model).items():
             undo.callback(restore_forward, block, block.__dict__.get("forward"))
-            block.forward = partial(there, name, block, block.forward)
-        model(**arguments)
+            block.forward = partial(in_residence, residence, name, block, block.forward)
+        model(**arguments_there(model, batch))

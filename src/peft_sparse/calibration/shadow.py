@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.offload import execution_device
 from .comparing import close, linked_leaves
 from .findings import Findings
-from .inputs import copied, model_arguments
+from .inputs import copied
 from .padding import Padding, TokenMasks, align, marks_padding
 from .products import ProductObserver
 from .recording import Call, Link, Returned, is_cache, last_uses, leaves_of, map_leaves, returned_by, tensors_of
-from .residence import restore_forward, run_in_residence, run_there, to_device
+from .residence import arguments_there, restore_forward, run_in_residence, run_there
 from .row_search import RowSearch
 from .runner import BlockRunner
 
@@ -47,8 +46,7 @@ class Shadow:
 
     def run(self) -> None:
         model = self.model
-        device = execution_device(model)
-        arguments = map_leaves(partial(to_device, device), model_arguments(model, self.batch))
+        arguments = arguments_there(model, self.batch)
         with contextlib.ExitStack() as undo:
             self._replace_blocks(undo)
             for masks in self.masks.values():
@@ -252,9 +250,10 @@ class Shadow:
                 hooks.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for batch in (self.batch, _with_other_padding(self.batch, marked)):
                 torch.manual_seed(0)
-                there = partial(to_device, execution_device(self.model))
-                arguments = map_leaves(there, model_arguments(self.model, batch))
-                run_in_residence(self.model, arguments, self.findings.residence)
+                run_in_residence(self.model, batch, self.findings.residence)
+                if not any(states.values()):
+                    # Masks of all states are known.
+                    return []
         halves = {n: (noted[: len(noted) // 2], noted[len(noted) // 2 :]) for n, noted in states.items()}
         return [n for n, (one, other) in halves.items() if not all(map(torch.equal, one, other))]
 
