@@ -1,7 +1,9 @@
 """Walks the tree of modules, and sees through what wraps a module: PEFT's layers, DDP and `torch.compile`."""
 
+import contextlib
+import warnings
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from peft import PeftMixedModel, PeftModel
@@ -20,6 +22,74 @@ def base_model(model: nn.Module) -> nn.Module:
     while isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
         model = model.model if isinstance(model, BaseTuner) else model.base_model
     return model
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Return whether `model` has adapters, however they were attached.
+
+    `get_peft_model`, transformers' `add_adapter` and `peft.inject_adapter_in_model` all put tuner layers into the tree
+    of modules. Prompt learning puts none there: its adapters are found by the class of the model.
+    """
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper, PeftModel, PeftMixedModel)
+    return any(isinstance(module, kinds) for module in model.modules())
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Switch all adapters of `model` off within the context, however they were attached.
+
+    After the context, every `requires_grad`, every active adapter and every adapter that was off before is as it was.
+    """
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    before = [(layer, layer._disable_adapters, layer._active_adapter) for layer in layers]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    peft_model: Any = next((m for m in model.modules() if isinstance(m, (PeftModel, PeftMixedModel))), None)
+    try:
+        with contextlib.ExitStack() as stack:
+            if peft_model is not None:
+                with warnings.catch_warnings():
+                    # Who switches adapters off wants the base weights. Trained biases and irregular states are kept.
+                    warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+                    warnings.filterwarnings("ignore", message="The model contains some adapter layers")
+                    # PEFT's own switch also knows prompt learning.
+                    stack.enter_context(peft_model.disable_adapter())
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield
+    finally:
+        # PEFT's switch turns on all adapters, and trains them.
+        for layer, disabled, active in before:
+            layer._disable_adapters, layer._active_adapter = disabled, active
+        for parameter, flag in trained:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """Take all adapters out of `model`, without merging them, and return the base model. In place."""
+    base: Any = base_model(model)
+    for module in base.modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            module.unmerge()
+    base = _take_out(base)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    # Transformers notes here that `add_adapter` was called.
+    if getattr(base, "_hf_peft_config_loaded", False):
+        base._hf_peft_config_loaded = False
+    return base
+
+
+def _take_out(module: nn.Module) -> nn.Module:
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        module = cast(nn.Module, module.original_module)
+    for name, child in list(module.named_children()):
+        plain = _take_out(child)
+        if plain is not child:
+            setattr(module, name, plain)
+    return module
 
 
 def base_layer(module: nn.Module) -> nn.Module:

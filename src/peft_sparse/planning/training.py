@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from ..calibration.text import SEQUENCE_LENGTH
 from ..model.blocks import base_model, find_blocks, prunable_weights
+from ..model.tree import has_adapters
 from ..training.zero_guard import keep_gradients_masked, packed_mask, put_zeros_back
 from .simulation import GIB, Described, LiveBytes, Simulation, bytes_of, described
 
@@ -169,7 +170,7 @@ def _check(strategy: str, *numbers: int) -> None:
 def _attached(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
     if peft_config is None:
         return model
-    if isinstance(model, PeftModel):
+    if has_adapters(model):
         raise ValueError("The model has adapters already. Leave `peft_config` out, or pass a model without adapters.")
     adapted: nn.Module = get_peft_model(model, copy.deepcopy(peft_config), low_cpu_mem_usage=True)
     return adapted

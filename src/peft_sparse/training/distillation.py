@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftMixedModel, PeftModel
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..calibration.inputs import evaluation_mode
 from ..model.blocks import base_model, find_blocks, hidden_size, is_encoder_decoder
 from ..model.sharding import has_shards
+from ..model.tree import has_adapters, without_adapters
 
 
 DISTILLATIONS = ("logits", "hidden_states")
@@ -149,7 +149,7 @@ def dense_copy(model: nn.Module, share_of_zeros: float) -> nn.Module:
             "Pass the dense model: SparseTrainer(..., teacher=AutoModelForCausalLM.from_pretrained(...))."
         )
     teacher = copy.deepcopy(model)
-    return teacher.unload() if isinstance(teacher, (PeftModel, PeftMixedModel)) else teacher
+    return without_adapters(teacher) if has_adapters(teacher) else teacher
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module, distillation: str) -> None:

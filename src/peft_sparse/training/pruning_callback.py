@@ -1,15 +1,12 @@
 """Pruning during training: the callback calls `prune` when training begins, or at the steps of a schedule."""
 
-import contextlib
 import dataclasses
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -24,6 +21,7 @@ from ..calibration.inputs import Calibration
 from ..model.blocks import Targets, base_model, prunable_weights
 from ..model.masks import mask_of
 from ..model.sharding import has_shards, uses_deepspeed, whole
+from ..model.tree import adapters_off, has_adapters
 from ..model.weights import WeightView, to_host
 from ..pruning.allocation import Allocation
 from ..pruning.by_name import PatternLike, one_pattern
@@ -187,9 +185,9 @@ class PruningCallback(TrainerCallback):
             return
         self._drops = {e["step"]: e["norm_drop"] for e in state.log_history if "norm_drop" in e}
         past = [step for step in self._due if step <= state.global_step]
-        if state.global_step and not isinstance(model, PeftModel) and any("pruning" in e for e in state.log_history):
+        if state.global_step and not has_adapters(model) and any("pruning" in e for e in state.log_history):
             return
-        if self._base_changed(state) and isinstance(model, PeftModel):
+        if self._base_changed(state) and has_adapters(model):
             load_base(model, _checkpoint(args, state) / BASE_NAME, *self._targets())
             note_pruning(model)
         elif self.schedule is None or past:
@@ -211,7 +209,7 @@ class PruningCallback(TrainerCallback):
         _refresh(kwargs.get("lr_scheduler"))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._base_changed(state) and isinstance(kwargs["model"], PeftModel):
+        if self._base_changed(state) and has_adapters(kwargs["model"]):
             path = _checkpoint(args, state) / BASE_NAME
             save_base(kwargs["model"], path, *self._targets(), write=args.should_save)
 
@@ -263,7 +261,7 @@ class PruningCallback(TrainerCallback):
         self._check_calibration(model)
         with torch.random.fork_rng(), whole(model, write=True):
             torch.manual_seed(seed)
-            with _adapters_off(model):
+            with adapters_off(model):
                 before = self._norm(model)
                 self.report = prune(model, **self.options)
                 self.norms = [before, self._norm(model)]
@@ -275,7 +273,7 @@ class PruningCallback(TrainerCallback):
     def _prune_copies(self, model: nn.Module) -> None:
         """Write the zeros of pruned layers into their copies that adapters train (`modules_to_save`)."""
         assert self.report is not None
-        with _adapters_off(model):
+        with adapters_off(model):
             originals = prunable_weights(model, *self._targets())
         active = prunable_weights(model, *self._targets())
         for name in (weight.name for weight in self.report.weights):
@@ -364,7 +362,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, SparseLoraLayer]]:
 def _pruned_without_adapter(model: nn.Module, *targets: Targets) -> Iterator[tuple[str, WeightView]]:
     """Yield the pruned base weights that have no adapter of this package, once for each parameter."""
     known = {(id(layer.get_base_layer()), getattr(layer, "parameter_name", "weight")) for _, layer in _adapted(model)}
-    with _adapters_off(model):
+    with adapters_off(model):
         weights = prunable_weights(model, *targets)
     for name, weight in weights.items():
         key = (id(weight.layer), weight.parameter)
@@ -410,15 +408,3 @@ def _check_restarts(model: nn.Module) -> None:
                 f"PruningCycles merges and resets the adapters, and {name!r}, a {type(module).__name__}, does not "
                 "support this. Use MaskLoRAConfig or ScaledLoRAConfig on a model that is not quantised."
             )
-
-
-@contextlib.contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    with warnings.catch_warnings():
-        # The class docstring says what happens to trained biases, so PEFT's warning is not needed.
-        warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
-        with model.disable_adapter():
-            yield

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -31,6 +30,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..model.blocks import base_model
 from ..model.sharding import FSDP1
+from ..model.tree import has_adapters
 from ..pruning.criteria import find_criterion
 from ..pruning.prune import sparsity
 from ..pruning.report import PruningReport
@@ -137,7 +137,7 @@ class SparseTrainer(Trainer):
                 f"Expected `args` as SparseTrainingArguments, got {type(args).__name__}. SparseTrainingArguments has "
                 "every argument of TrainingArguments."
             )
-        if args.recovery == "reconstruct" and isinstance(model, PeftModel):
+        if args.recovery == "reconstruct" and model is not None and has_adapters(model):
             raise ValueError(
                 "Reconstruction attaches and merges an adapter for each region, and the model has an adapter already. "
                 "Pass the plain model, and the configuration of the adapter as `peft_config`."
@@ -179,7 +179,7 @@ class SparseTrainer(Trainer):
         """Return `model` with the adapter of `peft_config`, if retraining is to have one."""
         if self.peft_config is None or self.args.recovery == "reconstruct":
             return model
-        if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        if has_adapters(model):
             raise ValueError(
                 "`peft_config` attaches an adapter, and the model has adapters already. Leave `peft_config` out, or "
                 "pass the model without adapters."
