@@ -305,7 +305,8 @@ def experts_with_plain_lora(**options):
     model = kind.sparse() if options else kind.dense()
     ours = get_peft_model(copy.deepcopy(model), MaskLoRAConfig(**shared, init_weights=False, **options))
     theirs = get_peft_model(copy.deepcopy(model), LoraConfig(**shared, init_lora_weights=False))
-    theirs.load_state_dict({name.replace("mask_lora_", "lora_"): value for name, value in ours.state_dict().items()})
+    state = {name.replace("mask_lora_", "lora_"): value for name, value in ours.state_dict().items()}
+    theirs.load_state_dict({name: value for name, value in state.items() if "_proof" not in name})
     return kind, ours.eval(), theirs.eval()
 
 

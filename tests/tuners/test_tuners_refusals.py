@@ -32,7 +32,9 @@ def unreadable():
 def foreign_mask():
     one = nn.Sequential(nn.Linear(4, 4))
     one[0].weight.data = 1.0 - torch.eye(4)
-    model = get_peft_model(one, MaskLoRAConfig(target_modules=["0"], save_mask=True, mask_fingerprints={"0": ""}))
+    model = get_peft_model(
+        one, MaskLoRAConfig(target_modules=["0"], save_mask=True, mask_fingerprints={"0": "4x4:8:0"})
+    )
     model.base_model.model[0].saved_masks["default"].fill_(255)
     model(torch.ones(1, 4))
 
@@ -87,7 +89,7 @@ REFUSALS = [
     (
         offloaded,
         ValueError,
-        "adapted layer are on the meta device: accelerate has offloaded them, .* Merge the adapters before offloading",
+        "adapted layer are on the meta device: accelerate has offloaded them, .* merge the adapters before offloading",
     ),
     (
         with_masks_not_removed,

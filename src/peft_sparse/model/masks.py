@@ -51,7 +51,56 @@ def fingerprint(mask: Tensor) -> str:
 
 
 def sparsity_of_fingerprint(proof: str) -> float:
-    """Return the fraction of pruned entries that a `fingerprint` states."""
-    shape, pruned, _ = proof.split(":")
+    """Return the fraction of pruned entries that a `fingerprint` states, or the first of a `fingerprint_of`."""
+    shape, pruned, _ = proof.partition(";")[0].split(":")
     rows, columns = shape.split("x")
     return int(pruned) / (int(rows) * int(columns))
+
+
+# Fingerprints in state dicts are padded to this length. Adapters that replace each other need equal shapes.
+PROOF_BYTES = 160
+
+# Loading casts weights to these types, in which small numbers become zero.
+_NARROW_TYPES = (torch.float16, torch.bfloat16)
+
+
+def fingerprint_of(weight: Tensor) -> str:
+    """Return the fingerprint of the zeros of `weight` (..., out, in), and those of its casts where these have more.
+
+    A cast to half precision turns very small numbers into zeros. The fingerprint of each cast with more zeros is
+    added, so that an adapter that was trained on `weight` is also recognised on the cast weight.
+    """
+    mask = mask_of(weight.reshape(-1, weight.shape[-1]))
+    found = fingerprint(mask)
+    for dtype in _NARROW_TYPES:
+        if dtype.itemsize < weight.dtype.itemsize:
+            cast = mask_of(weight.reshape(mask.shape).to(dtype))
+            if not torch.equal(cast, mask):
+                found += f";{fingerprint(cast)}"
+    return found
+
+
+def underflowed(expected: str, weight: Tensor) -> int | None:
+    """Return how many entries of `weight` a cast turned into zeros, or None if `expected` is of another mask.
+
+    Args:
+        expected: a result of `fingerprint_of`.
+        weight: the weight (..., out, in) that `expected` was computed of, or a cast of it: then the result may be > 0.
+    """
+    found = fingerprint(mask_of(weight.reshape(-1, weight.shape[-1])))
+    known = expected.split(";")
+    return _pruned(found) - _pruned(known[0]) if found in known else None
+
+
+def _pruned(proof: str) -> int:
+    return int(proof.split(":")[1])
+
+
+def encode_proof(proof: str) -> Tensor:
+    """Return a fingerprint as bytes (PROOF_BYTES,), for a state dict. The empty text gives zeros."""
+    return torch.tensor(list(proof.encode().ljust(PROOF_BYTES, b"\0")), dtype=torch.uint8)
+
+
+def decode_proof(encoded: Tensor) -> str:
+    """Return the fingerprint that `encode_proof` turned into bytes."""
+    return bytes(encoded.tolist()).rstrip(b"\0").decode()

@@ -1,39 +1,27 @@
-"""The base weight of one adapted layer: read it, write it, keep it while adapters are merged, prune it by saved masks.
+"""The base weight of one adapted layer: read it, write it, keep it while adapters are merged.
 
-`SparseLoraLayer` in `layer` is derived from `BaseWeight`.
+`SavedMasks` in `saved_masks` is derived from `BaseWeight`, and `SparseLoraLayer` in `layer` from both.
 """
 
 import copy
 from collections.abc import Callable
-from functools import partial
 
-import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..model.cpu_packing import undo_cpu_packing
-from ..model.masks import mask_of, pack, unpack
 from ..model.sharding import is_partitioned
 from ..model.weights import as_matrix, as_stored, stored_weight
-from .config import SparseLoraConfig
-from .functional import Factor, Weight
-
-
-# A fraction of the entries of a weight. Dense checkpoints have a few zeros, so a weight with a smaller fraction of
-# zeros does not count as pruned. Zeros that a saved mask keeps contradict the mask only above this fraction.
-STRAY_ZEROS = 0.01
+from .functional import Factor
 
 
 _FORWARDS = {nn.Linear.forward, Conv1D.forward, nn.Conv2d.forward}
 
 
 class BaseWeight(nn.Module, BaseTunerLayer):
-    """The frozen base weight of one adapted layer. Its zeros are the mask.
-
-    The mask is read off the weight wherever it is needed. A copy of it is stored only for adapters with `save_mask`.
+    """The base weight of one adapted layer. Its zeros are the mask, which is read off the weight where it is needed.
 
     Args:
         base_layer: the layer to adapt, or another tuner's layer around it.
@@ -54,33 +42,15 @@ class BaseWeight(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, **quantization: Callable[..., object]) -> None:
         super().__init__()
         self.base_layer = base_layer
-        setattr(self, f"{self.prefix}mask", BufferDict(persistent=True))
         self._unmerged_weight: Tensor | None = None
         # The layer is in a tuple, because a plain attribute would make it a submodule.
         self._unmerged_layer: tuple[nn.Module] | None = None
-        # The adapters whose saved mask is not yet written into the base weight, with their `on_mask_mismatch`.
-        self._unsettled: dict[str, str] = {}
-        # The adapters whose mask could not be read off the base weight, so that it must be loaded.
-        self._empty_masks: set[str] = set()
+        # Whether the base weight is also that of an embedding, and the parameter that they share while they differ.
+        self.is_tied = False
+        self._shared: tuple[nn.Parameter] | None = None
         undo_cpu_packing(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
         self.in_features, self.out_features = self._features()
-
-    @property
-    def saved_masks(self) -> dict[str, Tensor]:
-        """The packed masks, by name of the adapter. Only adapters with `save_mask` have one."""
-        return getattr(self, f"{self.prefix}mask")
-
-    def pruned_weight(self) -> Tensor:
-        """Return the base weight before any merge, as a matrix (out, in). Its zeros are the mask.
-
-        A saved mask that is not yet written into the base weight is written first.
-
-        Raises:
-            ValueError: a saved mask contradicts the zeros of the base weight.
-        """
-        self._settle_masks()
-        return self._matrix(self._stored_unmerged())
 
     def read_weight(self) -> Tensor:
         """Return the base weight laid out as the layer stores it: (out, in) for `nn.Linear`, (in, out) for `Conv1D`.
@@ -100,6 +70,10 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         else:
             # Copied, so that the memory format stays and tied weights stay tied.
             stored_weight(self.get_base_layer()).data.copy_(weight)
+
+    def stored_parameter(self) -> Tensor | None:
+        """Return the parameter that stores the base weight. None if the layer stores it in another way."""
+        return self.get_base_layer()._parameters.get("weight")
 
     # -- how the weight is stored; subclasses for other layers override these ----------------------------------------
 
@@ -143,7 +117,9 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         if self.merged_adapters:
             return
         if self.quantization_backend is None:
-            self._unmerged_weight = self.read_weight().cpu().clone()
+            # The embedding holds the weight of a tied layer already.
+            weight = self.read_weight()
+            self._unmerged_weight = weight if self.is_tied else weight.to("cpu", copy=True)
             return
         # The codes are copied, because quantising the dequantised weight may give other codes.
         layer = copy.copy(self.get_base_layer())
@@ -153,94 +129,25 @@ class BaseWeight(nn.Module, BaseTunerLayer):
             layer.state = copy.copy(layer.state)
         self._unmerged_layer = (layer,)
 
+    def _leave_embedding(self) -> None:
+        """Give a layer that shares its weight with an embedding a weight of its own. A merge then changes no other."""
+        if not self.is_tied or self._shared is not None:
+            return
+        layer = self.get_base_layer()
+        shared = layer._parameters["weight"]
+        assert shared is not None
+        self._shared = (shared,)
+        layer._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+
     def _restore_unmerged(self) -> None:
         """Put back the copy that `_keep_unmerged` made."""
+        if self._shared is not None:
+            self.get_base_layer()._parameters["weight"] = self._shared[0]
+            self._shared = self._unmerged_weight = None
+            return
         device = self.read_weight().device
         if self._unmerged_layer is not None:
             vars(self.get_base_layer()).update(vars(self._unmerged_layer[0].to(device)))
         elif self._unmerged_weight is not None:
             self.write_weight(self._unmerged_weight.to(device))
         self._unmerged_weight = self._unmerged_layer = None
-
-    # -- saved masks -------------------------------------------------------------------------------------------------
-
-    def add_saved_mask(self, adapter_name: str, config: SparseLoraConfig) -> None:
-        """Add a buffer for the mask that is saved with the adapter, filled with the mask of the base weight.
-
-        If the base weight cannot be read, the buffer holds zeros until a saved mask is loaded.
-
-        Args:
-            adapter_name: name of the adapter.
-            config: its configuration. If it comes from a saved adapter, loading replaces the buffer, and the base
-                weight is pruned by it when the adapter is first used.
-        """
-        if self._readable():
-            self.saved_masks[adapter_name] = pack(mask_of(self._stored_unmerged()))
-        else:
-            size = -(-self.out_features * self.in_features // 8)
-            self.saved_masks[adapter_name] = torch.zeros(size, dtype=torch.uint8)
-            self._empty_masks.add(adapter_name)
-        if config.mask_fingerprints:
-            # Only the configuration of a saved adapter has fingerprints.
-            self._unsettled[adapter_name] = config.on_mask_mismatch
-
-    def refresh_saved_mask(self, name: str) -> None:
-        """Write the mask of the base weight into the saved mask of adapter `name`, if there is one.
-
-        The base weight may have been pruned after the adapter was attached.
-        """
-        if name in self.saved_masks and self._readable():
-            self._settle_masks()
-            self.saved_masks[name].copy_(pack(mask_of(self._stored_unmerged())))
-
-    @torch.no_grad()
-    def _settle_masks(self) -> None:
-        """Prune the base weight by the saved masks of loaded adapters, once for each adapter."""
-        # A merged weight is replaced when the adapters are unmerged, so pruning waits until then.
-        while self._unsettled and self._readable() and not self.merged_adapters:
-            name, on_mismatch = self._unsettled.popitem()
-            if name not in self.saved_masks:
-                continue  # the adapter was deleted before it was used
-            weight = self.read_weight()
-            if weight.is_meta or weight.numel() == 0 or self.saved_masks[name].is_meta:
-                self._unsettled[name] = on_mismatch
-                return
-            mask = unpack(self.saved_masks[name].to(weight.device), weight.shape)
-            stray = float(((weight == 0) & mask).sum()) / weight.numel()
-            if stray > STRAY_ZEROS and on_mismatch == "error":
-                self._unsettled[name] = on_mismatch
-                raise ValueError(
-                    f"Expected a base weight that is dense or has the zeros of adapter {name!r}. The mask saved with "
-                    f"the adapter keeps {stray:.1%} of the entries of this weight although they are zero. Load the "
-                    "adapter onto the dense model or onto the model it was trained on, or set "
-                    '`on_mask_mismatch="warn"`.'
-                )
-            if bool(((weight != 0) & ~mask).any()):
-                self.write_weight(weight.masked_fill(~mask, 0))
-
-    def _weight_source(self, names: list[str]) -> Weight:
-        """Return the base weight for `sparse_lora`, or a function that computes it where it is costly to keep."""
-        if not self._readable():
-            self._check_saved_mask(names[0])
-            return partial(self._given_mask, names[0])
-        # A dequantised weight, or one that ZeRO-3 gathered, would stay in memory until backward.
-        again = self.quantization_backend is not None or is_partitioned(stored_weight(self.get_base_layer()))
-        return self.pruned_weight if again else self.pruned_weight()
-
-    def _given_mask(self, name: str) -> Tensor:
-        """Return the saved mask as a float matrix. MaskLoRA uses only the zeros of W, so the mask can stand for W."""
-        shape = torch.Size((self.out_features, self.in_features))
-        return unpack(self.saved_masks[name], shape).float()
-
-    def _check_saved_mask(self, name: str) -> None:
-        found = self.factor == "mask" and name in self.saved_masks
-        if found and name in self._empty_masks:
-            found = bool(self.saved_masks[name].any())
-            if found:
-                self._empty_masks.remove(name)
-        if not found:
-            raise TypeError(
-                "Expected a base weight that can be dequantised. The weights of "
-                f"{self.quantization_backend.backend_name} layers cannot be read, so their zeros are unknown. Use a "
-                "MaskLoRA adapter saved with `save_mask=True`, or another base."
-            )

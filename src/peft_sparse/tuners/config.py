@@ -54,7 +54,9 @@ class SparseLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._head: str | None = None
+        # The fingerprints to save, and those that were compared when the adapter was attached.
         self._proof: dict[str, str] = {}
+        self._compared: dict[str, str] = {}
         # PEFT looks names up in sets, and JSON gives lists.
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

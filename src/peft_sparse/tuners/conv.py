@@ -44,17 +44,18 @@ class Conv2dMixin(SparseLoraLayer):
         factors: tuple[Tensor, Tensor, float, float],
         bias: Tensor | None,
     ) -> Tensor:
-        return super()._product(self._pad(x), weight, factors, bias)
+        return super()._product(self._prepared(x), weight, factors, bias)
 
     def _low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return self._operation().apply(self._pad(x).to(A.dtype), B @ A, None)
+        return self._operation().apply(self._prepared(x).to(A.dtype), B @ A, None)
 
     def _pads_apart(self) -> bool:
         """Return whether the input is padded before the convolution, as for padding "same" or modes without zeros."""
         conv: Any = self.get_base_layer()
         return isinstance(conv.padding, str) or conv.padding_mode != "zeros"
 
-    def _pad(self, x: Tensor) -> Tensor:
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Return `x`, padded where the convolution does not pad it itself."""
         if not self._pads_apart():
             return x
         conv: Any = self.get_base_layer()

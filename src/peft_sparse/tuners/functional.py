@@ -147,7 +147,8 @@ def sparse_lora(
 ) -> Tensor:
     """Return x (c · W + s · H ⊙ (BA))^T + bias, the output of MaskLoRA and ScaledLoRA, or the same for a convolution.
 
-    Until backward only x, A, B and `weight` are kept. Backward computes the effective weight again.
+    Until backward only x, A, B and `weight` are kept. Backward computes the effective weight again. If `weight` is a
+    tensor that requires a gradient, it gets dW = G for MaskLoRA and dW = (c + s · BA) ⊙ G for ScaledLoRA.
 
     A and B may be float32 beside a W in half precision, without autocast: the effective weight is rounded to W's
     dtype. Under autocast x and the effective weight are cast to autocast's dtype. If `weight` is a function, the
@@ -157,7 +158,7 @@ def sparse_lora(
 
     Args:
         x: (..., in), or for a convolution (batch, channels, height, width).
-        weight: W as a matrix (out, in), or a function that returns it. It receives no gradient.
+        weight: W as a matrix (out, in), or a function that returns it, which gives it no gradient.
         A: (r, in).
         B: (out, r).
         bias: (out,) or None.
@@ -189,7 +190,7 @@ def scale_rows_and_columns(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias
 
     Args:
         x: (..., in).
-        weight: W (out, in). It receives no gradient.
+        weight: W (out, in).
         a: (in,).
         b: (out,).
         bias: (out,) or None.
@@ -203,13 +204,13 @@ def scale_rows_and_columns(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias
 
 
 def stacked_effective_weight(weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: float, s: float) -> Tensor:
-    """Return the effective weight c · W + s · H ⊙ (BA), with gradients for A and B.
+    """Return the effective weight c · W + s · H ⊙ (BA), with gradients for A, B, and W if it requires one.
 
     It serves weights that another module uses, such as fused experts. With G = dL/d(result) the gradients are
     dA = s B^T (H ⊙ G) and dB = s (H ⊙ G) A^T. The function keeps W, A and B until backward.
 
     Args:
-        weight: W (out, in), or one W for each expert (experts, out, in). It receives no gradient.
+        weight: W (out, in), or one W for each expert (experts, out, in).
         A: (r, in), or (experts, r, in).
         B: (out, r), or (experts, out, r).
         factor: what H is: "mask" for the mask of W, "weight" for W.
@@ -231,6 +232,13 @@ def _factor_gradients(
     return (G.mT @ B).mT.mul_(s), (G @ A.mT).mul_(s)
 
 
+def _weight_gradient(G: Tensor, weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: float, s: float) -> Tensor:
+    """Return dW. The mask of W counts as a constant."""
+    if factor == "mask":
+        return (G * c).to(weight.dtype)
+    return (torch.matmul(B, A).mul_(s).add_(c) * G).to(weight.dtype)
+
+
 class _EffectiveWeight(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: float, s: float) -> Tensor:
@@ -238,15 +246,17 @@ class _EffectiveWeight(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, A, B, ctx.factor, _, ctx.s = inputs
+        weight, A, B, ctx.factor, ctx.c, ctx.s = inputs
         ctx.save_for_backward(weight, A, B)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, A, B = ctx.saved_tensors
+        needs_weight = ctx.needs_input_grad[0]
+        grad_weight = _weight_gradient(grad, weight, A, B, ctx.factor, ctx.c, ctx.s) if needs_weight else None
         grad_A, grad_B = _factor_gradients(grad.clone(), weight, A, B, ctx.factor, ctx.s)
-        return None, grad_A, grad_B, None, None, None
+        return grad_weight, grad_A, grad_B, None, None, None
 
 
 class _SparseLora(torch.autograd.Function):
@@ -277,15 +287,16 @@ class _SparseLora(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, *kept = ctx.saved_tensors
         W = ctx.weight() if ctx.weight else kept[0]
-        needs_x, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:5]
+        needs_x, needs_W, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:5]
         operation = ctx.operation
-        grad_x = grad_A = grad_B = None
+        grad_x = grad_W = grad_A = grad_B = None
         if needs_x:
             effective = effective_weight(W, A, B, ctx.factor, ctx.c, ctx.s).to(grad.dtype)
             grad_x = operation.grad_input(grad, x, effective)
             del effective
-        if needs_A or needs_B:
+        if needs_W or needs_A or needs_B:
             G = operation.grad_weight(grad, x, W)
+            grad_W = _weight_gradient(G, W, A, B, ctx.factor, ctx.c, ctx.s) if needs_W else None
             grad_A, grad_B = _factor_gradients(G, W, A, B, ctx.factor, ctx.s)
         grad_bias = operation.grad_bias(grad) if needs_bias else None
-        return grad_x, None, grad_A, grad_B, grad_bias, None, None, None, None, None
+        return grad_x, grad_W, grad_A, grad_B, grad_bias, None, None, None, None, None

@@ -1,12 +1,13 @@
 """What MaskLoRA and ScaledLoRA layers share: adapters, merging, forward.
 
-The class is derived from the one in `base_weight`, and the formulas are in `functional`. `conv` and `parameter` derive
-classes for other kinds of weights.
+The class is derived from those in `base_weight` and `saved_masks`, and the formulas are in `functional`. `conv` and
+`parameter` derive classes for other kinds of weights.
 """
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -15,17 +16,31 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
+from ..model.offload import is_offloaded, loaded_layer
+from ..model.sharding import is_partitioned
 from ..model.weights import stored_weight
-from .base_weight import BaseWeight
 from .config import SparseLoraConfig
 from .functional import LINEAR, Operation, Weight, effective_weight, sparse_lora
+from .kept_weight import KeepsWeight, KeptWeight, can_keep
+from .saved_masks import SavedMasks
 
 
 # The attributes that map names of adapters to plain values. PEFT deletes the entries of an adapter with the adapter.
 STATE_NAMES = ("r", "lora_alpha", "scaling", "trained_scaling", "masking")
 
 
-class SparseLoraLayer(BaseWeight):
+@contextlib.contextmanager
+def swapped(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    """Let the parameter `name` of `module` be `value` within the context. Nothing is trained meanwhile through it."""
+    parameter = module._parameters[name]
+    module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    try:
+        yield
+    finally:
+        module._parameters[name] = parameter
+
+
+class SparseLoraLayer(KeepsWeight, SavedMasks):
     """A base layer with adapters. Each adapter has a name, an A (r, in) and a B (out, r).
 
     The effective weight is c · W + s · H ⊙ (BA). For MaskLoRA, H is the mask of W and c is 1. For ScaledLoRA, H is W
@@ -88,6 +103,7 @@ class SparseLoraLayer(BaseWeight):
             lora_alpha: its numerator of the scaling s in this layer.
             config: its configuration.
         """
+        self.drop_kept_weight()
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
@@ -100,8 +116,7 @@ class SparseLoraLayer(BaseWeight):
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         getattr(self, f"{self.prefix}dropout")[adapter_name] = dropout
         self.reset_parameters(adapter_name, config.init_weights)
-        if config.save_mask:
-            self.add_saved_mask(adapter_name, config)
+        self.add_saved_mask(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -165,7 +180,7 @@ class SparseLoraLayer(BaseWeight):
     def merged_weight(self, names: list[str]) -> Tensor:
         """Return the base weight (out, in) with the named adapters merged. The layer stays as it is."""
         A, B, c, s = self._factors(names)
-        return effective_weight(self.pruned_weight().to(A.device), A, B, self.factor, c, s)
+        return effective_weight(self.pruned_weight(names).to(A.device), A, B, self.factor, c, s)
 
     def merged_stored(self) -> Tensor:
         """Return the base weight with the active adapters merged, laid out as the layer stores it.
@@ -188,8 +203,11 @@ class SparseLoraLayer(BaseWeight):
             A tensor laid out as the layer stores its weight, in the adapter's dtype.
         """
         A, B, c, s = self._factors([adapter])
-        weight = self.pruned_weight().to(A.device, A.dtype)
-        return self._as_stored(effective_weight(weight, A, B, self.factor, c - 1, s))
+        weight = self.pruned_weight([adapter]).to(A.device, A.dtype)
+        delta = effective_weight(weight, A, B, self.factor, c - 1, s)
+        if self._is_narrower([adapter]):
+            delta += weight - self.pruned_weight().to(weight)
+        return self._as_stored(delta)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -204,9 +222,14 @@ class SparseLoraLayer(BaseWeight):
             adapter_names: names of the adapters to merge. None merges the active adapters.
 
         Raises:
-            ValueError: `safe_merge` is True and the merged weight holds NaN or infinity.
+            ValueError: `safe_merge` is True and the merged weight holds NaN or infinity, or the adapters have
+                different masks.
             TypeError: the base weight cannot be dequantised.
         """
+        self._merge(safe_merge, adapter_names, keep=True)
+
+    def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
+        """Merge adapters, as `merge` does. `keep` tells whether they can be unmerged."""
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
@@ -216,9 +239,31 @@ class SparseLoraLayer(BaseWeight):
                 f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken. Train it again, or "
                 "load an earlier checkpoint."
             )
-        self._keep_unmerged()
+        if keep:
+            self._keep_unmerged()
+        self._leave_embedding()
         self.write_weight(self._as_stored(merged))
         self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer without its adapters. PEFT calls this for `unload` and `merge_and_unload`.
+
+        Args:
+            merge: merge the adapters first. The base weight before the merge is not kept.
+            safe_merge: check the merged weight before it is written.
+            adapter_names: names of the adapters to merge. None merges the active adapters.
+
+        Raises:
+            ValueError: `safe_merge` is True and the merged weight holds NaN or infinity, or the adapters have
+                different masks.
+            TypeError: the base weight cannot be dequantised.
+        """
+        if merge:
+            self._merge(safe_merge, adapter_names, keep=False)
+        return self.get_base_layer()
 
     def unmerge(self) -> None:
         """Restore the base weight from before the merge, bit for bit."""
@@ -230,7 +275,7 @@ class SparseLoraLayer(BaseWeight):
 
     def restart(self) -> None:
         """Merge the active adapters permanently, and initialise A and B in place, as `init_weights=True` does."""
-        self.merge()
+        self._merge(False, None, keep=False)
         self._unmerged_weight = self._unmerged_layer = None
         for name in self.merged_adapters:
             self.reset_parameters(name, True)
@@ -252,11 +297,12 @@ class SparseLoraLayer(BaseWeight):
             (..., out).
 
         Raises:
-            ValueError: `adapter_names` has another length than the batch, adapters are merged while it is given, or a
-                saved mask contradicts the zeros of the base weight.
+            ValueError: `adapter_names` has another length than the batch, adapters are merged while it is given, a
+                saved mask contradicts the zeros of the base weight, active adapters have different masks, or a
+                gradient is needed of weights that accelerate has offloaded.
             TypeError: the base weight cannot be dequantised, and the adapter is not MaskLoRA with a saved mask.
         """
-        if self._unsettled:
+        if self._unsettled or self._unproved:
             self._settle_masks()
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
@@ -265,24 +311,85 @@ class SparseLoraLayer(BaseWeight):
         names = self._present(self.active_adapters)
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
-        self._check_loaded(names, x)
+        offloaded = self._offloaded(names, x)
+        if offloaded:
+            with contextlib.ExitStack() as loading:
+                for module in offloaded:
+                    loading.enter_context(loaded_layer(module))
+                return self._forward_active(x, names, *args, **kwargs)
+        if not self.training and (weight := self._kept_weight(x, names)) is not None:
+            return self._operation().apply(self._prepared(x), weight, self.bias)
         return self._forward_active(x, names, *args, **kwargs)
 
-    def _check_loaded(self, names: list[str], x: Tensor) -> None:
-        weights = [getattr(self.get_base_layer(), "weight", None)]
-        weights += [stored_weight(factor[name]) for name in names for factor in (self.A, self.B)]
-        if not x.is_meta and any(weight is not None and weight.is_meta for weight in weights):
+    def _offloaded(self, names: list[str], x: Tensor) -> list[nn.Module]:
+        """Return the modules that hold W, A and B, if accelerate loads their weights only when they are called."""
+        modules = [self.get_base_layer(), *(factor[name] for name in names for factor in (self.A, self.B))]
+        weights = [module._parameters.get("weight") for module in modules]
+        if x.is_meta or not any(weight is not None and weight.is_meta for weight in weights):
+            return []
+        needs_gradient = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in weights)
+        if needs_gradient or (torch.is_grad_enabled() and x.requires_grad) or not all(map(is_offloaded, modules)):
             raise ValueError(
-                "The weights of an adapted layer are on the meta device: accelerate has offloaded them, and loads "
-                "them only for modules that are called. Merge the adapters before offloading, by "
-                "`merge_and_unload()`, or load the model without offloading."
+                "The weights of an adapted layer are on the meta device: accelerate has offloaded them, and drops "
+                "them before backward. Run the model within `torch.no_grad()`, or merge the adapters before "
+                "offloading, by `merge_and_unload()`, or load the model without offloading."
             )
+        return modules
+
+    def _kept_weight(self, x: Tensor, names: list[str]) -> Tensor | None:
+        """Return the effective weight that is kept between calls, or None if none can be kept for this call."""
+        if not self.keeps_effective_weight or self._parts_from_base(names):
+            return None
+        base = self.stored_parameter()
+        if base is None or self.quantization_backend is not None or is_partitioned(base):
+            return None
+        sources = [base, *(stored_weight(factor[name]) for name in names for factor in (self.A, self.B))]
+        if not can_keep(x, sources, getattr(self, "bias", None)):
+            self.drop_kept_weight()
+            return None
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        scalings = [self.scaling[name] for name in names]
+        if self._kept is None or not self._kept.is_current(names, scalings, sources, dtype):
+            self._kept = None
+            weight = self._effective_weight(names)
+            self._kept = KeptWeight(weight.to(dtype or weight.dtype), names, scalings, sources, dtype)
+        return self._kept.weight
+
+    def _effective_weight(self, names: list[str]) -> Tensor:
+        """Return the effective weight as `_operation` takes it."""
+        A, B, c, s = self._factors(names)
+        return effective_weight(self.pruned_weight(names), A, B, self.factor, c, s)
+
+    def _parts_from_base(self, names: list[str]) -> bool:
+        """Return whether the layer computes otherwise than by a product with one effective weight."""
+        return not all(self._fuses(name) for name in names)
+
+    def train(self, mode: bool = True) -> "SparseLoraLayer":
+        """Set training mode, as `nn.Module.train` does. Training drops the effective weight that is kept."""
+        if mode:
+            self.drop_kept_weight()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SparseLoraLayer":
+        # Moves and casts call this.
+        self.drop_kept_weight()
+        super()._apply(fn, recurse)
+        return self
+
+    def write_weight(self, weight: Tensor) -> None:
+        """Replace the base weight in place by `weight`, laid out as `read_weight` returns it.
+
+        A quantised layer quantises `weight`.
+        """
+        self.drop_kept_weight()
+        super().write_weight(weight)
 
     def _forward_active(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         fused = [name for name in names if self._fuses(name)]
         separate = [name for name in names if name not in fused]
         if not fused:
-            y = self.base_layer(x, *args, **kwargs)
+            y = self._forward_base(x, names, *args, **kwargs)
         elif (rank_one := self._forward_rank_one(x, fused)) is not None:
             y = rank_one
         else:
@@ -290,6 +397,22 @@ class SparseLoraLayer(BaseWeight):
         for name in separate:
             y = y + self._delta(x, name).to(y.dtype)
         return y
+
+    def _forward_base(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output of the base layer, with the base weight that the adapters `names` are to compute with."""
+        layer = self.get_base_layer()
+        if not self._is_narrower(names):
+            return self.base_layer(x, *args, **kwargs)
+        weight = self._as_stored(self.pruned_weight(names))
+        if self.quantization_backend is not None:
+            return self._operation().apply(self._prepared(x), self._matrix(weight).to(x.dtype), self.bias)
+        # The layer itself runs, because it may do more than its product.
+        with swapped(layer, "weight", weight):
+            return self.base_layer(x, *args, **kwargs)
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Return the input as `_operation` takes it."""
+        return x
 
     def _forward_rank_one(self, x: Tensor, names: list[str]) -> Tensor | None:
         return None

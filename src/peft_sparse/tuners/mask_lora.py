@@ -16,7 +16,7 @@ class MaskLoraLayer(SparseLoraLayer):
     prefix = "mask_lora_"
     factor: Factor = "mask"
     adapter_layer_names = ("mask_lora_A", "mask_lora_B")
-    other_param_names = (*STATE_NAMES, "mask_lora_dropout", "mask_lora_mask")
+    other_param_names = (*STATE_NAMES, "mask_lora_dropout", "mask_lora_mask", "mask_lora_proof")
 
 
 class MaskLoraLinear(MaskLoraLayer):

@@ -23,7 +23,7 @@ from ..model.kinds import computation
 from .config import SparseLoraConfig
 from .groups import select_groups
 from .layer import SparseLoraLayer
-from .proof import check_masks, proof_at_hand, report_oddities
+from .proof import check_masks, proof_to_save, receive, report_oddities
 
 
 # The kernels of these models read the weights of these projections directly, so an adapter would have no effect.
@@ -36,6 +36,7 @@ class SparseLoraModel(BaseTuner):
 
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
     layer_classes: ClassVar[dict[str, type[SparseLoraLayer]]]
+    _embedding_weights: set[int] | None
 
     def _prepare_adapter_config(self, peft_config: SparseLoraConfig, model_config: dict[str, Any]) -> SparseLoraConfig:
         if peft_config.target_modules is None and peft_config.target_parameters:
@@ -46,6 +47,7 @@ class SparseLoraModel(BaseTuner):
         # PEFT calls this before it changes a module, so an adapter that is refused here leaves the model as it was.
         check_masks(model, peft_config)
         select_groups(model, peft_config)
+        self._embedding_weights = None
 
     def _post_injection_hook(self, model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
         report_oddities(model, config, adapter_name)
@@ -134,6 +136,9 @@ class SparseLoraModel(BaseTuner):
             options["parameter_name"] = parameter_name
         assert lora_alpha is not None, "configurations resolve it"
         layer = layer_cls(target, adapter_name, r, lora_alpha, peft_config, **options)
+        layer.all_adapters = tuner.peft_config
+        weight = base_layer(target)._parameters.get("weight")
+        layer.is_tied = parameter_name is None and id(weight) in _embedding_weights(tuner)
         if adapter_name not in tuner.active_adapters:
             layer.requires_grad_(False)
         tuner._replace_module(parent, target_name, layer, target)
@@ -204,8 +209,26 @@ class SparseLoraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         # PEFT calls this right before it saves the configuration, which needs the fingerprints then.
-        config._proof = proof_at_hand(model, config, adapter_name)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return proof_to_save(model, config, adapter_name, tensors)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SparseLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # PEFT calls this with all tensors that are to be loaded, before it loads any of them.
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return receive(model, config, adapter_name, remapped)
+
+
+def _embedding_weights(tuner: BaseTuner) -> set[int]:
+    """Return what identifies the weights of all embeddings. The model is searched once for each new adapter."""
+    known: set[int] | None = vars(tuner).get("_embedding_weights")
+    if known is None:
+        known = {id(module.weight) for module in tuner.model.modules() if isinstance(module, nn.Embedding)}
+        # A mixed model is a tuner of PEFT, which has no such attribute.
+        tuner.__dict__["_embedding_weights"] = known
+    return known
 
 
 def _with_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from ..model.sharding import whole_shape
 from ..model.weights import stored_weight
 from .config import SparseLoraConfig
 from .functional import stacked_effective_weight
-from .layer import SparseLoraLayer
+from .layer import SparseLoraLayer, swapped
 
 
 class ParameterMixin(SparseLoraLayer):
@@ -96,26 +96,33 @@ class ParameterMixin(SparseLoraLayer):
             What the module returns.
 
         Raises:
-            ValueError: `adapter_names` is given, or a saved mask contradicts the zeros of the base weight.
+            ValueError: `adapter_names` is given, a saved mask contradicts the zeros of the base weight, or active
+                adapters have different masks.
         """
         if adapter_names is not None:
             raise ValueError(
                 "Mixed batches (`adapter_names`) are not supported with `target_parameters`. Choose one adapter for "
                 "the batch by `set_adapter`."
             )
-        if self._unsettled:
+        if self._unsettled or self._unproved:
             self._settle_masks()
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = self._present(self.active_adapters)
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(*args, **kwargs)
-        with self._effective(names):
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        with self._effective(names, inputs):
             return self.base_layer(*args, **kwargs)
 
     @contextlib.contextmanager
-    def _effective(self, names: list[str]) -> Iterator[None]:
+    def _effective(self, names: list[str], inputs: list[Tensor]) -> Iterator[None]:
         owner, parameter = self.get_base_layer(), self._parameter()
+        first = next((x for x in inputs if x.requires_grad), inputs[0] if inputs else parameter)
+        if not self.training and (kept := self._kept_weight(first, names)) is not None:
+            with swapped(owner, self.parameter_name, kept):
+                yield
+            return
         requires_grad = parameter.requires_grad
         parametrize.register_parametrization(owner, self.parameter_name, _EffectiveParameter(self, names))
         parameter.requires_grad_(requires_grad)
@@ -124,6 +131,17 @@ class ParameterMixin(SparseLoraLayer):
                 yield
         finally:
             parametrize.remove_parametrizations(owner, self.parameter_name, leave_parametrized=False)
+
+    def _parts_from_base(self, names: list[str]) -> bool:
+        return False
+
+    @torch.no_grad()
+    def _effective_weight(self, names: list[str]) -> Tensor:
+        return _EffectiveParameter(self, names)(self.read_weight()).contiguous()
+
+    def stored_parameter(self) -> Tensor | None:
+        """Return the parameter, or None if another wrapper computes it."""
+        return self.get_base_layer()._parameters.get(self.parameter_name)
 
     # -- how the weight is stored ------------------------------------------------------------------------------------
 
@@ -204,6 +222,8 @@ class _EffectiveParameter(nn.Module):
 
     def forward(self, stored: Tensor) -> Tensor:
         layer, names = self.layer
+        if layer._is_narrower(names):
+            stored = stored.masked_fill(~layer._common_mask(names, stored), 0)
         weight = layer._matrix(stored)
         masked = [name for name in names if layer.masking[name] == "always"]
         if masked:

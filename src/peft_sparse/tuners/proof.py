@@ -1,6 +1,8 @@
 """Fingerprints of the masks: saved with an adapter, and compared with the model that the adapter is loaded onto.
 
-`model` calls these functions when PEFT attaches, saves or loads an adapter.
+They are saved twice: in the configuration, so that a wrong base is refused before the adapter is attached, and among
+the tensors, so that every other way in has them too: an adapter that exists already, a bare state dict, a hotswap, a
+resumed run. `model` calls these functions when PEFT attaches, saves or loads an adapter.
 """
 
 import logging
@@ -9,16 +11,15 @@ from collections.abc import Iterator
 
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..model.blocks import base_layer, base_model
 from ..model.cpu_packing import undo_cpu_packing
-from ..model.masks import fingerprint, mask_of, sparsity_of_fingerprint
+from ..model.masks import decode_proof, encode_proof, fingerprint_of, mask_of, sparsity_of_fingerprint, underflowed
 from ..model.sharding import has_shards, whole
 from ..model.weights import PRUNABLE_LAYERS, as_matrix
-from .base_weight import STRAY_ZEROS
 from .config import SparseLoraConfig
 from .layer import SparseLoraLayer
+from .saved_masks import STRAY_ZEROS, is_in_memory
 
 
 logger = logging.getLogger(__name__)
@@ -31,13 +32,11 @@ def fingerprints(model: nn.Module, adapter_name: str) -> dict[str, str]:
     the function together.
     """
     found = {}
-    for name, module in _layers(model, adapter_name):
-        key = name.replace(".base_layer", "")
-        key = f"{key}.{module.parameter_name}" if hasattr(module, "parameter_name") else key
+    for name, module in _layers(base_model(model), adapter_name):
         with whole(module):
-            if _is_loaded(module.read_weight()):
+            if module.is_loaded():
                 module.refresh_saved_mask(adapter_name)
-                found[key] = _fingerprint(module.pruned_weight())
+                found[_key(name, module)] = fingerprint_of(module.pruned_weight([adapter_name]))
     return found
 
 
@@ -56,24 +55,85 @@ def remember_proof(model: nn.Module) -> None:
                 config._proof = fingerprints(model, name)
 
 
-def proof_at_hand(model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> dict[str, str]:
-    """Return the fingerprints to save with the adapter. A sharded model gives those that `remember_proof` computed."""
+def proof_to_save(
+    model: nn.Module, config: SparseLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return `state_dict` with the fingerprints of the masks among its tensors, and note them in `config`.
+
+    The fingerprints of a sharded model are those that `remember_proof` computed.
+
+    Args:
+        model: the model with adapters.
+        config: configuration of the adapter.
+        adapter_name: name of the adapter.
+        state_dict: the tensors of the adapter, by the names they have in `model.state_dict()`.
+    """
     if not has_shards(model):
-        return fingerprints(model, adapter_name)
-    if not config._proof:
+        config._proof = fingerprints(model, adapter_name)
+    elif not config._proof:
         warnings.warn(
             f"Adapter {adapter_name!r} is saved without fingerprints of its masks. The base weights are sharded over "
             "processes, and the process that saves cannot read them. Train with SparseTrainer or add "
             "ZeroGuardCallback, which compute the fingerprints before saving.",
             stacklevel=2,
         )
-    return config._proof
+    names = {id(module): name for name, module in _layers(base_model(model), adapter_name)}
+    proofs = {
+        f"{path}.{module.prefix}proof.{adapter_name}": encode_proof(
+            config._proof.get(_key(names[id(module)], module), "")
+        )
+        for path, module in _layers(model, adapter_name)
+    }
+    return state_dict | {key: proof for key, proof in proofs.items() if key in state_dict}
+
+
+def receive(
+    model: nn.Module, config: SparseLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Compare the fingerprints and masks that arrive with an adapter's tensors with the base weights.
+
+    Every door by which tensors come into an adapter ends here, before a tensor of the model changes.
+
+    Args:
+        model: the model with adapters.
+        config: configuration of the adapter, with `on_mask_mismatch`.
+        adapter_name: name of the adapter.
+        state_dict: the tensors that arrive, by the names they have in `model.state_dict()`.
+
+    Returns:
+        `state_dict` with empty fingerprints. They have been compared and are computed anew when the adapter is saved.
+
+    Raises:
+        ValueError: the zeros differ and `on_mask_mismatch` is "error", or a saved mask needs entries that are zero in
+            the base weight. With "warn" the function warns.
+    """
+    received = dict(state_dict)
+    # `check_masks` has compared these right before the adapter was attached.
+    compared, config._compared = config._compared, {}
+    names = {id(module): name for name, module in _layers(base_model(model), adapter_name)}
+    expected: dict[str, tuple[str, Tensor]] = {}
+    for path, module in _layers(model, adapter_name):
+        proof = f"{path}.{module.prefix}proof.{adapter_name}"
+        mask = received.get(f"{path}.{module.prefix}mask.{adapter_name}")
+        key = _key(names[id(module)], module)
+        told = decode_proof(received[proof]) if proof in received else ""
+        received[proof] = encode_proof("")
+        module._unproved.discard(adapter_name)
+        if mask is not None and adapter_name in module.saved_masks:
+            module.expect_mask(adapter_name, mask, config.on_mask_mismatch)
+        elif told and told != compared.get(key) and module.is_loaded():
+            expected[key] = told, module.pruned_weight()
+    _compare(expected, config.on_mask_mismatch)
+    return received
 
 
 def report_oddities(model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
     """Log one warning if weights with a MaskLoRA adapter are not pruned, and one if `r` exceeds their full rank."""
     dense, excessive, count = [], [], 0
-    for name, module, weight in _adapted(model, adapter_name):
+    for name, module in _layers(base_model(model), adapter_name):
+        if not module.is_loaded():
+            continue
+        weight = module.read_weight()
         count += 1
         if mask_of(weight).sum() > (1 - STRAY_ZEROS) * weight.numel():
             dense.append(name)
@@ -96,9 +156,9 @@ def report_oddities(model: nn.Module, config: SparseLoraConfig, adapter_name: st
 
 
 def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
-    """Compare the zeros of `model` with the fingerprints in `config`.
+    """Compare the zeros of `model` with the fingerprints in `config`, before an adapter is attached.
 
-    An adapter with `save_mask` is not compared here. Its mask is compared when it is first used.
+    An adapter with `save_mask` may have more zeros than the model. Its mask is compared when it arrives.
 
     Args:
         model: the base model.
@@ -107,42 +167,70 @@ def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
     Raises:
         ValueError: the zeros differ and `on_mask_mismatch` is "error". With "warn" the function warns.
     """
-    if config.on_mask_mismatch == "ignore" or config.save_mask:
+    brings_masks = config.save_mask and bool(config.mask_fingerprints)
+    for module in model.modules():
+        if isinstance(module, SparseLoraLayer) and not brings_masks:
+            # The new adapter computes with the zeros that the base weight has once the others are settled.
+            module.settle_masks_before(config)
+    if config.on_mask_mismatch == "ignore" or not config.mask_fingerprints:
         return
-    differing = []
     modules = dict(model.named_modules())
-    for name, expected in config.mask_fingerprints.items():
-        weight = _weight_called(model, modules, name)
-        if weight is not None and (found := _fingerprint(weight)) != expected:
-            differing.append((name, expected, found))
+    weights = {name: _weight_called(model, modules, name) for name in config.mask_fingerprints}
+    expected = {n: (p, w) for n, p in config.mask_fingerprints.items() if (w := weights[n]) is not None}
+    if config.save_mask:
+        # A mask cannot be that of a base weight with more zeros.
+        expected = {
+            n: (p, w) for n, (p, w) in expected.items() if _sparsity(w) > sparsity_of_fingerprint(p) + STRAY_ZEROS
+        }
+    _compare(expected, config.on_mask_mismatch)
+    config._compared = {} if config.save_mask else {name: proof for name, (proof, _) in expected.items()}
+
+
+def _compare(expected: dict[str, tuple[str, Tensor]], on_mismatch: str) -> None:
+    """Compare fingerprints with weights, (fingerprint, weight as a matrix) by name."""
+    if on_mismatch == "ignore":
+        return
+    counts = {name: underflowed(proof, weight) for name, (proof, weight) in expected.items()}
+    differing = [name for name, count in counts.items() if count is None]
+    if lost := {name: count for name, count in counts.items() if count}:
+        logger.warning(
+            "%d entries that the adapter was trained on are too small for the dtype of this base model and are zero "
+            "in it, in %d weights (first %r). The adapter leaves them zero.",
+            sum(lost.values()),
+            len(lost),
+            next(iter(lost)),
+        )
     if not differing:
         return
     examples = "; ".join(
-        f"{name}: adapter {sparsity_of_fingerprint(expected):.4f}, model {sparsity_of_fingerprint(found):.4f}"
-        for name, expected, found in differing[:3]
+        f"{name}: adapter {sparsity_of_fingerprint(expected[name][0]):.4f}, model {_sparsity(expected[name][1]):.4f}"
+        for name in differing[:3]
     )
     message = (
-        f"The adapter was trained on other zeros than this base model has, in {len(differing)} of "
-        f"{len(config.mask_fingerprints)} layers (sparsities: {examples}). Load the pruned base model the adapter was "
-        'trained on, or pass a configuration with `on_mask_mismatch="warn"` to use the zeros of this base model.'
+        f"The adapter was trained on other zeros than this base model has, in {len(differing)} of {len(expected)} "
+        f"layers (sparsities: {examples}). Load the pruned base model the adapter was trained on, or pass a "
+        'configuration with `on_mask_mismatch="warn"` to use the zeros of this base model.'
     )
-    if config.on_mask_mismatch == "error":
+    if on_mismatch == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=2)
 
 
-def _adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLoraLayer, Tensor]]:
-    """Yield name, layer and stored weight of every layer that has the adapter and whose weight can be read."""
-    for name, module in _layers(model, adapter_name):
-        weight = module.read_weight()
-        if _is_loaded(weight):
-            yield name, module, weight
+def _sparsity(weight: Tensor) -> float:
+    return 1 - int(mask_of(weight).sum()) / weight.numel()
 
 
 def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLoraLayer]]:
-    for name, module in base_model(model).named_modules():
-        if isinstance(module, SparseLoraLayer) and adapter_name in module.A and module._readable():
+    """Yield the layers that have the adapter, with their names in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLoraLayer) and adapter_name in module.A:
             yield name, module
+
+
+def _key(name: str, module: SparseLoraLayer) -> str:
+    """Return the name of the adapted layer or parameter without the wrappers of adapters."""
+    key = name.replace(".base_layer", "")
+    return f"{key}.{module.parameter_name}" if hasattr(module, "parameter_name") else key
 
 
 def _weight_called(model: nn.Module, modules: dict[str, nn.Module], name: str) -> Tensor | None:
@@ -150,24 +238,26 @@ def _weight_called(model: nn.Module, modules: dict[str, nn.Module], name: str) -
     module = modules.get(name)
     if module is None:
         owner, _, parameter = name.rpartition(".")
-        weight = getattr(base_layer(modules[owner]), parameter, None) if owner in modules else None
-        return weight.detach() if isinstance(weight, Tensor) and _is_loaded(weight) else None
+        return _parameter_called(modules[owner], parameter) if owner in modules else None
     if isinstance(module, SparseLoraLayer):
-        return module.pruned_weight() if module._readable() and _is_loaded(module.read_weight()) else None
+        return module.pruned_weight() if module.is_loaded() else None
     layer = base_layer(module)
     backend = resolve_quantization_backend(layer, **get_quantization_kwargs(model))
     if backend is not None:
         undo_cpu_packing(layer)
         return backend.get_base_weight(layer) if backend.supports_merge else None
-    if not isinstance(layer, PRUNABLE_LAYERS) or not _is_loaded(layer.weight):
+    if not isinstance(layer, PRUNABLE_LAYERS) or not is_in_memory(layer.weight):
         return None
     return as_matrix(layer, layer.weight.detach())
 
 
-def _fingerprint(weight: Tensor) -> str:
-    return fingerprint(mask_of(weight.reshape(-1, weight.shape[-1])))
-
-
-def _is_loaded(weight: Tensor) -> bool:
-    # ZeRO-3 empties the parameters it shards, a DTensor holds one process's part, and a meta weight has no values.
-    return weight.numel() > 0 and not weight.is_meta and not isinstance(weight, DTensor)
+def _parameter_called(owner: nn.Module, parameter: str) -> Tensor | None:
+    while isinstance(owner, SparseLoraLayer):
+        if getattr(owner, "parameter_name", None) == parameter:
+            return owner.pruned_weight() if owner.is_loaded() else None
+        owner = owner.base_layer
+    weight = getattr(owner, parameter, None)
+    if not isinstance(weight, Tensor) or not is_in_memory(weight):
+        return None
+    transposed = weight.dim() == 3 and getattr(owner, "is_transposed", False)
+    return weight.detach().mT if transposed else weight.detach()

@@ -24,7 +24,7 @@ class ScaledLoraLayer(SparseLoraLayer):
     prefix = "scaled_lora_"
     factor: Factor = "weight"
     adapter_layer_names = ("scaled_lora_A", "scaled_lora_B")
-    other_param_names = (*STATE_NAMES, "scaled_lora_dropout", "scaled_lora_mask")
+    other_param_names = (*STATE_NAMES, "scaled_lora_dropout", "scaled_lora_mask", "scaled_lora_proof")
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, init_weights: bool | Literal["paper"]) -> None:
@@ -71,10 +71,12 @@ class ScaledLoraLinear(ScaledLoraLayer):
             or self.r[names[0]] > 1
             or self.scaling[names[0]] != 1
             or self.quantization_backend is not None
+            or self._is_narrower(names)
         ):
             return None
         a, b = stored_weight(self.A[names[0]])[0], stored_weight(self.B[names[0]])[:, 0]
-        return scale_rows_and_columns(x, self.pruned_weight(), a, b, self.bias)
+        source = self._weight_source(names)
+        return scale_rows_and_columns(x, source if isinstance(source, Tensor) else source(), a, b, self.bias)
 
 
 class ScaledLoraConv2d(Conv2dMixin, ScaledLoraLayer):

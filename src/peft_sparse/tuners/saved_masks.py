@@ -1,0 +1,292 @@
+"""The masks that are saved with adapters, in one adapted layer: several adapters on one base weight.
+
+The zeros of the base weight are the mask of every adapter without a saved mask. An adapter with `save_mask` brings its
+own mask M when it is loaded. These rules hold in each layer:
+
+- The base weight is pruned to the entries that at least one adapter keeps, if every adapter of the model has a saved
+  mask for the layer. Otherwise the base weight stays as it is, because another adapter may need its entries.
+- An adapter whose M keeps fewer entries than the base weight then computes with M ⊙ W in the place of W.
+- An adapter whose M keeps entries that are zero in the base weight is refused.
+
+So every adapter computes what it computes alone, in whatever order they are loaded, used, saved and deleted.
+`SparseLoraLayer` in `layer` is derived from `SavedMasks`.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..model.masks import PROOF_BYTES, decode_proof, fingerprint_of, mask_of, pack, underflowed, unpack
+from ..model.sharding import is_partitioned
+from ..model.weights import stored_weight
+from .base_weight import BaseWeight
+from .config import SparseLoraConfig
+from .functional import Weight
+
+
+# A fraction of the entries of a weight. Dense checkpoints have a few zeros, so a weight with a smaller fraction of
+# zeros does not count as pruned. Zeros that a saved mask keeps contradict the mask only above this fraction.
+STRAY_ZEROS = 0.01
+
+
+def is_in_memory(weight: Tensor) -> bool:
+    """Return whether this process holds the values of the whole `weight`."""
+    # ZeRO-3 empties the parameters it shards, a DTensor holds one process's part, and a meta weight has no values.
+    return weight.numel() > 0 and not weight.is_meta and not isinstance(weight, DTensor)
+
+
+class SavedMasks(BaseWeight):
+    """The base weight of one adapted layer, and the masks that are saved with its adapters.
+
+    Args:
+        base_layer: the layer to adapt, or another tuner's layer around it.
+        quantization: what `peft.utils.get_quantization_kwargs` returns for the model.
+    """
+
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
+        super().__init__(base_layer, **quantization)
+        for name in ("mask", "proof"):
+            setattr(self, self.prefix + name, BufferDict(persistent=True))
+        # The adapters whose saved mask was not yet compared with the base weight, with their `on_mask_mismatch`.
+        self._unsettled: dict[str, str] = {}
+        # The adapters whose tensors may bring a fingerprint that was not yet compared with the base weight.
+        self._unproved: set[str] = set()
+        # The adapters whose saved mask keeps fewer entries than the base weight has.
+        self._narrower: set[str] = set()
+        # The adapters whose mask could not be read off the base weight, so that it must be loaded.
+        self._empty_masks: set[str] = set()
+        # The configurations of all adapters of the model, by name. PEFT adds to this dict and deletes from it.
+        self.all_adapters: Mapping[str, Any] = {}
+
+    @property
+    def saved_masks(self) -> dict[str, Tensor]:
+        """The packed masks, by name of the adapter. Only adapters with `save_mask` have one."""
+        return getattr(self, f"{self.prefix}mask")
+
+    @property
+    def proofs(self) -> dict[str, Tensor]:
+        """A place for the fingerprint of the mask of each adapter, as bytes: it carries them in state dicts.
+
+        All bytes are 0 while there is nothing to compare.
+        """
+        return getattr(self, f"{self.prefix}proof")
+
+    def pruned_weight(self, names: Sequence[str] = ()) -> Tensor:
+        """Return the base weight before any merge, as a matrix (out, in). Its zeros are the mask.
+
+        Args:
+            names: the adapters that are to compute with it. Without names, the result is what the layer stores.
+
+        Raises:
+            ValueError: a saved mask contradicts the zeros of the base weight, or the adapters have different masks.
+        """
+        self._settle_masks()
+        stored = self._stored_unmerged()
+        if self._is_narrower(names):
+            stored = stored.masked_fill(~self._common_mask(names, stored), 0)
+        return self._matrix(stored)
+
+    def kept_entries(self, name: str) -> Tensor:
+        """Return the mask with which adapter `name` computes, laid out as the layer stores its weight."""
+        self._settle_masks()
+        stored = self._stored_unmerged()
+        kept = mask_of(stored)
+        return kept & self._saved_mask(name, stored) if name in self._narrower else kept
+
+    def is_loaded(self) -> bool:
+        """Return whether this process holds the whole base weight in memory, so that its zeros can be read."""
+        return self._readable() and is_in_memory(self.read_weight())
+
+    # -- masks that arrive and leave with an adapter -----------------------------------------------------------------
+
+    def add_saved_mask(self, adapter_name: str, config: SparseLoraConfig) -> None:
+        """Add buffers for what is saved with the adapter: its fingerprint, and its mask if `save_mask` asks for it.
+
+        The mask is that of the base weight. If the base weight cannot be read, the buffer holds zeros until a saved
+        mask is loaded.
+
+        Args:
+            adapter_name: name of the adapter.
+            config: its configuration. If it comes from a saved adapter, loading replaces the mask.
+        """
+        self._forget(adapter_name)
+        self.proofs[adapter_name] = torch.zeros(PROOF_BYTES, dtype=torch.uint8)
+        self._unproved.add(adapter_name)
+        if not config.save_mask:
+            return
+        if self._readable():
+            self.saved_masks[adapter_name] = pack(mask_of(self._stored_unmerged()))
+        else:
+            size = -(-self.out_features * self.in_features // 8)
+            self.saved_masks[adapter_name] = torch.zeros(size, dtype=torch.uint8)
+            self._empty_masks.add(adapter_name)
+        if config.mask_fingerprints:
+            # Only the configuration of a saved adapter has fingerprints.
+            self._unsettled[adapter_name] = config.on_mask_mismatch
+
+    def expect_mask(self, name: str, packed: Tensor, on_mismatch: str) -> None:
+        """Compare the mask that adapter `name` is about to receive with the base weight, and settle it at first use.
+
+        Args:
+            name: name of the adapter.
+            packed: the packed mask.
+            on_mismatch: `on_mask_mismatch` of its configuration.
+
+        Raises:
+            ValueError: the mask contradicts the zeros of the base weight, and `on_mismatch` is "error".
+        """
+        if self.is_loaded() and not packed.is_meta:
+            stored = self._stored_unmerged()
+            self._check_contradiction(name, on_mismatch, stored, unpack(packed.to(stored.device), stored.shape))
+        self._narrower.discard(name)
+        self._unsettled[name] = on_mismatch
+
+    def refresh_saved_mask(self, name: str) -> None:
+        """Write the mask with which adapter `name` computes into its saved mask, if there is one.
+
+        The base weight may have been pruned after the adapter was attached.
+        """
+        if name in self.saved_masks and self._readable():
+            self.saved_masks[name].copy_(pack(self.kept_entries(name)))
+
+    def _forget(self, name: str) -> None:
+        for names in (self._unproved, self._narrower, self._empty_masks):
+            names.discard(name)
+        self._unsettled.pop(name, None)
+
+    # -- masks and the base weight -----------------------------------------------------------------------------------
+
+    def settle_masks_before(self, newcomer: SparseLoraConfig) -> None:
+        """Settle the masks of all other adapters before one without a mask of its own is attached.
+
+        Args:
+            newcomer: the configuration of the new adapter, which PEFT has added to `all_adapters` already.
+
+        Raises:
+            ValueError: a saved mask contradicts the zeros of the base weight.
+        """
+        self._settle_masks(newcomer)
+
+    @torch.no_grad()
+    def _settle_masks(self, newcomer: SparseLoraConfig | None = None) -> None:
+        """Compare what adapters brought with the base weight, and prune it where no adapter needs it."""
+        if not (self._unsettled or self._unproved) or not self.is_loaded():
+            return
+        stored = self._stored_unmerged()
+        if self._unproved and not torch.compiler.is_compiling():
+            self._compare_proofs(stored)
+        if not self._unsettled or any(mask.is_meta for mask in self.saved_masks.values()):
+            return
+        for name, on_mismatch in list(self._unsettled.items()):
+            if name in self.saved_masks:
+                self._check_contradiction(name, on_mismatch, stored, self._saved_mask(name, stored))
+            del self._unsettled[name]
+        kept = mask_of(stored)
+        names = {name for name, config in self.all_adapters.items() if config is not newcomer} | set(self.proofs)
+        # A merged weight is replaced when the adapters are unmerged, so it is not pruned.
+        if not self.merged_adapters and all(name in self.saved_masks for name in names):
+            needed = torch.zeros_like(kept)
+            for name in names:
+                needed |= self._saved_mask(name, stored)
+            if bool((kept & ~needed).any()):
+                self.write_weight(stored.masked_fill(~needed, 0))
+                kept &= needed
+        settled = [name for name in self.saved_masks if name not in self._empty_masks]
+        self._narrower = {name for name in settled if bool((kept & ~self._saved_mask(name, stored)).any())}
+
+    def _compare_proofs(self, stored: Tensor) -> None:
+        """Compare the fingerprints that came into the buffers by no door that compares them, such as a state dict."""
+        for name in sorted(self._unproved):
+            if name not in self.proofs or self.proofs[name].is_meta:
+                continue
+            expected = decode_proof(self.proofs[name])
+            if expected and name not in self.saved_masks and underflowed(expected, self._matrix(stored)) is None:
+                found = fingerprint_of(self._matrix(stored))
+                raise ValueError(
+                    f"Adapter {name!r} was trained on other zeros than this base model has: the fingerprint of its "
+                    f"mask is {expected!r}, and that of the base weight is {found!r}. Load the pruned base model the "
+                    "adapter was trained on."
+                )
+            self._unproved.discard(name)
+
+    def _check_contradiction(self, name: str, on_mismatch: str, stored: Tensor, mask: Tensor) -> None:
+        stray = int(((stored == 0) & mask).sum()) / stored.numel()
+        if stray <= STRAY_ZEROS or on_mismatch == "ignore":
+            return
+        sparsities = [1 - int(kept.sum()) / stored.numel() for kept in (mask, mask_of(stored))]
+        message = (
+            f"Expected a base weight that is dense or has the zeros of adapter {name!r}. The mask saved with the "
+            f"adapter keeps {stray:.1%} of the entries of this weight although they are zero. The mask has sparsity "
+            f"{sparsities[0]:.4f}, and the base weight {sparsities[1]:.4f}. Load the adapter onto the dense model or "
+            'onto the model it was trained on, or set `on_mask_mismatch="warn"`.'
+        )
+        if on_mismatch == "error":
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
+
+    def _is_narrower(self, names: Sequence[str]) -> bool:
+        return any(name in self._narrower for name in names)
+
+    def _saved_mask(self, name: str, stored: Tensor) -> Tensor:
+        return unpack(self.saved_masks[name].to(stored.device), stored.shape)
+
+    def _common_mask(self, names: Sequence[str], stored: Tensor) -> Tensor:
+        """Return the saved mask of the adapters `names`, which must be one and the same."""
+        narrow = next(name for name in names if name in self._narrower)
+        for name in names:
+            if name not in self.saved_masks or not torch.equal(self.saved_masks[name], self.saved_masks[narrow]):
+                raise ValueError(
+                    f"Adapters {narrow!r} and {name!r} have different masks, so that they cannot be active or merged "
+                    "together. Choose one of them by `set_adapter`, or merge one of them."
+                )
+        return self._saved_mask(narrow, stored)
+
+    def _weight_source(self, names: list[str]) -> Weight:
+        """Return the base weight for `sparse_lora`, or a function that computes it where it is costly to keep."""
+        if not self._readable():
+            self._check_saved_mask(names[0])
+            return partial(self._given_mask, names[0])
+        self._settle_masks()
+        partitioned = self.quantization_backend is None and is_partitioned(stored_weight(self.get_base_layer()))
+        if self._trains_base():
+            if partitioned:
+                raise ValueError(
+                    "A base weight that ZeRO-3 has split among processes is trained, and has an adapter. Its gradient "
+                    "cannot be computed. Freeze the base weight, or leave its layer out of `target_modules`."
+                )
+            stored = stored_weight(self.get_base_layer())
+            narrow = self._is_narrower(names)
+            return self._matrix(stored.masked_fill(~self._common_mask(names, stored), 0) if narrow else stored)
+        # A dequantised weight, one that ZeRO-3 gathered or a masked copy would stay in memory until backward.
+        again = self.quantization_backend is not None or partitioned or self._is_narrower(names)
+        return partial(self.pruned_weight, names) if again else self.pruned_weight(names)
+
+    def _trains_base(self) -> bool:
+        """Return whether autograd is to compute a gradient of the base weight, which the user has unfrozen."""
+        if self.quantization_backend is not None or not torch.is_grad_enabled():
+            return False
+        return stored_weight(self.get_base_layer()).requires_grad
+
+    def _given_mask(self, name: str) -> Tensor:
+        """Return the saved mask as a float matrix. MaskLoRA uses only the zeros of W, so the mask can stand for W."""
+        shape = torch.Size((self.out_features, self.in_features))
+        return unpack(self.saved_masks[name], shape).float()
+
+    def _check_saved_mask(self, name: str) -> None:
+        found = self.factor == "mask" and name in self.saved_masks
+        if found and name in self._empty_masks:
+            found = bool(self.saved_masks[name].any())
+            if found:
+                self._empty_masks.remove(name)
+        if not found:
+            raise TypeError(
+                "Expected a base weight that can be dequantised. The weights of "
+                f"{self.quantization_backend.backend_name} layers cannot be read, so their zeros are unknown. Use a "
+                "MaskLoRA adapter saved with `save_mask=True`, or another base."
+            )
