@@ -52,6 +52,18 @@ def test_values_and_gradients_are_those_of_the_plain_formula(formula, bias):
 
 
 @FORMULAS
+def test_an_input_without_a_batch_gives_the_gradients_of_a_batch_of_one(formula):
+    x, weight, A, B, bias = problem()
+    gradients = []
+    for one in (x[0, 0], x[:1, 0]):
+        y = sparse_lora(one, weight, A, B, bias, **formula)
+        assert y.shape == (*one.shape[:-1], 7)
+        gradients.append(torch.autograd.grad(y.square().sum(), (x, A, B, bias)))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@FORMULAS
 def test_gradcheck(formula):
     x, weight, A, B, bias = problem()
     assert torch.autograd.gradcheck(lambda *args: sparse_lora(args[0], weight, *args[1:], **formula), (x, A, B, bias))

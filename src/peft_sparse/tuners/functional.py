@@ -123,10 +123,15 @@ class _Linear:
         return grad @ weight
 
     def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return grad.flatten(0, -2).T @ x.flatten(0, -2)
+        return _rows(grad).T @ _rows(x)
 
     def grad_bias(self, grad: Tensor) -> Tensor:
-        return grad.flatten(0, -2).sum(0)
+        return _rows(grad).sum(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    # Not `flatten(0, -2)`, which refuses a tensor of one dimension.
+    return x.reshape(-1, x.shape[-1])
 
 
 LINEAR = _Linear()

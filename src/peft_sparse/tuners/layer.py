@@ -26,7 +26,7 @@ from .saved_masks import SavedMasks
 
 
 # The attributes that map names of adapters to plain values. PEFT deletes the entries of an adapter with the adapter.
-STATE_NAMES = ("r", "lora_alpha", "scaling", "trained_scaling", "masking")
+STATE_NAMES = ("r", "lora_alpha", "scaling", "trained_scaling", "masking", "init_weights")
 
 
 @contextlib.contextmanager
@@ -75,6 +75,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         self.scaling: dict[str, float] = {}
         self.trained_scaling: dict[str, float] = {}
         self.masking: dict[str, Literal["always", "merge"]] = {}
+        self.init_weights: dict[str, bool | Literal["paper"]] = {}
         for name in ("A", "B", "dropout"):
             setattr(self, self.prefix + name, nn.ModuleDict())
         self._disable_adapters = False
@@ -109,6 +110,8 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.trained_scaling[adapter_name] = self.scaling[adapter_name]
         self.masking[adapter_name] = getattr(config, "masking", "always")
+        # False is for tests. A restart begins at the function that was merged.
+        self.init_weights[adapter_name] = config.init_weights or True
         columns, rows = self._factor_features(r)
         # Modules and not bare parameters, because PEFT's hotswap and FSDP's wrapping look for modules.
         self.A[adapter_name] = nn.Linear(*columns, bias=False)
@@ -274,11 +277,14 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         self.merged_adapters.clear()
 
     def restart(self) -> None:
-        """Merge the active adapters permanently, and initialise A and B in place, as `init_weights=True` does."""
+        """Merge the active adapters permanently, and initialise A and B in place, as `init_weights` says.
+
+        `init_weights=False` counts as True here, so that the layer computes the same after the restart.
+        """
         self._merge(False, None, keep=False)
         self._unmerged_weight = self._unmerged_layer = None
         for name in self.merged_adapters:
-            self.reset_parameters(name, True)
+            self.reset_parameters(name, self.init_weights[name])
         self.merged_adapters.clear()
 
     # -- forward -----------------------------------------------------------------------------------------------------
