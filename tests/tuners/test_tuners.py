@@ -184,6 +184,8 @@ REPLACED = {
     "peft.tuners.mixed.model.Configs",
     "peft.tuners.mixed.model.Layers",
     "peft.tuners.mixed.model.MixedModel._create_and_replace",
+    "peft.utils.hotswap.hotswap_adapter_from_state_dict",
+    "peft.utils.hotswap.prepare_model_for_compiled_hotswap",
 }
 EXTENDED = {"peft.utils.hotswap.CONFIG_KEYS_TO_CHECK", "peft.tuners.mixed.model.PREFIXES"}
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.utils.prune as torch_prune
 from accelerate import cpu_offload
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils import hotswap
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, MambaConfig
@@ -85,7 +86,49 @@ def with_masks_not_removed():
     adapted(model)
 
 
+def swap(model, other=None, drop=None, **changes):
+    """Swap the adapter of `other` into `model`, without the tensors whose names hold `drop`."""
+    other = other or adapted(**changes)
+    state = {key: value for key, value in get_peft_model_state_dict(other).items() if not drop or drop not in key}
+    state = hotswap._insert_adapter_name_into_state_dict(state, "default", "mask_lora_")
+    hotswap.hotswap_adapter_from_state_dict(model, state, "default", other.peft_config["default"], "mask_lora_")
+
+
+def prepared(**options):
+    hotswap.prepare_model_for_compiled_hotswap(adapted(), **options)
+
+
+def prepared_late():
+    hotswap.prepare_model_for_compiled_hotswap(torch.compile(adapted(), backend="eager"), target_rank=16)
+
+
 REFUSALS = [
+    (
+        lambda: swap(merged()),
+        ValueError,
+        "Adapter 'default' is merged into the base weights, .* Call `unmerge_adapter",
+    ),
+    (
+        lambda: swap(adapted(), drop="layers.0.mlp.up_proj.mask_lora_B"),
+        RuntimeError,
+        r"does not fit 'model.layers.0.mlp.up_proj': A and B have the shapes .* and \(\(8, 16\), None\) arrived. Swap",
+    ),
+    (
+        lambda: swap(adapted(), train_norms=True),
+        RuntimeError,
+        "The new MASK_LORA adapter brings other tensors, such as .*norm.weight'. Load it by `load_adapter`",
+    ),
+    (
+        lambda: swap(
+            experts(),
+            get_peft_model(tiny("mixtral"), MaskLoRAConfig(target_modules=[], target_parameters=["down_proj"])),
+        ),
+        ValueError,
+        "Hotswap needs adapters of the same `target_parameters`. Adapter 'default' has .*gate_up_proj'",
+    ),
+    (lambda: prepared(target_rank=4), ValueError, "at least the rank of every adapter, got 4 for rank 8. Pass"),
+    (lambda: prepared(check_compiled="no"), ValueError, "`check_compiled` must be 'error', 'warn' or .* got 'no'"),
+    (prepared_late, ValueError, "compiled already. Call `prepare_model_for_compiled_hotswap` before"),
     (
         offloaded,
         ValueError,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from ..model.masks import sparsity_of_fingerprint
 from .card import complete_card
@@ -71,6 +72,17 @@ class SparseLoraConfig(PeftConfig):
             "on_mask_mismatch": ("error", "warn", "ignore"),
             "init_weights": (True, False),
         }
+
+    def rank_and_alpha(self, name: str) -> tuple[int, float]:
+        """Return the rank and the `lora_alpha` of a layer.
+
+        Args:
+            name: name of the layer or parameter in the base model.
+        """
+        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        lora_alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.lora_alpha)
+        assert lora_alpha is not None, "configurations resolve it"
+        return r, lora_alpha
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration, with the fingerprints of the masks, and complete the model card.

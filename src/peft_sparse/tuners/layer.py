@@ -118,7 +118,8 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         self.B[adapter_name] = nn.Linear(*rows, bias=False)
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         getattr(self, f"{self.prefix}dropout")[adapter_name] = dropout
-        self.reset_parameters(adapter_name, config.init_weights)
+        # Only the configuration of a saved adapter has fingerprints. Layers that its file lacks have no effect then.
+        self.reset_parameters(adapter_name, config.init_weights or bool(config.mask_fingerprints))
         self.add_saved_mask(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -1,4 +1,4 @@
-"""Open three features of PEFT to the tuners: hotswap, `rescale_adapter_scale`, and mixed models.
+"""Open features of PEFT to the tuners: hotswap, `rescale_adapter_scale`, mixed models, and loading by Transformers.
 
 PEFT 0.21.2 offers these features to a list of its own methods and has no public hook to extend the list. This module
 extends the lists in memory when the package is imported. It changes no file of PEFT.
@@ -16,6 +16,17 @@ Names replaced in PEFT's modules:
   mixed model refuses or skips methods, layers and configurations that these do not name.
 - `peft.tuners.mixed.model.MixedModel._create_and_replace` becomes a function that handles our configurations and
   passes every other one on to the original.
+- `peft.utils.hotswap.hotswap_adapter_from_state_dict` becomes a function that calls `hotswap.swap_adapter` for our
+  configurations. The original sets to zero what the new adapter lacks, which is no identity for ScaledLoRA. For
+  LoRA it calls the original, which also sets parameters of other adapters to zero whose names hold the letters
+  "lora_" and the adapter's name. Those of our layers are put back.
+- `peft.utils.hotswap.prepare_model_for_compiled_hotswap` becomes a function that calls `hotswap.pad_ranks` for models
+  with our layers, and the original for models with LoRA's.
+
+One name is replaced in Transformers:
+
+- `transformers.integrations.peft.PeftAdapterMixin.load_adapter` becomes a function that calls the original, and then
+  gives layers that the file lacks an adapter without an effect. The original draws their A and B at random.
 
 What PEFT does with its own methods stays the same. If a version of PEFT lacks one of these names, that feature does
 not work with the tuners, and everything else does. `tests/tuners/test_tuners.py` holds the complete list of changes.
@@ -27,8 +38,14 @@ from typing import Any
 import peft.helpers
 import peft.tuners.mixed.model
 import peft.utils.hotswap
+import torch
+import transformers.integrations.peft
 from peft.tuners.mixed import MixedModel
+from torch import Tensor, nn
 
+from .config import SparseLoraConfig
+from .hotswap import pad_ranks, reset_missing, swap_adapter
+from .layer import SparseLoraLayer
 from .model import SparseLoraModel
 
 
@@ -42,11 +59,71 @@ def enable_lora_extras(tuners: dict[type, type[SparseLoraModel]]) -> None:
     _open_hotswap(types)
     _open_rescaling(tuners)
     _open_mixed_models(types, tuners)
+    _open_transformers()
 
 
 def _open_hotswap(types: tuple[Any, ...]) -> None:
-    table: dict[Any, list[str]] = getattr(peft.utils.hotswap, "CONFIG_KEYS_TO_CHECK", {})
-    table.update((peft_type, ["use_rslora", "lora_dropout", "alpha_pattern"]) for peft_type in types)
+    module: Any = peft.utils.hotswap
+    # `swap_adapter` sets what LoRA has to check here, such as the scalings of `alpha_pattern`.
+    table: dict[Any, list[str]] = getattr(module, "CONFIG_KEYS_TO_CHECK", {})
+    table.update((peft_type, ["use_rslora", "lora_dropout"]) for peft_type in types)
+    for name, wrap in (
+        ("hotswap_adapter_from_state_dict", _swapping),
+        ("prepare_model_for_compiled_hotswap", _padding),
+    ):
+        original = getattr(module, name, None)
+        if original is not None and not hasattr(original, "__wrapped__"):
+            setattr(module, name, wrap(original))
+
+
+def _swapping(original: Any) -> Any:
+    """Return a function that swaps adapters of this package, and calls `original` for all others."""
+
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(
+        model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if isinstance(config, SparseLoraConfig):
+            swap_adapter(model, state_dict, adapter_name, config)
+            return
+        kept = [(tensor, tensor.detach().clone()) for tensor in _adapter_tensors(model)]
+        try:
+            original(model, state_dict, adapter_name, config, *args, **kwargs)
+        finally:
+            with torch.no_grad():
+                for tensor, before in kept:
+                    tensor.copy_(before)
+
+    return hotswap_adapter_from_state_dict
+
+
+def _padding(original: Any) -> Any:
+    """Return a function that pads the adapters of this package, and calls `original` for LoRA's."""
+
+    @functools.wraps(original)
+    def prepare_model_for_compiled_hotswap(
+        model: nn.Module,
+        *,
+        target_rank: int | None = None,
+        config: Any = None,
+        check_compiled: str = "error",
+    ) -> None:
+        ours = any(isinstance(module, SparseLoraLayer) for module in model.modules())
+        if ours:
+            pad_ranks(model, target_rank, config, check_compiled)
+        if not ours or any(isinstance(module, peft.utils.hotswap.LoraLayer) for module in model.modules()):
+            original(model, target_rank=target_rank, config=config, check_compiled=check_compiled)
+
+    return prepare_model_for_compiled_hotswap
+
+
+def _adapter_tensors(model: nn.Module) -> list[Tensor]:
+    """Return A, B and saved masks of every adapter of this package in the model."""
+    layers = [module for module in model.modules() if isinstance(module, SparseLoraLayer)]
+    factors = [module for layer in layers for module in (layer.A, layer.B)]
+    return [parameter for factor in factors for parameter in factor.parameters()] + [
+        mask for layer in layers for mask in layer.saved_masks.values()
+    ]
 
 
 def _open_rescaling(tuners: dict[type, type[SparseLoraModel]]) -> None:
@@ -68,6 +145,22 @@ def _open_mixed_models(types: tuple[Any, ...], tuners: dict[type, type[SparseLor
         module.Configs = module.Configs | config_cls
     if not hasattr(MixedModel._create_and_replace, "__wrapped__"):
         MixedModel._create_and_replace = _dispatching(MixedModel._create_and_replace, tuners)
+
+
+def _open_transformers() -> None:
+    mixin: Any = getattr(transformers.integrations.peft, "PeftAdapterMixin", None)
+    if mixin is None or hasattr(mixin.load_adapter, "__wrapped__"):
+        return
+    original = mixin.load_adapter
+
+    @functools.wraps(original)
+    def load_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        lacking = set(getattr(found, "missing_keys", ())) | {key for key, *_ in getattr(found, "mismatched_keys", ())}
+        reset_missing(self, lacking)
+        return found
+
+    mixin.load_adapter = load_adapter
 
 
 def _dispatching(original: Any, tuners: dict[type, type[SparseLoraModel]]) -> Any:

@@ -14,7 +14,7 @@ from peft.utils import (
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +22,7 @@ from ..model.blocks import base_layer
 from ..model.kinds import computation
 from .config import SparseLoraConfig
 from .groups import select_groups
+from .hotswap import whole_pairs
 from .layer import SparseLoraLayer
 from .proof import check_masks, proof_to_save, receive, report_oddities
 
@@ -123,9 +124,7 @@ class SparseLoraModel(BaseTuner):
                 f"The weight of {current_key!r} is computed from other parameters, so that an adapter that is merged "
                 f"into it would not last. {undoing}"
             )
-        ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
-        r = ranks.get(get_pattern_key(ranks.keys(), current_key), peft_config.r)
-        lora_alpha = alphas.get(get_pattern_key(alphas.keys(), current_key), peft_config.lora_alpha)
+        r, lora_alpha = peft_config.rank_and_alpha(current_key)
         wrapped = getattr(target, "parameter_name", None)
         if isinstance(target, cls.tuner_layer_cls) and wrapped == parameter_name:
             target.update_layer(adapter_name, r, lora_alpha, peft_config)
@@ -134,7 +133,6 @@ class SparseLoraModel(BaseTuner):
         layer_cls = cls._layer_class_for(target, parameter_name, options)
         if parameter_name is not None:
             options["parameter_name"] = parameter_name
-        assert lora_alpha is not None, "configurations resolve it"
         layer = layer_cls(target, adapter_name, r, lora_alpha, peft_config, **options)
         layer.all_adapters = tuner.peft_config
         weight = base_layer(target)._parameters.get("weight")
@@ -229,6 +227,13 @@ def _embedding_weights(tuner: BaseTuner) -> set[int]:
         # A mixed model is a tuner of PEFT, which has no such attribute.
         tuner.__dict__["_embedding_weights"] = known
     return known
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SparseLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return whole_pairs(model, adapter_name, remapped)
 
 
 def _with_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -119,7 +119,7 @@ def receive(
         told = decode_proof(received[proof]) if proof in received else ""
         received[proof] = encode_proof("")
         module._unproved.discard(adapter_name)
-        if mask is not None and adapter_name in module.saved_masks:
+        if mask is not None and (config.save_mask or adapter_name in module.saved_masks):
             module.expect_mask(adapter_name, mask, config.on_mask_mismatch)
         elif told and told != compared.get(key) and module.is_loaded():
             expected[key] = told, module.pruned_weight()

@@ -115,7 +115,7 @@ class SavedMasks(BaseWeight):
             adapter_name: name of the adapter.
             config: its configuration. If it comes from a saved adapter, loading replaces the mask.
         """
-        self._forget(adapter_name)
+        self.forget_mask(adapter_name)
         self.proofs[adapter_name] = torch.zeros(PROOF_BYTES, dtype=torch.uint8)
         self._unproved.add(adapter_name)
         if not config.save_mask:
@@ -155,7 +155,8 @@ class SavedMasks(BaseWeight):
         if name in self.saved_masks and self._readable():
             self.saved_masks[name].copy_(pack(self.kept_entries(name)))
 
-    def _forget(self, name: str) -> None:
+    def forget_mask(self, name: str) -> None:
+        """Forget what is known of the saved mask of adapter `name`."""
         for names in (self._unproved, self._narrower, self._empty_masks):
             names.discard(name)
         self._unsettled.pop(name, None)
