@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -82,7 +83,11 @@ def by_resuming(model, folder, name="default"):
     trainer._load_from_checkpoint(str(folder))
 
 
-DOORS = [by_name, by_state_dict, by_bare_tensors, by_resuming]
+def by_hotswap(model, folder, name="default"):
+    hotswap_adapter(model, folder, name, torch_device="cpu")
+
+
+DOORS = [by_name, by_state_dict, by_bare_tensors, by_resuming, by_hotswap]
 
 
 @TUNERS

@@ -216,7 +216,7 @@ class SparseLoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # PEFT calls this with all tensors that are to be loaded, before it loads any of them.
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return receive(model, config, adapter_name, remapped)
+        return receive(model, config, adapter_name, whole_pairs(model, adapter_name, remapped))
 
 
 def _embedding_weights(tuner: BaseTuner) -> set[int]:
@@ -227,13 +227,6 @@ def _embedding_weights(tuner: BaseTuner) -> set[int]:
         # A mixed model is a tuner of PEFT, which has no such attribute.
         tuner.__dict__["_embedding_weights"] = known
     return known
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SparseLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return whole_pairs(model, adapter_name, remapped)
 
 
 def _with_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
