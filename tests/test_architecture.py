@@ -95,6 +95,7 @@ def test_public_names_are_these():
         "ZeroGuardCallback",
         "compact",
         "environment",
+        "keep_effective_weights",
         "merged_state_dict",
         "pack_sequences",
         "peak_memory",

@@ -41,7 +41,13 @@ from .training.pruning_callback import PruningCallback
 from .training.pruning_schedules import CubicSchedule, PruningCycles
 from .training.trainer import SparseTrainer
 from .training.zero_guard import ZeroGuardCallback
-from .tuners import MaskLoRAConfig, ScaledLoRAConfig, merged_state_dict, trainable_shares
+from .tuners import (
+    MaskLoRAConfig,
+    ScaledLoRAConfig,
+    keep_effective_weights,
+    merged_state_dict,
+    trainable_shares,
+)
 
 
 __all__ = [
@@ -81,6 +87,7 @@ __all__ = [
     "ZeroGuardCallback",
     "compact",
     "environment",
+    "keep_effective_weights",
     "merged_state_dict",
     "pack_sequences",
     "peak_memory",

@@ -20,6 +20,13 @@ from .functional import Factor
 _FORWARDS = {nn.Linear.forward, Conv1D.forward, nn.Conv2d.forward}
 
 
+def runs_alone(layer: nn.Module) -> bool:
+    """Return whether `layer` has no hooks and no forward of its own beside that of its class."""
+    return "forward" not in vars(layer) and not (
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
+
+
 class BaseWeight(nn.Module, BaseTunerLayer):
     """The base weight of one adapted layer. Its zeros are the mask, which is read off the weight where it is needed.
 
@@ -100,9 +107,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
                 return True
             if type(layer).forward not in _FORWARDS:
                 return False
-        return "forward" not in vars(layer) and not (
-            layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-        )
+        return runs_alone(layer)
 
     # -- the weight before a merge -----------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 Without it, every token that is generated would compute the effective weight of every layer anew.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,41 +16,77 @@ class KeptWeight:
 
     Args:
         weight: the effective weight, as the layer computes with it.
-        names: the adapters that it contains.
-        scalings: their scalings s.
-        sources: W, A and B.
+        places: where the modules of the layer are: (dict, key in it, module).
+        sources: where W, A and B are, in this order: (dict, key in it, tensor).
+        active: the active adapter, or the list of them.
+        scalings: the scaling s of each adapter in `weight`, by name.
         dtype: the dtype of autocast, or None.
+        bias: the bias of the layer.
     """
 
     weight: Tensor
-    names: list[str]
-    scalings: list[float]
-    sources: list[Tensor]
+    places: list[tuple[dict[str, Any], str, nn.Module]]
+    sources: list[tuple[dict[str, Any], str, Tensor]]
+    active: str | list[str]
+    scalings: dict[str, float]
     dtype: torch.dtype | None
+    bias: Tensor | None
     _states: list[tuple[int, int]] = field(init=False)
-    _copies: list[Tensor] = field(init=False)
+    _copies: list[tuple[Tensor, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._states = [(tensor._version, tensor.data_ptr()) for tensor in self.sources]
+        tensors = [tensor for _, _, tensor in self.sources]
+        self._states = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
         # A write through `.data` does not change the version of a tensor. On the CPU the small factors are compared.
-        self._copies = [factor.detach().clone() for factor in self.sources[1:] if factor.device.type == "cpu"]
+        self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors[1:] if tensor.device.type == "cpu"]
 
-    def is_current(
-        self, names: list[str], scalings: list[float], sources: list[Tensor], dtype: torch.dtype | None
-    ) -> bool:
-        """Return whether the weight would be computed from the same values again."""
-        if names != self.names or scalings != self.scalings or dtype != self.dtype:
+    def serves(self, layer: Any, x: Tensor) -> bool:
+        """Return whether `layer` would compute the same weight again, and needs no gradient for the input `x`.
+
+        Every call of every layer asks this, so it looks into the dicts of modules, which is faster than attributes.
+        """
+        state = vars(layer)
+        if (
+            torch.compiler.is_compiling()
+            or state["training"]
+            or state["_disable_adapters"]
+            or state["merged_adapters"]
+            or state["_unsettled"]
+            or state["_unproved"]
+            or state["_active_adapter"] != self.active
+            or type(x) is not Tensor
+            or autocast_dtype(x) != self.dtype
+        ):
             return False
-        for new, old, (version, pointer) in zip(sources, self.sources, self._states, strict=True):
-            if new is not old or new._version != version or new.data_ptr() != pointer:
+        for place, key, module in self.places:
+            if place.get(key) is not module:
                 return False
-        return all(torch.equal(copy, factor) for copy, factor in zip(self._copies, sources[1:], strict=False))
+        for (place, key, tensor), (version, pointer) in zip(self.sources, self._states, strict=True):
+            if place.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
+                return False
+        scaling = state["scaling"]
+        if any(scaling.get(name) != value for name, value in self.scalings.items()):
+            return False
+        if torch.is_grad_enabled() and needs_gradient(x, [tensor for _, _, tensor in self.sources], self.bias):
+            return False
+        return all(torch.equal(tensor, copy) for tensor, copy in self._copies)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype to which autocast casts on the device of `x`, or None if it is off."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def needs_gradient(x: Tensor, sources: list[Tensor], bias: Tensor | None) -> bool:
+    """Return whether one of the tensors requires a gradient."""
+    return x.requires_grad or any(t.requires_grad for t in sources) or (bias is not None and bias.requires_grad)
 
 
 class KeepsWeight:
@@ -66,7 +101,7 @@ class KeepsWeight:
         self._kept = None
 
 
-def can_keep(x: Tensor, sources: Iterable[Tensor], bias: Tensor | None) -> bool:
+def can_keep(x: Tensor, sources: list[Tensor], bias: Tensor | None) -> bool:
     """Return whether an effective weight of `sources` can be kept for the input `x`.
 
     It cannot while a gradient is needed, while code is compiled, and for tensors that are sharded, that functional
@@ -74,10 +109,9 @@ def can_keep(x: Tensor, sources: Iterable[Tensor], bias: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
         return False
-    tensors = [*sources, *([] if bias is None else [bias])]
-    if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in tensors)):
+    if torch.is_grad_enabled() and needs_gradient(x, sources, bias):
         return False
-    return all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors)
+    return all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in sources)
 
 
 def keep_effective_weights(model: nn.Module, keep: bool = True) -> None:

@@ -5,6 +5,7 @@ The class is derived from those in `base_weight` and `saved_masks`, and the form
 """
 
 import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from ..model.offload import is_offloaded, loaded_layer
 from ..model.sharding import is_partitioned
 from ..model.weights import stored_weight
+from .base_weight import runs_alone
 from .config import SparseLoraConfig
 from .functional import LINEAR, Operation, Weight, effective_weight, sparse_lora
-from .kept_weight import KeepsWeight, KeptWeight, can_keep
+from .kept_weight import KeepsWeight, KeptWeight, autocast_dtype, can_keep
 from .saved_masks import SavedMasks
 
 
@@ -309,6 +311,9 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
                 gradient is needed of weights that accelerate has offloaded.
             TypeError: the base weight cannot be dequantised, and the adapter is not MaskLoRA with a saved mask.
         """
+        kept = self._kept
+        if kept is not None and adapter_names is None and kept.serves(self, x) and runs_alone(kept.places[0][2]):
+            return self._operation().apply(self._prepared(x), kept.weight, kept.bias)
         if self._unsettled or self._unproved:
             self._settle_masks()
         if adapter_names is not None:
@@ -324,8 +329,8 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
                 for module in offloaded:
                     loading.enter_context(loaded_layer(module))
                 return self._forward_active(x, names, *args, **kwargs)
-        if not self.training and (weight := self._kept_weight(x, names)) is not None:
-            return self._operation().apply(self._prepared(x), weight, self.bias)
+        if (kept := self._keep_weight(x, names)) is not None:
+            return self._operation().apply(self._prepared(x), kept.weight, kept.bias)
         return self._forward_active(x, names, *args, **kwargs)
 
     def _offloaded(self, names: list[str], x: Tensor) -> list[nn.Module]:
@@ -343,33 +348,44 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
             )
         return modules
 
-    def _kept_weight(self, x: Tensor, names: list[str]) -> Tensor | None:
-        """Return the effective weight that is kept between calls, or None if none can be kept for this call."""
-        if not self.keeps_effective_weight or self._parts_from_base(names):
+    def _keep_weight(self, x: Tensor, names: list[str]) -> KeptWeight | None:
+        """Compute the effective weight and keep it. Return None if it cannot be kept for a call with the input `x`."""
+        self.drop_kept_weight()
+        base, layer = self.stored_parameter(), self.get_base_layer()
+        if self.training or not self.keeps_effective_weight or not self._is_one_product(names) or base is None:
             return None
-        base = self.stored_parameter()
-        if base is None or self.quantization_backend is not None or is_partitioned(base):
+        if self.quantization_backend is not None or is_partitioned(base):
             return None
-        sources = [base, *(stored_weight(factor[name]) for name in names for factor in (self.A, self.B))]
-        if not can_keep(x, sources, getattr(self, "bias", None)):
-            self.drop_kept_weight()
+        factors = [(pair._modules, name, pair[name]) for name in names for pair in (self.A, self.B)]
+        tensors = [(module._parameters, "weight", stored_weight(module)) for _, _, module in factors]
+        bias = layer._parameters.get("bias")
+        if not can_keep(x, [base, *(tensor for _, _, tensor in tensors)], bias):
             return None
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-        scalings = [self.scaling[name] for name in names]
-        if self._kept is None or not self._kept.is_current(names, scalings, sources, dtype):
-            self._kept = None
-            weight = self._effective_weight(names)
-            self._kept = KeptWeight(weight.to(dtype or weight.dtype), names, scalings, sources, dtype)
-        return self._kept.weight
+        dtype = self._dtype_of_autocast(x)
+        weight = self._effective_weight(names)
+        self._kept = KeptWeight(
+            weight.to(dtype or weight.dtype),
+            [(self._modules, "base_layer", self.base_layer), *factors],
+            [(layer._parameters, getattr(self, "parameter_name", "weight"), base), *tensors],
+            copy.copy(self._active_adapter),
+            {name: self.scaling[name] for name in names},
+            autocast_dtype(x),
+            bias,
+        )
+        return self._kept
+
+    def _dtype_of_autocast(self, x: Tensor) -> torch.dtype | None:
+        """Return the dtype to which autocast would cast the effective weight in each call, or None."""
+        return autocast_dtype(x)
 
     def _effective_weight(self, names: list[str]) -> Tensor:
         """Return the effective weight as `_operation` takes it."""
         A, B, c, s = self._factors(names)
         return effective_weight(self.pruned_weight(names), A, B, self.factor, c, s)
 
-    def _parts_from_base(self, names: list[str]) -> bool:
-        """Return whether the layer computes otherwise than by a product with one effective weight."""
-        return not all(self._fuses(name) for name in names)
+    def _is_one_product(self, names: list[str]) -> bool:
+        """Return whether one product with an effective weight gives the output of the layer."""
+        return all(self._fuses(name) for name in names)
 
     def train(self, mode: bool = True) -> "SparseLoraLayer":
         """Set training mode, as `nn.Module.train` does. Training drops the effective weight that is kept."""

@@ -65,6 +65,7 @@ class ParameterMixin(SparseLoraLayer):
             )
         super().__init__(base_layer, adapter_name, r, lora_alpha, config, **kwargs)
 
+    @torch.no_grad()
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
@@ -81,7 +82,7 @@ class ParameterMixin(SparseLoraLayer):
         layer: nn.Module = self
         while isinstance(layer, ParameterMixin):
             if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                layer._merge(safe_merge, adapter_names, keep=False)
             layer = layer.base_layer
         return layer
 
@@ -119,8 +120,11 @@ class ParameterMixin(SparseLoraLayer):
     def _effective(self, names: list[str], inputs: list[Tensor]) -> Iterator[None]:
         owner, parameter = self.get_base_layer(), self._parameter()
         first = next((x for x in inputs if x.requires_grad), inputs[0] if inputs else parameter)
-        if not self.training and (kept := self._kept_weight(first, names)) is not None:
-            with swapped(owner, self.parameter_name, kept):
+        kept = self._kept
+        if kept is None or not kept.serves(self, first):
+            kept = self._keep_weight(first, names)
+        if kept is not None:
+            with swapped(owner, self.parameter_name, kept.weight):
                 yield
             return
         requires_grad = parameter.requires_grad
@@ -132,8 +136,12 @@ class ParameterMixin(SparseLoraLayer):
         finally:
             parametrize.remove_parametrizations(owner, self.parameter_name, leave_parametrized=False)
 
-    def _parts_from_base(self, names: list[str]) -> bool:
-        return False
+    def _is_one_product(self, names: list[str]) -> bool:
+        return True
+
+    def _dtype_of_autocast(self, x: Tensor) -> torch.dtype | None:
+        # The module that owns the parameter decides what autocast does with it.
+        return None
 
     @torch.no_grad()
     def _effective_weight(self, names: list[str]) -> Tensor:

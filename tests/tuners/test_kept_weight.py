@@ -1,0 +1,171 @@
+"""The effective weight that is kept between calls is never an old one."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft.helpers import rescale_adapter_scale
+
+from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, keep_effective_weights, prune
+
+from checks import train_some
+from conftest import tiny
+
+
+TOKENS = torch.randint(0, 61, (2, 8), generator=torch.Generator().manual_seed(2))
+FAMILIES = {
+    "llama": {"target_modules": "all-linear"},
+    "gpt2": {"target_modules": ["c_attn", "c_fc", "c_proj"]},
+    "mixtral": {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]},
+}
+
+
+@pytest.fixture(params=[(family, cls) for family in FAMILIES for cls in (MaskLoRAConfig, ScaledLoRAConfig)], ids=str)
+def wrapped(request):
+    family, config_cls = request.param
+    model = tiny(family)
+    prune(model, 0.5)
+    config = config_cls(r=3, init_weights=False, **FAMILIES[family])
+    wrapped = get_peft_model(model, config)
+    wrapped.add_adapter("other", config_cls(r=3, init_weights=False, **FAMILIES[family]))
+    return wrapped.eval()
+
+
+def layers(model):
+    return [module for module in model.modules() if hasattr(module, "keeps_effective_weight")]
+
+
+def kept(model):
+    return sum(layer._kept is not None for layer in layers(model))
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=TOKENS).logits
+
+
+@torch.no_grad()
+def fresh(model):
+    """What a copy of the model computes that keeps nothing."""
+    model = copy.deepcopy(model)
+    keep_effective_weights(model, False)
+    return logits(model)
+
+
+def factors(model):
+    return [p for name, p in model.named_parameters() if "_lora_" in name and ".default." in name]
+
+
+def bases(model):
+    names = ("base_layer.weight", "base_layer.gate_up_proj", "base_layer.down_proj")
+    return [p for name, p in model.named_parameters() if name.endswith(names)]
+
+
+@torch.no_grad()
+def changed(tensors, how):
+    for tensor in tensors:
+        if how == "in place":
+            tensor.mul_(1.5)
+        elif how == "data in place":
+            tensor.data.mul_(1.5)
+        elif how == "data":
+            tensor.data = tensor * 1.5
+
+
+CHANGES = {
+    **{f"A and B {how}": lambda m, how=how: changed(factors(m), how) for how in ("in place", "data in place", "data")},
+    **{f"W {how}": lambda m, how=how: changed(bases(m), how) for how in ("in place", "data")},
+    "scaling": lambda m: [layer.set_scale("default", 0.3) for layer in layers(m)],
+    "active adapter": lambda m: m.set_adapter("other"),
+    "two adapters": lambda m: m.base_model.set_adapter(["default", "other"]),
+    "dtype": lambda m: m.to(torch.bfloat16),
+    "dtype there and back": lambda m: m.to(torch.bfloat16).to(torch.float32),
+    "merge": lambda m: m.merge_adapter(),
+    "merge and unmerge": lambda m: (m.merge_adapter(), m.unmerge_adapter()),
+    "another adapter of the name": lambda m: m.load_state_dict(
+        {k: v * 2 for k, v in m.state_dict().items() if "_lora_A" in k or "_lora_B" in k}, strict=False
+    ),
+    "pruning": lambda m: prune(m, 0.8),
+    "training": lambda m: train_some(m, TOKENS, 1),
+    "deleted": lambda m: (m.set_adapter("other"), m.delete_adapter("default")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_is_seen_in_the_next_call(wrapped, change):
+    first = logits(wrapped)
+    assert kept(wrapped) == len(layers(wrapped))
+    assert torch.equal(logits(wrapped), first)
+    CHANGES[change](wrapped)
+    assert torch.equal(logits(wrapped), fresh(wrapped))
+    if change not in ("merge", "merge and unmerge", "dtype there and back"):
+        assert not torch.allclose(logits(wrapped).float(), first, atol=1e-5)
+
+
+def test_rescaling_and_disabling_are_seen(wrapped):
+    first = logits(wrapped)
+    with rescale_adapter_scale(wrapped, 0.5):
+        assert torch.equal(logits(wrapped), fresh(wrapped))
+    with wrapped.disable_adapter():
+        assert not torch.allclose(logits(wrapped), first, atol=1e-5)
+    assert torch.equal(logits(wrapped), first)
+
+
+def test_autocast_and_its_end_are_seen(wrapped):
+    first = logits(wrapped)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(wrapped), fresh(wrapped))
+    assert torch.equal(logits(wrapped), first)
+
+
+def test_a_call_that_needs_gradients_keeps_nothing(wrapped):
+    logits(wrapped)
+    loss = wrapped(input_ids=TOKENS, labels=TOKENS).loss
+    assert kept(wrapped) == 0
+    loss.backward()
+    assert all(p.grad is not None for p in factors(wrapped))
+
+
+def test_training_copies_and_pickles_drop_what_is_kept(wrapped):
+    logits(wrapped)
+    assert kept(copy.deepcopy(wrapped)) == kept(pickle.loads(pickle.dumps(wrapped))) == 0
+    with torch.no_grad():
+        wrapped.train()
+        wrapped(input_ids=TOKENS)
+    assert kept(wrapped) == 0
+
+
+def test_the_switch_turns_it_off_and_on(wrapped):
+    keep_effective_weights(wrapped, False)
+    expected = logits(wrapped)
+    assert kept(wrapped) == 0
+    keep_effective_weights(wrapped)
+    assert torch.equal(logits(wrapped), expected)
+    assert kept(wrapped) == len(layers(wrapped))
+
+
+def test_inference_mode_leaves_nothing_that_training_cannot_use(wrapped):
+    with torch.inference_mode():
+        wrapped(input_ids=TOKENS)
+    train_some(wrapped, TOKENS, 1)
+    assert torch.equal(logits(wrapped), fresh(wrapped))
+
+
+def test_a_frozen_adapter_passes_gradients_to_its_input(wrapped):
+    logits(wrapped)
+    wrapped.requires_grad_(False)
+    embedded = wrapped.get_input_embeddings()(TOKENS).requires_grad_()
+    wrapped(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad is not None
+
+
+def test_a_merge_for_good_copies_no_base_weight(wrapped, monkeypatch):
+    def refuse(self):
+        raise AssertionError("the base weight was copied")
+
+    for layer in layers(wrapped):
+        monkeypatch.setattr(type(layer), "_keep_unmerged", refuse)
+    expected = logits(wrapped)
+    torch.testing.assert_close(logits(wrapped.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
