@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModel, DynamicCache
 
 from peft_sparse import pack_sequences, perplexity, prune, sample_sequences
+from peft_sparse.calibration.label_positions import label_offset
 
 from conftest import CONFIGS, tiny
 from refusing import TOKENS, Block, Net, batches, flap, in_order, llama, nan_norm, padded, rebuild, wanda
@@ -22,6 +23,15 @@ def nan_head(model):
 
 def headless_gradients():
     prune(AutoModel.from_config(CONFIGS["llama"]), 0.5, criterion="gblm", calibration=TOKENS)
+
+
+def labels_without_effect():
+    def loss_of(inputs):
+        outputs = model(input_ids=inputs["input_ids"])
+        return outputs.logits.mean(), outputs
+
+    model = llama()
+    label_offset(loss_of, {"input_ids": TOKENS, "labels": TOKENS}, "Llama")
 
 
 class Unmasked(nn.Module):
@@ -170,6 +180,11 @@ def pooled_padding():
 
 
 REFUSALS = [
+    (
+        labels_without_effect,
+        ValueError,
+        "Expected a loss that compares the label .* correlations 0.00 and 0.00. Add `shift_labels` to the batches",
+    ),
     (
         pooled_padding,
         ValueError,

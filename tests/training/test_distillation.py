@@ -15,7 +15,7 @@ from peft_sparse.training import distillation
 from peft_sparse.training.distillation import hidden_states_loss, logits_loss, predictions
 
 from checks import assert_same_weights, assert_same_zeros, zeros_of
-from conftest import Samples, inputs_of, tiny
+from conftest import Samples, tiny
 from trainers import arguments, in_two_processes
 
 
@@ -54,11 +54,20 @@ def pruned(family="llama"):
 
 
 def trainer(
-    path, model, dataset=None, teacher=None, kind="logits", callbacks=None, batch=4, peft_config=None, **options
+    path,
+    model,
+    dataset=None,
+    teacher=None,
+    kind="logits",
+    callbacks=None,
+    batch=4,
+    peft_config=None,
+    compute_loss_func=None,
+    **options,
 ):
     args = arguments(path, distillation=kind, **options)
     args.per_device_train_batch_size = batch
-    data = {"train_dataset": dataset or Samples(), "callbacks": callbacks}
+    data = {"train_dataset": dataset or Samples(), "callbacks": callbacks, "compute_loss_func": compute_loss_func}
     return SparseTrainer(model, args, **data, teacher=teacher, peft_config=peft_config)
 
 
@@ -124,26 +133,82 @@ def test_errors_of_hidden_states_by_hand():
     assert hidden_states_loss(student, teacher, kept).item() == pytest.approx((1 / 25 + 1 / 4 + 1) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "t5", "vit"])
-def test_the_predictions_that_count_are_those_of_the_task_loss(family):
-    model = tiny(family)
-    inputs = inputs_of(family, 2)
-    logits = model(**inputs).logits.detach()
-    if family == "vit":
-        labels = torch.tensor([1, 0])
-    else:
-        inputs.pop("decoder_input_ids", None)
-        labels = torch.randint(0, 61, logits.shape[:-1])
-        labels[0, 2:4] = -100
-    loss = model(**inputs, labels=labels, num_items_in_batch=1) if family == "llama" else None
-    kept = predictions(model, {"labels": labels})
-    assert kept.shape == logits.shape[:-1]
-    if loss is not None:
-        assert kept.sum() == 11 - 2 + 11
-        assert not kept[:, -1].any()
-        assert not kept[0, 1:3].any()
-    else:
-        assert torch.equal(kept, labels != -100)
+class ByTrainer(nn.Module):
+    """A model of no library without a loss, which is computed by the trainer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = dense()
+
+    def forward(self, input_ids, labels=None):
+        return {"logits": self.inner(input_ids=input_ids).logits}
+
+
+class Unshifted(ByTrainer):
+    """A model of no library whose loss compares label and output at the same position."""
+
+    def forward(self, input_ids, labels=None):
+        logits = self.inner(input_ids=input_ids).logits
+        loss = None if labels is None else nn.functional.cross_entropy(logits.transpose(1, 2), labels)
+        return {"loss": loss, "logits": logits}
+
+
+def shifted_loss(outputs, labels, num_items_in_batch=None):
+    costs = nn.functional.cross_entropy(outputs["logits"][:, :-1].transpose(1, 2), labels[:, 1:], reduction="sum")
+    return costs / num_items_in_batch
+
+
+class Prompted(torch.utils.data.Dataset):
+    """Sequences of which the first half, the prompt, has no label."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        tokens = Samples().tokens[index]
+        return {"input_ids": tokens, "labels": tokens.where(torch.arange(10) > 4, -100)}
+
+
+@pytest.mark.parametrize(
+    ("make", "offset", "options"),
+    [
+        (lambda: dense("gpt2"), 1, {}),
+        (dense, 1, {"label_smoothing_factor": 0.3}),
+        (Unshifted, 0, {}),
+        (Unshifted, 0, {"gradient_accumulation_steps": 2, "batch": 2}),
+        (ByTrainer, 1, {"compute_loss_func": shifted_loss}),
+        (Unshifted, 1, {"compute_loss_func": shifted_loss}),
+    ],
+    ids=["GPT-2", "label smoothing", "plain", "accumulated", "loss of the trainer", "another loss of the trainer"],
+)
+def test_the_outputs_that_count_are_those_that_the_task_loss_reads(tmp_path, make, offset, options):
+    teacher, model = make(), make()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    batch = {name: torch.stack([Prompted()[i][name] for i in range(4)]) for name in ("input_ids", "labels")}
+    ours, theirs = (m.eval()(input_ids=batch["input_ids"])["logits"].detach() for m in (model, teacher))
+    kept = torch.zeros(4, 10).bool()
+    kept[:, 5 - offset : 10 - offset] = True
+    runs = []
+    model.register_forward_hook(lambda module, args, outputs: runs.append(module.training))
+    steps = {"max_steps": 2, "logging_steps": 1, "distillation_weight": 1.0, "learning_rate": 0.0}
+    run = trainer(tmp_path, model.train(), Prompted(), teacher, **steps, **options)
+    run.train()
+    expected = reference(ours, theirs, kept, 1.0) / kept.sum()
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    # Tried before the first step only, in evaluation mode.
+    assert [runs[0], runs[-1]] == [False, True]
+    assert runs == sorted(runs)
+
+
+def test_labels_of_outputs_need_no_trial():
+    labels = torch.tensor([[3, -100, 5]])
+    found = predictions({"shift_labels": labels, "labels": labels.roll(1)}, offset=None)
+    assert torch.equal(found, labels != -100)
 
 
 @pytest.mark.parametrize("kind", KINDS)

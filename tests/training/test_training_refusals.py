@@ -20,7 +20,13 @@ from peft_sparse import (
     SparseTrainingArguments,
     prune,
 )
-from peft_sparse.training.distillation import check_teacher, hidden_states_loss, logits_loss, predictions
+from peft_sparse.training.distillation import (
+    check_teacher,
+    hidden_states_loss,
+    logits_loss,
+    predictions,
+    sum_of_losses,
+)
 from peft_sparse.training.learning_rates import norm_drop, retraining_schedule
 from peft_sparse.training.zero_guard import ZeroGuardCallback, _compare
 
@@ -344,7 +350,7 @@ REFUSALS = [
     ),
     (lambda: shared_teacher(llama()), ValueError, "The teacher shares parameters .* copy.deepcopy"),
     (
-        lambda: predictions(llama(), {"input_ids": TOKENS}),
+        lambda: predictions({"input_ids": TOKENS}, lambda: 1),
         ValueError,
         "Distillation needs `labels` among the inputs, .* The inputs are input_ids. Add `labels`",
     ),
@@ -357,6 +363,11 @@ REFUSALS = [
         lambda: hidden_states_loss([torch.ones(1, 5, 4)], [torch.ones(1, 5, 4)], torch.ones(1).bool()),
         ValueError,
         r"one vector per label. Got 1 of shape \[\(1, 5, 4\)\] .* Use distillation=",
+    ),
+    (
+        lambda: sum_of_losses("logits", (torch.ones(2), torch.ones(2, 3)), {}, torch.ones(2).bool(), 1.0),
+        ValueError,
+        "reads `logits` from the outputs of model and teacher, and got a tuple without them. Let both models return",
     ),
     (lambda: FreezingCallback("thaw"), ValueError, "Expected `mode` 'freeze' or 'unfreeze', .* Got 'thaw' and 1"),
     (lambda: freeze(llama(), sharded=True), ValueError, "Frozen blocks have no gradients. .* `ddp_find_unused_param"),

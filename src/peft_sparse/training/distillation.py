@@ -2,14 +2,13 @@
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from ..calibration.inputs import evaluation_mode
+from ..calibration.inputs import evaluation_mode, output_of
 from ..model.blocks import base_model, find_blocks, hidden_size, is_encoder_decoder
 from ..model.sharding import has_shards
 from ..model.tree import has_adapters, without_adapters
@@ -110,11 +109,15 @@ def hidden_states_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], kep
     return total / len(student)
 
 
-def predictions(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Return which outputs of `model` have a label, as bools of the shape of the labels.
+def predictions(inputs: Mapping[str, Any], offset: Callable[[], int]) -> Tensor:
+    """Return which outputs of a model have a label, as bools of the shape of the labels.
 
-    An output whose label is -100 has no label. A causal language model predicts the next token: output i has the label
-    of position i + 1, and the last output has none.
+    An output whose label is -100 has no label.
+
+    Args:
+        inputs: the model inputs.
+        offset: returns 1 if output i has the label of position i + 1, as in a causal language model, and 0 if it has
+            that of position i. It is not called if the inputs contain `shift_labels`, the labels of the outputs.
 
     Raises:
         ValueError: the inputs contain no labels.
@@ -127,10 +130,10 @@ def predictions(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
             f"{', '.join(inputs)}. Add `labels`; for causal language models they are a copy of `input_ids`."
         )
     kept = inputs["labels"].ne(-100)
-    base: Any = base_model(model)
-    if is_encoder_decoder(model) or LOSS_MAPPING.get(getattr(base, "loss_type", None)) is not ForCausalLMLoss:
+    if not offset():
         return kept
-    return nn.functional.pad(kept[..., 1:], (0, 1), value=False)
+    # The last output has no label.
+    return torch.cat([kept[:, 1:], torch.zeros_like(kept[:, :1])], dim=1)
 
 
 def dense_copy(model: nn.Module, share_of_zeros: float) -> nn.Module:
@@ -170,9 +173,7 @@ def check_teacher(teacher: nn.Module, student: nn.Module, distillation: str) -> 
             "The teacher shares parameters with the model that is trained, and would be pruned too. Load the teacher "
             "separately, or pass copy.deepcopy(model), made before pruning."
         )
-    compared = {
-        "the size of the vocabulary": [getattr(m.config.get_text_config(), "vocab_size", None) for m in models]
-    }
+    compared = {"the size of the vocabulary": [_vocabulary(m) for m in models]}
     if distillation == "hidden_states":
         compared |= {
             "the number of blocks": [len(find_blocks(m)) for m in models],
@@ -184,6 +185,13 @@ def check_teacher(teacher: nn.Module, student: nn.Module, distillation: str) -> 
                 f"Teacher and model differ in {what}: {theirs} and {ours}. Pass the dense model from which this model "
                 "was pruned, or a model with the same tokeniser and shape."
             )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    # A model of no library may have no configuration. Its logits are compared when it runs.
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
 
 
 @torch.no_grad()
@@ -199,15 +207,28 @@ def outputs_of(teacher: nn.Module, inputs: Mapping[str, Any], distillation: str)
         return teacher(**{name: value for name, value in inputs.items() if name not in skipped}, **options)
 
 
-def sum_of_losses(
-    distillation: str, outputs: Mapping[str, Any], teacher: Mapping[str, Any], kept: Tensor, temperature: float
-) -> Tensor:
-    """Return the loss that `distillation` names, summed over the kept predictions, from the outputs of both models."""
+def sum_of_losses(distillation: str, outputs: Any, teacher: Any, kept: Tensor, temperature: float) -> Tensor:
+    """Return the loss that `distillation` names, summed over the kept predictions, from the outputs of both models.
+
+    Raises:
+        ValueError: a model does not return these outputs, or they do not match.
+    """
+    names = ("logits",) if distillation == "logits" else ("hidden_states", "decoder_hidden_states")
+    ours, theirs = (_first_of(found, names) for found in (outputs, teacher))
     if distillation == "logits":
-        return logits_loss(outputs["logits"], teacher["logits"].to(kept.device), kept, temperature)
-    states = [found.get("hidden_states") or found["decoder_hidden_states"] for found in (outputs, teacher)]
+        return logits_loss(ours, theirs.to(kept.device), kept, temperature)
     # The first hidden states are the embeddings.
-    return hidden_states_loss(states[0][1:], states[1][1:], kept)
+    return hidden_states_loss(ours[1:], theirs[1:], kept)
+
+
+def _first_of(outputs: Any, names: Sequence[str]) -> Any:
+    for name in names:
+        if (found := output_of(outputs, name)) is not None:
+            return found
+    raise ValueError(
+        f"Distillation reads `{names[0]}` from the outputs of model and teacher, and got a {type(outputs).__name__} "
+        "without them. Let both models return a dict or a `ModelOutput` that holds them."
+    )
 
 
 def _chunks(logits: Tensor) -> list[slice]:

@@ -28,6 +28,8 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from ..calibration.inputs import evaluation_mode
+from ..calibration.label_positions import label_offset
 from ..model.blocks import base_model
 from ..model.sharding import FSDP1
 from ..model.tree import has_adapters
@@ -109,6 +111,8 @@ class SparseTrainer(Trainer):
     args: SparseTrainingArguments
     # None while `Trainer.__init__` calls `model_init`: the model that it makes there is not trained, and not pruned.
     _pruning: PruningCallback | None = None
+    # What `_find_label_offset` found.
+    _label_offset: int | None = None
 
     def __init__(
         self,
@@ -279,7 +283,7 @@ class SparseTrainer(Trainer):
         name, weight = self.args.distillation, self.args.distillation_weight
         if name is None or self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        kept = predictions(model, inputs)
+        kept = predictions(inputs, partial(self._find_label_offset, model, inputs, num_items_in_batch))
         # The teacher runs first, so that its activations are freed before those of the model are kept for backward.
         with self.accelerator.autocast():
             taught = outputs_of(self.teacher, inputs, name)
@@ -295,6 +299,16 @@ class SparseTrainer(Trainer):
             loss = total * shared / num_items_in_batch
         loss = (1 - weight) * task_loss + weight * loss
         return (loss, outputs) if return_outputs else loss
+
+    def _find_label_offset(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> int:
+        """Return what `label_offset` finds for the loss of `Trainer`. It is tried on the first batch only."""
+        if self._label_offset is None:
+            # The task loss of this trainer, with label smoothing or `compute_loss_func` where they are given.
+            task_loss = partial(super().compute_loss, model, return_outputs=True, num_items_in_batch=num_items)
+            name = type(base_model(model)).__name__
+            with evaluation_mode(model), torch.random.fork_rng():
+                self._label_offset = label_offset(task_loss, inputs, name)
+        return self._label_offset
 
     def _find_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
         args = self.args
