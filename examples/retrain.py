@@ -136,7 +136,7 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    stages.append(stage("pruned", math.exp(evaluations[0]["eval_loss"]), evaluations[0]["sparsity"]))
+    stages.append(stage("pruned", math.exp(evaluations[0]["eval_loss"]), evaluations[0]["eval_sparsity"]))
     stages.append(stage("retrained", retrained, trainer.state.log_history[-1]["sparsity"]))
     stages += merge_and_reload(evaluation, tokenizer, Path(args.output_dir), args.device)
 

@@ -154,6 +154,8 @@ class PruningCallback(TrainerCallback):
         self._pruned: weakref.ref[nn.Module] | None = None
         # (‖W‖², number of nonzero entries) before and after the last pruning.
         self.norms: list[tuple[float, float]] = []
+        # Whether the last pruning is not in the log history of a run yet.
+        self._unlogged = False
         self._drops: dict[int, float] = {}
         self._due: dict[int, float] = {}
         if schedule is not None:
@@ -182,6 +184,9 @@ class PruningCallback(TrainerCallback):
                     "ended. Set it to False."
                 )
         elif self.has_pruned(model):
+            # The model was pruned before the training began, and the state of the training is new.
+            if self._unlogged and not state.global_step:
+                self._log(state)
             return
         self._drops = {e["step"]: e["norm_drop"] for e in state.log_history if "norm_drop" in e}
         past = [step for step in self._due if step <= state.global_step]
@@ -222,7 +227,12 @@ class PruningCallback(TrainerCallback):
         if step is not None:
             self.options["pattern"] = dataclasses.replace(self._goal, sparsity=self._due[step])
         self.prune(model, args.seed)
+        self._log(state)
+
+    def _log(self, state: TrainerState) -> None:
+        """Add the last pruning to the log history."""
         assert self.report is not None
+        self._unlogged = False
         before, after = self.norms
         drop = self._drops[state.global_step] = norm_drop(before, after) if after[1] < before[1] else 0.0
         entry = {"pruning": self.report.sparsity, "norm_drop": drop}
@@ -266,6 +276,7 @@ class PruningCallback(TrainerCallback):
                 self.report = prune(model, **self.options)
                 self.norms = [before, self._norm(model)]
             self._prune_copies(model)
+        self._unlogged = True
         # A weak reference, so that a model of an earlier `model_init` can be freed.
         self._pruned = weakref.ref(base_model(model))
         note_pruning(model)

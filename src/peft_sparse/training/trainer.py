@@ -13,7 +13,7 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import (
     BaseImageProcessor,
     DataCollator,
@@ -26,7 +26,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..calibration.inputs import evaluation_mode
 from ..calibration.label_positions import label_offset
@@ -59,7 +59,9 @@ class SparseTrainer(Trainer):
     `pruning_schedule` (see `PruningCallback`). During training the zeros of the prunable weights are kept, also in
     weights that are trained directly (see `ZeroGuardCallback`). The zeros are checked at each log, before each save,
     and at the end of training. Each log of the training contains `sparsity`, the fraction of zeros in the prunable
-    weights.
+    weights: those of the base, or where adapters are merged, the merged ones. The metrics of evaluations and
+    predictions contain it as `eval_sparsity` and `test_sparsity`, so that `metric_for_best_model="sparsity"` can be
+    used. A pruning is an entry of `state.log_history`, with its sparsity as `pruning`.
 
     If the arguments set `retraining_schedule`, the learning rates are those of the function `retraining_schedule`. The
     original schedule η is the one that `learning_rate`, `lr_scheduler_type` and the warm-up describe, over
@@ -413,8 +415,36 @@ class SparseTrainer(Trainer):
         guard = self._guard()
         if guard.weights:
             guard.check()
-            logs["sparsity"] = round(guard.sparsity(), 6)
+            # The metrics of an evaluation have theirs already, under a name with a prefix.
+            if not any(name.endswith("_sparsity") for name in logs):
+                logs["sparsity"] = round(guard.sparsity(), 6)
         super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate or predict as `Trainer` does. The metrics also hold `<metric_key_prefix>_sparsity`."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        share = self._sparsity_now()
+        if share is not None:
+            assert output.metrics is not None
+            output.metrics[f"{metric_key_prefix}_sparsity"] = round(share, 6)
+        return output
+
+    def _sparsity_now(self) -> float | None:
+        """Return the sparsity of the model. None if it has no prunable weights, or they cannot be read."""
+        if self.is_in_train and self._guard().weights:
+            # It has counted the zeros of quantised weights already, which takes long.
+            return self._guard().sparsity()
+        try:
+            return sparsity(self.model, self.args.target_modules, self.args.exclude_modules)
+        except ValueError:
+            return None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._guard().check()
