@@ -142,6 +142,11 @@ REFUSALS = [
     ),
     (lambda: arguments(pattern="2:4", sparsity=0.7), ValueError, '`sparsity=0.7` contradicts `pattern="2:4"`'),
     (lambda: arguments(group="all"), ValueError, "`group` must be one of .* got 'all'"),
+    (
+        lambda: arguments(pattern="2:4", group="row"),
+        ValueError,
+        "The pattern 2:4 compares within each 4 inputs, and takes no other group. Remove `group='row'`",
+    ),
     (lambda: arguments(recovery="rest"), ValueError, "`recovery` must be one of 'retrain', .* got 'rest'"),
     (lambda: arguments(calibration_samples=0), ValueError, "`calibration_samples` must be at least 1, got 0"),
     (

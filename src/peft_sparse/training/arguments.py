@@ -51,8 +51,8 @@ class SparseTrainingArguments(TrainingArguments):
         criterion_options: the criterion's own numbers, as a dict or JSON, such as `{"damping": 0.1}` for "sparsegpt".
             Their names are the fields of the criterion's class, here `SparseGPT`. Default None: the defaults of its
             class.
-        group: the entries that are compared with each other: "row" (one output), "matrix" or "model". It is not used
-            for n:m, which compares within each m entries. Default None: the group of the criterion's paper.
+        group: the entries that are compared with each other: "row" (one output), "matrix" or "model". n:m compares
+            within each m entries and takes no group. Default None: the group of the criterion's paper.
         allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
             "owl". Default None: each layer gets the requested sparsity.
         allocation_options: the allocation's own numbers, as a dict or JSON, such as `{"outlier_factor": 5}` for "owl".
@@ -235,8 +235,7 @@ class SparseTrainingArguments(TrainingArguments):
         if self.recovery not in RECOVERIES:
             raise ValueError(f"`recovery` must be one of {', '.join(map(repr, RECOVERIES))}, got {self.recovery!r}.")
         self._check_termination()
-        if self.group is not None and self.group not in GROUPS:
-            raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {self.group!r}.")
+        self._check_group()
         if self.calibration_samples < 1:
             raise ValueError(f"`calibration_samples` must be at least 1, got {self.calibration_samples}.")
         self.pruning_options()
@@ -252,12 +251,10 @@ class SparseTrainingArguments(TrainingArguments):
             ValueError: `sparsity` and `pattern` contradict each other; a choice or an option is unknown; options are
                 given without the choice that they belong to.
         """
-        pattern = self.pruning_pattern()
         return {
-            "pattern": pattern,
+            "pattern": self.pruning_pattern(),
             "criterion": self._choice("criterion"),
-            # An n:m pattern compares the entries of each m inputs, and `prune` takes no other group for it.
-            "group": None if isinstance(pattern, SemiStructured) else self.group,
+            "group": self.group,
             "allocation": self._choice("allocation"),
             "refinement": self._choice("refinement"),
             "update": self._choice("update") or False,
@@ -277,6 +274,16 @@ class SparseTrainingArguments(TrainingArguments):
         if not is_set:
             return None
         return chosen(name, CHOICES[name], "least_squares" if choice is True else choice, options)
+
+    def _check_group(self) -> None:
+        if self.group is not None and self.group not in GROUPS:
+            raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {self.group!r}.")
+        pattern = self.pruning_pattern()
+        if self.group is not None and isinstance(pattern, SemiStructured):
+            raise ValueError(
+                f"The pattern {pattern} compares within each {pattern.m} inputs, and takes no other group. Remove "
+                f"`group={self.group!r}`."
+            )
 
     def _check_termination(self) -> None:
         if self.save_on_sigterm and self.enable_jit_checkpoint:
