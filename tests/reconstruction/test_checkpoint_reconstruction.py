@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peft_sparse import reconstruct, reconstruct_checkpoint
+from peft_sparse import prune, reconstruct, reconstruct_checkpoint
 from peft_sparse.reconstruction import Fit
 
 from checks import assert_same_weights
@@ -30,6 +30,14 @@ def test_a_checkpoint_is_reconstructed_as_the_loaded_model_would_be(tmp_path, op
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse"), model)
     assert [region.error for region in report.regions] == [region.error for region in expected.regions]
     assert report.pruning.sparsity == 0.5
+
+
+def test_a_checkpoint_that_was_pruned_already_is_refused(tmp_path):
+    model = lively("llama")
+    prune(model, 0.5)
+    model.save_pretrained(tmp_path / "pruned")
+    with pytest.raises(ValueError, match=r"50.0% of them are zero already, .* Start from the dense model"):
+        reconstruct_checkpoint(tmp_path / "pruned", tmp_path / "out", 0.5, batches_of("llama"))
 
 
 def test_a_checkpoint_that_was_interrupted_is_resumed_into_a_new_folder(tmp_path):

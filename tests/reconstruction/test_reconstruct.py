@@ -1,5 +1,6 @@
 """Reconstruction against its definition, computed on the finished model; and what it must leave alone."""
 
+import copy
 import gc
 import json
 import re
@@ -15,7 +16,7 @@ from peft_sparse.model.blocks import find_blocks
 from peft_sparse.pruning.criteria import CRITERIA
 from peft_sparse.tuners.model import SparseLoraModel
 
-from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, inputs_by_hooks, zeros_of
+from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, inputs_by_hooks, named, zeros_of
 from conftest import FAMILIES, SIZES, VOCABULARY, tiny
 from rebuilding import (
     TUNERS,
@@ -193,6 +194,41 @@ def test_zeros_of_weights_that_are_not_pruned_now_stay_too():
     zeros = zeros_of(model)
     rebuild(model, batches_of("llama"), exclude_modules=["q_proj", "up_proj"])
     assert_zeros_kept(model, zeros)
+
+
+@pytest.mark.parametrize(
+    ("before", "options"),
+    [
+        ({"criterion": "wanda"}, {"pattern": 0.5}),
+        ({}, {"pattern": 0.3}),
+        ({"pattern": "2:4"}, {"pattern": 0.5, "region": "matrix"}),
+        ({"criterion": "wanda", "allocation": "owl"}, {"criterion": "wanda", "allocation": "owl"}),
+        ({"target_modules": ["q_proj"]}, {"target_modules": ["q_proj"], "mode": "DD"}),
+    ],
+    ids=named,
+)
+def test_a_model_that_was_pruned_already_is_no_teacher_of_itself(before, options):
+    model, calibration = lively("llama"), batches_of("llama")
+    prune(model, **{"pattern": 0.5, "calibration": calibration} | before)
+    given = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="The targets of a reconstruction come from the dense model. .* zero already"):
+        rebuild(model, calibration, **options)
+    assert_same_weights(model, given)
+
+
+def test_a_model_that_is_pruned_further_is_its_own_teacher_and_this_is_told():
+    model = lively("llama")
+    prune(model, 0.25)
+    with pytest.warns(UserWarning, match="25.0% are zero already. To fit to a dense model, prune first"):
+        report = rebuild(model, batches_of("llama"))
+    assert all(region.error < region.error_pruned for region in report.regions)
+
+
+def test_a_few_zeros_by_chance_do_not_count():
+    model = lively("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, :2] = 0
+    rebuild(model, batches_of("llama"), pattern=0.0)
 
 
 # -- pruning and reconstruction interleave ----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import tempfile
 import pytest
 from peft import LoraConfig
 
-from peft_sparse import MaskLoRAConfig, reconstruct
+from peft_sparse import MaskLoRAConfig, prune, reconstruct
 from peft_sparse.reconstruction.progress import Progress
 
 from conftest import tiny
@@ -22,6 +22,18 @@ def shallow():
     model = llama()
     del model.model.layers[2]
     return model
+
+
+def half_pruned():
+    model = llama()
+    prune(model, 0.5)
+    return model
+
+
+def sharing_a_norm():
+    model, dense = half_pruned(), llama()
+    dense.model.norm.weight = model.model.norm.weight
+    rebuild(model, pattern=None, dense=dense)
 
 
 def other_state():
@@ -115,6 +127,21 @@ REFUSALS = [
         lambda: rebuild(pattern=None, dense=tiny("llama"), update=True),
         ValueError,
         "`allocation`, `refinement` and `update` are part of pruning, .* Remove them, or pass them to `prune`",
+    ),
+    (
+        lambda: rebuild(half_pruned()),
+        ValueError,
+        "50.0% of them are zero already, where .* is asked: nothing would be pruned, .* Start from the dense model",
+    ),
+    (
+        lambda: rebuild(half_pruned(), pattern=None, dense=half_pruned()),
+        ValueError,
+        "got one with the same weights, so that each region .* Load the dense model again, and prune `model` before",
+    ),
+    (
+        sharing_a_norm,
+        ValueError,
+        "`dense` shares parameters with the model, .* copy.deepcopy",
     ),
     (lambda: rebuild(batch_size=0), ValueError, "`batch_size` must be at least 1, got 0"),
     (lambda: reconstruct(llama(), 0.5), ValueError, "Expected `calibration`, because a region is fitted on its"),

@@ -1,5 +1,6 @@
 """SparseTrainer(recovery="reconstruct"): what TrainingArguments say is what reconstruction does."""
 
+import copy
 import functools
 import json
 import math
@@ -78,9 +79,9 @@ def trainer_of(path, model=None, callbacks=None, peft_config=None, **kwargs):
     )
 
 
-def by_function(**options):
+def by_function(model=None, **options):
     """The same run by the plain function, as `Trainer` would choose optimiser and schedule."""
-    model = lively("llama")
+    model = model or lively("llama")
     defaults = {
         "pattern": 0.5,
         "learning_rate": 5e-3,
@@ -219,6 +220,39 @@ def test_the_model_is_left_as_training_left_it(tmp_path):
     assert all(module.training for module in trainer.model.modules())
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
     assert not any("forward" in module.__dict__ for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize("asked", [{"sparsity": None}, {}, {"sparsity": None, "pattern": "2:4"}], ids=named)
+def test_a_teacher_gives_the_targets_of_a_model_that_was_pruned_before(tmp_path, asked):
+    pattern = asked.get("pattern") or 0.5
+    model, expected, dense = lively("llama"), lively("llama"), lively("llama")
+    for pruned in (model, expected):
+        prune(pruned, pattern)
+    trainer = SparseTrainer(model, arguments(tmp_path, **asked), train_dataset=Samples(), teacher=dense)
+    trainer.train()
+    _, report = by_function(pattern=None, model=expected, dense=lively("llama"))
+    assert_close_weights(trainer.model, expected)
+    assert_same_weights(dense, lively("llama"))
+    assert all(region.error < region.error_pruned for region in trainer.reconstruction_report.regions)
+    assert [region.error for region in report.regions] == pytest.approx(logged(trainer, "error"))
+    assert sparsity(trainer.model) == 0.5
+    assert trainer.pruning_report is None
+
+
+def test_a_model_that_is_pruned_already_gives_no_targets(tmp_path):
+    model = lively("llama")
+    prune(model, 0.5)
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"50.0% of them are zero already, where 0.5 is asked: .* `SparseTrainer\("):
+        trainer_of(tmp_path, model).train()
+    assert_same_weights(model, before)
+    # Nor does the model that a first run has pruned, whose regions are kept.
+    trainer = trainer_of(tmp_path, save_strategy="steps")
+    trainer.train()
+    kept = sorted(path.name for path in (tmp_path / "reconstruction").iterdir())
+    with pytest.raises(ValueError, match="50.0% of them are zero already"):
+        trainer.train()
+    assert sorted(path.name for path in (tmp_path / "reconstruction").iterdir()) == kept
 
 
 # -- logs and callbacks ----------------------------------------------------------------------------------------------
@@ -442,7 +476,6 @@ def test_resuming_with_other_arguments_is_refused(tmp_path, changed):
 
 REFUSALS = [
     ({"recovery": "rest"}, ValueError, "`recovery` must be one of 'retrain', 'reconstruct', got 'rest'"),
-    ({"sparsity": None}, ValueError, "Expected either `pattern` .*, to prune region by region, or `dense`"),
     ({"reconstruction_region": "layer"}, ValueError, "`region` must be .* got 'layer'"),
     ({"reconstruction_region": "0"}, ValueError, "`region` must be .* got 0"),
     ({"reconstruction_mode": "DS"}, ValueError, "`mode` must be one of 'DD', 'SS', 'SD', got 'DS'"),

@@ -41,6 +41,12 @@ def reconstructed_by_trainer(**resuming):
     SparseTrainer(llama(), arguments(**options), train_dataset=data, callbacks=[StopAt(1)]).train(**resuming)
 
 
+def taught_by_trainer(model):
+    data = [{"input_ids": row, "labels": row} for row in TOKENS]
+    args = arguments(recovery="reconstruct", sparsity=0.5, calibration_samples=2, save_strategy="no")
+    SparseTrainer(model, args, train_dataset=data, teacher=llama()).train()
+
+
 def flattening_trainer():
     plugin = SimpleNamespace(fsdp_version=1, activation_checkpointing=False)
     with mock.patch.object(AcceleratorState, "fsdp_plugin", plugin, create=True):
@@ -341,6 +347,16 @@ REFUSALS = [
         lambda: SparseTrainer(llama(), arguments(distillation="logits")),
         ValueError,
         "`distillation='logits'` needs the dense model. Pass it as `teacher`, or set `sparsity`",
+    ),
+    (
+        lambda: SparseTrainer(llama(), arguments(recovery="reconstruct")),
+        ValueError,
+        "Reconstruction needs a dense model. Set `sparsity` or `pattern`, .* and the dense one as `teacher`",
+    ),
+    (
+        lambda: taught_by_trainer(llama()),
+        ValueError,
+        "Expected a model pruned to .*, got one with a sparsity of 0.0000. Leave `teacher` out",
     ),
     (two_gpus, ValueError, "one process per GPU, and this process has 2 GPUs. Start the script"),
     (

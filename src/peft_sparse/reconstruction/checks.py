@@ -2,16 +2,22 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..calibration.activations import Activations, check_activations
-from ..model.blocks import find_blocks
+from ..model.blocks import find_blocks, prunable_weights
+from ..model.offload import loaded_layer
+from ..model.weights import share, zero_counts
+from ..pruning.budget import Reading
 from ..pruning.by_name import PatternLike
+from ..pruning.patterns import number_to_prune
 from ..pruning.task import PruningTask
 from .fitting import Fit, adapted_weights
 from .regions import RegionSize
@@ -19,6 +25,8 @@ from .ties import check_ties
 
 
 Mode = Literal["DD", "SS", "SD"]
+# The fraction of zeros up to which a model counts as dense. A dense model may have a few zeros by chance.
+DENSE = 0.01
 
 
 def checked_task(
@@ -89,6 +97,11 @@ def _check_models(model: nn.Module, dense: nn.Module | None) -> None:
             "Expected `dense` to be the model before it was pruned, got "
             f"{'the pruned model itself' if dense is model else 'one with other blocks'}. Load the dense model again."
         )
+    if dense is not None and {id(p) for p in dense.parameters()} & {id(p) for p in model.parameters()}:
+        raise ValueError(
+            "`dense` shares parameters with the model, so that it would change while the model is fitted. Load the "
+            "dense model separately, or pass copy.deepcopy(model), made before pruning."
+        )
 
 
 def _check_task(task: PruningTask, fit: Fit, no_pattern: bool) -> None:
@@ -109,6 +122,83 @@ def _check_task(task: PruningTask, fit: Fit, no_pattern: bool) -> None:
             f"`target_modules={tuner.target_modules!r}` of the tuner matches none of the pruned weights, such as "
             f'{next(iter(task.weights))!r}. Fused experts take no adapters; use `tuner="full"` for them.'
         )
+
+
+def check_teaching(task: PruningTask, dense: nn.Module | None, reading: Reading, tell: bool = True) -> None:
+    """Check that the targets come from a denser model than the one that is fitted, where this can be seen.
+
+    Args:
+        task: what is pruned.
+        dense: the argument of `reconstruct`.
+        reading: weight name -> a context within which the weight is in memory.
+        tell: whether to warn if the weights are pruned, but not as far as asked.
+
+    Raises:
+        ValueError: the weights are as sparse as asked already, or equal those of `dense`.
+    """
+    if dense is not None:
+        _check_differ(task, dense, reading)
+        return
+    counts = zeros_before(task, reading)
+    if not counts:
+        return
+    if as_sparse_as_asked(task, counts):
+        raise ValueError(
+            "The targets of a reconstruction come from the dense model. Expected weights that are not pruned yet, and "
+            f"{share(counts.values()):.1%} of them are zero already, where {task.pattern} is asked: nothing would be "
+            "pruned, and each region would be fitted to its own outputs. Start from the dense model, which is pruned "
+            "region by region; or give it beside the pruned model: `reconstruct(model, calibration=..., dense=dense)` "
+            "without `pattern`, or `SparseTrainer(model, ..., teacher=dense)`."
+        )
+    if tell:
+        warnings.warn(
+            f"The targets come from this model, of whose weights to prune {share(counts.values()):.1%} are zero "
+            "already. To fit to a dense model, prune first, and pass the dense model as `dense`.",
+            stacklevel=3,
+        )
+
+
+def zeros_before(task: PruningTask, reading: Reading) -> dict[str, tuple[int, int]]:
+    """Return (zeros, entries) of each weight that is pruned. Empty if the first of them is dense.
+
+    A dense model is known by its first weight, and the others are not read.
+    """
+    counts: dict[str, tuple[int, int]] = {}
+    for name in (name for name, pattern in task.patterns.items() if pattern.sparsity):
+        with reading(name):
+            zeros, entries = counts[name] = zero_counts({name: task.weights[name]})[name]
+        if zeros <= DENSE * entries:
+            return {}
+    return counts
+
+
+def as_sparse_as_asked(task: PruningTask, counts: dict[str, tuple[int, int]]) -> bool:
+    """Return whether the weights have as many zeros as the task asks for, by what `zeros_before` returned."""
+    # As many as a pattern asks for at least, whatever group it compares.
+    asked = {}
+    for name in counts:
+        rows, columns = task.weights[name].shape
+        asked[name] = rows * number_to_prune(task.patterns[name].sparsity, columns)
+    if task.allocation is not None:
+        return bool(counts) and sum(zeros for zeros, _ in counts.values()) >= sum(asked.values())
+    return bool(counts) and all(zeros >= asked[name] for name, (zeros, _) in counts.items())
+
+
+def _check_differ(task: PruningTask, dense: nn.Module, reading: Reading) -> None:
+    """Raise ValueError if all weights of the task equal those of `dense`."""
+    theirs = prunable_weights(dense)
+    for name, weight in task.weights.items():
+        other = theirs.get(name)
+        if other is None:
+            return
+        with reading(name), loaded_layer(other.layer):
+            ours, dense_matrix = weight.matrix(), other.matrix()
+            if not torch.equal(ours.float(), dense_matrix.to(ours.device).float()):
+                return
+    raise ValueError(
+        "Expected `dense` to be the model before it was pruned, got one with the same weights, so that each region "
+        "would be fitted to its own outputs. Load the dense model again, and prune `model` before the reconstruction."
+    )
 
 
 def stable_text(choice: Any) -> str:

@@ -31,7 +31,7 @@ from ..pruning.refinement import Refinement
 from ..pruning.streamed_model import StreamedModel
 from ..pruning.task import OnUnreached, PruningTask, check_calibration, count_sequences
 from .calls import check_chains
-from .checks import Mode, checked_task, stable_text
+from .checks import Mode, check_teaching, checked_task, stable_text
 from .fitting import Fit
 from .observer import ReconstructionObserver
 from .progress import Progress, fingerprint_of_model
@@ -143,9 +143,9 @@ def reconstruct(
         TypeError: `pattern` or `update` has another type than these.
         ValueError: an argument is invalid, or does not go with another one; calibration is missing, or never reaches
             the block of a target; a weight, a statistic or a score is not finite; the model has adapters; `dense` is
-            another model; `state_dir` holds another run; a weight belongs to two regions; the tuner filled zeros;
-            processes were called differently. An error that occurs in a block has a note with the name of the block,
-            or of the first block of its region.
+            another model; the weights are as sparse as asked already, or equal those of `dense`; `state_dir` holds
+            another run; a weight belongs to two regions; the tuner filled zeros; processes were called differently. An
+            error that occurs in a block has a note with the name of the block, or of the first block of its region.
         RuntimeError: another process failed.
     """
     started = time.perf_counter()
@@ -173,6 +173,8 @@ def reconstruct(
         )
         inputs = as_inputs(model, _checked(task, calibration), batch_size)
         check_finite(task.weights)
+        with one_layer_at_a_time(task.weights) as reading:
+            check_teaching(task, dense, reading)
         residence = checked_when_loaded(on_device(device), task.inside)
         work = Reconstruction(
             model, dense, task, fit, region, mode, activations, residence, observer or ReconstructionObserver()
@@ -281,8 +283,8 @@ def reconstruct_checkpoint(
             holds no safetensors, lacks a tensor of the model, or holds it quantised or in another shape; no class of
             the configuration fits; tensors of several blocks are converted together or tied; the criterion needs the
             whole model; several processes run; calibration is missing, or never reaches the block of a target; a
-            weight, a statistic or a score is not finite; `state_dir` holds another run; a weight belongs to two
-            regions; the tuner filled zeros.
+            weight, a statistic or a score is not finite; the weights are as sparse as asked already; `state_dir`
+            holds another run; a weight belongs to two regions; the tuner filled zeros.
     """
     started = time.perf_counter()
     streamed = StreamedModel(source, output, device, trust_remote_code)
@@ -310,6 +312,7 @@ def reconstruct_checkpoint(
     )
     inputs = as_inputs(model, _checked(task, calibration), batch_size)
     streamed.start(task)
+    check_teaching(task, None, streamed.weight_in_memory)
     work = Reconstruction(
         model, None, task, fit, region, mode, activations, streamed.resident, observer or ReconstructionObserver()
     )

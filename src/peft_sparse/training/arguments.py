@@ -97,7 +97,8 @@ class SparseTrainingArguments(TrainingArguments):
         > Reconstruction
 
         recovery: "retrain" trains with the task loss. "reconstruct" fits the regions of the model one after another to
-            the outputs of the dense model. Default "retrain".
+            the outputs of the dense model: of the model before it is pruned to `sparsity` or `pattern`, or of the
+            `teacher` of SparseTrainer. Default "retrain".
         reconstruction_region: what is fitted at a time: "matrix" (one weight matrix), "submodule" (the attention or
             the MLP of a block), "block", or a number of consecutive blocks. Default "submodule".
         reconstruction_mode: which model the inputs and the targets of a region come from, the dense (D) or the sparse
@@ -301,12 +302,14 @@ class SparseTrainingArguments(TrainingArguments):
         if self.recovery != "reconstruct":
             return
         loss: Any = self.reconstruction_loss
+        # Without a pattern the model was pruned before, and the trainer gets the dense model.
+        no_pattern = self.pruning_pattern() is None
         check_choices(
             self.region_size(),
             self.reconstruction_mode,
             Fit(loss=loss, holdout=self.reconstruction_holdout),
-            no_pattern=self.pruning_pattern() is None,
-            no_dense=True,
+            no_pattern=no_pattern,
+            no_dense=not no_pattern,
         )
         check_activations(self.activations)
         if self.fp16:

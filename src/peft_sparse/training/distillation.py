@@ -12,13 +12,12 @@ from ..calibration.inputs import evaluation_mode, output_of
 from ..model.blocks import base_model, find_blocks, hidden_size, is_encoder_decoder
 from ..model.sharding import has_shards
 from ..model.tree import has_adapters, without_adapters
+from ..reconstruction.checks import DENSE
 
 
 DISTILLATIONS = ("logits", "hidden_states")
 # How many logits of each model are converted to float32 at a time: 64 MiB.
 CHUNK = 2**24
-# The fraction of zeros up to which a model counts as dense. A dense model may have a few zeros by chance.
-DENSE = 0.01
 
 
 def logits_loss(student: Tensor, teacher: Tensor, kept: Tensor, temperature: float = 1.0) -> Tensor:

@@ -33,10 +33,14 @@ from ..calibration.label_positions import label_offset
 from ..model.blocks import base_model
 from ..model.sharding import FSDP1
 from ..model.tree import has_adapters
+from ..model.weights import share, zero_counts
 from ..pruning.criteria import find_criterion
+from ..pruning.offloaded import one_layer_at_a_time
 from ..pruning.prune import sparsity
 from ..pruning.report import PruningReport
+from ..pruning.task import PruningTask
 from ..reconstruction import Fit, ReconstructionReport, reconstruct
+from ..reconstruction.checks import as_sparse_as_asked, check_teaching, zeros_before
 from ..reconstruction.progress import foreign_files, is_progress
 from ..tuners import merged_state_dict
 from .arguments import SparseTrainingArguments
@@ -101,13 +105,16 @@ class SparseTrainer(Trainer):
         teacher: the dense model for `distillation`, of any dtype, with the same tokeniser. It is moved to the training
             device, unless it was loaded across several devices. It is neither trained nor saved. By default the
             trainer copies the model, without adapters, before it prunes. The copy takes as much memory as the model.
+            With `recovery="reconstruct"` it is the model before it was pruned, and gives the targets: `model` has been
+            pruned already, and nothing more is pruned. By default the model is pruned region by region.
 
     Raises:
         TypeError: `args` is not a `SparseTrainingArguments`.
         ValueError: the model has adapters already, and `peft_config` or `recovery="reconstruct"` is given; calibration
             is needed, and there is no training set or it has fewer samples than `calibration_samples`; distillation
-            has no teacher, or one that does not fit; a `teacher` is given without `distillation`; distillation runs
-            with several GPUs in one process; the training is parallel by FSDP1.
+            or reconstruction has no dense model, or one that does not fit; a `teacher` is given, and neither
+            distillation nor reconstruction; distillation runs with several GPUs in one process; the training is
+            parallel by FSDP1.
     """
 
     args: SparseTrainingArguments
@@ -314,10 +321,20 @@ class SparseTrainer(Trainer):
 
     def _find_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
         args = self.args
+        if args.recovery == "reconstruct":
+            if teacher is None and args.pruning_pattern() is None:
+                raise ValueError(
+                    "Reconstruction needs a dense model. Set `sparsity` or `pattern`, so that the dense model is "
+                    "pruned region by region; or pass a pruned model, and the dense one as `teacher`."
+                )
+            if teacher is not None:
+                check_teacher(teacher, self.model, "logits")
+            return teacher
         if args.distillation is None:
             if teacher is not None:
                 raise ValueError(
-                    '`teacher` is given without `distillation`. Set distillation="logits" or "hidden_states".'
+                    '`teacher` is given without `distillation`. Set distillation="logits" or "hidden_states", or '
+                    '`recovery="reconstruct"`.'
                 )
             return None
         if args.n_gpu > 1:
@@ -341,6 +358,7 @@ class SparseTrainer(Trainer):
         args: Any = self.args
         if self.model_init is not None:
             self.model = self.callback_handler.model = self.call_model_init()
+        pruning = self._options_of_reconstruction()
         state_dir = self._state_dir(resume_from_checkpoint)
         logged = TrainingLog(self, args.region_size(), kept=state_dir is not None)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
@@ -362,7 +380,8 @@ class SparseTrainer(Trainer):
         report = reconstruct(
             self.model,
             calibration=list(self._calibration(args.per_device_train_batch_size)),
-            **args.pruning_options(),
+            **pruning,
+            dense=self.teacher,
             region=args.region_size(),
             mode=args.reconstruction_mode,
             fit=fit,
@@ -374,6 +393,27 @@ class SparseTrainer(Trainer):
         )
         self.reconstruction_report = report
         return logged.finish(report)
+
+    def _options_of_reconstruction(self) -> dict[str, Any]:
+        """Return what `reconstruct` is to prune: nothing if the dense model is given beside a pruned one."""
+        options = self.args.pruning_options()
+        if options["pattern"] is None:
+            return options
+        task = PruningTask.of(self.model, **options)
+        with one_layer_at_a_time(task.weights) as reading:
+            if self.teacher is None:
+                # `reconstruct` checks this too, but after the finished regions of an earlier run are deleted.
+                check_teaching(task, None, reading, tell=False)
+                return options
+            counts = zeros_before(task, reading)
+        if not as_sparse_as_asked(task, counts):
+            raise ValueError(
+                "`teacher` is the dense model of a model that was pruned before. Expected a model pruned to "
+                f"{task.pattern}, got one with a sparsity of {share(zero_counts(task.weights).values()):.4f}. Leave "
+                "`teacher` out: the model is then pruned region by region, and gives its own targets. Or prune it "
+                "before."
+            )
+        return options | {"pattern": None}
 
     def _state_dir(self, resume_from_checkpoint: str | bool | None) -> Path | None:
         if self.args.save_strategy == "no" and not resume_from_checkpoint:
