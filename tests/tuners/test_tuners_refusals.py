@@ -4,13 +4,21 @@ import pytest
 import torch
 import torch.nn.utils.prune as torch_prune
 from accelerate import cpu_offload
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    AdaptionPromptConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftMixedModel,
+    PrefixTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.utils import hotswap
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, MambaConfig
 
-from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig
+from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune
 from peft_sparse.tuners import MaskLoraModel, merged_state_dict
 from peft_sparse.tuners.proof import check_masks
 from peft_sparse.tuners.registration import register
@@ -28,6 +36,35 @@ def unreadable():
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     layer.quantization_backend = ForwardOnlyQuantizationBackend("stub")
     model(TOKENS)
+
+
+def adapted_by(config):
+    model = llama()
+    prune(model, 0.5)
+    return get_peft_model(model, config)
+
+
+def unreadable_merge():
+    model = adapted()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.quantization_backend = ForwardOnlyQuantizationBackend("stub")
+    merged_state_dict(model, merge=False)  # this needs no weight
+    merged_state_dict(model)
+
+
+def sharded_codes():
+    model = adapted()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.quantization_backend = ForwardOnlyQuantizationBackend("stub")
+    layer.base_layer.weight.ds_tensor = torch.zeros(1)
+    merged_state_dict(model, merge=False)
+
+
+def mixed_methods():
+    model = PeftMixedModel(llama(), MaskLoRAConfig(target_modules=["q_proj"]), "one")
+    model.add_adapter("two", OFTConfig(target_modules=["q_proj"], oft_block_size=4))
+    model.set_adapter(["one", "two"])
+    merged_state_dict(model)
 
 
 def foreign_mask():
@@ -203,10 +240,23 @@ REFUSALS = [
     (lambda: nan_adapter().merge_adapter(safe_merge=True), ValueError, "NaNs detected in the merged weights"),
     (lambda: register("mask_lora", ForeignConfig, MaskLoraModel), RuntimeError, "'mask_lora' is registered already"),
     (
-        lambda: merged_state_dict(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))),
-        TypeError,
-        "Expected one MaskLoRA or ScaledLoRA layer around .*, got Linear at .*q_proj'. Call `merge_and_unload",
+        lambda: merged_state_dict(adapted_by(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))),
+        ValueError,
+        r"q_proj' \(Linear\) would fill 128 zeros of its pruned weight. Save the adapter beside",
     ),
+    (
+        lambda: merged_state_dict(adapted_by(PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))),
+        TypeError,
+        "Adapter 'default' consists of trained prompts, which cannot be merged .* Save the adapter instead",
+    ),
+    (
+        lambda: merged_state_dict(adapted_by(AdaptionPromptConfig(adapter_len=2, adapter_layers=1))),
+        TypeError,
+        "AdaptionPromptModel .* belongs to an adapter that cannot be taken out of the model",
+    ),
+    (unreadable_merge, TypeError, r"up_proj' cannot be dequantised \(stub\), so that no adapter can be merged"),
+    (sharded_codes, TypeError, "up_proj' is quantised and sharded over processes, .* Save the adapter, load it"),
+    (mixed_methods, TypeError, r"Several methods adapt the weight of .*q_proj', and one of \['.*'\] does not add"),
 ]
 
 

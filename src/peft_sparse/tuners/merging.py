@@ -1,17 +1,25 @@
-"""Merge the adapters of a model into a new state dict, for models whose weights are sharded over processes.
+"""The base model of a model with adapters as a plain model: with the adapters merged, or as it was before them.
 
-`SparseTrainer` saves merged models with it.
+The model with adapters stays as it is. `merged_state_dict` returns tensors, also of a model whose weights are sharded
+over processes. `plain_model` returns a model, which `SparseTrainer` saves.
 """
 
+import contextlib
+import copy
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
+from accelerate.utils import is_compiled_module
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils import resolve_quantization_backend
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..model.blocks import active_copy, base_model
-from ..model.sharding import whole
+from ..model.offload import resident_through_hooks
+from ..model.sharding import is_sharded, whole, whole_shape
+from .base_weight import STRAY_ZEROS
 from .layer import SparseLoraLayer
 
 
@@ -23,9 +31,9 @@ def merged_state_dict(model: nn.Module, *, merge: bool = True, keep: bool = True
     the base weights stays zero.
 
     Args:
-        model: the model with MaskLoRA or ScaledLoRA adapters.
-        merge: True merges the active adapters. False returns the base weights as the model holds them, so adapters
-            that are merged already stay in them.
+        model: the model with adapters, attached in any of PEFT's or Transformers' ways.
+        merge: True merges the active adapters, and takes the active copies of `modules_to_save`. False returns the
+            base model without its adapters: the weights from before a merge, and the original modules.
         keep: whether this process receives the tensors. Every process must call the function. A process that passes
             False takes part in the gathering and receives an empty dictionary.
 
@@ -33,48 +41,338 @@ def merged_state_dict(model: nn.Module, *, merge: bool = True, keep: bool = True
         The tensors on the CPU, by the names they have in the base model. Tied weights are one tensor.
 
     Raises:
-        TypeError: an adapted layer is quantised, has an adapter of another method, or has two wrappers around the same
-            parameter.
-        ValueError: a saved mask contradicts the zeros of the base weight.
+        TypeError: an adapter cannot be merged: it does not consist of layers, the base weight cannot be dequantised or
+            is quantised and sharded, or several methods adapt one weight and one of them does not add to it.
+        ValueError: merging an adapter of another method would fill zeros, or a saved mask contradicts the zeros of the
+            base weight.
     """
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}
-    for name, module in _layers(base_model(model)):
-        layer, adapters = _unwrapped(name, module)
-        known = {key: id(tensor) for key, tensor in _saved(layer)}
-        with whole(module, recurse=bool(adapters)):
-            for key, tensor in _saved(layer) if keep else ():
-                value = adapters[key].merged_stored() if merge and key in adapters else tensor
+    tokens: dict[int, nn.Parameter] = {}
+    _check_attached(model, merge)
+    for name, module in _layers(base_model(model), merge):
+        layer = _innermost(module)
+        stored = {key: id(tensor) for key, tensor in _tensors(layer)}
+        _check_mergeable(name, module, merge)
+        with whole(module, recurse=layer is not module), resident_through_hooks(module):
+            if not keep:
+                continue
+            plain = _without_adapters(name, module, merge, tokens)
+            shared = {id(tensor): stored[key] for key, tensor in _tensors(layer)}
+            shared |= {id(parameter): id(parameter) for parameter in tokens.values()}
+            found: dict[str, Any] = {}
+            plain._save_to_state_dict(found, f"{name}." if name else "", True)
+            for key, value in found.items():
                 # One copy for tied weights, because `save_pretrained` recognises ties by their memory.
-                state[f"{name}.{key}" if name else key] = copies.setdefault(known[key], value.detach().cpu().clone())
+                known = shared.get(id(value))
+                if known is None or known not in copies:
+                    copied = value.detach().cpu().clone() if isinstance(value, Tensor) else value
+                    copies[-1 - len(copies) if known is None else known] = copied
+                    state[key] = copied
+                else:
+                    state[key] = copies[known]
     return state
 
 
-def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+@torch.no_grad()
+def plain_model(model: nn.Module, *, merge: bool = True, values: bool = True) -> nn.Module:
+    """Return the base model in a tree of modules without PEFT's layers, to be saved. The model stays as it is.
+
+    The modules are new, and the weights that no adapter changes are those of `model`. Changed weights are new ones on
+    the CPU, or quantised ones on their device. The hooks of the modules belong to `model`, so the plain model must not
+    be run.
+
+    Args:
+        model: the model with adapters, attached in any of PEFT's or Transformers' ways.
+        merge: as in `merged_state_dict`.
+        values: False leaves the changed weights on the meta device, where no process has to gather or merge them.
+
+    Raises:
+        TypeError: an adapter cannot be merged, as in `merged_state_dict`.
+        ValueError: merging an adapter would fill zeros, as in `merged_state_dict`.
+    """
+    known: dict[int, tuple[nn.Module, nn.Module]] = {}
+    tokens: dict[int, nn.Parameter] = {}
+    _check_attached(model, merge)
+
+    def plain(name: str, module: nn.Module) -> nn.Module:
+        if id(module) not in known:
+            _check_mergeable(name, module, merge)
+            with resident_through_hooks(module) if _is_wrapper(module) and values else contextlib.nullcontext():
+                copied = _without_adapters(name, module, merge, tokens, values)
+            # The original is kept with it, because Python gives the id of a freed object to a new one.
+            known[id(module)] = (module, copied)
+            for key, child in copied._modules.items():
+                if child is not None:
+                    copied._modules[key] = plain(f"{name}.{key}" if name else key, child)
+        return known[id(module)][1]
+
+    return plain("", base_model(model))
+
+
+def _layers(module: nn.Module, merge: bool, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield every module that holds weights, with its name in the base model. Tuner layers are not unwrapped."""
-    if isinstance(module, ModulesToSaveWrapper):
-        module = active_copy(module)
+    module = _chosen(module, merge)
     yield name, module
-    inside = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    for key, child in inside.named_children():
-        yield from _layers(child, f"{name}.{key}" if name else key)
+    for key, child in _innermost(module).named_children():
+        yield from _layers(child, merge, f"{name}.{key}" if name else key)
 
 
-def _unwrapped(name: str, module: nn.Module) -> tuple[nn.Module, dict[str, SparseLoraLayer]]:
-    """Return the layer inside `module`, and the adapted layers around it by name of the parameter they adapt."""
-    adapters: dict[str, SparseLoraLayer] = {}
+def _chosen(module: nn.Module, merge: bool) -> nn.Module:
+    """Return the module that stands at the place of `module` in the plain model, with its adapters."""
+    if is_compiled_module(module):
+        module = cast(nn.Module, module._orig_mod)
+    if isinstance(module, ModulesToSaveWrapper):
+        return active_copy(module) if merge and not module.disable_adapters else module.original_module
+    return module
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    """Return the layer within all wrappers of PEFT around it."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def _tensors(layer: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(key, value) for key, value in [*layer._parameters.items(), *layer._buffers.items()] if value is not None]
+
+
+def _wrappers(module: nn.Module) -> list[BaseTunerLayer]:
+    """Return the tuner layers around one layer, the outermost first."""
+    found: list[BaseTunerLayer] = []
     while isinstance(module, BaseTunerLayer):
-        key = getattr(module, "parameter_name", "weight")
-        if not isinstance(module, SparseLoraLayer) or module.quantization_backend is not None or key in adapters:
-            raise TypeError(
-                f"Expected one MaskLoRA or ScaledLoRA layer around a layer that is not quantised, got "
-                f"{type(module).__name__} at {name!r}. Call `merge_and_unload()` in one process."
-            )
-        adapters[key] = module
+        found.append(module)
         module = module.base_layer
-    return module, adapters
+    return found
 
 
-def _saved(layer: nn.Module) -> list[tuple[str, Tensor]]:
-    buffers = [(key, value) for key, value in layer._buffers.items() if key not in layer._non_persistent_buffers_set]
-    return [(key, value) for key, value in [*layer._parameters.items(), *buffers] if value is not None]
+def _adapts(wrapper: BaseTunerLayer, merge: bool) -> list[str]:
+    """Return the names of the adapters that are to be merged into the weight that the layer holds now."""
+    if not merge or wrapper.disable_adapters or wrapper.merged:
+        return []
+    present = {name for kind in wrapper.adapter_layer_names for name in getattr(wrapper, kind, ())}
+    return [name for name in wrapper.active_adapters if name in present]
+
+
+def _is_simple(wrappers: list[BaseTunerLayer]) -> bool:
+    """Return whether each wrapper adapts a parameter of its own, and its merged weight can be computed directly."""
+    keys = [_key(wrapper) for wrapper in wrappers]
+    return len(set(keys)) == len(keys) and all(
+        isinstance(wrapper, SparseLoraLayer) and wrapper.quantization_backend is None for wrapper in wrappers
+    )
+
+
+def _key(wrapper: BaseTunerLayer) -> str:
+    return getattr(wrapper, "parameter_name", None) or "weight"
+
+
+def _check_attached(model: nn.Module, merge: bool) -> None:
+    """Check that all adapters of `model` are layers, which can be taken out of it."""
+    configs = getattr(model, "peft_config", None)
+    prompts = [name for name, config in (configs or {}).items() if getattr(config, "is_prompt_learning", False)]
+    if merge and prompts:
+        raise TypeError(
+            f"Adapter {prompts[0]!r} consists of trained prompts, which cannot be merged into weights. Save the "
+            "adapter instead."
+        )
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    inside = {id(below) for module in model.modules() if isinstance(module, wrappers) for below in module.modules()}
+    for name, module in base_model(model).named_modules():
+        if type(module).__module__.startswith("peft.") and id(module) not in inside:
+            raise TypeError(
+                f"{type(module).__name__} (module {name!r}) belongs to an adapter that cannot be taken out of the "
+                "model. Save the adapter instead."
+            )
+
+
+def _check_mergeable(name: str, module: nn.Module, merge: bool) -> None:
+    """Check, without reading a weight, that the adapters around one layer can be merged."""
+    wrappers, layer = _wrappers(module), _innermost(module)
+    sharded = any(parameter is not None and is_sharded(parameter) for parameter in layer._parameters.values())
+    if _is_simple(wrappers) and not sharded:
+        return
+    backend = getattr(module, "quantization_backend", None) or _backend(layer)
+    if sharded and backend is not None:
+        raise TypeError(
+            f"The weight of {name!r} is quantised and sharded over processes, so that it cannot be saved as a plain "
+            "weight. Save the adapter, load it onto the base model in one process, and merge it there."
+        )
+    active = [wrapper for wrapper in wrappers if _adapts(wrapper, merge)]
+    if active and backend is not None and not backend.supports_merge:
+        raise TypeError(
+            f"The weight of {name!r} cannot be dequantised ({backend.backend_name}), so that no adapter can be merged "
+            "into it. Save the adapter, or merge it into a base model that is not quantised."
+        )
+    if len(active) > 1 and not _is_simple(wrappers) and not all(map(_adds, active)):
+        raise TypeError(
+            f"Several methods adapt the weight of {name!r}, and one of {[type(one).__name__ for one in active]} does "
+            "not add to the weight, so that the merged weight depends on the order. Activate one of the adapters."
+        )
+
+
+def _adds(wrapper: BaseTunerLayer) -> bool:
+    """Return whether the adapters of `wrapper` add to what the wrapped layer computes."""
+    if isinstance(wrapper, SparseLoraLayer):
+        return True
+    return all(wrapper.supports_lora_conversion(name) for name in wrapper.active_adapters)
+
+
+def _backend(layer: nn.Module) -> Any:
+    return resolve_quantization_backend(layer, get_apply_tensor_subclass=lambda: None)
+
+
+def _without_adapters(
+    name: str, module: nn.Module, merge: bool, tokens: dict[int, nn.Parameter], values: bool = True
+) -> nn.Module:
+    """Return a copy of one layer, without wrappers around it. Its weights are not copied where they do not change.
+
+    Args:
+        name: the name of the layer in the base model.
+        module: the layer, or the outermost wrapper around it.
+        merge: as in `merged_state_dict`.
+        tokens: the weights with trained tokens, by what identifies the adapter. Tied weights are one parameter.
+        values: False leaves changed weights on the meta device.
+    """
+    module = _chosen(module, merge)
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return _with_tokens(cast(Any, module).token_adapter, merge, tokens, values)
+    wrappers = _wrappers(module)
+    layer = _innermost(module)
+    if not _is_simple(wrappers) and values:
+        return _merged_twin(name, wrappers, layer, merge)
+    plain = _shallow_copy(layer)
+    for wrapper in wrappers:
+        names, key = _adapts(wrapper, merge), _key(wrapper)
+        stored = layer._parameters.get(key)
+        if stored is None or not (names or _is_to_unmerge(wrapper, merge)):
+            continue
+        if not values:
+            changed = torch.empty(whole_shape(stored), dtype=stored.dtype, device="meta")
+        elif names:
+            sparse = cast(SparseLoraLayer, wrapper)
+            changed = sparse._as_stored(sparse.merged_weight(names)).to("cpu", stored.dtype)
+        else:
+            changed = cast(SparseLoraLayer, wrapper)._stored_unmerged().detach().cpu()
+        plain._parameters[key] = nn.Parameter(changed.contiguous(), requires_grad=False)
+    return plain
+
+
+def _is_to_unmerge(wrapper: BaseTunerLayer, merge: bool) -> bool:
+    return wrapper.merged and (not merge or wrapper.disable_adapters)
+
+
+def _with_tokens(adapter: Any, merge: bool, tokens: dict[int, nn.Parameter], values: bool) -> nn.Module:
+    """Return a copy of an embedding, or of a head that is tied to it, with the tokens of `trainable_token_indices`."""
+    plain = _shallow_copy(adapter.get_base_layer())
+    names = _adapts(adapter, merge)
+    restored = adapter.merged_adapters if _is_to_unmerge(adapter, merge) else []
+    if not names and not restored:
+        return plain
+    root = id(adapter.tied_adapter or adapter)
+    if root not in tokens:
+        weight = adapter.get_base_layer().weight.detach()
+        if not values:
+            weight = torch.empty(whole_shape(weight), dtype=weight.dtype, device="meta")
+        elif names:
+            weight = adapter.get_merged_weights(names).detach().cpu()
+        else:
+            weight = weight.cpu().clone()
+            for name in reversed(restored):
+                index = torch.tensor(adapter.token_indices[name])
+                weight.index_copy_(0, index, adapter.trainable_tokens_original[name].to(weight))
+        tokens[root] = nn.Parameter(weight, requires_grad=False)
+    plain._parameters["weight"] = tokens[root]
+    return plain
+
+
+def _merged_twin(name: str, wrappers: list[BaseTunerLayer], layer: nn.Module, merge: bool) -> nn.Module:
+    """Return a copy of `layer` into which PEFT merged the adapters of `wrappers`, or from which it unmerged them."""
+    changing = [wrapper for wrapper in wrappers if _adapts(wrapper, merge) or _is_to_unmerge(wrapper, merge)]
+    if not changing:
+        return _shallow_copy(layer)
+    if len(changing) == 1:
+        merged = _twin(changing[0], layer, merge)
+    elif merge:
+        # Each adapter is merged into the weight that it was trained beside, and the changes are added up.
+        key = _key(changing[0])
+        before = _weights(layer)[key].float()
+        deltas = [_weights(_twin(wrapper, layer, merge))[key].float() - before for wrapper in changing]
+        merged = _bare(layer)
+        weight = (before + sum(deltas)).to(merged._parameters[key].dtype)  # type: ignore[union-attr]
+        merged._parameters[key] = nn.Parameter(weight, requires_grad=False)
+    else:
+        # The outermost layer was merged first, so it has kept the weight from before all of them.
+        merged = _twin(changing[0], layer, merge)
+    _check_zeros(name, wrappers, layer, merged)
+    return merged
+
+
+def _twin(wrapper: BaseTunerLayer, layer: nn.Module, merge: bool) -> nn.Module:
+    """Return a copy of `layer` into which the adapters of `wrapper` alone are merged, or without them."""
+    # Hooks may belong to the whole model, which must not be copied.
+    twin = _bare(cast(nn.Module, wrapper))
+    twin._modules["base_layer"] = _bare(layer)
+    twin = copy.deepcopy(twin)
+    names = _adapts(wrapper, merge)
+    special = getattr(twin, "unload_and_optionally_merge_module", None)
+    if not names:
+        cast(Any, twin).unmerge()
+    elif special is not None:
+        return cast(nn.Module, special(merge=True, safe_merge=False, adapter_names=names))
+    else:
+        cast(Any, twin).merge(adapter_names=names)
+    return cast(nn.Module, twin.get_base_layer())  # type: ignore[operator]
+
+
+def _check_zeros(name: str, wrappers: list[BaseTunerLayer], layer: nn.Module, merged: nn.Module) -> None:
+    """Refuse a merge that fills zeros of a pruned weight."""
+    before, after = _weights(layer), _weights(merged)
+    for key, weight in before.items():
+        other = after.get(key)
+        if other is None or other.shape != weight.shape:
+            continue
+        zeros = weight == 0
+        filled = int((zeros & (other.to(weight.device) != 0)).sum())
+        if filled and int(zeros.sum()) > STRAY_ZEROS * weight.numel():
+            raise ValueError(
+                f"Merging the adapters of {name!r} ({type(wrappers[0]).__name__}) would fill {filled} zeros of its "
+                "pruned weight. Save the adapter beside the pruned base model, or train a MaskLoRA or ScaledLoRA "
+                "adapter, whose merge keeps every zero."
+            )
+
+
+def _weights(layer: nn.Module) -> dict[str, Tensor]:
+    """Return the floating-point weights of one layer, dequantised if they are quantised."""
+    backend = _backend(layer)
+    if backend is not None:
+        return {"weight": backend.get_base_weight(layer)} if backend.supports_merge else {}
+    return {key: p.detach() for key, p in layer._parameters.items() if p is not None and p.is_floating_point()}
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """Return a copy of `module` that shares its weights and modules, and has no hooks, of torch or of accelerate."""
+    copied = _shallow_copy(module)
+    for attribute in [key for key in vars(copied) if key.endswith("_hooks") or "_hooks_" in key]:
+        copied.__dict__[attribute] = type(vars(copied)[attribute])()
+    for attribute in ("_hf_hook", "_old_forward", "forward"):
+        copied.__dict__.pop(attribute, None)
+    return copied
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of `module` that shares its weights and modules. Adding or replacing one does not change `module`.
+
+    It does not run the constructor, nor `__copy__`, which FSDP's classes refuse.
+    """
+    copied: nn.Module = object.__new__(type(module))
+    own = {key: dict(vars(module)[key]) for key in ("_parameters", "_buffers", "_modules")}
+    copied.__dict__.update(vars(module) | own)
+    # What Transformers keeps on models whose adapters `add_adapter` attached: it saves the adapters alone.
+    for attribute in ("_hf_peft_config_loaded", "peft_config"):
+        copied.__dict__.pop(attribute, None)
+    return copied
