@@ -178,6 +178,7 @@ ENUM = {f"PeftType.{name}" for name in ("MASK_LORA", "SCALED_LORA")}
 ENUM |= {f"PeftType.{name}" for name in ("_member_names_", "_member_map_", "_value2member_map_")}
 TABLES = {f"PEFT_TYPE_TO_{name}_MAPPING" for name in ("CONFIG", "TUNER", "MIXED_MODEL", "PREFIX")}
 REPLACED = {
+    "peft.peft_model.PeftModel.create_or_update_model_card",
     "peft.helpers.LoraLayer",
     "peft.tuners.mixed.COMPATIBLE_TUNER_TYPES",
     "peft.tuners.mixed.model.COMPATIBLE_TUNER_TYPES",

@@ -5,14 +5,17 @@ The models of `mask_lora` and `scaled_lora` read the configurations. PEFT saves 
 """
 
 import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..model.masks import sparsity_of_fingerprint
-from .card import complete_card
+from .card import describe_adapter
 from .registration import add_peft_type
 
 
@@ -85,21 +88,42 @@ class SparseLoraConfig(PeftConfig):
         return r, lora_alpha
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration, with the fingerprints of the masks, and complete the model card.
+        """Save the configuration, with the fingerprints of the masks, and write into the model card how to load.
 
         Args:
-            save_directory: folder of the adapter. PEFT writes `adapter_config.json` into it. If the folder holds a
-                model card, instructions for loading the adapter are added to the card.
+            save_directory: folder of the adapter. PEFT writes `adapter_config.json` into it. Its model card gets
+                instructions for loading the adapter. If it is a checkpoint of a Trainer, the card in the folder of
+                the run gets them too, because that is the card which the Trainer pushes to the Hub.
             kwargs: passed on to `PeftConfig.save_pretrained`.
         """
         own = self.mask_fingerprints
         self.mask_fingerprints = self._proof or own
         try:
             super().save_pretrained(save_directory, **kwargs)
-            complete_card(save_directory, self.peft_type.value, self.sparsity, self.save_mask)
+            self.describe(save_directory)
+            folder = Path(save_directory).absolute()
+            if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
+                self.describe(str(folder.parent))
         finally:
             # The fingerprints belong to the file. The object may be used for another model next.
             self.mask_fingerprints = own
+
+    def describe(self, folder: str, sparsity: float | None = None, base: str | None = None) -> None:
+        """Write into the model card in `folder` how the adapter is loaded. A folder without a card gets one.
+
+        Args:
+            folder: folder of the card.
+            sparsity: mean sparsity of the adapted weights. None takes that of the fingerprints.
+            base: name or folder of the base model. None takes `base_model_name_or_path`.
+        """
+        describe_adapter(
+            folder,
+            self.peft_type.value,
+            self.sparsity if sparsity is None else sparsity,
+            save_mask=self.save_mask,
+            task_type=self.task_type,
+            base=self.base_model_name_or_path or base,
+        )
 
     @property
     def sparsity(self) -> float | None:

@@ -1,0 +1,118 @@
+"""Write in every model card that leaves with an adapter how it is loaded. PEFT alone does not know the methods.
+
+`SparseLoraConfig.save_pretrained` writes the card of the folder that it saves into. PEFT and Transformers write other
+cards, some of them after that, and have no hook for text in them. This module extends three methods in memory when the
+package is imported. It changes no file of PEFT or Transformers, and no card of a model without our adapters.
+
+- `PeftModel.create_or_update_model_card`: the card that PEFT writes first, beside the folders of named adapters.
+- `PushToHubMixin._upload_modified_files`: `push_to_hub` of models writes a card of its own right before this call.
+- `Trainer.create_model_card`, also of every subclass that has its own, such as those of TRL. `Trainer.push_to_hub`
+  calls it after it has saved the model.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer
+from transformers.utils import PushToHubMixin
+
+from ..model.blocks import base_model
+from ..model.masks import mask_of
+from ..model.sharding import has_shards
+from .config import SparseLoraConfig
+from .layer import SparseLoraLayer
+
+
+def enable_cards() -> None:
+    """Extend the three methods. A second call changes nothing."""
+    _extend(PeftModel, "create_or_update_model_card", lambda model, output_dir: describe_adapters(model, output_dir))
+    _extend(
+        PushToHubMixin,
+        "_upload_modified_files",
+        lambda pushed, working_dir, *args, **kwargs: describe_adapters(pushed, working_dir),
+        before=True,
+    )
+    _extend_trainers()
+
+
+def describe_adapters(model: Any, folder: str) -> None:
+    """Write into the model card in `folder` how the adapters of `model` are loaded, if one of them is ours.
+
+    Args:
+        model: a model, or the configuration of an adapter.
+        folder: the folder of the card.
+    """
+    if isinstance(model, SparseLoraConfig):
+        model.describe(folder)
+        return
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(model, nn.Module) or not isinstance(configs, dict):
+        return
+    ours = {name: config for name, config in configs.items() if isinstance(config, SparseLoraConfig)}
+    if ours:
+        name = next((name for name in _active(model) if name in ours), next(iter(ours)))
+        loaded_from = getattr(getattr(base_model(model), "config", None), "_name_or_path", None)
+        ours[name].describe(folder, mean_sparsity(model, name), loaded_from)
+
+
+def mean_sparsity(model: nn.Module, adapter_name: str) -> float | None:
+    """Return the mean sparsity of the weights that an adapter adapts. None if no weight can be read."""
+    if has_shards(model):
+        return None
+    found = []
+    for module in base_model(model).modules():
+        if isinstance(module, SparseLoraLayer) and adapter_name in module.A and module._readable():
+            weight = module.pruned_weight()
+            if weight.numel() and not weight.is_meta:
+                found.append(1 - int(mask_of(weight).sum()) / weight.numel())
+    return sum(found) / len(found) if found else None
+
+
+def _active(model: Any) -> list[str]:
+    # A property in PEFT, and a method in Transformers.
+    active = model.active_adapters
+    return list(active() if callable(active) else active)
+
+
+def _extend(kind: type, name: str, describe: Callable[..., None], before: bool = False) -> None:
+    """Let the method `name` of `kind` call `describe` with its own arguments, before or after it does its work."""
+    original = vars(kind).get(name)
+    if original is None or hasattr(original, "describes_adapters"):
+        return
+
+    @functools.wraps(original)
+    def extended(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if before:
+            describe(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+        if not before:
+            describe(self, *args, **kwargs)
+        return result
+
+    vars(extended)["describes_adapters"] = True
+    setattr(kind, name, extended)
+
+
+def _describe_of_trainer(trainer: Any, *args: Any, **kwargs: Any) -> None:
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        describe_adapters(model, trainer.args.output_dir)
+
+
+def _extend_trainers() -> None:
+    known = [Trainer]
+    while known:
+        kind = known.pop()
+        _extend(kind, "create_model_card", _describe_of_trainer)
+        known += kind.__subclasses__()
+    if "__init_subclass__" not in vars(Trainer):
+        # Trainers that are imported later.
+        Trainer.__init_subclass__ = classmethod(_extend_new_trainer)
+
+
+def _extend_new_trainer(kind: Any, **kwargs: Any) -> None:
+    super(Trainer, kind).__init_subclass__(**kwargs)
+    _extend(kind, "create_model_card", _describe_of_trainer)
