@@ -1,5 +1,7 @@
 """Every refusal of `training/`, with its words."""
 
+import copy
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -8,7 +10,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
-from transformers import TrainingArguments
+from transformers import (
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
 
 from peft_sparse import (
     CubicSchedule,
@@ -28,9 +37,10 @@ from peft_sparse.training.distillation import (
     sum_of_losses,
 )
 from peft_sparse.training.learning_rates import norm_drop, retraining_schedule
+from peft_sparse.training.saving import save_plain_model
 from peft_sparse.training.zero_guard import ZeroGuardCallback, _compare
 
-from conftest import Samples, tiny
+from conftest import CONFIGS, Samples, tiny
 from refusing import TOKENS, _State, adapted, arguments, llama
 from trainers import StopAt
 
@@ -135,7 +145,58 @@ def where_others_keep_files():
         assert (folder / "results.json").exists()
 
 
+class TiedInside(LlamaForCausalLM):
+    """A class that ties its head in the constructor, and knows no switch for it."""
+
+    _tied_weights_keys = None
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head.weight = self.model.embed_tokens.weight
+
+
+def beside_an_adapter():
+    model = adapted()
+    model.save_pretrained("both")
+    save_plain_model(model, "both", merge=False, write=True, sparsity=0.0)
+
+
+def trained_tied_head(kind, config):
+    model = kind(config)
+    with warnings.catch_warnings(action="ignore"):  # PEFT tells that the head is tied
+        model = get_peft_model(model, MaskLoRAConfig(target_modules=["lm_head"]))
+    try:
+        save_plain_model(model, "merged", merge=True, write=True, sparsity=0.0)
+    finally:
+        assert not Path("merged").exists()
+
+
+def t5(kind):
+    return kind(vocab_size=61, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, decoder_start_token_id=0)
+
+
 REFUSALS = [
+    (
+        beside_an_adapter,
+        ValueError,
+        "'both' holds an adapter .adapter_config.json., which .* Save the model to another folder",
+    ),
+    (
+        lambda: trained_tied_head(T5ForConditionalGeneration, t5(T5Config)),
+        ValueError,
+        "'lm_head.weight', 'shared.weight'. are one tied weight, .*T5ForConditionalGeneration ties .* whatever its "
+        "configuration says. Save the adapter instead",
+    ),
+    (
+        lambda: trained_tied_head(UMT5ForConditionalGeneration, t5(UMT5Config)),
+        ValueError,
+        "are one tied weight, .* the forward pass of UMT5ForConditionalGeneration depends on `tie_word_embeddings`",
+    ),
+    (
+        lambda: trained_tied_head(TiedInside, copy.deepcopy(CONFIGS["llama"])),
+        ValueError,
+        "'lm_head.weight', 'model.embed_tokens.weight'. are one tied weight, .* TiedInside ties .* whatever",
+    ),
     (
         where_others_keep_files,
         ValueError,

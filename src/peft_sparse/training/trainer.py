@@ -31,7 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from ..calibration.inputs import evaluation_mode
 from ..calibration.label_positions import label_offset
 from ..model.blocks import base_model
-from ..model.sharding import FSDP1
+from ..model.sharding import FSDP1, has_shards
 from ..model.tree import has_adapters
 from ..model.weights import share, zero_counts
 from ..pruning.criteria import find_criterion
@@ -42,12 +42,13 @@ from ..pruning.task import PruningTask
 from ..reconstruction import Fit, ReconstructionReport, reconstruct
 from ..reconstruction.checks import as_sparse_as_asked, check_teaching, zeros_before
 from ..reconstruction.progress import foreign_files, is_progress
-from ..tuners import merged_state_dict
+from ..tuners.card import describe_plain_model
 from .arguments import SparseTrainingArguments
 from .distillation import check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
 from .learning_rates import norm_drop, retraining_schedule
 from .pruning_callback import PruningCallback
 from .reconstruction_log import TrainingLog, optimizer_of, schedule_of
+from .saving import save_plain_model
 from .termination import TerminationCallback
 from .zero_guard import ZeroGuardCallback
 
@@ -491,16 +492,20 @@ class SparseTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def save_merged_model(self, output_dir: str) -> None:
-        """Save the model with its adapters merged, for `from_pretrained`.
+        """Save the model with its adapters merged, as a plain model for `from_pretrained`, with a model card.
 
-        The trained model does not change. With several processes, call this in each of them: the weights are gathered
-        from all processes, and one process writes.
+        The adapters may have been attached in any of PEFT's or Transformers' ways. The trained model does not change.
+        With several processes, call this in each of them: the weights are gathered from all processes, and one process
+        writes. A head that was tied to the embedding, and that an adapter or `modules_to_save` has changed, is saved
+        untied. A model without `save_pretrained` is saved as the state dict `model.safetensors`.
 
         Args:
             output_dir: the folder to write to.
 
         Raises:
-            TypeError: the model has adapters that cannot be merged in this way, see `merged_state_dict`.
+            TypeError: the model has adapters that cannot be merged, see `merged_state_dict`.
+            ValueError: the folder holds an adapter; merging an adapter of another method would fill zeros; or the
+                model's family cannot load its head untied from the embedding. Nothing is written.
             RuntimeError: a weight lost a zero.
         """
         self._save_plain(output_dir, merge=True)
@@ -509,26 +514,44 @@ class SparseTrainer(Trainer):
         """Save the base model without its adapters, for `from_pretrained`. The saved adapters are loaded onto it.
 
         The trained model does not change. With several processes, call this in each of them: the weights are gathered
-        from all processes, and one process writes.
+        from all processes, and one process writes. Adapters that are merged are left out too.
 
         Args:
             output_dir: the folder to write to.
 
         Raises:
             TypeError: the base weights cannot be saved in this way, see `merged_state_dict`.
+            ValueError: the folder holds an adapter. Nothing is written.
             RuntimeError: a weight lost a zero.
         """
         self._save_plain(output_dir, merge=False)
 
     def _save_plain(self, output_dir: str, merge: bool) -> None:
         self._guard().check()
-        state = merged_state_dict(self.model, merge=merge, keep=self.args.should_save)
-        if self.args.should_save:
-            base: Any = base_model(self.model)
-            base.save_pretrained(output_dir, state_dict=state)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
+        beside = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        save_plain_model(
+            self.model,
+            output_dir,
+            merge=merge,
+            write=self.args.should_save,
+            sparsity=sparsity(self.model, self.args.target_modules, self.args.exclude_modules),
+            processors=() if beside is None else (beside,),
+        )
         self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write a model card, as `Trainer` does. It tells how adapters are loaded, or how sparse a plain model is.
+
+        Args:
+            args, kwargs: as in `Trainer.create_model_card`.
+        """
+        super().create_model_card(*args, **kwargs)
+        adapted = any(isinstance(module, BaseTunerLayer) for module in self.model.modules())
+        # One process writes the card, and cannot gather weights that are sharded.
+        if not adapted and self.is_world_process_zero() and not has_shards(self.model):
+            base = getattr(getattr(base_model(self.model), "config", None), "_name_or_path", None)
+            share = sparsity(self.model, self.args.target_modules, self.args.exclude_modules)
+            describe_plain_model(str(self.args.output_dir), share, base)
 
     def _guard(self) -> ZeroGuardCallback:
         # Not an attribute, because resuming may replace the callback by one restored from the checkpoint.
