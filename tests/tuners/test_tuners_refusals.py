@@ -139,7 +139,56 @@ def prepared_late():
     hotswap.prepare_model_for_compiled_hotswap(torch.compile(adapted(), backend="eager"), target_rank=16)
 
 
+def narrow(layer):
+    layer.saved_masks["default"].zero_()
+    layer._unsettled["default"] = "error"
+
+
+def combined(
+    adapters=("default", "second"), weights=(1.0, 1.0), name="sum", edit=None, first=(), second=(), **options
+):
+    model = adapted(**dict(first))
+    model.add_adapter("second", MaskLoRAConfig(target_modules="all-linear", **dict(second)))
+    if edit is not None:
+        edit(model.base_model.model.model.layers[0].mlp.up_proj)
+    model.add_weighted_adapter(list(adapters), list(weights), name, **options)
+
+
 REFUSALS = [
+    (lambda: combined(weights=[1.0]), ValueError, "one weight for each adapter, .* Got 2 adapters and 1 weights"),
+    (lambda: combined(["other"], [1.0]), ValueError, "The model has no adapter 'other'. It has default, second"),
+    (lambda: combined(name="second"), ValueError, "has an adapter 'second' already. Choose another name"),
+    (lambda: combined(combination_type="linear"), ValueError, "'linear' combines A and B apart, .* Use 'cat'"),
+    (
+        lambda: combined(combination_type="dare_ties"),
+        ValueError,
+        "'dare_ties' combines A and B .* Use 'dare_ties_svd'",
+    ),
+    (lambda: combined(combination_type="mean"), ValueError, "`combination_type` must be one of .* got 'mean'"),
+    (
+        lambda: combined(combination_type="ties_svd"),
+        ValueError,
+        r"`density` must be in \(0, 1\] .* 'ties_svd', got None",
+    ),
+    (lambda: combined(majority_sign_method="all"), ValueError, "must be 'total' or 'frequency', got 'all'"),
+    (lambda: combined(combination_type="svd", svd_rank=0), ValueError, "`svd_rank` must be a positive integer, got 0"),
+    (lambda: combined(svd_clamp=2), ValueError, r"`svd_clamp` must be a quantile in \[0, 1\], got 2"),
+    (lambda: combined(second={"masking": "merge"}), ValueError, 'the same `masking`, got "always" and "merge"'),
+    (
+        lambda: combined(second={"train_norms": True}),
+        ValueError,
+        "Adapter 'second' also trains whole parameters, by `modules_to_save`. Merge it",
+    ),
+    (
+        lambda: combined(first={"save_mask": True}, edit=narrow),
+        ValueError,
+        "different masks in 'model.layers.0.mlp.up_proj', .* Combine adapters that were trained on the same zeros",
+    ),
+    (
+        lambda: combined(edit=lambda layer: layer.A["second"].to("meta")),
+        ValueError,
+        "A and B are in the memory of this process. They are on the meta device, .* Load the adapters in one process",
+    ),
     (
         lambda: swap(merged()),
         ValueError,

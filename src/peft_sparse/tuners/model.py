@@ -6,7 +6,7 @@
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..model.blocks import base_layer
 from ..model.kinds import computation
+from .combining import Combination, combine
 from .config import SparseLoraConfig
 from .groups import select_groups
 from .hotswap import whole_pairs
@@ -164,6 +165,49 @@ class SparseLoraModel(BaseTuner):
         # PEFT's version also reads `weight`, which the module that holds fused experts does not have. It moves
         # adapters to the device of the base weight, which our layers do themselves.
         setattr(parent, child_name, new_module)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add an adapter that computes the weighted sum of others. The active adapters stay active.
+
+        With the weights w_i and the scalings s_i that the adapters have now, its update is Σ w_i s_i M ⊙ (B_i A_i) for
+        MaskLoRA, and W ⊙ Σ w_i s_i (B_i A_i - 1) for ScaledLoRA. Adapters may differ in layers, rank and scaling.
+
+        Args:
+            adapters: names of the adapters.
+            weights: one weight for each adapter. A negative weight subtracts the update.
+            adapter_name: name of the new adapter. Its scaling is 1, and its A and B are frozen.
+            combination_type: "cat" is the exact sum. Its rank is the sum of the ranks, and 1 more for ScaledLoRA
+                unless the w_i s_i sum up to 1. "svd" is the best approximation of the combined BA that has the rank
+                `svd_rank`, or `svd_rank` + 1 for ScaledLoRA. "ties_svd", "dare_linear_svd", "dare_ties_svd" and
+                "magnitude_prune_svd" merge the matrices s_i B_i A_i, or s_i (B_i A_i - 1), by PEFT's functions, and
+                approximate the result in the same way. They compute a matrix of the size of the weight.
+            svd_rank: the rank for an SVD. None takes the largest rank that an adapter has in the layer.
+            svd_clamp: a quantile in [0, 1]. Larger entries of A and B after an SVD are clamped to it. None clamps
+                nothing.
+            svd_full_matrices: accepted because PEFT has it. The result is the same for both values.
+            svd_driver: name of the cuSOLVER method for the SVD on a CUDA device.
+            density: fraction of entries of each update that is kept, in (0, 1]. Needed by the last four types.
+            majority_sign_method: how "ties_svd" and "dare_ties_svd" find the sign of an entry: "total" adds the
+                updates up, "frequency" counts their signs.
+
+        Raises:
+            ValueError: an argument has none of its values, an adapter does not exist or trains whole parameters too,
+                or the adapters differ in their masks or in `masking`. The model is as before.
+        """
+        how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+        combine(self, adapters, weights, adapter_name, how)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
