@@ -37,8 +37,9 @@ from peft_sparse.training.distillation import (
     sum_of_losses,
 )
 from peft_sparse.training.learning_rates import norm_drop, retraining_schedule
+from peft_sparse.training.protected import check_fingerprints
 from peft_sparse.training.saving import save_plain_model
-from peft_sparse.training.zero_guard import ZeroGuardCallback, _compare
+from peft_sparse.training.zero_guard import ZeroGuardCallback
 
 from conftest import CONFIGS, Samples, tiny
 from refusing import TOKENS, _State, adapted, arguments, llama
@@ -460,7 +461,7 @@ REFUSALS = [
     ),
     (guarded_vandalism, RuntimeError, "'model.layers.2.mlp.up_proj' lost zeros"),
     (
-        lambda: _compare({"a": 3}, {"a": 4}),
+        lambda: check_fingerprints({"a": "2x2:2:f"}, {"a": "2x2:2:e"}, ["a"]),
         ValueError,
         "masks of the checkpoint and of the model differ in 1 weights, the first of which is 'a'",
     ),

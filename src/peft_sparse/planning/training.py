@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..calibration.text import SEQUENCE_LENGTH
 from ..model.blocks import base_model, find_blocks, prunable_weights
 from ..model.tree import has_adapters
-from ..training.zero_guard import keep_gradients_masked, packed_mask, put_zeros_back
+from ..training.kept_zeros import keep_gradients_masked, packed_mask, put_zeros_back
 from .simulation import GIB, Described, LiveBytes, Simulation, bytes_of, described
 
 

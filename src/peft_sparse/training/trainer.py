@@ -61,12 +61,14 @@ class SparseTrainer(Trainer):
     """A `transformers.Trainer` for pruned models: it prunes if asked, keeps every zero, and logs the sparsity.
 
     If the arguments set `sparsity` or `pattern`, the model is pruned when training begins, or step by step by
-    `pruning_schedule` (see `PruningCallback`). During training the zeros of the prunable weights are kept, also in
-    weights that are trained directly (see `ZeroGuardCallback`). The zeros are checked at each log, before each save,
-    and at the end of training. Each log of the training contains `sparsity`, the fraction of zeros in the prunable
-    weights: those of the base, or where adapters are merged, the merged ones. The metrics of evaluations and
-    predictions contain it as `eval_sparsity` and `test_sparsity`, so that `metric_for_best_model="sparsity"` can be
-    used. A pruning is an entry of `state.log_history`, with its sparsity as `pruning`.
+    `pruning_schedule` (see `PruningCallback`). During training every zero of the model is kept, also in weights that
+    are trained directly and in layers that are not pruned in this run (see `ZeroGuardCallback`). The zeros of trained
+    weights are checked at each log, and all zeros before each save and at the end of training. Each log of the
+    training contains `sparsity`, the fraction of zeros in the prunable weights: those of the base, or where adapters
+    are merged, the merged ones. The metrics of evaluations and predictions contain it as `eval_sparsity` and
+    `test_sparsity`, so that `metric_for_best_model="sparsity"` can be used. A pruning is an entry of
+    `state.log_history`, with its sparsity as `pruning`. After `trainer.remove_callback(ZeroGuardCallback)` no zero is
+    kept or checked, and training logs no sparsity.
 
     If the arguments set `retraining_schedule`, the learning rates are those of the function `retraining_schedule`. The
     original schedule η is the one that `learning_rate`, `lr_scheduler_type` and the warm-up describe, over
@@ -455,7 +457,7 @@ class SparseTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         guard = self._guard()
         if guard.weights:
-            guard.check()
+            guard.check(trained_only=True)
             # The metrics of an evaluation have theirs already, under a name with a prefix.
             if not any(name.endswith("_sparsity") for name in logs):
                 logs["sparsity"] = round(guard.sparsity(), 6)
@@ -554,8 +556,10 @@ class SparseTrainer(Trainer):
             describe_plain_model(str(self.args.output_dir), share, base)
 
     def _guard(self) -> ZeroGuardCallback:
-        # Not an attribute, because resuming may replace the callback by one restored from the checkpoint.
-        return next(c for c in self.callback_handler.callbacks if isinstance(c, ZeroGuardCallback))
+        # Not an attribute, because resuming may replace the callback by one restored from the checkpoint. If the user
+        # has removed it, a guard that remembers nothing takes its place.
+        guards = [c for c in self.callback_handler.callbacks if isinstance(c, ZeroGuardCallback)]
+        return guards[0] if guards else ZeroGuardCallback()
 
     def _calibration(self, batch_size: int) -> "_FirstSamples":
         if self.train_dataset is None:
