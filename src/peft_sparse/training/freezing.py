@@ -22,7 +22,8 @@ class FreezingCallback(TrainerCallback):
     A frozen block gets no gradient, no momentum update and no weight decay. The gradients of its weights are not
     computed. The gradients of its inputs are computed only if something before the block is trained, for example the
     embeddings. The callback freezes and unfreezes exactly the parameters that are trained when training begins:
-    weights or adapters. When training ends, none of them is frozen.
+    weights or adapters. When training ends, none of them is frozen. `SparseTrainer` also unfreezes them if training
+    raises. With another Trainer that has raised, call `release`, or train again with the same callback.
 
     The frozen blocks depend only on the step and the number of steps, so that a run can be resumed.
 
@@ -56,6 +57,8 @@ class FreezingCallback(TrainerCallback):
                 "Frozen blocks have no gradients. FSDP and DeepSpeed wait for every gradient, and so does DDP without "
                 "`ddp_find_unused_parameters=True`. Train in one process, or by DDP with that argument."
             )
+        # An earlier run may have raised.
+        self.release()
         model = kwargs["model"]
         trained = [[p for p in block.parameters() if p.requires_grad] for block in find_blocks(model).values()]
         self._blocks = [parameters for parameters in trained if parameters]
@@ -77,8 +80,12 @@ class FreezingCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for parameters in self._blocks:
-            for parameter in parameters:
+        self.release()
+
+    def release(self) -> None:
+        """Unfreeze all blocks that were trained when training began."""
+        while self._blocks:
+            for parameter in self._blocks.pop():
                 parameter.requires_grad_(True)
 
     def frozen(self, step: int, steps: int, blocks: int) -> range:

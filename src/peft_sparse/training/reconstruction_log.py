@@ -74,6 +74,8 @@ class TrainingLog(ReconstructionObserver):
         trainer.state.global_step, trainer.state.max_steps = 0, regions * steps_per_region
         trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+        # Weights that are frozen now are pruned and fitted later, so no count of their zeros may be kept.
+        trainer._guard().release()
 
     def step(self, step: Step) -> None:
         """Count an optimiser step, and log the mean loss if the arguments ask for this.

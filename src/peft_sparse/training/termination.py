@@ -1,5 +1,6 @@
 """SIGTERM during training: finish the step, save a checkpoint and stop."""
 
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -18,17 +19,21 @@ class TerminationCallback(TrainerCallback):
     agree on the step, and does not call `on_save`.
 
     While training runs, SIGTERM does not end the process, and a second SIGTERM has no effect. The previous handler is
-    restored when training ends without an error.
+    restored when training ends, by `SparseTrainer` also if it raises. With another Trainer that has raised, call
+    `release`; otherwise the next SIGTERM restores the previous handler and is delivered to it.
     """
 
     def __init__(self) -> None:
         self._asked = False
         self._before: Any = None
+        self._process = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._asked = False
+        # An earlier run may have raised. Its handler must not be taken for the one before.
+        self.release()
+        self._asked, self._process = False, os.getpid()
         self._before = signal.signal(signal.SIGTERM, self._ask)
 
     def on_step_end(
@@ -43,7 +48,29 @@ class TerminationCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        self.release()
+
+    def release(self) -> None:
+        """Restore the handler of SIGTERM from before training, unless another one was set since."""
+        if signal.getsignal(signal.SIGTERM) == self._ask:
+            # None means a handler that was not set by Python, which cannot be set again.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        if self._is_training(frame):
+            self._asked = True
+        else:
+            # Training has raised, and nobody would look at a note.
+            self.release()
+            signal.raise_signal(number)
+
+    def _is_training(self, frame: FrameType | None) -> bool:
+        """Return whether a trainer that has this callback is training in `frame` or in one of its callers."""
+        # A process that was forked while training ran has the same frames, and does not train.
+        while frame is not None and os.getpid() == self._process:
+            if frame.f_code.co_name == "train":
+                handler = getattr(frame.f_locals.get("self"), "callback_handler", None)
+                if any(callback is self for callback in getattr(handler, "callbacks", ())):
+                    return True
+            frame = frame.f_back
+        return False

@@ -1,5 +1,6 @@
 """`SparseTrainer`: a `transformers.Trainer` for pruned models."""
 
+import contextlib
 import copy
 import itertools
 import shutil
@@ -45,6 +46,8 @@ from ..reconstruction.progress import foreign_files, is_progress
 from ..tuners.card import describe_plain_model
 from .arguments import SparseTrainingArguments
 from .distillation import check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
+from .endings import as_before
+from .freezing import FreezingCallback
 from .learning_rates import norm_drop, retraining_schedule
 from .pruning_callback import PruningCallback
 from .reconstruction_log import TrainingLog, optimizer_of, schedule_of
@@ -190,6 +193,8 @@ class SparseTrainer(Trainer):
         if args.save_on_sigterm:
             self.add_callback(TerminationCallback())
         self.teacher = self._find_teacher(teacher)
+        # The optimiser that an earlier training made.
+        self._made: Any = None
 
     def _attach(self, model: nn.Module) -> nn.Module:
         """Return `model` with the adapter of `peft_config`, if retraining is to have one."""
@@ -248,10 +253,41 @@ class SparseTrainer(Trainer):
                     '`hyperparameter_search` does not support `recovery="reconstruct"`. Make one SparseTrainer for '
                     "each trial, and call the search library directly."
                 )
-            return self._reconstruct(resume_from_checkpoint)
+            with as_before(self.model), self._released():
+                return self._reconstruct(resume_from_checkpoint)
         if self.model_init is None:
             self._prune_first(self.model)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        trainer: Any = self
+        if self._made is not None and trainer.optimizer is self._made:
+            # `Trainer` would go on with its momenta.
+            trainer.optimizer = None
+        makes = trainer.optimizer is None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self._made = trainer.optimizer if makes else None
+
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: Any = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        # Here and not in `train`, because `auto_find_batch_size` calls this again after an error.
+        with as_before(self.model), self._released():
+            return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    @contextlib.contextmanager
+    def _released(self) -> Iterator[None]:
+        """Undo, after the context, what callbacks of this package changed for a run."""
+        try:
+            yield
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, (FreezingCallback, TerminationCallback, ZeroGuardCallback)):
+                    callback.release()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a new model from `model_init`, with the adapter of `peft_config`, and pruned if asked."""

@@ -14,7 +14,8 @@ from transformers.trainer_callback import ExportableState
 
 from ..model.blocks import Targets, base_layer, base_model, prunable_weights, storage_of
 from ..model.kinds import count_zeros
-from ..model.sharding import check_strategy, has_shards, reshard, totals
+from ..model.masks import mask_of, unpack
+from ..model.sharding import check_strategy, has_shards, is_sharded, reshard, totals
 from ..model.weights import WeightView, share
 from ..tuners import remember_proof
 from .kept_zeros import clear_state, has_lost, keep_gradients_masked, packed_mask, put_zeros_back
@@ -180,11 +181,20 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
             return
         name = next(name for name, flag in zip(parameters, flags, strict=True) if flag)
         raise RuntimeError(
-            f"The weight of {name!r} lost zeros during training. The number of such weights is "
+            f"The weight of {self._culprit(name)!r} lost zeros during training. The number of such weights is "
             f"{sum(map(bool, flags))}. The model was not saved. The zeros were changed between two optimiser steps, "
             "for example by merging a dense adapter, or by code of your own. Train with MaskLoRAConfig, whose merge "
             "fills no zero."
         )
+
+    def _culprit(self, name: str) -> str:
+        """Return the name of the expert that lost zeros, if the parameter of this name stores several."""
+        parameter = self.protected[name].parameter
+        experts = {n: w for n, w in self.weights.items() if w.expert is not None and w.storage is parameter}
+        if not experts or is_sharded(parameter):
+            return name
+        lost = mask_of(parameter.detach()) & ~unpack(self.kept[name].to(parameter.device), parameter.shape)
+        return next(key for key, expert in experts.items() if expert.matrix_of(lost).any())
 
     def sparsity(self) -> float:
         """Return the fraction of zeros in the weights of `target_modules`. All processes must call this together."""

@@ -1,0 +1,40 @@
+"""What holds however a training run ends: the model's settings are as they were before it."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+@contextlib.contextmanager
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Put back, after the context, what a training run changes in `model` besides its weights.
+
+    These are the gradients and the mode of each module, training or evaluation. If an error leaves the context, also
+    `requires_grad` of each parameter, and which adapters are active and which are off. Without an error these stay as
+    the run left them: a callback may have changed them for good.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    layers: list[Any] = [m for m, _ in modes if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    flags = [(layer, layer._disable_adapters, layer._active_adapter) for layer in layers]
+    # By name and without the parameters: FSDP replaces them, and those of before must not stay in memory.
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    gradients = {name: (p, p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    try:
+        yield
+    except BaseException:
+        for layer, disabled, active in flags:
+            layer._disable_adapters, layer._active_adapter = disabled, active
+        for name, parameter in model.named_parameters():
+            if trained.get(name, parameter.requires_grad) != parameter.requires_grad:
+                parameter.requires_grad_(trained[name])
+        raise
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for name, parameter in model.named_parameters():
+            former, gradient = gradients.get(name, (parameter, None))
+            parameter.grad = gradient if former is parameter else None
