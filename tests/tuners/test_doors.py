@@ -99,10 +99,25 @@ def test_an_existing_adapter_gets_no_tensors_that_were_trained_on_other_zeros(co
     assert_computes(right, expected)
     wrong = get_peft_model(base(), adapter(config_cls))
     before = copy.deepcopy(wrong.state_dict())
-    with pytest.raises(ValueError, match="trained on other zeros"):
+    if door in (by_name, by_state_dict, by_resuming):
+        # A Trainer loads the adapter before a callback prunes the base, so that these doors wait for the first use.
         door(wrong, tmp_path)
-    if door is not by_bare_tensors:
+    with pytest.raises(ValueError, match="trained on other zeros"):
+        door(wrong, tmp_path) if door in (by_bare_tensors, by_hotswap) else logits(wrong)
+    for use in (wrong.merge_adapter, lambda: wrong.save_pretrained(tmp_path / "again")):
+        if door is not by_hotswap:
+            with pytest.raises(ValueError, match="trained on other zeros"):
+                use()
+    if door is by_hotswap:
         assert all(torch.equal(before[name], value) for name, value in wrong.state_dict().items())
+
+
+def test_a_base_that_is_pruned_between_loading_and_the_first_use_is_accepted(tmp_path):
+    expected = saved(tmp_path / "default", MaskLoRAConfig)
+    model = get_peft_model(base(), adapter(MaskLoRAConfig))
+    model.load_adapter(tmp_path, "default")
+    prune(model, 0.5)
+    assert_computes(model, expected)
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -154,8 +169,9 @@ def test_a_base_that_was_pruned_after_saving_is_noticed(tmp_path):
     saved(tmp_path / "default", MaskLoRAConfig)
     model = PeftModel.from_pretrained(base(0.5), tmp_path)
     prune(model, 0.7)
-    with pytest.raises(ValueError, match="in 21 of 21 layers .* adapter 0.5000, model 0.69"):
-        model.load_adapter(tmp_path, "default")
+    model.load_adapter(tmp_path, "default")
+    with pytest.raises(ValueError, match="a weight of 16 x 16 has sparsity 0.69.*, and in the adapter 0.5000"):
+        logits(model)
 
 
 # -- several adapters with masks of their own ----------------------------------------------------------------------

@@ -584,7 +584,7 @@ class SparseTrainer(Trainer):
             args, kwargs: as in `Trainer.create_model_card`.
         """
         super().create_model_card(*args, **kwargs)
-        adapted = any(isinstance(module, BaseTunerLayer) for module in self.model.modules())
+        adapted = has_adapters(self.model)
         # One process writes the card, and cannot gather weights that are sharded.
         if not adapted and self.is_world_process_zero() and not has_shards(self.model):
             base = getattr(getattr(base_model(self.model), "config", None), "_name_or_path", None)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..model.blocks import active_copy, base_model
 from ..model.offload import resident_through_hooks
 from ..model.sharding import is_sharded, whole, whole_shape
-from .base_weight import STRAY_ZEROS
 from .layer import SparseLoraLayer
+from .saved_masks import STRAY_ZEROS
 
 
 @torch.no_grad()

@@ -260,7 +260,8 @@ class SparseLoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # PEFT calls this with all tensors that are to be loaded, before it loads any of them.
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return receive(model, config, adapter_name, whole_pairs(model, adapter_name, remapped))
+        whole = whole_pairs(model, adapter_name, remapped)
+        return receive(model, config, adapter_name, whole, wait=True)
 
 
 def _embedding_weights(tuner: BaseTuner) -> set[int]:

@@ -88,7 +88,12 @@ def proof_to_save(
 
 
 def receive(
-    model: nn.Module, config: SparseLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    model: nn.Module,
+    config: SparseLoraConfig,
+    adapter_name: str,
+    state_dict: dict[str, Tensor],
+    *,
+    wait: bool = False,
 ) -> dict[str, Tensor]:
     """Compare the fingerprints and masks that arrive with an adapter's tensors with the base weights.
 
@@ -99,6 +104,8 @@ def receive(
         config: configuration of the adapter, with `on_mask_mismatch`.
         adapter_name: name of the adapter.
         state_dict: the tensors that arrive, by the names they have in `model.state_dict()`.
+        wait: whether an error about other zeros is raised at the first use of the adapter, and not now. A Trainer that
+            resumes loads the adapter before a callback prunes the base weights.
 
     Returns:
         `state_dict` with empty fingerprints. They have been compared and are computed anew when the adapter is saved.
@@ -118,11 +125,15 @@ def receive(
         key = _key(names[id(module)], module)
         told = decode_proof(received[proof]) if proof in received else ""
         received[proof] = encode_proof("")
-        module._unproved.discard(adapter_name)
+        module.forget_proof(adapter_name)
         if mask is not None and (config.save_mask or adapter_name in module.saved_masks):
             module.expect_mask(adapter_name, mask, config.on_mask_mismatch)
         elif told and told != compared.get(key) and module.is_loaded():
-            expected[key] = told, module.pruned_weight()
+            weight = module.pruned_weight()
+            if wait and config.on_mask_mismatch == "error" and underflowed(told, weight) is None:
+                module.expect_proof(adapter_name, told)
+            else:
+                expected[key] = told, weight
     _compare(expected, config.on_mask_mismatch)
     return received
 

@@ -22,7 +22,15 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..model.masks import PROOF_BYTES, decode_proof, fingerprint_of, mask_of, pack, underflowed, unpack
+from ..model.masks import (
+    PROOF_BYTES,
+    decode_proof,
+    mask_of,
+    pack,
+    sparsity_of_fingerprint,
+    underflowed,
+    unpack,
+)
 from ..model.sharding import is_partitioned
 from ..model.weights import stored_weight
 from .base_weight import BaseWeight
@@ -57,6 +65,8 @@ class SavedMasks(BaseWeight):
         self._unsettled: dict[str, str] = {}
         # The adapters whose tensors may bring a fingerprint that was not yet compared with the base weight.
         self._unproved: set[str] = set()
+        # The fingerprints that differed from the base weight when they arrived. It may be pruned before the first use.
+        self._awaited: dict[str, str] = {}
         # The adapters whose saved mask keeps fewer entries than the base weight has.
         self._narrower: set[str] = set()
         # The adapters whose mask could not be read off the base weight, so that it must be loaded.
@@ -147,6 +157,16 @@ class SavedMasks(BaseWeight):
         self._narrower.discard(name)
         self._unsettled[name] = on_mismatch
 
+    def expect_proof(self, name: str, proof: str) -> None:
+        """Compare the fingerprint `proof` of adapter `name` with the base weight when the adapter is first used."""
+        self._awaited[name] = proof
+        self._unproved.add(name)
+
+    def forget_proof(self, name: str) -> None:
+        """Compare no fingerprint of adapter `name` at its first use: it is compared already."""
+        self._awaited.pop(name, None)
+        self._unproved.discard(name)
+
     def refresh_saved_mask(self, name: str) -> None:
         """Write the mask with which adapter `name` computes into its saved mask, if there is one.
 
@@ -157,7 +177,8 @@ class SavedMasks(BaseWeight):
 
     def forget_mask(self, name: str) -> None:
         """Forget what is known of the saved mask of adapter `name`."""
-        for names in (self._unproved, self._narrower, self._empty_masks):
+        self.forget_proof(name)
+        for names in (self._narrower, self._empty_masks):
             names.discard(name)
         self._unsettled.pop(name, None)
 
@@ -180,7 +201,8 @@ class SavedMasks(BaseWeight):
         if not (self._unsettled or self._unproved) or not self.is_loaded():
             return
         stored = self._stored_unmerged()
-        if self._unproved and not torch.compiler.is_compiling():
+        # A fingerprint in a buffer can only be read by waiting for the device.
+        if self._awaited or (self._unproved and not torch.compiler.is_compiling()):
             self._compare_proofs(stored)
         if not self._unsettled or any(mask.is_meta for mask in self.saved_masks.values()):
             return
@@ -202,19 +224,22 @@ class SavedMasks(BaseWeight):
         self._narrower = {name for name in settled if bool((kept & ~self._saved_mask(name, stored)).any())}
 
     def _compare_proofs(self, stored: Tensor) -> None:
-        """Compare the fingerprints that came into the buffers by no door that compares them, such as a state dict."""
+        """Compare the fingerprints that differed when they arrived, and those that nothing has compared."""
         for name in sorted(self._unproved):
-            if name not in self.proofs or self.proofs[name].is_meta:
+            if name not in self.proofs:
+                self.forget_proof(name)
                 continue
-            expected = decode_proof(self.proofs[name])
+            if self.proofs[name].is_meta:
+                continue
+            expected = self._awaited.get(name) or decode_proof(self.proofs[name])
             if expected and name not in self.saved_masks and underflowed(expected, self._matrix(stored)) is None:
-                found = fingerprint_of(self._matrix(stored))
+                found = 1 - int(mask_of(stored).sum()) / stored.numel()
                 raise ValueError(
-                    f"Adapter {name!r} was trained on other zeros than this base model has: the fingerprint of its "
-                    f"mask is {expected!r}, and that of the base weight is {found!r}. Load the pruned base model the "
-                    "adapter was trained on."
+                    f"Adapter {name!r} was trained on other zeros than this base model has: a weight of "
+                    f"{self.out_features} x {self.in_features} has sparsity {found:.4f}, and in the adapter "
+                    f"{sparsity_of_fingerprint(expected):.4f}. Load the pruned base model the adapter was trained on."
                 )
-            self._unproved.discard(name)
+            self.forget_proof(name)
 
     def _check_contradiction(self, name: str, on_mismatch: str, stored: Tensor, mask: Tensor) -> None:
         stray = int(((stored == 0) & mask).sum()) / stored.numel()
