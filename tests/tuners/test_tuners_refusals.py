@@ -139,6 +139,10 @@ def prepared_late():
     hotswap.prepare_model_for_compiled_hotswap(torch.compile(adapted(), backend="eager"), target_rank=16)
 
 
+def tied_head():
+    get_peft_model(tiny("gpt2"), MaskLoRAConfig(target_modules=["lm_head"], ensure_weight_tying=True))
+
+
 def narrow(layer):
     layer.saved_masks["default"].zero_()
     layer._unsettled["default"] = "error"
@@ -155,6 +159,7 @@ def combined(
 
 
 REFUSALS = [
+    (tied_head, ValueError, "cannot tie an adapter on 'lm_head' to one on the embedding, .* Leave both out"),
     (lambda: combined(weights=[1.0]), ValueError, "one weight for each adapter, .* Got 2 adapters and 1 weights"),
     (lambda: combined(["other"], [1.0]), ValueError, "The model has no adapter 'other'. It has default, second"),
     (lambda: combined(name="second"), ValueError, "has an adapter 'second' already. Choose another name"),

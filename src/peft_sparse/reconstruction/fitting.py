@@ -340,7 +340,8 @@ def _check_tuner(tuner: Any) -> None:
         raise TypeError(
             f'`tuner` must be "full" or the configuration of a PEFT tuner such as MaskLoRAConfig, got {tuner!r}.'
         )
-    for name, none in (("train_head", "none"), ("modules_to_save", None), ("target_parameters", None)):
+    parts = ("modules_to_save", "target_parameters", "trainable_token_indices")
+    for name, none in (("train_head", "none"), *((part, None) for part in parts)):
         value = getattr(tuner, name, none)
         if value not in (none, None, []):
             raise ValueError(

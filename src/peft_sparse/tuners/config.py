@@ -43,6 +43,8 @@ class SparseLoraConfig(PeftConfig):
     train_norms: bool = False
     train_head: Literal["none", "adapter", "full"] = "none"
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     init_weights: bool | Literal["paper"] = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -196,6 +198,11 @@ class MaskLoRAConfig(SparseLoraConfig):
         train_head: how the output head is trained. "none" leaves it frozen. "adapter" adapts it as any other layer.
             "full" trains and saves its own weight. A head that shares its weight with the embedding is refused.
         modules_to_save: names of further modules to train and save as a whole, such as a new classifier.
+        trainable_token_indices: indices of tokens whose embeddings are trained and saved, such as tokens added for a
+            chat template. A list is for the input embedding. A dictionary gives the list for each embedding by name.
+            An output head that shares its weight with the embedding gets the same rows.
+        ensure_weight_tying: keep modules of `modules_to_save`, and tokens of `trainable_token_indices`, that share
+            their weight with the embedding the same for both. Adapters on such a head are refused with it.
         init_weights: True draws A as LoRA does and sets B to zero, so that training starts at W. False draws B too,
             for tests.
         layers_to_transform: index, or list of indices, of the blocks to adapt. None adapts all. It needs a list of
@@ -289,6 +296,11 @@ class ScaledLoRAConfig(SparseLoraConfig):
         train_head: how the output head is trained. "none" leaves it frozen. "adapter" adapts it as any other layer.
             "full" trains and saves its own weight. A head that shares its weight with the embedding is refused.
         modules_to_save: names of further modules to train and save as a whole, such as a new classifier.
+        trainable_token_indices: indices of tokens whose embeddings are trained and saved, such as tokens added for a
+            chat template. A list is for the input embedding. A dictionary gives the list for each embedding by name.
+            An output head that shares its weight with the embedding gets the same rows.
+        ensure_weight_tying: keep modules of `modules_to_save`, and tokens of `trainable_token_indices`, that share
+            their weight with the embedding the same for both. Adapters on such a head are refused with it.
         init_weights: True sets one row of A and one column of B to ones, draws the other rows of A as LoRA does, and
             sets the other columns of B to zero. "paper" sets every entry of A and B to 1 / sqrt(r), as published. All
             components then receive equal gradients and stay equal, so BA keeps rank 1 for any `r`. False draws A and B

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -64,6 +65,16 @@ class SparseLoraModel(BaseTuner):
                     f"All adapters of a model must have the same `target_parameters`. Adapter {name!r} has "
                     f"{sorted(theirs)}, and the new adapter has {sorted(ours)}. Give the new one the same list."
                 )
+
+    # PEFT calls this for `ensure_weight_tying`. LoRA's method is about whole modules, and nothing in it is LoRA's own.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def _add_targets_to_tie(self, peft_config: SparseLoraConfig, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            f"`ensure_weight_tying` cannot tie an adapter on {sorted(tied_weight_keys)[0]!r} to one on the embedding, "
+            "because embeddings cannot be adapted. Leave both out of `target_modules`, or train them by "
+            "`modules_to_save` or `trainable_token_indices`."
+        )
 
     @staticmethod
     def _check_target_module_exists(peft_config: SparseLoraConfig, key: str) -> Any:
@@ -226,6 +237,10 @@ class SparseLoraModel(BaseTuner):
         with contextlib.ExitStack() as hooks:
             for layer in layers:
                 names = adapter_names if id(layer) in in_encoder and encoder is not self.model else repeated
+                if isinstance(layer, AuxiliaryTrainingWrapper):
+                    # An adapter that trains no copy of this module uses the module of the base model.
+                    trained = layer._get_available_adapters()
+                    names = [name if name in trained else "__base__" for name in names]
                 hook = partial(_with_adapter_names, names)
                 hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
