@@ -185,6 +185,7 @@ REPLACED = {
     "peft.tuners.mixed.model.Configs",
     "peft.tuners.mixed.model.Layers",
     "peft.tuners.mixed.model.MixedModel._create_and_replace",
+    "peft.tuners.lora.arrow.check_loaded_lora_compatibility_arrow",
     "peft.utils.hotswap.hotswap_adapter_from_state_dict",
     "peft.utils.hotswap.prepare_model_for_compiled_hotswap",
 }

@@ -1,5 +1,7 @@
 """Every refusal of `tuners/`, with its words."""
 
+import tempfile
+
 import pytest
 import torch
 import torch.nn.utils.prune as torch_prune
@@ -13,6 +15,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.tuners.lora import ArrowConfig, create_arrow_model
 from peft.utils import hotswap
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
@@ -139,6 +142,12 @@ def prepared_late():
     hotswap.prepare_model_for_compiled_hotswap(torch.compile(adapted(), backend="eager"), target_rank=16)
 
 
+def arrow():
+    with tempfile.TemporaryDirectory() as folder:
+        adapted().save_pretrained(folder)
+        create_arrow_model(llama(), [folder, folder], ArrowConfig())
+
+
 def tied_head():
     get_peft_model(tiny("gpt2"), MaskLoRAConfig(target_modules=["lm_head"], ensure_weight_tying=True))
 
@@ -159,6 +168,12 @@ def combined(
 
 
 REFUSALS = [
+    (arrow, TypeError, "Arrow routes among LoRA adapters, got one with layers of type MaskLoraLinear. Train"),
+    (
+        lambda: adapted().subtract_mutated_init({}, "default"),
+        AttributeError,
+        "MaskLoraModel has no `subtract_mutated_init`. It belongs to initialisations and variants of LoRA",
+    ),
     (tied_head, ValueError, "cannot tie an adapter on 'lm_head' to one on the embedding, .* Leave both out"),
     (lambda: combined(weights=[1.0]), ValueError, "one weight for each adapter, .* Got 2 adapters and 1 weights"),
     (lambda: combined(["other"], [1.0]), ValueError, "The model has no adapter 'other'. It has default, second"),

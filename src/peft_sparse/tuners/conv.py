@@ -47,7 +47,7 @@ class Conv2dMixin(SparseLoraLayer):
         return super()._product(self._prepared(x), weight, factors, bias)
 
     def _low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return self._operation().apply(self._prepared(x).to(A.dtype), B @ A, None)
+        return self._operation().apply(self._cast_input_dtype(self._prepared(x), A.dtype), B @ A, None)
 
     def _pads_apart(self) -> bool:
         """Return whether the input is padded before the convolution, as for padding "same" or modes without zeros."""

@@ -60,7 +60,11 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
     # PEFT defines these. Without declared types a type checker takes them for tensors or modules.
     active_adapters: list[str]
     set_adapter: Callable[..., None]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
     _move_adapter_to_device_of_base_layer: Callable[..., None]
+
+    # `peft.helpers.disable_input_dtype_casting` switches it off.
+    cast_input_dtype_enabled = True
 
     def __init__(
         self,
@@ -118,6 +122,9 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         # Modules and not bare parameters, because PEFT's hotswap and FSDP's wrapping look for modules.
         self.A[adapter_name] = nn.Linear(*columns, bias=False)
         self.B[adapter_name] = nn.Linear(*rows, bias=False)
+        for factor in (self.A[adapter_name], self.B[adapter_name]):
+            # Transformers initialises modules without this mark anew, with values that have an effect.
+            vars(factor)["_is_hf_initialized"] = True
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         getattr(self, f"{self.prefix}dropout")[adapter_name] = dropout
         # Only the configuration of a saved adapter has fingerprints. Layers that its file lacks have no effect then.
@@ -465,7 +472,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
 
     def _low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(A.dtype)
+            x = self._cast_input_dtype(x, A.dtype)
         return F.linear(F.linear(x, A), B)
 
     def _product(

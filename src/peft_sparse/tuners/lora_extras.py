@@ -22,6 +22,8 @@ Names replaced in PEFT's modules:
   "lora_" and the adapter's name. Those of our layers are put back.
 - `peft.utils.hotswap.prepare_model_for_compiled_hotswap` becomes a function that calls `hotswap.pad_ranks` for models
   with our layers, and the original for models with LoRA's.
+- `peft.tuners.lora.arrow.check_loaded_lora_compatibility_arrow` becomes a function that refuses our adapters and calls
+  the original for others. `create_arrow_model` calls it, and would stop later with an error that tells nothing.
 
 One name is replaced in Transformers:
 
@@ -36,6 +38,7 @@ import functools
 from typing import Any
 
 import peft.helpers
+import peft.tuners.lora.arrow
 import peft.tuners.mixed.model
 import peft.utils.hotswap
 import torch
@@ -60,6 +63,7 @@ def enable_lora_extras(tuners: dict[type, type[SparseLoraModel]]) -> None:
     _open_rescaling(tuners)
     _open_mixed_models(types, tuners)
     _open_transformers()
+    _refuse_arrow()
 
 
 def _open_hotswap(types: tuple[Any, ...]) -> None:
@@ -161,6 +165,25 @@ def _open_transformers() -> None:
         return found
 
     mixin.load_adapter = load_adapter
+
+
+def _refuse_arrow() -> None:
+    module: Any = peft.tuners.lora.arrow
+    original = getattr(module, "check_loaded_lora_compatibility_arrow", None)
+    if original is None or hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def check_loaded_lora_compatibility_arrow(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        ours = next((module for module in model.modules() if isinstance(module, SparseLoraLayer)), None)
+        if ours is not None:
+            raise TypeError(
+                f"Arrow routes among LoRA adapters, got one with layers of type {type(ours).__name__}. Train the "
+                "adapters by `peft.LoraConfig`, or choose one of them by `set_adapter`."
+            )
+        return original(model, *args, **kwargs)
+
+    module.check_loaded_lora_compatibility_arrow = check_loaded_lora_compatibility_arrow
 
 
 def _dispatching(original: Any, tuners: dict[type, type[SparseLoraModel]]) -> Any:

@@ -33,6 +33,14 @@ from .proof import check_masks, proof_to_save, receive, report_oddities
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBA_BYPASSED = ("out_proj", "conv1d")
 
+# What PEFT offers for a model with LoRA and not for every tuner. Without a word of its own, `__getattr__` of PEFT's
+# models would look for these names in the base model.
+LORAS_OWN = {name for name in vars(LoraModel) if not hasattr(BaseTuner, name)} - {
+    "add_weighted_adapter",
+    "prefix",
+    "tuner_layer_cls",
+}
+
 
 class SparseLoraModel(BaseTuner):
     """Base class of `MaskLoraModel` and `ScaledLoraModel`, which `peft.get_peft_model` makes."""
@@ -219,6 +227,14 @@ class SparseLoraModel(BaseTuner):
         """
         how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
         combine(self, adapters, weights, adapter_name, how)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in LORAS_OWN:
+            raise AttributeError(
+                f"{type(self).__name__} has no `{name}`. It belongs to initialisations and variants of LoRA, which "
+                "change the base weight or add other terms. Use `peft.LoraConfig` for them."
+            )
+        return super().__getattr__(name)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
