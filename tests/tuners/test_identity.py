@@ -79,6 +79,13 @@ def test_an_adapter_of_another_rank_is_swapped_in(name, other, tuner, tmp_path):
     assert_zeros_kept(model, kind)
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1)])
+def test_rank_one_is_swapped_for_more_and_more_for_rank_one(before, after, tuner, tmp_path):
+    kind = KINDS["llama"]
+    model, expected = swapped(kind, tuner, tmp_path, {"r": before}, {"r": after})
+    torch.testing.assert_close(output(model, kind), expected)
+
+
 def test_every_layer_gets_the_rank_and_the_scaling_of_the_new_adapter(tuner, tmp_path):
     kind = KINDS["llama"]
     patterns = {"rank_pattern": {"q_proj": 1, "layers.0.mlp.up_proj": 5}, "alpha_pattern": {"k_proj": 7}}
@@ -195,6 +202,17 @@ def test_a_compiled_model_computes_what_was_swapped_in(tuner, r, tmp_path):
     torch.testing.assert_close(output(compiled, kind), before)
     hotswap_adapter(compiled, tmp_path / "new", "default", torch_device="cpu")
     torch.testing.assert_close(output(compiled, kind), expected)
+
+
+def test_a_model_with_a_compiled_block_receives_an_adapter(tuner, tmp_path):
+    kind = KINDS["llama"]
+    expected = alone(kind, tuner, tmp_path / "new", r=2, rank_pattern={"layers.1.mlp.up_proj": 1})
+    model = adapted(kind, tuner)
+    layers = model.base_model.model.model.layers
+    layers[1] = torch.compile(layers[1], backend="eager")
+    hotswap_adapter(model, tmp_path / "new", "default", torch_device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(output(model, kind), expected)
 
 
 def test_a_compiled_model_is_prepared_as_the_caller_says():

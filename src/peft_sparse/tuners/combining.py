@@ -5,6 +5,7 @@ because H is the same for all of them. For MaskLoRA, Σ w_i s_i M ⊙ (B_i A_i) 
 ScaledLoRA, W ⊙ (1 + Σ w_i s_i (B_i A_i - 1)) is W ⊙ (BA) with one more rank, which holds 1 - Σ w_i s_i everywhere.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.masks import pack
 from ..model.weights import stored_weight
 from .config import SparseLoraConfig
-from .factors import by_expert, experts_of, factors_of, layers_with, stored, write_ranks
+from .factors import by_expert, experts_of, factors_of, layers_with, stored, trained_whole, write_ranks
 from .layer import SparseLoraLayer
 
 
@@ -116,10 +117,10 @@ def combine(model: Any, adapters: Sequence[str], weights: Sequence[float], name:
 
 
 def _check(model: Any, adapters: Sequence[str], weights: Sequence[float], name: str, how: Combination) -> None:
-    if not adapters or len(adapters) != len(weights):
+    if not adapters or len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
         raise ValueError(
-            f"Expected one weight for each adapter, and at least one adapter. Got {len(adapters)} adapters and "
-            f"{len(weights)} weights."
+            "Expected one finite weight for each adapter, and at least one adapter. Got the adapters "
+            f"{list(adapters)} and the weights {list(weights)}."
         )
     known = model.peft_config
     unknown = sorted(set(adapters) - set(known))
@@ -127,6 +128,11 @@ def _check(model: Any, adapters: Sequence[str], weights: Sequence[float], name: 
         raise ValueError(f"The model has no adapter {unknown[0]!r}. It has {', '.join(sorted(known))}.")
     if name in known:
         raise ValueError(f"The model has an adapter {name!r} already. Choose another name, or delete it first.")
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"Expected a name that a module can have, got {name!r}. Names with a dot and names of methods of "
+            "`torch.nn.ModuleDict` cannot be used. Choose another name."
+        )
     how.check(len(adapters))
     configs = [known[adapter] for adapter in adapters]
     if len({getattr(config, "masking", "always") for config in configs}) > 1:
@@ -135,13 +141,11 @@ def _check(model: Any, adapters: Sequence[str], weights: Sequence[float], name: 
             "adapters of one kind."
         )
     for adapter, config in zip(adapters, configs, strict=True):
-        also = [field for field in ("modules_to_save", "trainable_token_indices") if getattr(config, field, None)] + (
-            ["bias"] if config.bias != "none" else []
-        )
-        if also:
+        field = trained_whole(config)
+        if field is not None:
             raise ValueError(
                 f"Adapters are combined by their A and B. Adapter {adapter!r} also trains whole parameters, by "
-                f"`{also[0]}`. Merge it by `merge_and_unload()` instead."
+                f"`{field}`. Merge it by `merge_and_unload()` instead."
             )
 
 

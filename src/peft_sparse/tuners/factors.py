@@ -26,9 +26,16 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SparseLoraLaye
     for name, module in base_model(model).named_modules():
         if isinstance(module, SparseLoraLayer) and adapter_name in module.A:
             parameter = getattr(module, "parameter_name", None)
-            name = name.replace(".base_layer", "")
+            name = name.replace(".base_layer", "").replace("_orig_mod.", "")
             found[name if parameter is None else f"{name}.{parameter}"] = module
     return found
+
+
+def trained_whole(config: SparseLoraConfig) -> str | None:
+    """Return a field by which the adapter trains parameters besides A and B. None if there is no such field."""
+    if config.bias != "none":
+        return "bias"
+    return next((field for field in ("modules_to_save", "trainable_token_indices") if getattr(config, field)), None)
 
 
 def factors_of(layer: SparseLoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..model.weights import stored_weight
 from .config import SparseLoraConfig
-from .factors import by_expert, experts_of, factors_of, layers_with, padded, write_ranks
+from .factors import by_expert, experts_of, factors_of, layers_with, padded, trained_whole, write_ranks
 from .layer import SparseLoraLayer
 from .proof import receive
 
@@ -37,8 +37,8 @@ def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: 
         config: the configuration of the new adapter.
 
     Raises:
-        ValueError: the adapter is merged, the masks of the new adapter are not those of the base weights, or the new
-            adapter has other `target_parameters`.
+        ValueError: the adapter is merged or trains whole parameters too, the masks of the new adapter are not those
+            of the base weights, or the new adapter has other `target_parameters`.
         RuntimeError: a tensor has no place in the model, or has a shape that does not fit.
     """
     model = getattr(model, "_orig_mod", model)
@@ -49,6 +49,12 @@ def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: 
         raise ValueError(
             f"Hotswap needs adapters of the same `target_parameters`. Adapter {adapter_name!r} has {sorted(ours)}, "
             f"and the new adapter has {sorted(theirs)}. Load the new one by `load_adapter` on a model of its own."
+        )
+    field = None if own is None else trained_whole(own)
+    if field is not None:
+        raise ValueError(
+            f"Hotswap exchanges A and B. Adapter {adapter_name!r} also trains whole parameters, by `{field}`, which "
+            "would stay. Delete it and load the new adapter by `load_adapter`."
         )
     arriving = _arriving(model, state_dict, adapter_name, config)
     if any(adapter_name in layer.merged_adapters for layer, *_ in arriving.values()):
@@ -171,7 +177,7 @@ def _arriving(
 ) -> Arriving:
     """Return every layer of the adapter with the A, B and mask that arrive for it, by the names of `layers_with`."""
     left = dict(state_dict)
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): name.replace("_orig_mod.", "") for name, module in model.named_modules()}
     arriving: Arriving = {}
     for key, layer in layers_with(model, adapter_name).items():
         name = names[id(layer)]
