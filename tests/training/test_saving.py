@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
@@ -16,8 +17,8 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, SparseTrainer, prune, sparsity
-from peft_sparse.training.saving import save_plain_model
+from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, SparseTrainer, merged_state_dict, prune, sparsity
+from peft_sparse.training.saving import save_plain_model, settle_ties
 
 from checks import assert_same_weights, assert_zeros_kept, zeros_of
 from conftest import FAMILIES, VOCABULARY, Samples, inputs_of, tiny
@@ -128,6 +129,41 @@ def test_a_model_is_as_it_was_when_saving_fails(tmp_path, tokens):
     assert adapted.active_adapters() == ["default"]
     trainer.save_model(str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+@pytest.mark.parametrize("where", ["cpu", "disk", "both", "before"])
+def test_a_model_that_accelerate_has_offloaded_is_saved_whole(where, tmp_path, tokens):
+    model = pruned()
+    config = MaskLoRAConfig(target_modules=["q_proj", "up_proj"], init_weights=False, modules_to_save=["norm"])
+    if where == "before":
+        places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "disk"}
+        places |= {"model.layers.2": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / "off", force_hooks=True)
+        config = copy.deepcopy(config)
+        config.target_modules = ["layers.2.self_attn.q_proj"]
+    adapted = get_peft_model(model, config)
+    expected = merged_state_dict(adapted) if where != "before" else None
+    base = merged_state_dict(adapted, merge=False)
+    if where == "cpu":
+        cpu_offload(adapted, execution_device=torch.device("cpu"))
+    elif where == "disk":
+        disk_offload(adapted, tmp_path / "off", execution_device=torch.device("cpu"))
+    elif where == "both":
+        names = [f"layers.{index}" for index in range(3)] + ["norm", "rotary_emb", "embed_tokens"]
+        places = {f"base_model.model.model.{name}": "cpu" for name in names} | {"base_model.model.lm_head": "cpu"}
+        places["base_model.model.model.layers.1"] = "disk"
+        dispatch_model(adapted, places, main_device="cpu", offload_dir=tmp_path / "off", force_hooks=True)
+    offloaded = sum(parameter.is_meta for parameter in adapted.parameters())
+    assert offloaded
+    for merge, folder in ((True, "merged"), (False, "base")):
+        save_plain_model(adapted, str(tmp_path / folder), merge=merge, write=True, sparsity=0.5)
+        found, wanted = merged_state_dict(adapted, merge=merge), expected if merge else base
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict()
+        assert saved.keys() == found.keys()
+        assert all(torch.equal(saved[name], tensor) for name, tensor in found.items())
+        assert wanted is None or all(torch.equal(saved[name], tensor) for name, tensor in wanted.items())
+    assert sum(parameter.is_meta for parameter in adapted.parameters()) == offloaded
 
 
 class Classifier(nn.Module):
@@ -341,3 +377,31 @@ def test_a_trainer_saves_a_trained_tied_head(tmp_path, tokens):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(loaded(tokens).logits, expected)
     assert sparsity(loaded) == sparsity(model)
+
+
+def test_a_tie_is_seen_where_no_process_holds_the_weights():
+    model = tied("llama").to("meta")
+    model.tie_weights()
+    config = model.config
+    assert settle_ties(model, model) == []
+    assert model.config.tie_word_embeddings
+    assert model.config is not config
+
+
+def test_a_process_that_does_not_write_refuses_what_the_others_refuse(tmp_path):
+    adapted = stirred(tied("t5"), target_modules=["lm_head"])
+    with pytest.raises(ValueError, match="are one tied weight"):
+        save_plain_model(adapted, str(tmp_path / "merged"), merge=True, write=False, sparsity=0.5)
+    save_plain_model(adapted, str(tmp_path / "base"), merge=False, write=False, sparsity=0.5)
+    assert not (tmp_path / "base").exists()
+
+
+def test_an_adapter_inside_a_model_is_merged_too(tmp_path):
+    model = tied("vlm")
+    inputs = inputs_of("llama")
+    model.model.language_model.add_adapter(MaskLoRAConfig(target_modules=["q_proj"], init_weights=False))
+    expected = model.eval()(**inputs).logits
+    save_plain_model(model, str(tmp_path / "merged"), merge=True, write=True, sparsity=0.0)
+    loaded, told = type(model).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(told.values())
+    torch.testing.assert_close(loaded.eval()(**inputs).logits, expected)

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..model.blocks import base_model
-from ..model.sharding import has_shards
+from ..model.sharding import has_shards, is_sharded
 from ..tuners.card import describe_plain_model
 from ..tuners.merging import merged_state_dict, plain_model
 
@@ -203,16 +203,18 @@ def _are_one(model: nn.Module, names: set[str]) -> bool:
 def _are_equal(model: nn.Module, names: set[str]) -> bool:
     """Return whether the parameters called `names` have equal values, which `from_pretrained` ties."""
     found = _called(model, names)
+    # No process compares weights that it does not hold.
+    if any(parameter.is_meta or is_sharded(parameter) for parameter in found):
+        return False
     return all(
-        not (one.is_meta or other.is_meta) and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
-        for one, other in itertools.pairwise(found)
+        one.shape == other.shape and torch.equal(one.cpu(), other.cpu()) for one, other in itertools.pairwise(found)
     )
 
 
 def _called(model: nn.Module, names: set[str]) -> list[Tensor]:
     """Return the parameters called `names`, without names that the model lacks."""
     known = dict(model.named_parameters(remove_duplicate=False))
-    return [known[name].detach() for name in sorted(names) if name in known]
+    return [known[name] for name in sorted(names) if name in known]
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

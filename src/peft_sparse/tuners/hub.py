@@ -12,7 +12,7 @@ package is imported. It changes no file of PEFT or Transformers, and no card of 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
@@ -48,12 +48,16 @@ def describe_adapters(model: Any, folder: str) -> None:
     if isinstance(model, SparseLoraConfig):
         model.describe(folder)
         return
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(model, nn.Module) or not isinstance(configs, dict):
+    # Other models with adapters are saved whole, and a folder with a whole model holds no adapter to load.
+    saves_adapters = isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
+    if not saves_adapters or not isinstance(model, nn.Module):
         return
+    configs = cast(dict[str, Any], model.peft_config)
     ours = {name: config for name, config in configs.items() if isinstance(config, SparseLoraConfig)}
     if ours:
-        name = next((name for name in _active(model) if name in ours), next(iter(ours)))
+        layers = (module for module in model.modules() if isinstance(module, SparseLoraLayer))
+        active = [name for layer in layers for name in layer.active_adapters if name in ours]
+        name = next(iter([*active, *ours]))
         loaded_from = getattr(getattr(base_model(model), "config", None), "_name_or_path", None)
         ours[name].describe(folder, mean_sparsity(model, name), loaded_from)
 
@@ -69,12 +73,6 @@ def mean_sparsity(model: nn.Module, adapter_name: str) -> float | None:
             if weight.numel() and not weight.is_meta:
                 found.append(1 - int(mask_of(weight).sum()) / weight.numel())
     return sum(found) / len(found) if found else None
-
-
-def _active(model: Any) -> list[str]:
-    # A property in PEFT, and a method in Transformers.
-    active = model.active_adapters
-    return list(active() if callable(active) else active)
 
 
 def _extend(kind: type, name: str, describe: Callable[..., None], before: bool = False) -> None:

@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..model.blocks import active_copy, base_model
-from ..model.offload import resident_through_hooks
+from ..model.offload import is_offloaded, loaded_layer, resident_through_hooks
 from ..model.sharding import is_sharded, whole, whole_shape
 from .layer import SparseLoraLayer
 from .saved_masks import STRAY_ZEROS
@@ -54,7 +54,7 @@ def merged_state_dict(model: nn.Module, *, merge: bool = True, keep: bool = True
         layer = _innermost(module)
         stored = {key: id(tensor) for key, tensor in _tensors(layer)}
         _check_mergeable(name, module, merge)
-        with whole(module, recurse=layer is not module), resident_through_hooks(module):
+        with whole(module, recurse=layer is not module), _in_memory(module):
             if not keep:
                 continue
             plain = _without_adapters(name, module, merge, tokens)
@@ -94,12 +94,19 @@ def plain_model(model: nn.Module, *, merge: bool = True, values: bool = True) ->
     known: dict[int, tuple[nn.Module, nn.Module]] = {}
     tokens: dict[int, nn.Parameter] = {}
     _check_attached(model, merge)
+    base = base_model(model)
+    # `save_pretrained` of such a model loads what accelerate has offloaded, piece by piece.
+    loads_itself = hasattr(base, "hf_device_map")
 
     def plain(name: str, module: nn.Module) -> nn.Module:
         if id(module) not in known:
             _check_mergeable(name, module, merge)
-            with resident_through_hooks(module) if _is_wrapper(module) and values else contextlib.nullcontext():
+            chosen = _chosen(module, merge)
+            loading = values and is_offloaded(_innermost(chosen)) and (_is_wrapper(chosen) or not loads_itself)
+            with _in_memory(chosen) if loading else contextlib.nullcontext():
                 copied = _without_adapters(name, module, merge, tokens, values)
+            if loading:
+                _move_to_cpu(copied)
             # The original is kept with it, because Python gives the id of a freed object to a new one.
             known[id(module)] = (module, copied)
             for key, child in copied._modules.items():
@@ -107,7 +114,7 @@ def plain_model(model: nn.Module, *, merge: bool = True, values: bool = True) ->
                     copied._modules[key] = plain(f"{name}.{key}" if name else key, child)
         return known[id(module)][1]
 
-    return plain("", base_model(model))
+    return plain("", base)
 
 
 def _layers(module: nn.Module, merge: bool, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -134,8 +141,23 @@ def _innermost(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def _in_memory(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which the weights of one layer, and of wrappers around it, are not offloaded."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        module = cast(Any, module).token_adapter
+    return resident_through_hooks(module) if isinstance(module, BaseTunerLayer) else loaded_layer(module)
+
+
 def _is_wrapper(module: nn.Module) -> bool:
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def _move_to_cpu(plain: nn.Module) -> None:
+    """Move the weights of one layer, which was loaded to the device on which it computes."""
+    for key, parameter in plain._parameters.items():
+        if parameter is not None and parameter.device.type != "cpu":
+            plain._parameters[key] = nn.Parameter(parameter.detach().cpu(), requires_grad=False)
+    plain._buffers = {key: None if value is None else value.cpu() for key, value in plain._buffers.items()}
 
 
 def _tensors(layer: nn.Module) -> list[tuple[str, Tensor]]:
