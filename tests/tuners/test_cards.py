@@ -138,7 +138,7 @@ def trained_by(kind, model, folder, **kwargs):
 
 @ATTACHING
 @pytest.mark.parametrize("kind", [Trainer, SparseTrainer])
-@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "end"])
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "end"])
 def test_a_trainer_pushes_cards_that_tell_it(attach, kind, strategy, tmp_path):
     with no_hub() as hub:
         trainer = trained_by(kind, attach(), tmp_path, push_to_hub=True, hub_strategy=strategy, save_strategy="steps")

@@ -187,3 +187,18 @@ def test_a_module_without_a_configuration_is_merged_too():
     x = torch.randn(3, 8)
     adapted = by_injection(model, MaskLoRAConfig(target_modules=["0"], init_weights=False))
     torch.testing.assert_close(nn.Sequential(*plain_model(adapted))(x), adapted(x))
+
+
+def test_a_model_of_peft_inside_another_model_is_merged_too(tokens):
+    class WithValueHead(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.pretrained_model, self.v_head = model, nn.Linear(16, 1)
+
+    model = pruned()
+    outer = WithValueHead(by_peft(model, MaskLoRAConfig(target_modules=["q_proj"], init_weights=False)))
+    expected = outer.pretrained_model(tokens).logits
+    fresh = WithValueHead(tiny("llama"))
+    for found in (plain_model(outer).state_dict(), merged_state_dict(outer)):
+        fresh.load_state_dict(found)
+        torch.testing.assert_close(fresh.pretrained_model(tokens).logits, expected)

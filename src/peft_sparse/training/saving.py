@@ -84,7 +84,10 @@ def _write(plain: nn.Module, state: dict[str, Tensor] | None, output_dir: str) -
         cast(Any, plain).save_pretrained(output_dir)
     else:
         # A file of safetensors holds each tensor by one name, and `load_state_dict` wants all names.
-        tensors = {key: value.detach().cpu().clone() for key, value in (state or plain.state_dict()).items()}
+        tensors = {
+            key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for key, value in (state or plain.state_dict()).items()
+        }
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_file(tensors, str(Path(output_dir) / SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
 

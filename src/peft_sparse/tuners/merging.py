@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import is_compiled_module
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ from ..model.offload import is_offloaded, loaded_layer, resident_through_hooks
 from ..model.sharding import is_sharded, whole, whole_shape
 from .layer import SparseLoraLayer
 from .saved_masks import STRAY_ZEROS
+
+
+# The classes of PEFT around a model, and those around one layer of it.
+MODELS = (PeftModel, PeftMixedModel, BaseTuner)
+WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 @torch.no_grad()
@@ -127,8 +133,8 @@ def _layers(module: nn.Module, merge: bool, name: str = "") -> Iterator[tuple[st
 
 def _chosen(module: nn.Module, merge: bool) -> nn.Module:
     """Return the module that stands at the place of `module` in the plain model, with its adapters."""
-    if is_compiled_module(module):
-        module = cast(nn.Module, module._orig_mod)
+    # Also within a model: a value head of TRL holds a whole model of PEFT.
+    module = base_model(module) if isinstance(module, MODELS) or is_compiled_module(module) else module
     if isinstance(module, ModulesToSaveWrapper):
         return active_copy(module) if merge and not module.disable_adapters else module.original_module
     return module
@@ -149,7 +155,7 @@ def _in_memory(module: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 
 def _is_wrapper(module: nn.Module) -> bool:
-    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    return isinstance(module, WRAPPERS)
 
 
 def _move_to_cpu(plain: nn.Module) -> None:
@@ -195,20 +201,22 @@ def _key(wrapper: BaseTunerLayer) -> str:
 
 def _check_attached(model: nn.Module, merge: bool) -> None:
     """Check that all adapters of `model` are layers, which can be taken out of it."""
-    configs = getattr(model, "peft_config", None)
-    prompts = [name for name, config in (configs or {}).items() if getattr(config, "is_prompt_learning", False)]
-    if merge and prompts:
-        raise TypeError(
-            f"Adapter {prompts[0]!r} consists of trained prompts, which cannot be merged into weights. Save the "
-            "adapter instead."
-        )
-    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    inside = {id(below) for module in model.modules() if isinstance(module, wrappers) for below in module.modules()}
-    for name, module in base_model(model).named_modules():
-        if type(module).__module__.startswith("peft.") and id(module) not in inside:
+    found = list(base_model(model).modules())
+    for holder in (model, *found):
+        configs = getattr(holder, "peft_config", {}) if isinstance(holder, PeftModel) else {}
+        prompts = [name for name, config in configs.items() if config.is_prompt_learning]
+        if merge and prompts:
             raise TypeError(
-                f"{type(module).__name__} (module {name!r}) belongs to an adapter that cannot be taken out of the "
-                "model. Save the adapter instead."
+                f"Adapter {prompts[0]!r} consists of trained prompts, which cannot be merged into weights. Save the "
+                "adapter instead."
+            )
+    inside = {id(below) for module in found if isinstance(module, WRAPPERS) for below in module.modules()}
+    for module in found:
+        of_peft = type(module).__module__.startswith("peft.") and not isinstance(module, MODELS)
+        if of_peft and id(module) not in inside:
+            raise TypeError(
+                f"{type(module).__name__} belongs to an adapter that cannot be taken out of the model. Save the "
+                "adapter instead."
             )
 
 
