@@ -6,7 +6,9 @@ import pytest
 from peft import LoraConfig
 
 from peft_sparse import MaskLoRAConfig, prune, reconstruct
+from peft_sparse.model.blocks import prunable_weights
 from peft_sparse.reconstruction.progress import Progress
+from peft_sparse.reconstruction.work import _check_zeros
 
 from conftest import tiny
 from refusing import Net, adapted, batches, llama, rebuild
@@ -34,6 +36,11 @@ def sharing_a_norm():
     model, dense = half_pruned(), llama()
     dense.model.norm.weight = model.model.norm.weight
     rebuild(model, pattern=None, dense=dense)
+
+
+def filled_by_a_tuner():
+    weights = {"q_proj": prunable_weights(llama())["model.layers.0.self_attn.q_proj"]}
+    _check_zeros(weights, {"q_proj": weights["q_proj"].matrix() != 0})
 
 
 def other_state():
@@ -115,7 +122,12 @@ REFUSALS = [
     (
         lambda: rebuild(tuner=LoraConfig(r=2, target_modules=["q_proj"]), learning_rate=1e-2),
         ValueError,
-        "The tuner filled zeros of 'model.layers.0.self_attn.q_proj' .* such as MaskLoRAConfig",
+        "Merging LoraConfig fills zeros of the weights, such as 'model.layers.0.self_attn.q_proj', .* MaskLoRAConfig",
+    ),
+    (
+        filled_by_a_tuner,
+        ValueError,
+        "The tuner filled zeros of 'q_proj' .* such as MaskLoRAConfig",
     ),
     (lambda: rebuild(holdout=1.0), ValueError, r"`holdout` must be in \[0, 1\), got 1.0"),
     (

@@ -4,7 +4,7 @@ import inspect
 import datasets
 import pytest
 import torch
-from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import HiraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -119,14 +119,16 @@ def test_a_lost_zero_is_never_silent(tmp_path, options):
     assert not list(tmp_path.glob("checkpoint-*/adapter_model.safetensors"))
 
 
-def test_lora_on_pruned_weights_is_told_of(tmp_path, caplog):
-    for config, told in ((LoraConfig, True), (HiraConfig, False), (MaskLoRAConfig, False)):
+def test_adapters_whose_merge_fills_zeros_are_told_of(tmp_path, caplog):
+    for config, told in ((LoraConfig, True), (LoHaConfig, True), (HiraConfig, False), (MaskLoRAConfig, False)):
         model = tiny("llama")
         prune(model, 0.5, target_modules=["q_proj"])
         model = get_peft_model(model, config(r=2, target_modules=["q_proj", "v_proj"]))
         caplog.clear()
         SparseTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=Samples()).train()
-        said = "LoRA is attached to 3 pruned weights, the first of which is 'model.layers.0.self_attn.q_proj'"
+        said = (
+            f"({config.__name__}) is attached to 3 pruned weights, the first of which is 'model.layers.0.self_attn.q"
+        )
         assert (said in caplog.text) == told, config
 
 

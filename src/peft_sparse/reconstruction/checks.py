@@ -22,6 +22,7 @@ from ..pruning.task import PruningTask
 from .fitting import Fit, adapted_weights
 from .regions import RegionSize
 from .ties import check_ties
+from .tuner_trial import check_tuner_keeps_zeros
 
 
 Mode = Literal["DD", "SS", "SD"]
@@ -62,6 +63,7 @@ def checked_task(
     task = PruningTask.of(model, 0.0 if no_pattern else pattern, sparsity=sparsity, loaded=loaded, **pruning)
     _check_task(task, fit, no_pattern)
     check_ties(model, task, fit, region)
+    check_tuner_keeps_zeros(fit.tuner, task.weights)
     return task
 
 

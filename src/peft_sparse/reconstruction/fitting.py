@@ -293,7 +293,7 @@ def trainable(region: Region, weights: dict[str, WeightView], tuner: Tuner) -> I
             parameter.grad = None
             parameter.requires_grad_(False)
         if tuner != "full":
-            adapters.extend(_attach(region, list(adapted), tuner))
+            adapters.extend(attach(region, list(adapted), tuner))
         for parameter in plain:
             parameter.requires_grad_(True)
         # Blocks of one region may share parameters.
@@ -361,7 +361,7 @@ def adapted_weights(config: PeftConfig, weights: dict[str, WeightView]) -> list[
     return [name for name, hit in hits.items() if hit and not isinstance(hit, _ExcludedModule)]
 
 
-def _attach(region: Region, names: list[str], config: PeftConfig) -> Iterator[BaseTuner]:
+def attach(region: Region, names: list[str], config: PeftConfig) -> Iterator[BaseTuner]:
     """Put adapters on the weights of these names, block by block, and yield the tuners."""
     for block_name, block in region.blocks.items():
         inside = {name.removeprefix(f"{block_name}."): name for name in names if name.startswith(f"{block_name}.")}

@@ -5,19 +5,19 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..model.blocks import Targets, base_layer, base_model, prunable_weights, storage_of
+from ..model.blocks import Targets, base_model, prunable_weights
 from ..model.kinds import count_zeros
 from ..model.masks import mask_of, unpack
 from ..model.sharding import check_strategy, has_shards, is_sharded, reshard, totals
 from ..model.weights import WeightView, share
 from ..tuners import remember_proof
+from ..tuners.merge_trial import warn_of_filling_merges
 from .kept_zeros import clear_state, has_lost, keep_gradients_masked, packed_mask, put_zeros_back
 from .protected import Place, check_fingerprints, fingerprints_of, protected_names, stored_matrices
 
@@ -58,8 +58,9 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
     copies of the weights. The callback does not write zeros into these copies after a step: they stay zero because
     gradients and momenta are zero there. With DeepSpeed the optimiser must therefore update each entry on its own.
 
-    If LoRA is attached to a pruned weight, the callback logs a warning: training keeps the zeros of the base weight,
-    and merging fills them.
+    If an adapter whose merge fills zeros, such as LoRA, is attached to a pruned weight, the callback logs a warning:
+    training keeps the zeros of the base weight, and merging fills them. This is tried for each kind of adapter, by
+    merging a copy of its smallest layer with random values.
 
     The checkpoint's `trainer_state.json` holds a fingerprint of each mask. A run that is resumed compares them before
     its first step.
@@ -117,7 +118,8 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__)
         self._saved = saved["attributes"]["fingerprints"] if state.global_step and isinstance(saved, dict) else None
         self._remember()
-        self._warn_of_dense_adapters()
+        stored = {name: place.parameter for name, place in self.protected.items()}
+        warn_of_filling_merges(kwargs["model"], stored)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -250,19 +252,6 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         if self._saved is not None:
             check_fingerprints(self._saved, self.fingerprints, self.trained)
             self._saved = None
-
-    def _warn_of_dense_adapters(self) -> None:
-        assert self._model is not None
-        pruned = {id(place.parameter): name for name, place in self.protected.items()}
-        adapted = [storage_of(base_layer(m)) for m in self._model.modules() if isinstance(m, LoraLayer)]
-        dense = [pruned[stored] for stored in adapted if stored in pruned]
-        if dense:
-            logger.warning(
-                "LoRA is attached to %d pruned weights, the first of which is %r. Training keeps the zeros of the "
-                "base weights, and merging fills them. Use MaskLoRAConfig, or do not merge.",
-                len(dense),
-                dense[0],
-            )
 
     def _changed(self) -> dict[str, str]:
         """Return the fingerprints that may have changed since the masks were stored."""
