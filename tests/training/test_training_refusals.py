@@ -37,6 +37,7 @@ from peft_sparse.training.distillation import (
     sum_of_losses,
 )
 from peft_sparse.training.learning_rates import norm_drop, retraining_schedule
+from peft_sparse.training.midway_evaluation import MidwayEvaluation
 from peft_sparse.training.protected import check_fingerprints
 from peft_sparse.training.saving import save_plain_model
 from peft_sparse.training.zero_guard import ZeroGuardCallback
@@ -56,6 +57,12 @@ def taught_by_trainer(model):
     data = [{"input_ids": row, "labels": row} for row in TOKENS]
     args = arguments(recovery="reconstruct", sparsity=0.5, calibration_samples=2, save_strategy="no")
     SparseTrainer(model, args, train_dataset=data, teacher=llama()).train()
+
+
+def evaluated_midway(**changed):
+    what = {"eval_strategy": "steps", "eval_on_start": False, "reconstruction_mode": "DD", "world_size": 1}
+    args = SimpleNamespace(**what | {"device": torch.device("cpu")} | changed)
+    MidwayEvaluation(SimpleNamespace(args=args, model=llama())).check()
 
 
 def flattening_trainer():
@@ -419,6 +426,23 @@ REFUSALS = [
         lambda: taught_by_trainer(llama()),
         ValueError,
         "Expected a model pruned to .*, got one with a sparsity of 0.0000. Leave `teacher` out",
+    ),
+    (
+        lambda: arguments(
+            recovery="reconstruct", sparsity=0.5, save_strategy="best", metric_for_best_model="loss", **EVALUATED
+        ),
+        ValueError,
+        "a model is whole only after the last region of a reconstruction. Leave them out",
+    ),
+    (
+        lambda: evaluated_midway(device=torch.device("cuda")),
+        ValueError,
+        "`eval_strategy` runs the whole model on cuda, and parameters are on cpu. Move the model there first",
+    ),
+    (
+        lambda: evaluated_midway(world_size=2),
+        ValueError,
+        "the processes fit different regions, .* call `evaluate` after `train`, or use mode",
     ),
     (two_gpus, ValueError, "one process per GPU, and this process has 2 GPUs. Start the script"),
     (

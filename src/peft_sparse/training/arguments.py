@@ -312,6 +312,12 @@ class SparseTrainingArguments(TrainingArguments):
             no_dense=not no_pattern,
         )
         check_activations(self.activations)
+        if self.load_best_model_at_end or self.save_strategy == "best":
+            raise ValueError(
+                '`load_best_model_at_end` and `save_strategy="best"` keep the best of several whole models, and a '
+                "model is whole only after the last region of a reconstruction. Leave them out. A region whose error "
+                "on the held-out batches (`reconstruction_holdout`) got worse is undone in any case."
+            )
         if self.fp16:
             raise ValueError("Reconstruction does not scale the loss, and `fp16` needs that. Use `bf16=True`.")
 

@@ -12,6 +12,7 @@ from transformers.trainer_utils import TrainOutput
 from ..model.blocks import block_of, find_stacks, prunable_weights
 from ..reconstruction import ReconstructionObserver, ReconstructionReport, RegionReport, Step
 from ..reconstruction.regions import RegionSize, regions_in
+from .midway_evaluation import MidwayEvaluation
 
 
 def optimizer_of(
@@ -52,12 +53,17 @@ class TrainingLog(ReconstructionObserver):
         trainer: the trainer.
         size: size of the regions.
         kept: whether finished regions are kept, so that a run can be resumed.
+        evaluation: evaluates the model: after a step with `eval_strategy="steps"`, and after a region, or after the
+            matrices of a block, with `eval_strategy="epoch"`.
     """
 
-    def __init__(self, trainer: Trainer, size: RegionSize, kept: bool) -> None:
+    def __init__(self, trainer: Trainer, size: RegionSize, kept: bool, evaluation: MidwayEvaluation) -> None:
         self.trainer: Any = trainer
         self.size = size
         self.kept = kept
+        self.evaluation = evaluation
+        # The names of the last matrices of the blocks, if each matrix is a region.
+        self.last_of_blocks: set[str] = set()
         self.sums: dict[str, Tensor | float] = {"run": 0.0, "log": 0.0}
         self.counts = {"run": 0, "log": 0, "region": 0}
         self.regions = 0
@@ -67,6 +73,8 @@ class TrainingLog(ReconstructionObserver):
         trainer, size = self.trainer, self.size
         targets = prunable_weights(trainer.model, trainer.args.target_modules, trainer.args.exclude_modules)
         stacks = [stack for stack in find_stacks(trainer.model) if any(block_of(name, stack) for name in targets)]
+        if size == "matrix":
+            self.last_of_blocks = set({block_of(name, stack): name for stack in stacks for name in targets}.values())
         regions = 0 if size == "matrix" else sum(regions_in(stack, size) for stack in stacks)
         trainer.control.should_training_stop = False
         trainer.state.is_world_process_zero = trainer.is_world_process_zero()
@@ -76,6 +84,9 @@ class TrainingLog(ReconstructionObserver):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
         # Weights that are frozen now are pruned and fitted later, so no count of their zeros may be kept.
         trainer._guard().release()
+        self.evaluation.start()
+        if trainer.args.eval_on_start:
+            self.evaluation()
 
     def step(self, step: Step) -> None:
         """Count an optimiser step, and log the mean loss if the arguments ask for this.
@@ -93,6 +104,8 @@ class TrainingLog(ReconstructionObserver):
         if control.should_log:
             loss = self._mean("log")
             trainer.log({"loss": loss, "learning_rate": step.learning_rate, "region": self.regions})
+        if control.should_evaluate:
+            self.evaluation()
         # After the last step, a callback of transformers always stops the run.
         if control.should_training_stop and trainer.state.global_step < trainer.state.max_steps:
             how = (
@@ -109,10 +122,14 @@ class TrainingLog(ReconstructionObserver):
         """Log the errors of a finished region."""
         # The steps of a region that an earlier run finished were not counted in this run.
         self.trainer.state.global_step += report.steps - self.counts["region"]
+        was_fitted_now = self.counts["region"] > 0 or report.name in self.last_of_blocks
         self.counts["region"] = 0
         errors = {"error_pruned": report.error_pruned, "error": report.error, "reverted": float(report.reverted)}
         self.trainer.log({"region": self.regions, **errors})
         self.regions += 1
+        args = self.trainer.args
+        if args.eval_strategy == "epoch" and was_fitted_now and self.regions >= args.eval_delay:
+            self.evaluation()
 
     def finish(self, report: ReconstructionReport) -> TrainOutput:
         """End the run, and return its number of steps and its metrics."""

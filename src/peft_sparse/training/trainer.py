@@ -49,6 +49,7 @@ from .distillation import check_teacher, dense_copy, outputs_of, predictions, su
 from .endings import as_before
 from .freezing import FreezingCallback
 from .learning_rates import norm_drop, retraining_schedule
+from .midway_evaluation import MidwayEvaluation
 from .pruning_callback import PruningCallback
 from .reconstruction_log import TrainingLog, optimizer_of, schedule_of
 from .saving import save_plain_model
@@ -80,8 +81,11 @@ class SparseTrainer(Trainer):
     If the arguments set `recovery="reconstruct"`, training is a call of `reconstruct` on the first
     `calibration_samples` samples of the training set. Optimiser, learning rate schedule, epochs or `max_steps` (of
     each region), batch size, gradient accumulation, gradient clipping, bf16, seed and logging are those of the
-    arguments. Callbacks receive the events `on_train_begin`, `on_step_end`, `on_log` and `on_train_end`. The model
-    stays on its device, and only the blocks that are fitted move to the training device. Finished regions are saved in
+    arguments. Callbacks receive the events `on_train_begin`, `on_step_end`, `on_log`, `on_evaluate` and
+    `on_train_end`. The model is evaluated after every `eval_steps` steps with `eval_strategy="steps"`, and after each
+    region (with regions of one matrix: after each block) with `eval_strategy="epoch"`. Regions that are not reached
+    yet are dense then. For evaluations the model must be on the training device. Without them it stays on its device,
+    and only the blocks that are fitted move to the training device. Finished regions are saved in
     `output_dir/reconstruction`, unless `save_strategy="no"`; `train(resume_from_checkpoint=True)` continues from them.
 
     If the arguments set `distillation`, the training loss is (1 - α) · L_task + α · L_distillation with
@@ -254,7 +258,7 @@ class SparseTrainer(Trainer):
                     "each trial, and call the search library directly."
                 )
             with as_before(self.model), self._released():
-                return self._reconstruct(resume_from_checkpoint)
+                return self._reconstruct(resume_from_checkpoint, ignore_keys_for_eval)
         if self.model_init is None:
             self._prune_first(self.model)
         trainer: Any = self
@@ -393,13 +397,17 @@ class SparseTrainer(Trainer):
         # A teacher that was loaded across several devices stays there.
         return teacher if hasattr(teacher, "hf_device_map") else teacher.to(args.device)
 
-    def _reconstruct(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
+    def _reconstruct(
+        self, resume_from_checkpoint: str | bool | None, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         args: Any = self.args
         if self.model_init is not None:
             self.model = self.callback_handler.model = self.call_model_init()
         pruning = self._options_of_reconstruction()
+        evaluation = MidwayEvaluation(self, ignore_keys_for_eval)
+        evaluation.check()
         state_dir = self._state_dir(resume_from_checkpoint)
-        logged = TrainingLog(self, args.region_size(), kept=state_dir is not None)
+        logged = TrainingLog(self, args.region_size(), state_dir is not None, evaluation)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
         fit = Fit(
             tuner=self.peft_config or "full",
