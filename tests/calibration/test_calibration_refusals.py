@@ -8,6 +8,7 @@ from transformers import AutoModel, DynamicCache
 
 from peft_sparse import pack_sequences, perplexity, prune, sample_sequences
 from peft_sparse.calibration.label_positions import label_offset
+from peft_sparse.training.distillation import ADVICE
 
 from conftest import CONFIGS, tiny
 from refusing import TOKENS, Block, Net, batches, flap, in_order, llama, nan_norm, padded, rebuild, wanda
@@ -31,7 +32,7 @@ def labels_without_effect():
         return outputs.logits.mean(), outputs
 
     model = llama()
-    label_offset(loss_of, {"input_ids": TOKENS, "labels": TOKENS}, "Llama")
+    label_offset(loss_of, {"input_ids": TOKENS, "labels": TOKENS}, "Llama", ADVICE)
 
 
 class Unmasked(nn.Module):

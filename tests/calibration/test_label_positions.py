@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from peft_sparse import perplexity
+from peft_sparse.calibration.gradients import gradient_sums
 from peft_sparse.calibration.label_positions import label_offset
+from peft_sparse.model.blocks import prunable_weights
 
 from conftest import SIZES, VOCABULARY, tiny
 
@@ -39,7 +42,7 @@ def offset_of(model, batch):
         outputs = model(**inputs)
         return outputs["loss"], outputs
 
-    return label_offset(loss_of, batch, type(model).__name__)
+    return label_offset(loss_of, batch, type(model).__name__, "Do this.")
 
 
 def prompted(sequences=4, length=8):
@@ -118,3 +121,46 @@ def test_one_label_for_a_sequence_needs_no_trial():
     model = tiny("vit")
     batch = {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.tensor([1, 0])}
     assert offset_of(model, batch) == 0
+
+
+UNSHIFTED, MASKED = MODELS["a decoder that does not shift"][0], MODELS["a masked language model"][0]
+
+
+def shifted(tokens):
+    return nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+
+
+def test_perplexity_compares_labels_as_the_loss_of_the_model_does():
+    tokens = torch.randint(3, VOCABULARY, (4, 8))
+    decoder = UNSHIFTED().eval()
+    expected = decoder(input_ids=tokens, labels=shifted(tokens)).loss.exp().item()
+    # Token ids alone, labels that are the tokens, and labels as this model's loss takes them.
+    for labels in ({}, {"labels": tokens}, {"labels": shifted(tokens)}):
+        assert perplexity(decoder, [{"input_ids": tokens} | labels]) == pytest.approx(expected, rel=1e-5)
+    model, labels = MASKED().eval(), torch.where(torch.rand(4, 8) < 0.3, tokens, -100)
+    masked = tokens.masked_fill(labels != -100, 1)
+    for mask in (torch.ones(4, 8).long(), torch.ones(4, 8).long().index_fill(1, torch.tensor([0, 1]), 0)):
+        batch = {"input_ids": masked, "attention_mask": mask}
+        counted = labels.masked_fill(mask == 0, -100)
+        expected = model(**batch, labels=counted).loss.exp().item()
+        assert perplexity(model, [batch | {"labels": labels}]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "labels_of"),
+    [(lambda: tiny("llama"), lambda t: t), (UNSHIFTED, shifted), (MASKED, lambda t: t)],
+    ids=["a causal model", "a decoder that does not shift", "a masked language model"],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_are_those_of_the_task_that_the_model_learned(make, labels_of, padded):
+    model = make().eval()
+    batch = {"input_ids": torch.randint(3, VOCABULARY, (3, 8)), "attention_mask": torch.ones(3, 8).long()}
+    if padded:
+        batch["attention_mask"][:, 6:] = 0
+    tokens = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    # A decoder alone does not use its attention to an encoder.
+    weights = {name: weight for name, weight in prunable_weights(model).items() if "encoder_attn" not in name}
+    found = gradient_sums(model, weights, [batch])
+    expected = gradient_sums(model, weights, [batch | {"labels": labels_of(tokens)}])
+    for name, sums in expected.items():
+        torch.testing.assert_close(found[name], sums)

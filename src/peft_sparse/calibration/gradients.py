@@ -13,6 +13,7 @@ from ..model.processes import add_up, exchange, share_of
 from ..model.weights import WeightView
 from .collation import can_be_split
 from .inputs import counted, labels_of, model_arguments, output_of, sequences_in
+from .label_positions import is_causal, label_offset
 
 
 def gradient_sums(
@@ -25,10 +26,10 @@ def gradient_sums(
     """Return Σ_n |∂L_n/∂W| of every weight, over the calibration sequences n, as float32 matrices (out, in).
 
     L_n is the model's own loss of sequence n. If the inputs have no labels, the tokens are the labels, apart from
-    padding. Tokens that a token mask leaves out are no labels. Each gradient
-    is added to its sum and freed as soon as it is computed. Memory is thus the sums (4 bytes per weight) and one
-    gradient at a time. Where a weight is in float16, the loss is multiplied by 1024 and the gradients are divided by
-    it, so that small gradients do not become zero.
+    padding; a decoder whose loss does not shift them gets the next tokens. Tokens that a token mask leaves out are no
+    labels. Each gradient is added to its sum and freed as soon as it is computed. Memory is thus the sums (4 bytes per
+    weight) and one gradient at a time. Where a weight is in float16, the loss is multiplied by 1024 and the gradients
+    are divided by it, so that small gradients do not become zero.
 
     Args:
         model: the model.
@@ -54,6 +55,7 @@ def gradient_sums(
             size = size.cpu() if offload else size
             sums[name] = sums[name].add_(size) if name in sums else size
 
+    next_tokens = _wants_next_tokens(model, inputs)
     by_parameter: dict[int, list[tuple[str, WeightView]]] = {key: [] for key in parameters}
     for name, weight in weights.items():
         by_parameter[id(weight.storage)].append((name, weight))
@@ -70,7 +72,7 @@ def gradient_sums(
         for batch, i in tqdm(
             share_of(singles) if shared else singles, desc="gradients", unit="sequence", leave=False, disable=None
         ):
-            (_loss(model, send_to_device(_single(batch, i), device)) * scale).backward()
+            (_loss(model, send_to_device(_single(batch, i), device), next_tokens) * scale).backward()
     if shared:
         _add_up(weights, sums, offload)
     _check_gradients(weights, sums)
@@ -100,12 +102,43 @@ def _single(batch: dict[str, Any], index: int) -> dict[str, Any]:
     return slice_tensors(batch, slice(index, index + 1))
 
 
-def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+@torch.no_grad()
+def _wants_next_tokens(model: nn.Module, inputs: list[dict[str, Any]]) -> bool:
+    """Return whether the label at a position must be the next token, where the inputs have no labels.
+
+    It must be if outputs predict the next token and the loss does not shift the labels, as in some decoders.
+    """
+    device = next(model.parameters()).device
+    batch = next((b for b in inputs if "labels" not in b and "input_ids" in b and b["input_ids"].shape[1] > 1), None)
+    if batch is None or is_encoder_decoder(model):
+        # The labels of an encoder-decoder are the next tokens already.
+        return False
+    batch = send_to_device(_single(batch, 0), device)
+
+    def run(inputs: dict[str, Any]) -> Any:
+        return model(**model_arguments(model, inputs))
+
+    def loss_of(inputs: dict[str, Any]) -> tuple[Any, Any]:
+        outputs = run(inputs)
+        return output_of(outputs, "loss"), outputs
+
+    labelled, name = batch | {"labels": labels_of(batch)}, type(base_model(model)).__name__
+    loss, outputs = loss_of(labelled)
+    logits = output_of(outputs, "logits")
+    if not isinstance(loss, Tensor) or not loss.isfinite().all() or not isinstance(logits, Tensor):
+        # What is wrong with them is told where gradients are summed.
+        return False
+    offset = label_offset(loss_of, labelled, name, "Give calibration batches with `labels`.")
+    return offset == 0 and logits.shape[:-1] == labelled["labels"].shape and is_causal(run, batch)
+
+
+def _loss(model: nn.Module, batch: dict[str, Any], next_tokens: bool) -> Tensor:
     labels = batch.get("labels")
     if isinstance(labels, Tensor):
         batch = {**batch, "labels": counted(labels, batch, shifted=is_encoder_decoder(model))}
     elif "input_ids" in batch:
-        batch = {**batch, "labels": labels_of(batch)}
+        labels = labels_of(batch)
+        batch = {**batch, "labels": nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if next_tokens else labels}
     loss = output_of(model(**model_arguments(model, batch)), "loss")
     if not isinstance(loss, Tensor):
         raise ValueError(

@@ -22,7 +22,7 @@ EXPLAINED = 0.9
 
 
 @torch.no_grad()
-def label_offset(loss_of: LossOf, inputs: dict[str, Any], name: str) -> int:
+def label_offset(loss_of: LossOf, inputs: dict[str, Any], name: str, advice: str) -> int:
     """Return 1 if the label of position j is compared with the output at j - 1, and 0 if with the output at j.
 
     The loss is computed for batches in which position j of one sequence alone has a label, with several values v of
@@ -34,14 +34,20 @@ def label_offset(loss_of: LossOf, inputs: dict[str, Any], name: str) -> int:
         loss_of: inputs -> (loss, outputs). It may change the dict that it gets.
         inputs: model inputs, whose `labels` have the shape (sequences, positions).
         name: the name of the model, for messages.
+        advice: what to do if this cannot be found, for messages.
 
     Raises:
         ValueError: the loss follows neither the output at j nor that at j - 1.
     """
     labels = inputs["labels"]
-    _, outputs = loss_of(dict(inputs))
+    loss, outputs = loss_of(dict(inputs))
     logits = output_of(outputs, "logits")
-    if labels.dim() < 2 or not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
+    if (
+        not isinstance(loss, Tensor)
+        or labels.dim() < 2
+        or not isinstance(logits, Tensor)
+        or logits.shape[:-1] != labels.shape
+    ):
         # One label for a sequence, or labels that are compared with something else.
         return 0
     classes = logits.shape[-1]
@@ -55,7 +61,35 @@ def label_offset(loss_of: LossOf, inputs: dict[str, Any], name: str) -> int:
             loss, outputs = loss_of(inputs | {"labels": _lone_label(labels, place, value, feeds_labels)})
             losses.append(loss.detach().float().mean().cpu())
             costs.append(_costs(output_of(outputs, "logits"), place, value).cpu())
-    return _decided(torch.stack(losses), torch.stack(costs), tried.shape[1], name)
+    offset, found = _decided(torch.stack(losses), torch.stack(costs), tried.shape[1])
+    if offset is None:
+        raise ValueError(
+            f"The labels of {name} must belong to known outputs. Expected a loss that compares the label of a "
+            "position with the output there, or with the output before it. When single labels changed, the loss "
+            f"followed these two with correlations {found[0]:.2f} and {found[1]:.2f}. {advice}"
+        )
+    return offset
+
+
+@torch.no_grad()
+def is_causal(run: Callable[[dict[str, Any]], Any], inputs: dict[str, Any]) -> bool:
+    """Return whether the outputs of a model do not depend on later tokens, by changing the last token.
+
+    Args:
+        run: inputs -> outputs with logits (sequences, tokens, classes).
+        inputs: model inputs of one sequence, with `input_ids` of two tokens or more.
+    """
+    tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+    last = tokens.shape[1] - 1
+    if isinstance(mask, Tensor) and mask.shape == tokens.shape and bool(mask[0].any()):
+        # Padding changes no output.
+        last = int(mask[0].nonzero()[-1])
+    changed = tokens.clone()
+    changed[:, last] = torch.where(tokens[:, last] > 0, tokens[:, last] - 1, 1)
+    before, after = (output_of(run(inputs | {"input_ids": ids}), "logits")[:, :last] for ids in (tokens, changed))
+    # Only rounding may differ.
+    rounding = 8 * torch.finfo(before.dtype).eps
+    return bool((before - after).abs().max() <= rounding * before.abs().max()) if last else True
 
 
 def _feeds_labels(loss_of: LossOf, inputs: dict[str, Any], logits: Tensor, place: list[int]) -> bool:
@@ -117,27 +151,27 @@ def _costs(logits: Tensor, place: list[int], value: int) -> Tensor:
     return torch.stack([-here, -logits[place[0], place[1] - 1, *place[2:]].float().log_softmax(-1)[value]])
 
 
-def _decided(losses: Tensor, costs: Tensor, count: int, name: str) -> int:
-    """Return the offset whose costs (measurements, 2) explain the losses (measurements,), `count` for each place."""
+def _decided(losses: Tensor, costs: Tensor, count: int) -> tuple[int | None, list[float]]:
+    """Return the offset that explains the losses, None if none does, and the correlations with the costs of both.
+
+    Args:
+        losses: one for each measurement.
+        costs: -log p at the position of the label and at the one before (measurements, 2).
+        count: the number of measurements at each place.
+    """
     if costs[:, 1].isnan().all() and not (losses.isfinite().all() and losses.std() > 0):
         # There is one position, and its label has no effect: the output that it belongs to would be the one before.
-        return 1
-    changes = losses.double().view(-1, count)
-    changes = (changes - changes.mean(-1, keepdim=True)).flatten()
-    found = []
-    for offset in range(2):
-        expected = costs[:, offset].double().view(-1, count)
-        expected = (expected - expected.mean(-1, keepdim=True)).flatten()
-        found.append(float(changes @ expected / (changes.norm() * expected.norm())))
-    here, before = (value if math.isfinite(value) else 0.0 for value in found)
-    offset = int(before > here)
+        return 1, []
+    changes = _changes(losses, count)
+    expected = [_changes(costs[:, offset], count) for offset in range(2)]
+    correlations = [float(changes @ each / (changes.norm() * each.norm())) for each in expected]
+    here, before = (value if math.isfinite(value) else 0.0 for value in correlations)
     best, other = max(here, before), min(here, before)
-    if best < EXPLAINED or 1 - best > (1 - other) / 4:
-        raise ValueError(
-            f"The labels of {name} must belong to known outputs. Expected a loss that compares the label of a "
-            "position with the output there, or with the output before it. When single labels changed, the loss "
-            f"followed these two with correlations {here:.2f} and {before:.2f}. Add `shift_labels` to the batches, "
-            "which holds the label of each output, if the model takes it; or compare logits and labels in a "
-            "`compute_loss_func`."
-        )
-    return offset
+    is_clear = best >= EXPLAINED and 1 - best <= (1 - other) / 4
+    return (int(before > here) if is_clear else None), [here, before]
+
+
+def _changes(values: Tensor, count: int) -> Tensor:
+    """Return by how much values differ from their mean at each place."""
+    places = values.double().view(-1, count)
+    return (places - places.mean(-1, keepdim=True)).flatten()

@@ -18,6 +18,7 @@ from ..calibration.inputs import (
     output_of,
     without_padding,
 )
+from ..calibration.label_positions import label_offset
 from ..model.blocks import base_model, is_encoder_decoder
 
 
@@ -25,7 +26,8 @@ from ..model.blocks import base_model, is_encoder_decoder
 def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) -> float:
     r"""Return the perplexity of a language model: exp of its mean cross entropy, over all tokens that are counted.
 
-    A causal model predicts every token of a sequence except the first. An encoder-decoder predicts its labels. Four
+    A causal model predicts every token of a sequence except the first. An encoder-decoder predicts its labels. Labels
+    of other models that are not the tokens belong to the outputs with which the model's own loss compares them. Four
     kinds of tokens are not counted: padding, where `attention_mask` is 0 (in an encoder-decoder:
     `decoder_attention_mask`); tokens that are predicted from padding; labels of -100; and tokens that a `token_mask`
     (`decoder_token_mask`) in a batch leaves out.
@@ -54,8 +56,9 @@ def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) ->
     device = next(model.parameters()).device
     losses, counts = [], []
     with evaluation_mode(model):
+        offset = _offset(model, inputs)
         for batch in tqdm(inputs, desc="perplexity", unit="batch", leave=False, disable=None):
-            logits, labels = _predictions(model, send_to_device(batch, device))
+            logits, labels = _predictions(model, send_to_device(batch, device), offset)
             losses.append(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
             counts.append(labels.ne(-100).sum())
     count = int(torch.stack(counts).sum())
@@ -74,9 +77,33 @@ def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) ->
     return float(torch.tensor(loss, dtype=torch.float64).exp())
 
 
-def _predictions(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _offset(model: nn.Module, inputs: list[dict[str, Any]]) -> int:
+    """Return 1 if output i predicts the label of position i + 1, and 0 if it predicts that of position i."""
+    if is_encoder_decoder(model):
+        return 0
+    first = send_to_device(inputs[0], next(model.parameters()).device) if inputs else {}
+    labels, tokens = first.get("labels"), first.get("input_ids")
+    if labels is None or labels.dim() != 2 or (tokens is not None and labels.shape != tokens.shape):
+        return 1
+    if tokens is not None and bool(((labels == tokens) | (labels == -100)).all()):
+        # The labels are the tokens, and each output of a causal model predicts the next token.
+        return 1
+
+    def loss_of(batch: dict[str, Any]) -> tuple[Any, Any]:
+        outputs = model(**model_arguments(model, batch))
+        return output_of(outputs, "loss"), outputs
+
+    loss = loss_of(first)[0]
+    if not isinstance(loss, Tensor) or not loss.isfinite().all():
+        return 1
+    return label_offset(
+        loss_of, first, type(base_model(model)).__name__, "Give labels that are the tokens, or leave them out."
+    )
+
+
+def _predictions(model: nn.Module, batch: dict[str, Any], offset: int) -> tuple[Tensor, Tensor]:
     """Return logits (tokens, vocabulary) and the labels (tokens,) that they are compared with."""
-    labels = _labels(model, batch)
+    labels = _labels(model, batch, offset)
     given = batch.pop("labels", labels)
     if is_encoder_decoder(model) and "decoder_input_ids" not in batch:
         # The model makes the decoder's inputs from the labels. Elsewhere it would only compute a loss from them.
@@ -93,12 +120,12 @@ def _predictions(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tenso
             f"Expected logits for each label, got logits {tuple(logits.shape)} and labels {tuple(labels.shape)} from "
             f"{name}. Give a language model, and labels (sequences, tokens)."
         )
-    if not is_encoder_decoder(model):
+    if offset:
         logits, labels = logits[:, :-1], labels[:, 1:]
     return logits.flatten(0, 1), labels.flatten()
 
 
-def _labels(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+def _labels(model: nn.Module, batch: dict[str, Any], offset: int) -> Tensor:
     """Return the labels of `batch` (sequences, tokens), with -100 where they are not counted."""
     labels = batch.get("labels")
     if labels is None:
@@ -112,4 +139,4 @@ def _labels(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     mask = batch.get("decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != labels.shape:
         return labels
-    return labels.masked_fill(~mask.bool(), -100) if is_encoder_decoder(model) else without_padding(labels, mask)
+    return without_padding(labels, mask) if offset else labels.masked_fill(~mask.bool(), -100)

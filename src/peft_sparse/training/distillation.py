@@ -16,6 +16,11 @@ from ..reconstruction.checks import DENSE
 
 
 DISTILLATIONS = ("logits", "hidden_states")
+# What to do if it cannot be found which outputs have a label.
+ADVICE = (
+    "Add `shift_labels` to the batches, which holds the label of each output, if the model takes it; or compare "
+    "logits and labels in a `compute_loss_func`."
+)
 # How many logits of each model are converted to float32 at a time: 64 MiB.
 CHUNK = 2**24
 

@@ -45,7 +45,7 @@ from ..reconstruction.checks import as_sparse_as_asked, check_teaching, zeros_be
 from ..reconstruction.progress import foreign_files, is_progress
 from ..tuners.card import describe_plain_model
 from .arguments import SparseTrainingArguments
-from .distillation import check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
+from .distillation import ADVICE, check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
 from .endings import as_before
 from .freezing import FreezingCallback
 from .learning_rates import norm_drop, retraining_schedule
@@ -359,7 +359,7 @@ class SparseTrainer(Trainer):
             task_loss = partial(super().compute_loss, model, return_outputs=True, num_items_in_batch=num_items)
             name = type(base_model(model)).__name__
             with evaluation_mode(model), torch.random.fork_rng():
-                self._label_offset = label_offset(task_loss, inputs, name)
+                self._label_offset = label_offset(task_loss, inputs, name, ADVICE)
         return self._label_offset
 
     def _find_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
