@@ -19,7 +19,7 @@ from peft_sparse import (
     prune,
     sparsity,
 )
-from peft_sparse.training.pruning_callback import restart_adapters
+from peft_sparse.training.base_weights import restart_adapters
 
 from checks import assert_same_zeros, assert_zeros_kept, zeros_of
 from conftest import Samples, tiny

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -22,7 +20,7 @@ from ..model.blocks import Targets, base_model, prunable_weights
 from ..model.masks import mask_of
 from ..model.sharding import has_shards, uses_deepspeed, whole
 from ..model.tree import adapters_off, has_adapters
-from ..model.weights import WeightView, to_host
+from ..model.weights import to_host
 from ..pruning.allocation import Allocation
 from ..pruning.by_name import PatternLike, one_pattern
 from ..pruning.criteria import CriterionLike
@@ -33,13 +31,11 @@ from ..pruning.refinement import Refinement
 from ..pruning.report import PruningReport
 from ..pruning.task import OnUnreached
 from ..tuners.layer import SparseLoraLayer
+from .base_weights import frozen_names, load_base, proof_of_base, restart_adapters, save_base
+from .checkpoints import BASE_NAME
 from .learning_rates import RetrainingSchedule, norm_drop
 from .pruning_schedules import PruningSchedule
 from .zero_guard import note_pruning
-
-
-# The file in an adapter's checkpoint that holds the base weights which a schedule changed.
-BASE_NAME = "pruned_base.safetensors"
 
 
 class PruningCallback(TrainerCallback):
@@ -60,9 +56,14 @@ class PruningCallback(TrainerCallback):
     the merged weights are pruned. With `CubicSchedule`, adapters are not merged, and the criterion scores the base
     weights alone.
 
+    If adapters are trained, a checkpoint also holds the base weights that a schedule changed, adapted or not, in
+    `pruned_base.safetensors`. `SparseTrainer` reads them from the checkpoint that it resumes. With another Trainer the
+    callback reads them from `output_dir/checkpoint-N`, where N is the step of the resumed checkpoint. It refuses a
+    file that does not hold the weights whose hash the resumed run has noted.
+
     Each pruning during training, also that at its beginning, adds an entry to `state.log_history`: `pruning` is the
-    sparsity reached, and `norm_drop` is d₁ of the learning rate schedule "allr" (see `retraining_schedule`). A call of
-    the method `prune` adds no entry.
+    sparsity reached, `norm_drop` is d₁ of the learning rate schedule "allr" (see `retraining_schedule`), and `base` is
+    the hash of the base weights, with a schedule and adapters. A call of the method `prune` adds no entry.
 
     Args:
         pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
@@ -106,6 +107,7 @@ class PruningCallback(TrainerCallback):
             is no single sparsity. When training begins: the run is too short for the schedule;
             `load_best_model_at_end` is set with a schedule; `PruningCycles` meets adapters other than MaskLoRA and
             ScaledLoRA; calibration is given and the model is sharded already; `prune` refuses its arguments.
+            When a run with adapters is resumed: the file of base weights belongs to another run.
         FileNotFoundError: training with adapters is resumed, and the checkpoint has no file of the base weights that
             the schedule changed.
     """
@@ -158,6 +160,10 @@ class PruningCallback(TrainerCallback):
         self._unlogged = False
         self._drops: dict[int, float] = {}
         self._due: dict[int, float] = {}
+        # The checkpoint that is resumed, if the trainer tells it.
+        self.resumed_from: Path | None = None
+        self._saved_in: tuple[Path, int] | None = None
+        self._frozen: set[str] = set()
         if schedule is not None:
             requested = self.options["pattern"]
             goal = None if isinstance(requested, Mapping) else parse_pattern(requested)
@@ -171,7 +177,7 @@ class PruningCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = kwargs["model"]
+        model, self._saved_in = kwargs["model"], None
         if self.schedule is not None:
             due = self.schedule.sparsities(self._goal.sparsity, state.max_steps)
             # A cubic schedule may begin with sparsity 0, and pruning to it would only cost calibration.
@@ -192,8 +198,12 @@ class PruningCallback(TrainerCallback):
         past = [step for step in self._due if step <= state.global_step]
         if state.global_step and not has_adapters(model) and any("pruning" in e for e in state.log_history):
             return
-        if self._base_changed(state) and has_adapters(model):
-            load_base(model, _checkpoint(args, state) / BASE_NAME, *self._targets())
+        adapted = self.schedule is not None and has_adapters(model)
+        self._frozen = frozen_names(model, *self._targets()) if adapted else set()
+        if state.global_step and past and adapted:
+            folder, known = self.resumed_from or _checkpoint(args, state), self.resumed_from is not None
+            proof = next((entry["base"] for entry in reversed(state.log_history) if "base" in entry), None)
+            load_base(model, folder / BASE_NAME, *self._targets(), frozen=self._frozen, proof=proof, proven=known)
             note_pruning(model)
         elif self.schedule is None or past:
             self._prune_at(past[-1] if past else None, model, args, state)
@@ -214,14 +224,23 @@ class PruningCallback(TrainerCallback):
         _refresh(kwargs.get("lr_scheduler"))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._base_changed(state) and has_adapters(kwargs["model"]):
-            path = _checkpoint(args, state) / BASE_NAME
-            save_base(kwargs["model"], path, *self._targets(), write=args.should_save)
+        self.save_base(_checkpoint(args, state), kwargs["model"], args, state)
 
-    def _base_changed(self, state: TrainerState) -> bool:
-        """Return whether a resumed run could not compute the base weights by pruning the original base again."""
-        again = self.schedule is not None and (self.schedule.restarts or self.options.get("calibration") is not None)
-        return again and sum(step <= state.global_step for step in self._due) > 1
+    def save_base(self, folder: Path, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+        """Save the base weights that a schedule changed into a checkpoint of adapters, unless they are there.
+
+        `SparseTrainer` calls this before it deletes older checkpoints. All processes must call it together.
+
+        Args:
+            folder: the folder of the checkpoint.
+            model: the model with its adapters.
+            args: the training arguments.
+            state: the state of the trainer.
+        """
+        changed = self.schedule is not None and any(step <= state.global_step for step in self._due)
+        if changed and has_adapters(model) and self._saved_in != (folder, state.global_step):
+            save_base(model, folder / BASE_NAME, *self._targets(), write=args.should_save)
+            self._saved_in = (folder, state.global_step)
 
     def _prune_at(self, step: int | None, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
         if step is not None:
@@ -235,7 +254,10 @@ class PruningCallback(TrainerCallback):
         self._unlogged = False
         before, after = self.norms
         drop = self._drops[state.global_step] = norm_drop(before, after) if after[1] < before[1] else 0.0
-        entry = {"pruning": self.report.sparsity, "norm_drop": drop}
+        entry: dict[str, Any] = {"pruning": self.report.sparsity, "norm_drop": drop}
+        if self.schedule is not None and has_adapters(model):
+            # By this a resumed run knows the file of the base weights that it needs.
+            entry["base"] = proof_of_base(model, self._frozen, *self._targets())
         state.log_history.append(entry | {"epoch": state.epoch, "step": state.global_step})
 
     def norm_drop(self, cycle: int) -> float:
@@ -319,75 +341,6 @@ def _refresh(scheduler: Any) -> None:
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def save_base(
-    model: nn.Module, path: Path, target_modules: Targets = None, exclude_modules: Targets = None, *, write: bool
-) -> None:
-    """Save the base weights that a schedule changes: those that are pruned, and those of adapted layers.
-
-    Args:
-        model: the model with its adapters.
-        path: the file to write.
-        target_modules, exclude_modules: the layers that are pruned, as in `prune`.
-        write: whether this process writes the file. The other processes only take part in gathering the weights.
-    """
-    state: dict[str, Tensor] = {}
-    for name, layer in _adapted(model):
-        with whole(layer):
-            if write:
-                state[name] = layer.read_weight().detach().cpu().contiguous()
-    for name, weight in _pruned_without_adapter(model, target_modules, exclude_modules):
-        with whole(weight.layer):
-            if write:
-                state[name] = weight.storage.detach().cpu().contiguous()
-    if write:
-        save_file(state, path)
-
-
-def load_base(model: nn.Module, path: Path, target_modules: Targets = None, exclude_modules: Targets = None) -> None:
-    """Load the base weights that `save_base` saved. In place.
-
-    Raises:
-        FileNotFoundError: `path` does not exist.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            "The adapter was trained on base weights that were pruned several times during training. The file "
-            f"{str(path)!r} should hold them, and it does not exist. Resume with the `output_dir` of that run and all "
-            "files of its checkpoints."
-        )
-    with safe_open(path, framework="pt") as file:
-        for name, layer in _adapted(model):
-            with whole(layer, write=True):
-                layer.write_weight(file.get_tensor(name))
-        for name, weight in _pruned_without_adapter(model, target_modules, exclude_modules):
-            with whole(weight.layer, write=True):
-                weight.storage.detach().copy_(file.get_tensor(name))
-
-
-def _adapted(model: nn.Module) -> Iterator[tuple[str, SparseLoraLayer]]:
-    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, SparseLoraLayer))
-
-
-def _pruned_without_adapter(model: nn.Module, *targets: Targets) -> Iterator[tuple[str, WeightView]]:
-    """Yield the pruned base weights that have no adapter of this package, once for each parameter."""
-    known = {(id(layer.get_base_layer()), getattr(layer, "parameter_name", "weight")) for _, layer in _adapted(model)}
-    with adapters_off(model):
-        weights = prunable_weights(model, *targets)
-    for name, weight in weights.items():
-        key = (id(weight.layer), weight.parameter)
-        if key not in known:
-            known.add(key)
-            yield name, weight
-
-
-@torch.no_grad()
-def restart_adapters(model: nn.Module) -> None:
-    """Merge the adapters into the base weights and reset the adapters. In place."""
-    for _, layer in _adapted(model):
-        with whole(layer, write=True):
-            layer.restart()
 
 
 def _restart(optimizer: Optimizer, in_place: bool) -> None:

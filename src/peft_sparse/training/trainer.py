@@ -44,7 +44,9 @@ from ..reconstruction import Fit, ReconstructionReport, reconstruct
 from ..reconstruction.checks import as_sparse_as_asked, check_teaching, zeros_before
 from ..reconstruction.progress import foreign_files, is_progress
 from ..tuners.card import describe_plain_model
+from .added_adapters import check_added_adapters, load_added_adapter
 from .arguments import SparseTrainingArguments
+from .checkpoints import last_complete_checkpoint
 from .distillation import ADVICE, check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
 from .endings import as_before
 from .freezing import FreezingCallback
@@ -237,8 +239,9 @@ class SparseTrainer(Trainer):
         """Prune the model if asked, and then train it, or reconstruct it.
 
         Args:
-            resume_from_checkpoint: True continues from the last checkpoint in `output_dir`, and a path from that
-                checkpoint. With `recovery="reconstruct"` it continues after the last finished region.
+            resume_from_checkpoint: True continues from the last complete checkpoint in `output_dir`, and a path from
+                that checkpoint. A warning names later checkpoints that are not complete. With
+                `recovery="reconstruct"` it continues after the last finished region.
             trial: the trial of a hyperparameter search, as in `Trainer.train`.
             ignore_keys_for_eval: keys of the model's outputs that evaluation does not gather, as in `Trainer.train`.
 
@@ -259,6 +262,12 @@ class SparseTrainer(Trainer):
                 )
             with as_before(self.model), self._released():
                 return self._reconstruct(resume_from_checkpoint, ignore_keys_for_eval)
+        if resume_from_checkpoint is True:
+            args = self.args
+            resume_from_checkpoint = str(
+                last_complete_checkpoint(str(args.output_dir), only_weights=args.save_only_model)
+            )
+        check_added_adapters(self.model, self.args.save_strategy != "no")
         if self.model_init is None:
             self._prune_first(self.model)
         trainer: Any = self
@@ -279,9 +288,15 @@ class SparseTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
+        for callback in self._prunes():
+            callback.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         # Here and not in `train`, because `auto_find_batch_size` calls this again after an error.
         with as_before(self.model), self._released():
             return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not load_added_adapter(self.model if model is None else model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     @contextlib.contextmanager
     def _released(self) -> Iterator[None]:
@@ -536,6 +551,10 @@ class SparseTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._guard().check()
         super().save_model(output_dir, _internal_call)
+        if output_dir is not None and _internal_call:
+            # Before `Trainer` deletes older checkpoints.
+            for callback in self._prunes():
+                callback.save_base(Path(output_dir), self.model, self.args, self.state)
 
     def save_merged_model(self, output_dir: str) -> None:
         """Save the model with its adapters merged, as a plain model for `from_pretrained`, with a model card.
@@ -598,6 +617,9 @@ class SparseTrainer(Trainer):
             base = getattr(getattr(base_model(self.model), "config", None), "_name_or_path", None)
             share = sparsity(self.model, self.args.target_modules, self.args.exclude_modules)
             describe_plain_model(str(self.args.output_dir), share, base)
+
+    def _prunes(self) -> list[PruningCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, PruningCallback)]
 
     def _guard(self) -> ZeroGuardCallback:
         # Not an attribute, because resuming may replace the callback by one restored from the checkpoint. If the user
