@@ -8,7 +8,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_sparse import MaskLoRAConfig, SparseTrainer, ZeroGuardCallback, prune, sparsity
+from peft_sparse import MaskLoRAConfig, PruningCallback, SparseTrainer, ZeroGuardCallback, prune, sparsity
 from peft_sparse.training.protected import PROTECTED_SHARE, check_fingerprints, stored_matrices
 from peft_sparse.training.zero_guard import note_pruning
 
@@ -227,3 +227,21 @@ def test_a_resumed_run_refuses_zeros_that_its_checkpoint_does_not_know(tmp_path)
     half_zero(other.model.base_model.model.lm_head.weight)
     with pytest.raises(ValueError, match="masks of the checkpoint and of the model differ in 1 weights, .* 'lm_head'"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_pruning_writes_its_zeros_into_every_copy_of_a_layer(llama):
+    config = MaskLoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp", "lm_head"])
+    model = get_peft_model(llama, config)
+    model.add_adapter("other", copy.deepcopy(config))
+    PruningCallback(0.5, target_modules=r".*(proj|lm_head)").prune(model, 0)
+    masks = {}
+    for name, parameter in model.named_parameters():
+        if "modules_to_save." in name or "original_module" in name:
+            masks.setdefault(
+                name.replace("original_module", "modules_to_save.default").replace(".other.", ".default."), []
+            ).append(parameter == 0)
+    assert len(masks) == 3 * 3 + 1
+    for found in masks.values():
+        assert len(found) == 3
+        assert found[0].float().mean() == pytest.approx(0.5, abs=0.01)
+        assert all(torch.equal(mask, found[0]) for mask in found)

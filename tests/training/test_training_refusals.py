@@ -29,6 +29,8 @@ from peft_sparse import (
     SparseTrainingArguments,
     prune,
 )
+from peft_sparse.training.base_weights import save_base
+from peft_sparse.training.checkpoints import last_complete_checkpoint
 from peft_sparse.training.distillation import (
     check_teacher,
     hidden_states_loss,
@@ -132,6 +134,39 @@ def freeze(model, sharded=False):
     FreezingCallback().on_train_begin(args, None, None, model=model)
 
 
+def two_active_adapters():
+    model = llama()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        for name in ("one", "two"):
+            model.add_adapter(MaskLoRAConfig(r=2, target_modules=["q_proj"]), name)
+    model.set_adapter(["one", "two"])
+    SparseTrainer(model, arguments(sparsity=0.5)).train()
+
+
+def added(path, **config):
+    model = llama()
+    model.add_adapter(MaskLoRAConfig(r=2, **config))
+    data = [{"input_ids": row, "labels": row} for row in TOKENS]
+    args = SparseTrainingArguments(path, max_steps=1, save_steps=1, use_cpu=True, report_to="none")
+    return SparseTrainer(model, args, train_dataset=data)
+
+
+def adapter_of_another_shape():
+    added("out", target_modules=["q_proj", "v_proj"]).train()
+    added("out", target_modules=["q_proj"]).train(resume_from_checkpoint=True)
+
+
+def base_of_another_run():
+    model = adapted()
+    callback = PruningCallback(0.5, schedule=PruningCycles(2))
+    state = _State()
+    state.global_step = 3
+    save_base(model, Path("out/checkpoint-3/pruned_base.safetensors"), write=True)
+    args = SparseTrainingArguments("out", use_cpu=True, report_to="none")
+    callback.on_train_begin(args, state, None, model=model)
+
+
 class TokenSamples(torch.utils.data.Dataset):
     def __len__(self):
         return 4
@@ -204,6 +239,26 @@ REFUSALS = [
         lambda: trained_tied_head(TiedInside, copy.deepcopy(CONFIGS["llama"])),
         ValueError,
         "'lm_head.weight', 'model.embed_tokens.weight'. are one tied weight, .* TiedInside ties .* whatever",
+    ),
+    (
+        two_active_adapters,
+        ValueError,
+        "The adapters 'one', 'two' are active, and transformers saves one adapter of `add_adapter`. Call",
+    ),
+    (
+        adapter_of_another_shape,
+        ValueError,
+        "The adapter in 'out/checkpoint-1' has .* tensors.*, and the adapter of the model does not. Attach",
+    ),
+    (
+        base_of_another_run,
+        ValueError,
+        "base weights in .*pruned_base.* are not those on which the resumed adapter was trained. Resume from",
+    ),
+    (
+        lambda: last_complete_checkpoint("nowhere"),
+        ValueError,
+        "Expected a complete checkpoint in 'nowhere', found none. Give the path of a checkpoint, or leave",
     ),
     (
         where_others_keep_files,

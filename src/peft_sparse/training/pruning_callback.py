@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -42,8 +43,9 @@ class PruningCallback(TrainerCallback):
     """Prunes the model when training begins, or step by step by a schedule. Works with any `transformers.Trainer`.
 
     The callback prunes the base weights: adapters are switched off while `prune` runs. A resumed run with an adapter
-    therefore prunes its dense base to the masks of the first run; a base that is pruned already does not change. If an
-    adapter trains a copy of a pruned layer (`modules_to_save`), the copy gets the same zeros.
+    therefore prunes its dense base to the masks of the first run; a base that is pruned already does not change. If
+    adapters train copies of a pruned layer (`modules_to_save`), each copy gets the same zeros, also that of an adapter
+    which is not active.
 
     Biases that PEFT trains in place cannot be switched off. In a resumed run they already have their trained values
     when the base is pruned, so that calibration may measure other inputs than in the first run. `SparseTrainer` avoids
@@ -247,6 +249,9 @@ class PruningCallback(TrainerCallback):
             self.options["pattern"] = dataclasses.replace(self._goal, sparsity=self._due[step])
         self.prune(model, args.seed)
         self._log(state)
+        if self.schedule is not None and has_adapters(model):
+            # By this a resumed run knows the file of the base weights that it needs.
+            state.log_history[-1]["base"] = proof_of_base(model, self._frozen, *self._targets())
 
     def _log(self, state: TrainerState) -> None:
         """Add the last pruning to the log history."""
@@ -254,10 +259,7 @@ class PruningCallback(TrainerCallback):
         self._unlogged = False
         before, after = self.norms
         drop = self._drops[state.global_step] = norm_drop(before, after) if after[1] < before[1] else 0.0
-        entry: dict[str, Any] = {"pruning": self.report.sparsity, "norm_drop": drop}
-        if self.schedule is not None and has_adapters(model):
-            # By this a resumed run knows the file of the base weights that it needs.
-            entry["base"] = proof_of_base(model, self._frozen, *self._targets())
+        entry = {"pruning": self.report.sparsity, "norm_drop": drop}
         state.log_history.append(entry | {"epoch": state.epoch, "step": state.global_step})
 
     def norm_drop(self, cycle: int) -> float:
@@ -304,14 +306,20 @@ class PruningCallback(TrainerCallback):
         note_pruning(model)
 
     def _prune_copies(self, model: nn.Module) -> None:
-        """Write the zeros of pruned layers into their copies that adapters train (`modules_to_save`)."""
+        """Write the zeros of pruned layers into their copies in `modules_to_save`, also of inactive adapters."""
         assert self.report is not None
+        copies: dict[int, list[nn.Module]] = {}
+        for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
+            for name, original in wrapper.original_module.named_modules():
+                copies[id(original)] = [copy.get_submodule(name) for copy in wrapper.modules_to_save.values()]
+        if not copies:
+            return
         with adapters_off(model):
             originals = prunable_weights(model, *self._targets())
-        active = prunable_weights(model, *self._targets())
         for name in (weight.name for weight in self.report.weights):
-            if active[name].storage is not originals[name].storage:
-                active[name].write_zeros(mask_of(originals[name].matrix()))
+            original = originals[name]
+            for copy in copies.get(id(original.layer), ()):
+                dataclasses.replace(original, layer=copy).write_zeros(mask_of(original.matrix()))
 
     def _check_calibration(self, model: nn.Module) -> None:
         if has_shards(model) and self.options.get("calibration") is not None:
