@@ -1,8 +1,11 @@
 """Children of the test process: they begin with everything imported, and may be killed."""
 
+import gc
 import os
 import traceback
 import warnings
+
+import torch
 
 
 def forked(call) -> int:
@@ -15,6 +18,9 @@ def forked(call) -> int:
         return child
     code = 1
     try:
+        # The threads of the parent are not there, and its objects need not be looked at.
+        torch.set_num_threads(1)
+        gc.freeze()
         call()
         code = 0
     except BaseException:

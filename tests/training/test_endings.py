@@ -10,7 +10,6 @@ from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from forking import ended, forked
 from peft_sparse import (
     FreezingCallback,
     MaskLoRAConfig,
@@ -24,6 +23,7 @@ from peft_sparse.training.termination import TerminationCallback
 
 from checks import assert_same_weights
 from conftest import Samples, tiny
+from forking import ended, forked
 from trainers import arguments
 
 
