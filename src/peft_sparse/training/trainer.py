@@ -279,6 +279,8 @@ class SparseTrainer(Trainer):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self._made = trainer.optimizer if makes else None
+            # `Trainer` leaves this after an error.
+            self.is_in_train = False
 
     def _inner_training_loop(
         self,
