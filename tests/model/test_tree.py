@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftMixedModel, PromptTuningConfig, get_peft_model,
 from peft_sparse import MaskLoRAConfig
 from peft_sparse.model.tree import adapters_off, base_model, has_adapters, without_adapters
 
-from checks import assert_same_weights
+from checks import assert_same_weights, named
 from conftest import tiny
 
 
@@ -62,7 +62,7 @@ def settings(model):
     return layers, {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("way", "name"), CASES, ids=str)
+@pytest.mark.parametrize(("way", "name"), CASES, ids=named)
 def test_adapters_of_any_kind_are_found_switched_off_and_taken_out(way, name, tokens):
     plain, model = adapted(way, name)
     assert has_adapters(model)

@@ -14,6 +14,7 @@ from peft import (
     PrefixTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 from peft.tuners.lora import ArrowConfig, create_arrow_model
 from peft.utils import hotswap
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, MambaConfig
 
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune
+from peft_sparse.model.masks import pack
 from peft_sparse.tuners import MaskLoraModel, merged_state_dict
 from peft_sparse.tuners.proof import check_masks
 from peft_sparse.tuners.registration import register
@@ -68,6 +70,37 @@ def mixed_methods():
     model.add_adapter("two", OFTConfig(target_modules=["q_proj"], oft_block_size=4))
     model.set_adapter(["one", "two"])
     merged_state_dict(model)
+
+
+def other_proof():
+    model = adapted()
+    state = get_peft_model_state_dict(model)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        layer.get_base_layer().weight[:, 0] = 0
+    set_peft_model_state_dict(model, state)
+    model(TOKENS)
+
+
+def other_masks():
+    model = adapted()
+    for name, share in (("first", 0.5), ("other", 0.8)):
+        config = MaskLoRAConfig(target_modules=["up_proj"], save_mask=True)
+        model.add_adapter(name, config)
+        for layer in model.base_model.model.model.layers:
+            weight = layer.mlp.up_proj.get_base_layer().weight
+            mask = weight.abs() > weight.abs().flatten().quantile(share)
+            layer.mlp.up_proj.expect_mask(name, pack(mask), "error")
+            layer.mlp.up_proj.saved_masks[name].copy_(pack(mask))
+    model.base_model.set_adapter(["first", "other"])
+    model(TOKENS)
+
+
+def trained_base_of_zero3():
+    model = adapted()
+    weight = model.base_model.model.model.layers[0].mlp.up_proj.get_base_layer().weight.requires_grad_()
+    weight.ds_tensor = torch.zeros(1)
+    model(TOKENS)
 
 
 def foreign_mask():
@@ -301,6 +334,13 @@ REFUSALS = [
         "non-existing adapter.*: other. The model has default",
     ),
     (unreadable, TypeError, "The weights of stub layers cannot be read, .* saved with `save_mask=True`"),
+    (
+        other_proof,
+        ValueError,
+        r"trained on other zeros .* a weight of 24 x 16 has sparsity 0\.0.*, and in the",
+    ),
+    (other_masks, ValueError, "'first' and 'other' have different masks, so that .* Choose one of them by `set_adap"),
+    (trained_base_of_zero3, ValueError, "that ZeRO-3 has split among processes is trained, .* Freeze the base weight"),
     (foreign_mask, ValueError, "adapter 'default'. The mask .* keeps 25.0% of the .* Load the"),
     (other_parameters, ValueError, "the same `target_parameters`. Adapter 'default' has .*gate_up_proj"),
     (mamba, ValueError, "'out_proj' of a mamba model cannot be adapted, because .* Leave out_proj"),

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from ..model.masks import (
@@ -45,8 +46,9 @@ STRAY_ZEROS = 0.01
 
 def is_in_memory(weight: Tensor) -> bool:
     """Return whether this process holds the values of the whole `weight`."""
-    # ZeRO-3 empties the parameters it shards, a DTensor holds one process's part, and a meta weight has no values.
-    return weight.numel() > 0 and not weight.is_meta and not isinstance(weight, DTensor)
+    # ZeRO-3 empties the parameters it shards, and a DTensor holds one process's part. Weights on the meta device have
+    # no values, and neither have those of a plan.
+    return weight.numel() > 0 and not weight.is_meta and not isinstance(weight, (DTensor, FakeTensor))
 
 
 class SavedMasks(BaseWeight):
@@ -229,7 +231,7 @@ class SavedMasks(BaseWeight):
             if name not in self.proofs:
                 self.forget_proof(name)
                 continue
-            if self.proofs[name].is_meta:
+            if not is_in_memory(self.proofs[name]):
                 continue
             expected = self._awaited.get(name) or decode_proof(self.proofs[name])
             if expected and name not in self.saved_masks and underflowed(expected, self._matrix(stored)) is None:
