@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, SparseTrainer, merged_state_dict, prune, sparsity
-from peft_sparse.training.saving import save_plain_model, settle_ties
+from peft_sparse.training.saving import save_plain_model
+from peft_sparse.tuners.ties import settle_ties
 
 from checks import assert_same_weights, assert_zeros_kept, zeros_of
 from conftest import FAMILIES, VOCABULARY, Samples, inputs_of, tiny
@@ -328,6 +329,32 @@ def test_a_tied_head_that_was_changed_is_saved_untied(family, how, tmp_path):
     config = loaded.config
     for part in (config, config.get_text_config()):
         assert part.tie_word_embeddings == (how == "none")
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`", "ignore:Input and output embeddings are")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3", "bart", "vlm"])
+def test_a_tied_head_that_is_merged_in_memory_is_saved_untied(family, tmp_path):
+    adapted = stirred(tied(family), target_modules=[ATTENTION.get(family, "q_proj"), "lm_head"])
+    inputs = inputs_of("llama" if family == "vlm" else family)
+    embedding = adapted.get_input_embeddings().weight
+    expected, before = adapted(**inputs).logits, embedding.detach().clone()
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(**inputs).logits, expected)
+    assert torch.equal(embedding, before)
+    merged.save_pretrained(tmp_path)
+    loaded, told = type(merged).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values()), told
+    loaded.tie_weights()
+    torch.testing.assert_close(loaded.eval()(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["t5", "umt5"])
+def test_a_merge_that_could_not_be_saved_is_refused_and_changes_nothing(family):
+    adapted, inputs = stirred(tied(family), target_modules=["q", "lm_head"]), inputs_of("t5")
+    expected = adapted(**inputs).logits
+    with pytest.raises(ValueError, match="are one tied weight, .* A saved model cannot hold them apart"):
+        adapted.merge_and_unload()
+    assert torch.equal(adapted(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("family", ["t5", "umt5"])

@@ -6,7 +6,7 @@
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -17,6 +17,7 @@ from peft.utils import (
 )
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..model.blocks import base_layer
@@ -26,7 +27,9 @@ from .config import SparseLoraConfig
 from .groups import select_groups
 from .hotswap import whole_pairs
 from .layer import SparseLoraLayer
+from .merging import plain_model
 from .proof import check_masks, proof_to_save, receive, report_oddities
+from .ties import give_own_weights, settle_ties
 
 
 # The kernels of these models read the weights of these projections directly, so an adapter would have no effect.
@@ -235,6 +238,32 @@ class SparseLoraModel(BaseTuner):
                 "change the base weight or add other terms. Use `peft.LoraConfig` for them."
             )
         return super().__getattr__(name)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """Take the adapters out, as PEFT does. A head that differs from its embedding is no longer tied to it."""
+        tied = self._changed_tied_weights(adapter_names) if merge and isinstance(self.model, PreTrainedModel) else []
+        if not tied:
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        # A model that shares its weights with this one shows what the merged model ties, and whether it can be saved.
+        merged = cast(PreTrainedModel, plain_model(self.model, merge=False, values=False))
+        give_own_weights(merged, tied)
+        alone = settle_ties(merged, plain_model(self.model, merge=False, values=False))
+        unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unloaded.config = merged.config
+        give_own_weights(unloaded, alone)
+        return unloaded
+
+    def _changed_tied_weights(self, adapter_names: list[str] | None) -> list[str]:
+        """Return the names, in the base model, of the tied weights into which the adapters are to be merged."""
+        layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, SparseLoraLayer)]
+        tied = [(name, layer) for name, layer in layers if layer.is_tied]
+        return [f"{name}.weight" for name, layer in tied if layer._present(adapter_names or layer.active_adapters)]
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
