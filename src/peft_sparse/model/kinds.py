@@ -17,7 +17,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .cpu_packing import undo_cpu_packing
-from .masks import mask_of
+from .masks import count_kept
 from .offload import is_offloaded, loaded_layer
 from .sharding import is_partitioned, own_part, totals, whole_shape
 from .tree import base_layer, is_prunable, walk
@@ -145,7 +145,7 @@ def _counts_of_layer(views: dict[str, WeightView]) -> list[tuple[int, int]]:
     with loaded_layer(layer):
         for name, weight in views.items():
             matrix = weight.matrix_of(_as_computed(name, layer, weight.parameter))
-            counts.append((matrix.numel() - int(mask_of(matrix).sum()), matrix.numel()))
+            counts.append((matrix.numel() - int(count_kept(matrix)), matrix.numel()))
     return counts
 
 

@@ -13,6 +13,12 @@ def mask_of(weight: Tensor) -> Tensor:
     return weight.bool()
 
 
+def count_kept(weight: Tensor) -> Tensor:
+    """Return the number of entries of `weight`, or of a mask, that are not zero, as a tensor without dimensions."""
+    # Not `mask_of(weight).sum()`: the result is the same, but it takes twenty times as long on CPUs.
+    return torch.count_nonzero(weight)
+
+
 def mask_(values: Tensor, weight: Tensor) -> Tensor:
     """Set `values` to zero where `weight`, of the same shape, is zero, and return them. In place.
 
@@ -47,7 +53,7 @@ def fingerprint(mask: Tensor) -> str:
     """
     rows, columns = mask.shape
     digest = hashlib.blake2b(pack(mask).cpu().numpy().tobytes(), digest_size=8).hexdigest()
-    return f"{rows}x{columns}:{mask.numel() - int(mask.sum())}:{digest}"
+    return f"{rows}x{columns}:{mask.numel() - int(count_kept(mask))}:{digest}"
 
 
 def sparsity_of_fingerprint(proof: str) -> float:
@@ -60,9 +66,6 @@ def sparsity_of_fingerprint(proof: str) -> float:
 # Fingerprints in state dicts are padded to this length. Adapters that replace each other need equal shapes.
 PROOF_BYTES = 160
 
-# Loading casts weights to these types, in which small numbers become zero.
-_NARROW_TYPES = (torch.float16, torch.bfloat16)
-
 
 def fingerprint_of(weight: Tensor) -> str:
     """Return the fingerprint of the zeros of `weight` (..., out, in), and those of its casts where these have more.
@@ -70,13 +73,16 @@ def fingerprint_of(weight: Tensor) -> str:
     A cast to half precision turns very small numbers into zeros. The fingerprint of each cast with more zeros is
     added, so that an adapter that was trained on `weight` is also recognised on the cast weight.
     """
-    mask = mask_of(weight.reshape(-1, weight.shape[-1]))
-    found = fingerprint(mask)
-    for dtype in _NARROW_TYPES:
-        if dtype.itemsize < weight.dtype.itemsize:
-            cast = mask_of(weight.reshape(mask.shape).to(dtype))
-            if not torch.equal(cast, mask):
-                found += f";{fingerprint(cast)}"
+    matrix = weight.reshape(-1, weight.shape[-1])
+    found, kept = fingerprint(mask_of(matrix)), count_kept(matrix)
+    # The smallest numbers of float16 are larger than those of bfloat16, so it loses entries first.
+    for dtype in (torch.float16, torch.bfloat16):
+        if weight.dtype in (dtype, torch.float16):
+            break
+        cast = matrix.to(dtype)
+        if torch.equal(count_kept(cast), kept):
+            break
+        found += f";{fingerprint(mask_of(cast))}"
     return found
 
 

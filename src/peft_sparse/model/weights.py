@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .masks import mask_of
+from .masks import count_kept
 from .offload import is_offloaded, loaded_layer
 
 
@@ -203,7 +203,7 @@ def zero_counts(weights: dict[str, WeightView]) -> dict[str, tuple[int, int]]:
 
 def _counts_in_memory(weights: dict[str, WeightView]) -> dict[str, tuple[int, int]]:
     matrices = [weight.matrix() for weight in weights.values()]
-    kept = to_host([mask_of(matrix).sum() for matrix in matrices])
+    kept = to_host([count_kept(matrix) for matrix in matrices])
     return {
         name: (matrix.numel() - nonzero, matrix.numel())
         for name, matrix, nonzero in zip(weights, matrices, kept, strict=True)

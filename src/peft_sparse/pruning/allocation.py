@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.statistics import Need, Statistics
-from ..model.masks import mask_of
+from ..model.masks import count_kept
 from ..model.weights import WeightView, to_host
 from .budget import Budget, Reading, apportion, check_reachable, in_memory
 from .choices import check_numbers, chosen, spelled
@@ -311,7 +311,7 @@ def given(budget: Budget, sparsities: Mapping[str, float]) -> dict[str, int]:
 
 def _zeros(budget: Budget) -> list[int]:
     """Return how many entries of each weight are zero."""
-    kept = [budget.of_matrix(name, lambda matrix: mask_of(matrix).sum()) for name in budget.weights]
+    kept = [budget.of_matrix(name, count_kept) for name in budget.weights]
     return [size - nonzero for size, nonzero in zip(budget.sizes, to_host(kept), strict=True)]
 
 

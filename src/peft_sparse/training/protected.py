@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from ..model.blocks import base_model, find_blocks, fused_experts, layers_in, storage_of
 from ..model.kinds import is_quantised
-from ..model.masks import fingerprint, mask_of, sparsity_of_fingerprint
+from ..model.masks import count_kept, fingerprint, mask_of, sparsity_of_fingerprint
 from ..model.sharding import own_part, totals, whole, whole_shape
 from ..model.tree import base_layer
 
@@ -72,7 +72,7 @@ def protected_names(
         model: the model, with or without adapters.
     """
     parameters = [place.parameter for place in places.values()]
-    kept = totals([mask_of(own_part(parameter)).sum() for parameter in parameters], parameters)
+    kept = totals([count_kept(own_part(parameter)) for parameter in parameters], parameters)
     trained, prunable = set(trained), _prunable(model)
     protected, all_zero = [], []
     for name, parameter, nonzero in zip(places, parameters, kept, strict=True):

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..calibration.activations import Activations
 from ..calibration.inputs import Calibration
 from ..model.blocks import Targets, base_model, prunable_weights
-from ..model.masks import mask_of
+from ..model.masks import count_kept, mask_of
 from ..model.sharding import has_shards, uses_deepspeed, whole
 from ..model.tree import adapters_off, has_adapters
 from ..model.weights import to_host
@@ -337,7 +337,7 @@ class PruningCallback(TrainerCallback):
         """Return (‖W‖², number of nonzero entries) of the prunable weights."""
         matrices = [weight.matrix() for weight in prunable_weights(model, *self._targets()).values()]
         norms = to_host([torch.linalg.vector_norm(matrix, dtype=torch.float32) for matrix in matrices])
-        return sum(norm**2 for norm in norms), float(sum(to_host([mask_of(matrix).sum() for matrix in matrices])))
+        return sum(norm**2 for norm in norms), float(sum(to_host([count_kept(matrix) for matrix in matrices])))
 
 
 def _refresh(scheduler: Any) -> None:

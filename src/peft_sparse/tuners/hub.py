@@ -20,7 +20,7 @@ from transformers import Trainer
 from transformers.utils import PushToHubMixin
 
 from ..model.blocks import base_model
-from ..model.masks import mask_of
+from ..model.masks import count_kept
 from ..model.sharding import has_shards
 from .config import SparseLoraConfig
 from .layer import SparseLoraLayer
@@ -71,7 +71,7 @@ def mean_sparsity(model: nn.Module, adapter_name: str) -> float | None:
         if isinstance(module, SparseLoraLayer) and adapter_name in module.A and module._readable():
             weight = module.pruned_weight()
             if weight.numel() and not weight.is_meta:
-                found.append(1 - int(mask_of(weight).sum()) / weight.numel())
+                found.append(1 - int(count_kept(weight)) / weight.numel())
     return sum(found) / len(found) if found else None
 
 

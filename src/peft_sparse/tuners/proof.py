@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from ..model.blocks import base_layer, base_model
 from ..model.cpu_packing import undo_cpu_packing
-from ..model.masks import decode_proof, encode_proof, fingerprint_of, mask_of, sparsity_of_fingerprint, underflowed
+from ..model.masks import (
+    count_kept,
+    decode_proof,
+    encode_proof,
+    fingerprint_of,
+    sparsity_of_fingerprint,
+    underflowed,
+)
 from ..model.sharding import has_shards, whole
 from ..model.weights import PRUNABLE_LAYERS, as_matrix
 from .config import SparseLoraConfig
@@ -146,7 +153,7 @@ def report_oddities(model: nn.Module, config: SparseLoraConfig, adapter_name: st
             continue
         weight = module.read_weight()
         count += 1
-        if mask_of(weight).sum() > (1 - STRAY_ZEROS) * weight.numel():
+        if count_kept(weight) > (1 - STRAY_ZEROS) * weight.numel():
             dense.append(name)
         if module.r[adapter_name] > min(module._matrix(weight).shape[-2:]):
             excessive.append(name)
@@ -228,7 +235,7 @@ def _compare(expected: dict[str, tuple[str, Tensor]], on_mismatch: str) -> None:
 
 
 def _sparsity(weight: Tensor) -> float:
-    return 1 - int(mask_of(weight).sum()) / weight.numel()
+    return 1 - int(count_kept(weight)) / weight.numel()
 
 
 def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLoraLayer]]:

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from ..model.masks import (
     PROOF_BYTES,
+    count_kept,
     decode_proof,
     mask_of,
     pack,
@@ -235,7 +236,7 @@ class SavedMasks(BaseWeight):
                 continue
             expected = self._awaited.get(name) or decode_proof(self.proofs[name])
             if expected and name not in self.saved_masks and underflowed(expected, self._matrix(stored)) is None:
-                found = 1 - int(mask_of(stored).sum()) / stored.numel()
+                found = 1 - int(count_kept(stored)) / stored.numel()
                 raise ValueError(
                     f"Adapter {name!r} was trained on other zeros than this base model has: a weight of "
                     f"{self.out_features} x {self.in_features} has sparsity {found:.4f}, and in the adapter "
@@ -244,10 +245,10 @@ class SavedMasks(BaseWeight):
             self.forget_proof(name)
 
     def _check_contradiction(self, name: str, on_mismatch: str, stored: Tensor, mask: Tensor) -> None:
-        stray = int(((stored == 0) & mask).sum()) / stored.numel()
+        stray = int(count_kept((stored == 0) & mask)) / stored.numel()
         if stray <= STRAY_ZEROS or on_mismatch == "ignore":
             return
-        sparsities = [1 - int(kept.sum()) / stored.numel() for kept in (mask, mask_of(stored))]
+        sparsities = [1 - int(count_kept(kept)) / stored.numel() for kept in (mask, stored)]
         message = (
             f"Expected a base weight that is dense or has the zeros of adapter {name!r}. The mask saved with the "
             f"adapter keeps {stray:.1%} of the entries of this weight although they are zero. The mask has sparsity "
