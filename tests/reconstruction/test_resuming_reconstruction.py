@@ -187,9 +187,12 @@ def test_a_run_on_other_data_or_another_model_is_not_resumed(state, tmp_path):
     with pytest.raises(ValueError, match="another model, data, arguments. Resume"):
         rebuild(tiny("opt"), other_tokens(), state_dir=state)
     options = {"state_dir": tmp_path, "pattern": None, "max_steps": 0}
-    rebuild(lively("llama"), calibration_of("llama"), dense=lively("llama"), **options)
+    rebuild(lively("llama"), calibration_of("llama"), dense=tiny("llama"), **options)
+    other = tiny("llama")
+    with torch.no_grad():
+        other.model.norm.weight.add_(1)
     with pytest.raises(ValueError, match="another dense model. Resume"):
-        rebuild(lively("llama"), calibration_of("llama"), dense=tiny("llama"), **options)
+        rebuild(lively("llama"), calibration_of("llama"), dense=other, **options)
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

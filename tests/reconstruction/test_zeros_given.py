@@ -1,18 +1,22 @@
 """No zero that a model has is filled, whatever prunes it further or fits it, and to whatever sparsity."""
 
 import contextlib
-import copy
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig
 
 from peft_sparse import Fit, LeastSquares, MaskLoRAConfig, ScaledLoRAConfig, prune, reconstruct
+from peft_sparse.reconstruction import checks
 
 from conftest import tiny
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:A sparsity of .* was requested")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:A sparsity of .* was requested"),
+    # What was pruned before is no dense model to fit to. It may be pruned further all the same.
+    pytest.mark.filterwarnings("ignore:The targets come from this model, of whose weights"),
+]
 
 
 def given(family="llama"):
@@ -41,9 +45,9 @@ FITS = {
     "matrix": {},
 }
 PRUNINGS = {
-    "less than there are": {"pattern": 0.3},
+    "all further": {"pattern": 0.6},
     "one layer further": {"pattern": 0.7, "target_modules": ["down_proj"]},
-    "n:m": {"pattern": "2:4", "exclude_modules": ["q_proj"]},
+    "n:m": {"pattern": "1:4", "exclude_modules": ["q_proj"]},
 }
 
 
@@ -51,13 +55,9 @@ PRUNINGS = {
 @pytest.mark.parametrize("fit", FITS)
 def test_reconstruction_keeps_the_zeros_it_was_given(tokens, fit, pruning):
     model, zeros = given()
-    before = copy.deepcopy(model.state_dict())
     options = {"region": "matrix"} if fit == "matrix" else {"fit": Fit(learning_rate=1e-2, max_steps=3, **FITS[fit])}
     reconstruct(model, calibration=tokens, batch_size=2, **PRUNINGS[pruning], **options)
     assert_kept(model, zeros)
-    changed = any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
-    # What is not pruned further is what its targets come from.
-    assert changed == (pruning != "less than there are")
 
 
 def test_a_fit_to_the_dense_model_keeps_the_zeros_of_all_layers(tokens):
@@ -66,8 +66,9 @@ def test_a_fit_to_the_dense_model_keeps_the_zeros_of_all_layers(tokens):
     assert_kept(model, zeros)
 
 
-def test_a_tuner_that_fills_zeros_is_refused_and_undone(tokens):
+def test_a_tuner_that_fills_zeros_although_its_trial_did_not_is_refused_and_undone(tokens, monkeypatch):
     model, zeros = given()
+    monkeypatch.setattr(checks, "check_tuner_keeps_zeros", lambda *arguments: None)
     fit = Fit(tuner=LoraConfig(r=2, target_modules=["down_proj"]), learning_rate=1e-2, max_steps=3)
     with pytest.raises(ValueError, match="The tuner filled zeros of 'model.layers.0.mlp.down_proj'"):
         reconstruct(model, 0.7, tokens, fit=fit)
