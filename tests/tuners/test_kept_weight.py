@@ -72,11 +72,16 @@ def changed(tensors, how):
             tensor.data.mul_(1.5)
         elif how == "data":
             tensor.data = tensor * 1.5
+        elif how == "data again and again":
+            # Python's allocator soon gives the memory that was freed to the next tensor.
+            for _ in range(4):
+                tensor.data = tensor * 1.5
 
 
+HOWS = ("in place", "data in place", "data", "data again and again")
 CHANGES = {
-    **{f"A and B {how}": lambda m, how=how: changed(factors(m), how) for how in ("in place", "data in place", "data")},
-    **{f"W {how}": lambda m, how=how: changed(bases(m), how) for how in ("in place", "data")},
+    **{f"A and B {how}": lambda m, how=how: changed(factors(m), how) for how in HOWS},
+    **{f"W {how}": lambda m, how=how: changed(bases(m), how) for how in HOWS},
     "scaling": lambda m: [layer.set_scale("default", 0.3) for layer in layers(m)],
     "active adapter": lambda m: m.set_adapter("other"),
     "two adapters": lambda m: m.base_model.set_adapter(["default", "other"]),
@@ -102,6 +107,33 @@ def test_whatever_changes_is_seen_in_the_next_call(wrapped, change):
     assert torch.equal(logits(wrapped), fresh(wrapped))
     if change not in ("merge", "merge and unmerge", "dtype there and back"):
         assert not torch.allclose(logits(wrapped).float(), first, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["replaced", "parametrised", "called with another"])
+def test_another_bias_is_seen(how):
+    wrapped = get_peft_model(tiny("gpt2"), MaskLoRAConfig(r=2, init_weights=False, target_modules=["c_fc"])).eval()
+    first, (layer, *_) = logits(wrapped), layers(wrapped)
+    base, bias = layer.get_base_layer(), torch.nn.Parameter(torch.ones(64))
+    if how == "called with another":
+        x = torch.randn(2, 16)
+        with torch.no_grad():
+            found = torch.func.functional_call(layer, {"base_layer.bias": bias}, (x,)) - layer(x)
+        torch.testing.assert_close(found, (bias - base.bias).expand(2, -1).detach())
+        return
+    if how == "replaced":
+        base.bias = bias
+    else:
+        torch.nn.utils.parametrize.register_parametrization(base, "bias", torch.nn.Softplus())
+    assert torch.equal(logits(wrapped), fresh(wrapped))
+    assert not torch.equal(logits(wrapped), first)
+
+
+def test_a_replica_for_another_device_computes_with_its_own_weight(wrapped):
+    logits(wrapped)
+    layer = layers(wrapped)[0]
+    assert layer._kept is not None
+    replica = layer._replicate_for_data_parallel()
+    assert not replica._kept.serves(replica, torch.randn(2, 16))
 
 
 def test_rescaling_and_disabling_are_seen(wrapped):

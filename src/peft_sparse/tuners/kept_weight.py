@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 
+# How many entries of a base weight on the CPU are compared, at most about twice as many.
+SAMPLED = 512
+
+
 @dataclass
 class KeptWeight:
     """An effective weight, and all that it was computed from. Copies and pickles of a layer do not contain it.
@@ -21,7 +25,6 @@ class KeptWeight:
         active: the active adapter, or the list of them.
         scalings: the scaling s of each adapter in `weight`, by name.
         dtype: the dtype of autocast, or None.
-        bias: the bias of the layer.
     """
 
     weight: Tensor
@@ -30,18 +33,21 @@ class KeptWeight:
     active: str | list[str]
     scalings: dict[str, float]
     dtype: torch.dtype | None
-    bias: Tensor | None
-    _states: list[tuple[int, int]] = field(init=False)
+    _states: list[tuple[int, Tensor]] = field(init=False)
     _copies: list[tuple[Tensor, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
         tensors = [tensor for _, _, tensor in self.sources]
-        self._states = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
-        # A write through `.data` does not change the version of a tensor. On the CPU the small factors are compared.
-        self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors[1:] if tensor.device.type == "cpu"]
+        # Held as well, because memory that is freed may be given to the next tensor, which then has the old pointer.
+        held = [tensor.detach() for tensor in tensors]
+        self._states = [(tensor._version, alias) for tensor, alias in zip(tensors, held, strict=True)]
+        # A write through `.data` does not change the version of a tensor. On the CPU values are compared too: all of
+        # the small factors, and some of W, because comparing all of it would take as long as the product.
+        compared = [_sample(held[0]), *held[1:]] if held[0].device.type == "cpu" else []
+        self._copies = [(tensor, tensor.clone()) for tensor in compared]
 
     def serves(self, layer: Any, x: Tensor) -> bool:
-        """Return whether `layer` would compute the same weight again, and needs no gradient for the input `x`.
+        """Return whether `layer` would compute the same weight again, and needs no gradient of it or for the input `x`.
 
         Every call of every layer asks this, so it looks into the dicts of modules, which is faster than attributes.
         """
@@ -54,20 +60,23 @@ class KeptWeight:
             or state["_unsettled"]
             or state["_unproved"]
             or state["_active_adapter"] != self.active
+            # A replica of `torch.nn.DataParallel` has modules of its own.
+            or state["_modules"] is not self.places[0][0]
             or type(x) is not Tensor
             or autocast_dtype(x) != self.dtype
+            or is_capturing(x)
         ):
             return False
         for place, key, module in self.places:
             if place.get(key) is not module:
                 return False
-        for (place, key, tensor), (version, pointer) in zip(self.sources, self._states, strict=True):
-            if place.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
+        for (place, key, tensor), (version, held) in zip(self.sources, self._states, strict=True):
+            if place.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != held.data_ptr():
                 return False
         scaling = state["scaling"]
         if any(scaling.get(name) != value for name, value in self.scalings.items()):
             return False
-        if torch.is_grad_enabled() and needs_gradient(x, [tensor for _, _, tensor in self.sources], self.bias):
+        if torch.is_grad_enabled() and needs_gradient(x, [tensor for _, _, tensor in self.sources]):
             return False
         return all(torch.equal(tensor, copy) for tensor, copy in self._copies)
 
@@ -84,9 +93,22 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def needs_gradient(x: Tensor, sources: list[Tensor], bias: Tensor | None) -> bool:
+def needs_gradient(x: Tensor, sources: list[Tensor]) -> bool:
     """Return whether one of the tensors requires a gradient."""
-    return x.requires_grad or any(t.requires_grad for t in sources) or (bias is not None and bias.requires_grad)
+    return x.requires_grad or any(t.requires_grad for t in sources)
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Return whether a CUDA graph is captured. It runs again without Python, which would see no change."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Return some entries of `weight`, spread over its memory, as a view."""
+    size = sum((count - 1) * stride for count, stride in zip(weight.shape, weight.stride(), strict=True)) + 1
+    # The step is odd, so that patterns such as 2:4 do not repeat with it.
+    step = size // SAMPLED | 1
+    return weight.as_strided((-(-size // step),), (step,), weight.storage_offset())
 
 
 class KeepsWeight:
@@ -101,15 +123,15 @@ class KeepsWeight:
         self._kept = None
 
 
-def can_keep(x: Tensor, sources: list[Tensor], bias: Tensor | None) -> bool:
+def can_keep(x: Tensor, sources: list[Tensor]) -> bool:
     """Return whether an effective weight of `sources` can be kept for the input `x`.
 
-    It cannot while a gradient is needed, while code is compiled, and for tensors that are sharded, that functional
+    It cannot while a gradient is needed, while code is compiled or a CUDA graph is captured, and for tensors that are sharded, that functional
     transforms have wrapped, or that have no version by which a change is seen.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta or is_capturing(x):
         return False
-    if torch.is_grad_enabled() and needs_gradient(x, sources, bias):
+    if torch.is_grad_enabled() and needs_gradient(x, sources):
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in sources)
 
@@ -122,8 +144,9 @@ def keep_effective_weights(model: nn.Module, keep: bool = True) -> None:
     unmerged adapters takes about as long as with merged ones. The price is the memory of one copy of all adapted
     weights. Training drops the copies. Quantised weights and weights that are split among processes are not kept.
 
-    A change of W through `.data`, and on a GPU a change of A or B through `.data`, is not seen. Write to the parameter
-    within `torch.no_grad()` instead, or call this function again afterwards: it drops what was kept.
+    On a GPU a write into the memory of W, A or B through `.data` is not seen. On a CPU it is, unless it changes only
+    few entries of W. Write to the parameter within `torch.no_grad()` instead, or call this function again afterwards:
+    it drops what was kept.
 
     Args:
         model: a model with adapters.

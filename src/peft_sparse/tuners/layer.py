@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ..model.offload import is_offloaded, loaded_layer
 from ..model.sharding import is_partitioned
 from ..model.weights import stored_weight
-from .base_weight import runs_alone
 from .config import SparseLoraConfig
 from .functional import LINEAR, Operation, Weight, effective_weight, sparse_lora
 from .kept_weight import KeepsWeight, KeptWeight, autocast_dtype, can_keep
@@ -319,8 +318,9 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
             TypeError: the base weight cannot be dequantised, and the adapter is not MaskLoRA with a saved mask.
         """
         kept = self._kept
-        if kept is not None and adapter_names is None and kept.serves(self, x) and runs_alone(kept.places[0][2]):
-            return self._operation().apply(self._prepared(x), kept.weight, kept.bias)
+        served = kept is not None and adapter_names is None and kept.serves(self, x)
+        if kept is not None and served and self._is_one_product(kept.scalings):
+            return self._operation().apply(self._prepared(x), kept.weight, self.bias)
         if self._unsettled or self._unproved:
             self._settle_masks()
         if adapter_names is not None:
@@ -337,7 +337,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
                     loading.enter_context(loaded_layer(module))
                 return self._forward_active(x, names, *args, **kwargs)
         if (kept := self._keep_weight(x, names)) is not None:
-            return self._operation().apply(self._prepared(x), kept.weight, kept.bias)
+            return self._operation().apply(self._prepared(x), kept.weight, self.bias)
         return self._forward_active(x, names, *args, **kwargs)
 
     def _offloaded(self, names: list[str], x: Tensor) -> list[nn.Module]:
@@ -365,8 +365,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
             return None
         factors = [(pair._modules, name, pair[name]) for name in names for pair in (self.A, self.B)]
         tensors = [(module._parameters, "weight", stored_weight(module)) for _, _, module in factors]
-        bias = layer._parameters.get("bias")
-        if not can_keep(x, [base, *(tensor for _, _, tensor in tensors)], bias):
+        if not can_keep(x, [base, *(tensor for _, _, tensor in tensors)]):
             return None
         dtype = self._dtype_of_autocast(x)
         weight = self._effective_weight(names)
@@ -377,7 +376,6 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
             copy.copy(self._active_adapter),
             {name: self.scaling[name] for name in names},
             autocast_dtype(x),
-            bias,
         )
         return self._kept
 
@@ -390,7 +388,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         A, B, c, s = self._factors(names)
         return effective_weight(self.pruned_weight(names), A, B, self.factor, c, s)
 
-    def _is_one_product(self, names: list[str]) -> bool:
+    def _is_one_product(self, names: Iterable[str]) -> bool:
         """Return whether one product with an effective weight gives the output of the layer."""
         return all(self._fuses(name) for name in names)
 

@@ -4,7 +4,7 @@ The field `target_parameters` of a configuration chooses the parameters. The cla
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ class ParameterMixin(SparseLoraLayer):
         finally:
             parametrize.remove_parametrizations(owner, self.parameter_name, leave_parametrized=False)
 
-    def _is_one_product(self, names: list[str]) -> bool:
+    def _is_one_product(self, names: Iterable[str]) -> bool:
         return True
 
     def _dtype_of_autocast(self, x: Tensor) -> torch.dtype | None:
@@ -202,6 +202,7 @@ class ParameterMixin(SparseLoraLayer):
 
     def write_weight(self, weight: Tensor) -> None:
         """Replace the parameter in place by `weight`, laid out as `read_weight` returns it."""
+        self.drop_kept_weight()
         self._parameter().data.copy_(weight)
 
     def _matrix(self, stored: Tensor) -> Tensor:
