@@ -434,3 +434,31 @@ def test_adapters_on_offloaded_weights_compute_the_same(config_cls, options):
     wrapped = get_peft_model(base(0.5), adapter(config_cls, **options))
     expected = logits(wrapped)
     assert_computes(cpu_offload(copy.deepcopy(wrapped), execution_device=torch.device("cpu")), expected)
+
+
+@TUNERS
+@pytest.mark.parametrize("save_mask", [False, True])
+def test_a_state_dict_of_torch_proves_its_masks_too(config_cls, save_mask):
+    trained = get_peft_model(base(0.5), adapter(config_cls, save_mask=save_mask)).eval()
+    expected = logits(trained)
+    tensors = {key: value for key, value in trained.state_dict().items() if "_lora_" in key}
+    wrong = get_peft_model(base(), adapter(config_cls, save_mask=save_mask))
+    logits(wrong)
+    wrong.load_state_dict(tensors, strict=False)
+    if save_mask:
+        assert_computes(wrong, expected)
+    else:
+        with pytest.raises(ValueError, match="trained on other zeros"):
+            logits(wrong)
+    right = get_peft_model(base(0.5), adapter(config_cls, save_mask=save_mask))
+    right.load_state_dict(tensors, strict=False)
+    assert_computes(right, expected)
+
+
+@TUNERS
+def test_a_state_dict_of_torch_may_warn(config_cls):
+    tensors = get_peft_model(base(0.5), adapter(config_cls)).state_dict()
+    wrong = get_peft_model(base(), adapter(config_cls, on_mask_mismatch="warn"))
+    wrong.load_state_dict({key: value for key, value in tensors.items() if "_lora_" in key}, strict=False)
+    with pytest.warns(UserWarning, match="trained on other zeros"):
+        logits(wrong)

@@ -47,7 +47,7 @@ class KeptWeight:
         self._copies = [(tensor, tensor.clone()) for tensor in compared]
 
     def serves(self, layer: Any, x: Tensor) -> bool:
-        """Return whether `layer` would compute the same weight again, and needs no gradient of it or for the input `x`.
+        """Return whether `layer` would compute the same weight again, and no gradient of it or of `x` is needed.
 
         Every call of every layer asks this, so it looks into the dicts of modules, which is faster than attributes.
         """
@@ -126,8 +126,8 @@ class KeepsWeight:
 def can_keep(x: Tensor, sources: list[Tensor]) -> bool:
     """Return whether an effective weight of `sources` can be kept for the input `x`.
 
-    It cannot while a gradient is needed, while code is compiled or a CUDA graph is captured, and for tensors that are sharded, that functional
-    transforms have wrapped, or that have no version by which a change is seen.
+    It cannot while a gradient is needed, while code is compiled or a CUDA graph is captured, and for tensors that are
+    sharded, that functional transforms have wrapped, or that have no version by which a change is seen.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta or is_capturing(x):
         return False

@@ -75,7 +75,14 @@ def proof_to_save(
         adapter_name: name of the adapter.
         state_dict: the tensors of the adapter, by the names they have in `model.state_dict()`.
     """
-    if not has_shards(model):
+    layers = {_key(name, module): module for name, module in _layers(base_model(model), adapter_name)}
+    paths = {id(module): path for path, module in _layers(model, adapter_name)}
+    keys = {key: f"{paths[id(module)]}.{module.prefix}proof.{adapter_name}" for key, module in layers.items()}
+    # `state_dict` of the layers has computed them, where each process has the whole weights.
+    told = {key: decode_proof(state_dict[proof]) for key, proof in keys.items() if proof in state_dict}
+    if all(told.values()):
+        config._proof = told
+    elif not has_shards(model):
         config._proof = fingerprints(model, adapter_name)
     elif not config._proof:
         warnings.warn(
@@ -84,13 +91,7 @@ def proof_to_save(
             "ZeroGuardCallback, which compute the fingerprints before saving.",
             stacklevel=2,
         )
-    names = {id(module): name for name, module in _layers(base_model(model), adapter_name)}
-    proofs = {
-        f"{path}.{module.prefix}proof.{adapter_name}": encode_proof(
-            config._proof.get(_key(names[id(module)], module), "")
-        )
-        for path, module in _layers(model, adapter_name)
-    }
+    proofs = {proof: encode_proof(config._proof.get(key, "")) for key, proof in keys.items()}
     return state_dict | {key: proof for key, proof in proofs.items() if key in state_dict}
 
 

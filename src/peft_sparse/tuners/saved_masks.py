@@ -27,6 +27,8 @@ from ..model.masks import (
     PROOF_BYTES,
     count_kept,
     decode_proof,
+    encode_proof,
+    fingerprint_of,
     mask_of,
     pack,
     sparsity_of_fingerprint,
@@ -76,6 +78,7 @@ class SavedMasks(BaseWeight):
         self._empty_masks: set[str] = set()
         # The configurations of all adapters of the model, by name. PEFT adds to this dict and deletes from it.
         self.all_adapters: Mapping[str, Any] = {}
+        self.register_state_dict_post_hook(_write_proofs)
 
     @property
     def saved_masks(self) -> dict[str, Tensor]:
@@ -178,6 +181,36 @@ class SavedMasks(BaseWeight):
         if name in self.saved_masks and self._readable():
             self.saved_masks[name].copy_(pack(self.kept_entries(name)))
 
+    @torch.no_grad()
+    def proof_of(self, name: str) -> str:
+        """Return the fingerprint of the mask with which adapter `name` computes, without comparing or settling masks.
+
+        As long as a fingerprint or mask that arrived is not compared, that fingerprint is returned. The result is
+        empty if the base weight cannot be read.
+        """
+        if any(tensor.is_meta for tensor in (self.proofs[name], *self.saved_masks.values())):
+            return ""
+        arrived = self._awaited.get(name) or (decode_proof(self.proofs[name]) if name in self._unproved else "")
+        if arrived or name in self._unsettled or not self.is_loaded():
+            return arrived
+        stored = self._stored_unmerged()
+        kept = stored.masked_fill(~self._saved_mask(name, stored), 0) if name in self._narrower else stored
+        if name in self.saved_masks:
+            self.saved_masks[name].copy_(pack(mask_of(kept)))
+        return fingerprint_of(self._matrix(kept))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # `load_state_dict` of torch may bring other fingerprints and masks. They are compared at the first use.
+        for name in self.proofs:
+            proof = state_dict.get(f"{prefix}{self.prefix}proof.{name}")
+            # Those that are empty were compared by the function that loads, or there was nothing to compare.
+            if proof is not None and (proof.device.type != "cpu" or proof.any()):
+                self._unproved.add(name)
+            if f"{prefix}{self.prefix}mask.{name}" in state_dict and name in self.saved_masks:
+                self._narrower.discard(name)
+                self._unsettled.setdefault(name, self._on_mismatch(name))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forget_mask(self, name: str) -> None:
         """Forget what is known of the saved mask of adapter `name`."""
         self.forget_proof(name)
@@ -235,14 +268,22 @@ class SavedMasks(BaseWeight):
             if not is_in_memory(self.proofs[name]):
                 continue
             expected = self._awaited.get(name) or decode_proof(self.proofs[name])
-            if expected and name not in self.saved_masks and underflowed(expected, self._matrix(stored)) is None:
+            on_mismatch = self._on_mismatch(name)
+            compared = expected and name not in self.saved_masks and on_mismatch != "ignore"
+            if compared and underflowed(expected, self._matrix(stored)) is None:
                 found = 1 - int(count_kept(stored)) / stored.numel()
-                raise ValueError(
+                message = (
                     f"Adapter {name!r} was trained on other zeros than this base model has: a weight of "
                     f"{self.out_features} x {self.in_features} has sparsity {found:.4f}, and in the adapter "
                     f"{sparsity_of_fingerprint(expected):.4f}. Load the pruned base model the adapter was trained on."
                 )
+                if on_mismatch == "error":
+                    raise ValueError(message)
+                warnings.warn(message, stacklevel=2)
             self.forget_proof(name)
+
+    def _on_mismatch(self, name: str) -> str:
+        return getattr(self.all_adapters.get(name), "on_mask_mismatch", "error")
 
     def _check_contradiction(self, name: str, on_mismatch: str, stored: Tensor, mask: Tensor) -> None:
         stray = int(count_kept((stored == 0) & mask)) / stored.numel()
@@ -319,3 +360,9 @@ class SavedMasks(BaseWeight):
                 f"{self.quantization_backend.backend_name} layers cannot be read, so their zeros are unknown. Use a "
                 "MaskLoRA adapter saved with `save_mask=True`, or another base."
             )
+
+
+def _write_proofs(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Let the fingerprints of the masks travel in every state dict of an adapted layer."""
+    for name in layer.proofs:
+        state_dict[f"{prefix}{layer.prefix}proof.{name}"] = encode_proof(layer.proof_of(name))
