@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..model.offload import is_offloaded, loaded_layer
 from ..model.sharding import is_partitioned
 from ..model.weights import stored_weight
+from .base_weight import runs_alone
 from .config import SparseLoraConfig
 from .functional import LINEAR, Operation, Weight, effective_weight, sparse_lora
 from .kept_weight import KeepsWeight, KeptWeight, autocast_dtype, can_keep
@@ -318,9 +319,8 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
             TypeError: the base weight cannot be dequantised, and the adapter is not MaskLoRA with a saved mask.
         """
         kept = self._kept
-        served = kept is not None and adapter_names is None and kept.serves(self, x)
-        if kept is not None and served and self._is_one_product(kept.scalings):
-            return self._operation().apply(self._prepared(x), kept.weight, self.bias)
+        if kept is not None and adapter_names is None and kept.serves(self, x) and runs_alone(kept.places[0][2]):
+            return self._operation().apply(self._prepared(x), kept.weight, self._own_bias())
         if self._unsettled or self._unproved:
             self._settle_masks()
         if adapter_names is not None:
@@ -337,8 +337,14 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
                     loading.enter_context(loaded_layer(module))
                 return self._forward_active(x, names, *args, **kwargs)
         if (kept := self._keep_weight(x, names)) is not None:
-            return self._operation().apply(self._prepared(x), kept.weight, self.bias)
+            return self._operation().apply(self._prepared(x), kept.weight, self._own_bias())
         return self._forward_active(x, names, *args, **kwargs)
+
+    def _own_bias(self) -> Tensor | None:
+        """Return the bias of the base layer, which nothing wraps. PEFT's property `bias` takes longer."""
+        base: Any = self._modules["base_layer"]
+        bias: Tensor | None = base.bias
+        return bias
 
     def _offloaded(self, names: list[str], x: Tensor) -> list[nn.Module]:
         """Return the modules that hold W, A and B, if accelerate loads their weights only when they are called."""
