@@ -78,8 +78,8 @@ class KeptWeight:
             return False
         if torch.is_grad_enabled() and needs_gradient(x, [tensor for _, _, tensor in self.sources]):
             return False
-        # One row at a time is how tokens are generated after a prompt, whose rows were compared. There, comparing values
-        # would take as long as a tenth of the product.
+        # Tokens are generated one row at a time, after a prompt whose rows were compared. Comparing values there would
+        # take a tenth of the time of the product.
         return x.numel() == x.shape[-1] or all(torch.equal(tensor, copy) for tensor, copy in self._copies)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -147,8 +147,8 @@ def keep_effective_weights(model: nn.Module, keep: bool = True) -> None:
     weights. Training drops the copies. Quantised weights and weights that are split among processes are not kept.
 
     On a GPU a write into the memory of W, A or B through `.data` is not seen. On a CPU it is seen when the layer is
-    next called with more than one row of inputs, unless it changes only few entries of W. Write to the parameter within
-    `torch.no_grad()` instead, or call this function again afterwards: it drops what was kept.
+    next called with more than one row of inputs, unless it changes only few entries of W. Write to the parameter
+    within `torch.no_grad()` instead, or call this function again afterwards: it drops what was kept.
 
     Args:
         model: a model with adapters.
