@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import TrainerCallback
 
 from peft_sparse import MaskLoRAConfig, SparseTrainer, prune, sparsity
 
@@ -96,6 +97,21 @@ def test_a_pruning_before_training_is_in_the_history(tmp_path, adapted):
     # The second run of a trainer finds a pruned model.
     trainers[0].train()
     assert not any("pruning" in entry for entry in trainers[0].state.log_history)
+
+
+def test_a_run_that_begins_again_after_an_error_has_its_pruning_in_the_history(tmp_path):
+    class NoMemory(TrainerCallback):
+        raised = False
+
+        def on_step_end(self, *args, **kwargs):
+            if not self.raised:
+                self.raised = True
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    args = arguments(tmp_path, sparsity=0.5, auto_find_batch_size=True)
+    trainer = SparseTrainer(tiny("llama"), args, train_dataset=Samples(), callbacks=[NoMemory()])
+    trainer.train()
+    assert [entry["pruning"] for entry in trainer.state.log_history if "pruning" in entry] == [0.5]
 
 
 def test_each_pruning_by_model_init_is_in_the_history_of_its_run(tmp_path):

@@ -134,3 +134,12 @@ def test_other_zeros_are_refused(tmp_path):
     other = trains(mask_lora(), sparsity=0.75)(tmp_path, resumed=True)
     with pytest.raises(ValueError, match="masks of the checkpoint and of the model differ in 21 weights, .* 'model"):
         other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("config", [None, mask_lora()], ids=["full", "MaskLoRA"])
+@pytest.mark.parametrize("asked", [0.7, 0.8])
+def test_a_schedule_that_cannot_reach_its_sparsity_any_more_is_refused(config, asked, tmp_path):
+    trains(config, **CYCLES)(tmp_path, resumed=False).train()
+    other = trains(config, **CYCLES | {"sparsity": asked})(tmp_path, resumed=True)
+    with pytest.raises(ValueError, match="pruned to sparsity 0.75 by step 6, and its schedule is to end at"):
+        other.train(resume_from_checkpoint=True)

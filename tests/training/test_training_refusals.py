@@ -167,6 +167,13 @@ def base_of_another_run():
     callback.on_train_begin(args, state, None, model=model)
 
 
+def another_sparsity_too_late():
+    state = _State()
+    state.global_step, state.log_history = 4, [{"pruning": 0.598, "asked": 0.6, "step": 3}]
+    args = SparseTrainingArguments("out", use_cpu=True, report_to="none")
+    PruningCallback(0.7, schedule=PruningCycles(2)).on_train_begin(args, state, None, model=llama())
+
+
 class TokenSamples(torch.utils.data.Dataset):
     def __len__(self):
         return 4
@@ -254,6 +261,11 @@ REFUSALS = [
         base_of_another_run,
         ValueError,
         "base weights in .*pruned_base.* are not those on which the resumed adapter was trained. Resume from",
+    ),
+    (
+        another_sparsity_too_late,
+        ValueError,
+        "The resumed run has pruned to sparsity 0.6 by step 4, .* end at 0.7, with no pruning after step 3. Resume",
     ),
     (
         lambda: last_complete_checkpoint("nowhere"),

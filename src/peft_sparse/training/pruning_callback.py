@@ -64,8 +64,9 @@ class PruningCallback(TrainerCallback):
     file that does not hold the weights whose hash the resumed run has noted.
 
     Each pruning during training, also that at its beginning, adds an entry to `state.log_history`: `pruning` is the
-    sparsity reached, `norm_drop` is d₁ of the learning rate schedule "allr" (see `retraining_schedule`), and `base` is
-    the hash of the base weights, with a schedule and adapters. A call of the method `prune` adds no entry.
+    sparsity reached, `norm_drop` is d₁ of the learning rate schedule "allr" (see `retraining_schedule`), `asked` is
+    the sparsity that a schedule asked for, and `base` is the hash of the base weights, with a schedule and adapters. A
+    call of the method `prune` adds no entry.
 
     Args:
         pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
@@ -109,7 +110,8 @@ class PruningCallback(TrainerCallback):
             is no single sparsity. When training begins: the run is too short for the schedule;
             `load_best_model_at_end` is set with a schedule; `PruningCycles` meets adapters other than MaskLoRA and
             ScaledLoRA; calibration is given and the model is sharded already; `prune` refuses its arguments.
-            When a run with adapters is resumed: the file of base weights belongs to another run.
+            When a run is resumed: it asks for another sparsity, which its schedule does not reach any more; or, with
+            adapters, the file of base weights belongs to another run.
         FileNotFoundError: training with adapters is resumed, and the checkpoint has no file of the base weights that
             the schedule changed.
     """
@@ -198,6 +200,7 @@ class PruningCallback(TrainerCallback):
             return
         self._drops = {e["step"]: e["norm_drop"] for e in state.log_history if "norm_drop" in e}
         past = [step for step in self._due if step <= state.global_step]
+        self._check_resumed(state)
         if state.global_step and not has_adapters(model) and any("pruning" in e for e in state.log_history):
             return
         adapted = self.schedule is not None and has_adapters(model)
@@ -224,6 +227,11 @@ class PruningCallback(TrainerCallback):
             _restart(kwargs["optimizer"], in_place=uses_deepspeed(base_model(kwargs["model"])))
         self._prune_at(state.global_step, kwargs["model"], args, state)
         _refresh(kwargs.get("lr_scheduler"))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._unlogged = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.save_base(_checkpoint(args, state), kwargs["model"], args, state)
@@ -256,11 +264,26 @@ class PruningCallback(TrainerCallback):
     def _log(self, state: TrainerState) -> None:
         """Add the last pruning to the log history."""
         assert self.report is not None
-        self._unlogged = False
         before, after = self.norms
         drop = self._drops[state.global_step] = norm_drop(before, after) if after[1] < before[1] else 0.0
         entry = {"pruning": self.report.sparsity, "norm_drop": drop}
+        if self.schedule is not None:
+            entry["asked"] = self.options["pattern"].sparsity
         state.log_history.append(entry | {"epoch": state.epoch, "step": state.global_step})
+
+    def _check_resumed(self, state: TrainerState) -> None:
+        """Check that a resumed run can reach the sparsity that it asks for: not less than it had, and enough steps."""
+        asked = [entry["asked"] for entry in state.log_history if "asked" in entry]
+        goal = self._goal.sparsity if self._due else None
+        if goal is None or not asked or not state.global_step:
+            return
+        ends = all(step <= state.global_step for step in self._due)
+        if asked[-1] > goal or (ends and asked[-1] != goal):
+            raise ValueError(
+                f"The resumed run has pruned to sparsity {asked[-1]:.4g} by step {state.global_step}, and its "
+                f"schedule is to end at {goal:.4g}, with no pruning after step {max(self._due)}. Resume with the "
+                "sparsity and the schedule of the first run, or start a new run with the trained model."
+            )
 
     def norm_drop(self, cycle: int) -> float:
         """Return d₁ of the pruning in one cycle: how much it changed the norm of the weights.
