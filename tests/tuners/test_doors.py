@@ -462,3 +462,30 @@ def test_a_state_dict_of_torch_may_warn(config_cls):
     wrong.load_state_dict({key: value for key, value in tensors.items() if "_lora_" in key}, strict=False)
     with pytest.warns(UserWarning, match="trained on other zeros"):
         logits(wrong)
+
+
+@TUNERS
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_saved_mask_knows_entries_that_a_cast_turned_into_zeros(config_cls, share, dtype, tmp_path, caplog):
+    def small(share):
+        model = base(share)
+        with torch.no_grad():
+            for weight in model.model.layers.parameters():
+                weight.view(-1)[::7] *= 1e-42
+        return model
+
+    wrapped = get_peft_model(small(0.5), adapter(config_cls, save_mask=True))
+    wrapped.save_pretrained(tmp_path)
+    with torch.no_grad():
+        # An adapter leaves what underflows zero, so it is compared with the same adapter on the cast base.
+        expected = logits(wrapped.to(dtype))
+    found = PeftModel.from_pretrained(small(share).to(dtype), tmp_path, autocast_adapter_dtype=False)
+    torch.testing.assert_close(logits(found), expected, rtol=0, atol=0.02)
+    assert "are too small for the dtype of this base model" in caplog.text
+    other = base(0.5)
+    with torch.no_grad():
+        for weight in other.model.layers.parameters():
+            weight.view(-1)[3::7] = 0
+    with pytest.raises(ValueError, match="other zeros|has the zeros of adapter"):
+        PeftModel.from_pretrained(other.to(dtype), tmp_path)

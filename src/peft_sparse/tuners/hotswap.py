@@ -233,7 +233,8 @@ def _set_scaling(layer: SparseLoraLayer, adapter_name: str, name: str, config: S
 def _set_mask(layer: SparseLoraLayer, adapter_name: str, mask: Tensor | None, config: SparseLoraConfig) -> None:
     if mask is not None:
         layer.saved_masks[adapter_name] = mask.clone()
-        layer._unsettled[adapter_name] = config.on_mask_mismatch
+        # `receive` has compared the mask and may know more.
+        layer._unsettled.setdefault(adapter_name, config.on_mask_mismatch)
     elif adapter_name in layer.saved_masks:
         del layer.saved_masks[adapter_name]
         layer.forget_mask(adapter_name)

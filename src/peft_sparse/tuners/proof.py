@@ -127,6 +127,7 @@ def receive(
     compared, config._compared = config._compared, {}
     names = {id(module): name for name, module in _layers(base_model(model), adapter_name)}
     expected: dict[str, tuple[str, Tensor]] = {}
+    lost: dict[str, int] = {}
     for path, module in _layers(model, adapter_name):
         proof = f"{path}.{module.prefix}proof.{adapter_name}"
         mask = received.get(f"{path}.{module.prefix}mask.{adapter_name}")
@@ -135,7 +136,7 @@ def receive(
         received[proof] = encode_proof("")
         module.forget_proof(adapter_name)
         if mask is not None and (config.save_mask or adapter_name in module.saved_masks):
-            module.expect_mask(adapter_name, mask, config.on_mask_mismatch)
+            lost[key] = module.expect_mask(adapter_name, mask, config.on_mask_mismatch, told)
         elif told and told != compared.get(key) and module.is_loaded():
             weight = module.pruned_weight()
             if wait and config.on_mask_mismatch == "error" and underflowed(told, weight) is None:
@@ -143,6 +144,7 @@ def receive(
             else:
                 expected[key] = told, weight
     _compare(expected, config.on_mask_mismatch)
+    _tell_lost(lost)
     return received
 
 
@@ -211,14 +213,7 @@ def _compare(expected: dict[str, tuple[str, Tensor]], on_mismatch: str) -> None:
         return
     counts = {name: underflowed(proof, weight) for name, (proof, weight) in expected.items()}
     differing = [name for name, count in counts.items() if count is None]
-    if lost := {name: count for name, count in counts.items() if count}:
-        logger.warning(
-            "%d entries that the adapter was trained on are too small for the dtype of this base model and are zero "
-            "in it, in %d weights (first %r). The adapter leaves them zero.",
-            sum(lost.values()),
-            len(lost),
-            next(iter(lost)),
-        )
+    _tell_lost({name: count or 0 for name, count in counts.items()})
     if not differing:
         return
     examples = "; ".join(
@@ -233,6 +228,19 @@ def _compare(expected: dict[str, tuple[str, Tensor]], on_mismatch: str) -> None:
     if on_mismatch == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=2)
+
+
+def _tell_lost(counts: dict[str, int]) -> None:
+    """Log one warning if entries became zero when the base model was cast to half precision."""
+    lost = {name: count for name, count in counts.items() if count}
+    if lost:
+        logger.warning(
+            "%d entries that the adapter was trained on are too small for the dtype of this base model and are zero "
+            "in it, in %d weights (first %r). The adapter leaves them zero.",
+            sum(lost.values()),
+            len(lost),
+            next(iter(lost)),
+        )
 
 
 def _sparsity(weight: Tensor) -> float:

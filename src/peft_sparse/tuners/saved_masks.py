@@ -146,22 +146,30 @@ class SavedMasks(BaseWeight):
             # Only the configuration of a saved adapter has fingerprints.
             self._unsettled[adapter_name] = config.on_mask_mismatch
 
-    def expect_mask(self, name: str, packed: Tensor, on_mismatch: str) -> None:
+    def expect_mask(self, name: str, packed: Tensor, on_mismatch: str, proof: str = "") -> int:
         """Compare the mask that adapter `name` is about to receive with the base weight, and settle it at first use.
 
         Args:
             name: name of the adapter.
             packed: the packed mask.
             on_mismatch: `on_mask_mismatch` of its configuration.
+            proof: the fingerprint that arrives with the mask, if there is one.
+
+        Returns:
+            How many entries that the mask keeps became zero when the base weight was cast to half precision.
 
         Raises:
             ValueError: the mask contradicts the zeros of the base weight, and `on_mismatch` is "error".
         """
+        lost = 0
         if self.is_loaded() and not packed.is_meta:
             stored = self._stored_unmerged()
-            self._check_contradiction(name, on_mismatch, stored, unpack(packed.to(stored.device), stored.shape))
+            mask = unpack(packed.to(stored.device), stored.shape)
+            lost = self._check_contradiction(name, on_mismatch, stored, mask, proof)
+            on_mismatch = "ignore" if lost else on_mismatch
         self._narrower.discard(name)
         self._unsettled[name] = on_mismatch
+        return lost
 
     def expect_proof(self, name: str, proof: str) -> None:
         """Compare the fingerprint `proof` of adapter `name` with the base weight when the adapter is first used."""
@@ -244,7 +252,9 @@ class SavedMasks(BaseWeight):
             return
         for name, on_mismatch in list(self._unsettled.items()):
             if name in self.saved_masks:
-                self._check_contradiction(name, on_mismatch, stored, self._saved_mask(name, stored))
+                mask, proof = self._saved_mask(name, stored), self.proofs[name]
+                told = "" if proof.is_meta or on_mismatch == "ignore" else decode_proof(proof)
+                self._check_contradiction(name, on_mismatch, stored, mask, told)
             del self._unsettled[name]
         kept = mask_of(stored)
         names = {name for name, config in self.all_adapters.items() if config is not newcomer} | set(self.proofs)
@@ -285,10 +295,15 @@ class SavedMasks(BaseWeight):
     def _on_mismatch(self, name: str) -> str:
         return getattr(self.all_adapters.get(name), "on_mask_mismatch", "error")
 
-    def _check_contradiction(self, name: str, on_mismatch: str, stored: Tensor, mask: Tensor) -> None:
-        stray = int(count_kept((stored == 0) & mask)) / stored.numel()
+    def _check_contradiction(self, name: str, on_mismatch: str, stored: Tensor, mask: Tensor, proof: str) -> int:
+        """Check that the base weight holds the entries that `mask` keeps. Return how many a cast turned to 0."""
+        missing = int(count_kept((stored == 0) & mask))
+        stray = missing / stored.numel()
         if stray <= STRAY_ZEROS or on_mismatch == "ignore":
-            return
+            return 0
+        # A cast to half precision may have turned many small entries into zeros.
+        if proof and underflowed(proof, self._matrix(stored.masked_fill(~mask, 0))) is not None:
+            return missing
         sparsities = [1 - int(count_kept(kept)) / stored.numel() for kept in (mask, stored)]
         message = (
             f"Expected a base weight that is dense or has the zeros of adapter {name!r}. The mask saved with the "
@@ -299,6 +314,7 @@ class SavedMasks(BaseWeight):
         if on_mismatch == "error":
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
+        return 0
 
     def _is_narrower(self, names: Sequence[str]) -> bool:
         return any(name in self._narrower for name in names)
