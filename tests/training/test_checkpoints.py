@@ -196,3 +196,13 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     trainer = SparseTrainer(other, arguments(tmp_path), train_dataset=Samples())
     with pytest.raises(ValueError, match="such tensors\\), and the adapter of the model does not. Attach the adapter"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_the_best_adapter_of_add_adapter_is_loaded_at_the_end(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.5}
+    args = arguments(tmp_path, **best, sparsity=0.5, save_strategy="steps", save_steps=1, save_total_limit=1)
+    trainer = SparseTrainer(adapted("add_adapter"), args, train_dataset=Samples(), eval_dataset=Samples(4))
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert min(losses) < losses[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses))

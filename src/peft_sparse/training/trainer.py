@@ -300,6 +300,12 @@ class SparseTrainer(Trainer):
         if not load_added_adapter(self.model if model is None else model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        # `Trainer` looks for a whole model, and fails after all of the training.
+        best = self.state.best_model_checkpoint
+        if best is None or not load_added_adapter(self.model, Path(best)):
+            super()._load_best_model()
+
     @contextlib.contextmanager
     def _released(self) -> Iterator[None]:
         """Undo, after the context, what callbacks of this package changed for a run."""
