@@ -30,6 +30,7 @@ FILLING = {
     "DeLoRA": lambda: peft.DeloraConfig(target_modules=TARGETS),
     "VB-LoRA": lambda: peft.VBLoRAConfig(target_modules=TARGETS, num_vectors=8, vector_length=4),
     "HRA": lambda: peft.HRAConfig(target_modules=TARGETS),
+    "LN tuning": lambda: peft.LNTuningConfig(target_modules=TARGETS),
 }
 KEEPING = {
     "HiRA": lambda: peft.HiraConfig(target_modules=TARGETS),

@@ -123,10 +123,10 @@ def _fills_zeros(layer: BaseTunerLayer, parameters: list[str], adapter: str) -> 
             trial.unmerge()
         for tensor in _tensors_of(trial, adapter):
             tensor.data = torch.randn_like(tensor, dtype=torch.float32).mul_(0.1).to(tensor.dtype)
-        base = trial.get_base_layer()
-        zeros = _zeros_of(base, parameters)
+        zeros = _zeros_of(trial.get_base_layer(), parameters)
         trial.merge(adapter_names=[adapter])
-        return _zeros_of(base, parameters) < zeros, ""
+        # A merge may put another layer in the place of the base layer.
+        return _zeros_of(trial.get_base_layer(), parameters) < zeros, ""
 
 
 def _zeros_of(base: nn.Module, parameters: list[str]) -> int:
