@@ -45,8 +45,8 @@ WITHOUT_MASK = "Loading checks that the base model has the same zeros."
 
 PLAIN_HEADING = "## Sparsity"
 PLAIN = """
-{sparsity} of the prunable weights of this model are zero. The model was pruned and trained with `peft_sparse`. It is a
-plain checkpoint: loading it needs no package but its own library, and no adapter.
+{sparsity} of the prunable weights of this model are zero. The model was saved with `peft_sparse`, which keeps
+zeros in training. It is a plain checkpoint: loading it needs no package but its own library, and no adapter.
 """
 
 AUTO_CLASSES = {
