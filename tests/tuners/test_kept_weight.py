@@ -128,6 +128,18 @@ def test_another_bias_is_seen(how):
     assert not torch.equal(logits(wrapped), first)
 
 
+@pytest.mark.parametrize("which", ["W", "A and B"])
+def test_a_write_through_data_is_seen_by_a_single_row_of_a_small_layer(wrapped, which):
+    layer, x = layers(wrapped)[0], torch.randn(16)
+    with torch.no_grad():
+        first = layer(x)
+        changed([layer.base_layer.weight] if which == "W" else factors(layer), "data in place")
+        found = layer(x)
+        keep_effective_weights(layer, False)
+        torch.testing.assert_close(found, layer(x))
+        assert not torch.allclose(found, first)
+
+
 def test_a_replica_for_another_device_computes_with_its_own_weight(wrapped):
     logits(wrapped)
     layer = layers(wrapped)[0]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 # How many entries of a base weight on the CPU are compared, at most about twice as many.
 SAMPLED = 512
+# Values are compared for single rows too if a weight has no more entries than this.
+SMALL = 2**16
 
 
 @dataclass
@@ -79,8 +81,9 @@ class KeptWeight:
         if torch.is_grad_enabled() and needs_gradient(x, [tensor for _, _, tensor in self.sources]):
             return False
         # Tokens are generated one row at a time, after a prompt whose rows were compared. Comparing values there would
-        # take a tenth of the time of the product.
-        return x.numel() == x.shape[-1] or all(torch.equal(tensor, copy) for tensor, copy in self._copies)
+        # take a tenth of the time of a large product.
+        single = x.numel() == x.shape[-1] and self.weight.numel() > SMALL
+        return single or all(torch.equal(tensor, copy) for tensor, copy in self._copies)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
