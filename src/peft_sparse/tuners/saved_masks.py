@@ -380,5 +380,7 @@ class SavedMasks(BaseWeight):
 
 def _write_proofs(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """Let the fingerprints of the masks travel in every state dict of an adapted layer."""
-    for name in layer.proofs:
-        state_dict[f"{prefix}{layer.prefix}proof.{name}"] = encode_proof(layer.proof_of(name))
+    for name, place in layer.proofs.items():
+        # On the device of the other tensors, because processes exchange state dicts. A meta tensor would hold nothing.
+        device = "cpu" if place.is_meta else place.device
+        state_dict[f"{prefix}{layer.prefix}proof.{name}"] = encode_proof(layer.proof_of(name)).to(device)
