@@ -195,16 +195,6 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         A, B, c, s = self._factors(names)
         return effective_weight(self.pruned_weight(names).to(A.device), A, B, self.factor, c, s)
 
-    def merged_stored(self) -> Tensor:
-        """Return the base weight with the active adapters merged, laid out as the layer stores it.
-
-        The layer stays as it is. If adapters are disabled or merged already, the result is the weight that the layer
-        stores now.
-        """
-        names = self._present(self.active_adapters)
-        merged = self.disable_adapters or self.merged or not names
-        return self.read_weight() if merged else self._as_stored(self.merged_weight(names))
-
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the delta weight: what merging one adapter adds to the base weight.
