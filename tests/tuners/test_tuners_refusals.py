@@ -153,6 +153,13 @@ def offloaded():
     model(input_ids=TOKENS)
 
 
+def attached_after_offloading():
+    model = llama()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with torch.no_grad():
+        adapted(model)(input_ids=TOKENS)
+
+
 def with_masks_not_removed():
     model = llama()
     torch_prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.5)
@@ -279,6 +286,7 @@ REFUSALS = [
         ValueError,
         "adapted layer are on the meta device: accelerate has offloaded them, .* merge the adapters before offloading",
     ),
+    (attached_after_offloading, ValueError, "are on the meta device, .* attach and load the adapter before that"),
     (
         with_masks_not_removed,
         ValueError,

@@ -304,8 +304,8 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
 
         Raises:
             ValueError: `adapter_names` has another length than the batch, adapters are merged while it is given, a
-                saved mask contradicts the zeros of the base weight, active adapters have different masks, or a
-                gradient is needed of weights that accelerate has offloaded.
+                saved mask contradicts the zeros of the base weight, active adapters have different masks, a
+                weight has no values, or a gradient is needed of weights that accelerate has offloaded.
             TypeError: the base weight cannot be dequantised, and the adapter is not MaskLoRA with a saved mask.
         """
         kept = self._kept
@@ -342,8 +342,14 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         weights = [module._parameters.get("weight") for module in modules]
         if x.is_meta or not any(weight is not None and weight.is_meta for weight in weights):
             return []
+        if not all(map(is_offloaded, modules)):
+            raise ValueError(
+                "The weights of an adapted layer, or A and B of its adapter, are on the meta device, which holds no "
+                "values. If accelerate has offloaded the model, attach and load the adapter before that, and then "
+                "offload the model with its adapter."
+            )
         needs_gradient = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in weights)
-        if needs_gradient or (torch.is_grad_enabled() and x.requires_grad) or not all(map(is_offloaded, modules)):
+        if needs_gradient or (torch.is_grad_enabled() and x.requires_grad):
             raise ValueError(
                 "The weights of an adapted layer are on the meta device: accelerate has offloaded them, and drops "
                 "them before backward. Run the model within `torch.no_grad()`, or merge the adapters before "
