@@ -143,7 +143,7 @@ REFUSALS = [
     (
         lambda: rebuild(half_pruned()),
         ValueError,
-        "50.0% of them are zero already, where .* is asked: each region would be fitted to .* Start from the dense model",
+        "50.0% of them are zero already, where .* is asked: each region would be .* Start from the dense model",
     ),
     (
         lambda: rebuild(half_pruned(), pattern=None, dense=half_pruned()),
