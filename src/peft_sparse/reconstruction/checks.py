@@ -149,8 +149,9 @@ def check_teaching(task: PruningTask, dense: nn.Module | None, reading: Reading,
             "The targets of a reconstruction come from the dense model. Expected weights that are not pruned yet, and "
             f"{share(counts.values()):.1%} of them are zero already, where {task.pattern} is asked: each region "
             "would be fitted to the outputs of a model that is pruned already. Start from the dense model, which is "
-            "pruned region by region; or give it beside the pruned model: `reconstruct(model, calibration=..., dense=dense)` "
-            "without `pattern`, or `SparseTrainer(model, ..., teacher=dense)`."
+            "pruned region by region; or give it beside the pruned model: "
+            "`reconstruct(model, calibration=..., dense=dense)` without `pattern`, or "
+            "`SparseTrainer(model, ..., teacher=dense)`."
         )
     if tell:
         warnings.warn(
