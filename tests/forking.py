@@ -1,7 +1,13 @@
-"""Children of the test process: they begin with everything imported, and may be killed."""
+"""Children that begin with everything imported, and may be killed.
+
+The process that forks them must have no threads, whose locks the children would wait for. A process of pytest that has
+run other tests has some: tests start a process of their own, and fork there.
+"""
 
 import gc
 import os
+import signal
+import time
 import traceback
 import warnings
 
@@ -30,6 +36,15 @@ def forked(call) -> int:
         os._exit(code)
 
 
-def ended(child: int) -> int:
-    """Wait for a child. Return its exit code, or minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def ended(child: int, seconds: float = 120) -> int:
+    """Wait for a child. Return its exit code, or minus the signal that killed it. A child that hangs is killed."""
+    until = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise TimeoutError(f"The child did not end within {seconds} s.")
+        time.sleep(0.005)

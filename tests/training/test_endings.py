@@ -1,8 +1,12 @@
 """A run may end anywhere: what training changed besides the weights is as it was, and the next run begins anew."""
 
 import contextlib
+import functools
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +28,7 @@ from peft_sparse.training.termination import TerminationCallback
 from checks import assert_same_weights
 from conftest import Samples, tiny
 from forking import ended, forked
-from trainers import arguments
+from trainers import arguments, importing
 
 
 class Raises(TrainerCallback):
@@ -193,11 +197,19 @@ def die_by_sigterm(path, kind, handler="default"):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("handler", ["default", "python"])
-@pytest.mark.parametrize("kind", ["plain", "sparse"])
-def test_sigterm_after_a_failed_training_ends_the_process(tmp_path, kind, handler):
-    code = ended(forked(lambda: die_by_sigterm(tmp_path, kind, handler)))
-    assert code == (-signal.SIGTERM if handler == "default" else 3)
+def all_die_by_sigterm(folder):
+    """Fork a process for each kind of trainer and of handler. Runs in a process without threads."""
+    for kind in ("plain", "sparse"):
+        for handler, expected in (("default", -signal.SIGTERM), ("python", 3)):
+            path = Path(folder) / f"{kind}-{handler}"
+            code = ended(forked(functools.partial(die_by_sigterm, path, kind, handler)))
+            assert code == expected, (kind, handler, code)
+
+
+def test_sigterm_after_a_failed_training_ends_the_process(tmp_path):
+    code = f"{importing(__file__)}\ntests.all_die_by_sigterm({str(tmp_path)!r})"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def test_sigterm_in_a_forked_process_ends_it(tmp_path, llama):

@@ -4,7 +4,10 @@ import functools
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from peft_sparse.training.checkpoints import last_complete_checkpoint
 
 from conftest import Samples, tiny
 from forking import ended, forked
-from trainers import arguments
+from trainers import arguments, importing
 
 
 SAVES = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": 3}
@@ -83,20 +86,14 @@ def interrupted(mode, folder, moments):
 WAYS = {"killed": killed, "interrupted": interrupted}
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """A function that returns what a whole run of a mode comes to, and how long it takes."""
-
-    @functools.cache
-    def of(mode):
-        folder = tmp_path_factory.mktemp(mode)
-        # Imports first, so that they are not timed, and happen in no child.
-        run(mode, folder / "imports")
-        started = time.perf_counter()
-        assert ended(forked(functools.partial(run, mode, folder / "timed"))) == 0
-        return torch.load(folder / "timed" / "end.pt"), time.perf_counter() - started
-
-    return of
+@functools.cache
+def uninterrupted(mode, folder):
+    """Return what a whole run of a mode comes to, and how long it takes."""
+    # Imports first, so that they are not timed, and happen in no child.
+    run(mode, folder / "imports")
+    started = time.perf_counter()
+    assert ended(forked(functools.partial(run, mode, folder / "timed"))) == 0
+    return torch.load(folder / "timed" / "end.pt"), time.perf_counter() - started
 
 
 def check_endings(mode, way, seeds, folder_of_all, expected, seconds):
@@ -109,20 +106,37 @@ def check_endings(mode, way, seeds, folder_of_all, expected, seconds):
         try:
             WAYS[way](mode, folder, moments)
             found = torch.load(folder / "end.pt")
-        except (AssertionError, OSError) as error:
+        except (AssertionError, OSError, TimeoutError) as error:
             raise AssertionError(f"{mode}, {way}, seed {seed}, after {moments} s: no end") from error
         differing = [name for name, value in expected.items() if not torch.equal(found[name], value)]
         assert not differing, f"{mode}, {way}, seed {seed}, after {moments} s: {differing[0]}"
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_run_ends_anywhere_and_resumes(tmp_path, uninterrupted, mode, way):
-    check_endings(mode, way, range(1), tmp_path, *uninterrupted(mode))
+def check_all(modes, seeds, folder):
+    """Check every way of ending early for each mode. Runs in a process of its own."""
+    for mode in modes:
+        (Path(folder) / mode).mkdir(parents=True)
+        expected, seconds = uninterrupted(mode, Path(folder) / mode)
+        for way in WAYS:
+            (Path(folder) / mode / way).mkdir()
+            check_endings(mode, way, seeds, Path(folder) / mode / way, expected, seconds)
+
+
+def in_a_fresh_process(modes, seeds, folder):
+    code = f"{importing(__file__)}\ntests.check_all({modes!r}, {seeds!r}, {str(folder)!r})"
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        check=True,
+        timeout=900,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_run_ends_anywhere_and_resumes(tmp_path):
+    in_a_fresh_process(list(MODES), range(1), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_ends_anywhere_and_resumes_fifty_times(tmp_path, uninterrupted, mode, way):
-    check_endings(mode, way, range(1, 51), tmp_path, *uninterrupted(mode))
+def test_a_run_ends_anywhere_and_resumes_fifty_times(tmp_path, mode):
+    in_a_fresh_process([mode], range(1, 51), tmp_path)
