@@ -36,7 +36,7 @@ def forked(call) -> int:
         os._exit(code)
 
 
-def ended(child: int, seconds: float = 120) -> int:
+def ended(child: int, seconds: float = 60) -> int:
     """Wait for a child. Return its exit code, or minus the signal that killed it. A child that hangs is killed."""
     until = time.monotonic() + seconds
     while True:
