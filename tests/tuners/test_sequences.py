@@ -21,26 +21,15 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, keep_effective_weights, prune
 
+from test_verbs import LAYERS, Base
 
-LAYERS = ("up", "mix", "down")
+
 NAMES = ("first", "second", "third")
 MASKS = ("dense", "fifty", "seventy", "random")
 SOURCES = st.tuples(st.sampled_from(MASKS), st.booleans(), st.sampled_from([1, 3]))
-
-
-class Base(nn.Module):
-    """Layers that store their weight as (out, in) and as (in, out)."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.mix, self.down = nn.Linear(6, 8), Conv1D(8, 8), nn.Linear(8, 5, bias=False)
-
-    def forward(self, x):
-        return self.down(self.mix(self.up(x).tanh()).tanh())
 
 
 def dense():
@@ -73,7 +62,7 @@ class Sequences(RuleBasedStateMachine):
         """Begin with an adapter on a pruned base, or one that brings its mask to the dense base, and load others."""
         self.temporary = tempfile.TemporaryDirectory()
         self.folder = Path(self.temporary.name)
-        self.x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+        self.x = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
         # What the machine believes: the dense weights, what the user pruned, and the mask of each adapter.
         self.dense = dense().requires_grad_(False)
         self.kept = masks_of(self.dense if brings_mask else pruned(base))

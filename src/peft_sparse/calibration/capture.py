@@ -96,7 +96,11 @@ class Capture:
         return batches
 
     def _record(self, number: int, inputs: dict[str, Any]) -> None:
-        """Run the model on one batch."""
+        """Run the model on one batch, and record in `self.batch` the calls that it makes of the blocks of the stack.
+
+        If only these calls are wanted, the run ends after that of the last block. If a block turns out to write into
+        the tensors that it gets, the batch is recorded again, with copies of them.
+        """
         self.batch, self.links, self.prefix = Batch(number), Links(), None
         self.masks.start(inputs)
         try:

@@ -19,6 +19,11 @@ def count_kept(weight: Tensor) -> Tensor:
     return torch.count_nonzero(weight)
 
 
+def sparsity_of(weight: Tensor) -> float:
+    """Return the fraction of entries of `weight`, or of a mask, that are zero. The host waits for the device."""
+    return 1 - int(count_kept(weight)) / weight.numel()
+
+
 def mask_(values: Tensor, weight: Tensor) -> Tensor:
     """Set `values` to zero where `weight`, of the same shape, is zero, and return them. In place.
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from accelerate.utils import extract_model_from_parallel, is_compiled_module
@@ -40,8 +40,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     After the context, every `requires_grad`, every active adapter and every adapter that was off before is as it was.
     """
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    before = [(layer, layer._disable_adapters, layer._active_adapter) for layer in layers]
+    layers = _with_switches(model)
+    put_back = adapter_switches(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     peft_model: Any = next((m for m in model.modules() if isinstance(m, (PeftModel, PeftMixedModel))), None)
     try:
@@ -58,11 +58,30 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         # PEFT's switch turns on all adapters, and trains them.
-        for layer, disabled, active in before:
-            layer._disable_adapters, layer._active_adapter = disabled, active
+        put_back()
         for parameter, flag in trained:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+
+def adapter_switches(model: nn.Module) -> Callable[[], None]:
+    """Return a function that makes those adapters active, and switches those off, that are so now."""
+    before = [(layer, layer._disable_adapters, layer._active_adapter) for layer in _with_switches(model)]
+
+    def put_back() -> None:
+        for layer, disabled, active in before:
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+    return put_back
+
+
+def _with_switches(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+def loaded_from(model: nn.Module) -> str | None:
+    """Return the name or folder from which the base model was loaded, as its configuration tells it."""
+    return getattr(getattr(base_model(model), "config", None), "_name_or_path", None)
 
 
 def without_adapters(model: nn.Module) -> nn.Module:

@@ -2,11 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from ..model.tree import adapter_switches
 
 
 @contextlib.contextmanager
@@ -18,16 +17,14 @@ def as_before(model: nn.Module) -> Iterator[None]:
     the run left them: a callback may have changed them for good.
     """
     modes = [(module, module.training) for module in model.modules()]
-    layers: list[Any] = [m for m, _ in modes if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    flags = [(layer, layer._disable_adapters, layer._active_adapter) for layer in layers]
+    put_adapters_back = adapter_switches(model)
     # By name and without the parameters: FSDP replaces them, and those of before must not stay in memory.
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     gradients = {name: (p, p.grad) for name, p in model.named_parameters() if p.grad is not None}
     try:
         yield
     except BaseException:
-        for layer, disabled, active in flags:
-            layer._disable_adapters, layer._active_adapter = disabled, active
+        put_adapters_back()
         for name, parameter in model.named_parameters():
             if trained.get(name, parameter.requires_grad) != parameter.requires_grad:
                 parameter.requires_grad_(trained[name])

@@ -157,7 +157,10 @@ def _plain_name(module: str, key: str) -> str:
 
 
 def _prunable(model: nn.Module) -> set[int]:
-    """Return the ids of the parameters that are pruned by default: those of layers and experts inside the blocks."""
+    """Return what `id` gives for each parameter that is pruned by default.
+
+    These are the weights of the layers, and the fused experts, inside the blocks.
+    """
     layers = [
         base_layer(layer)
         for name, block in find_blocks(model).items()

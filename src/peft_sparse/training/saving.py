@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..model.blocks import base_model
 from ..model.sharding import has_shards
+from ..model.tree import loaded_from
 from ..tuners.card import describe_plain_model
 from ..tuners.merging import merged_state_dict, plain_model
 from ..tuners.ties import give_own_weights, settle_ties
@@ -67,7 +68,7 @@ def save_plain_model(
     _write(plain, state, output_dir)
     for processor in processors:
         processor.save_pretrained(output_dir)
-    base = getattr(getattr(base_model(model), "config", None), "_name_or_path", None)
+    base = loaded_from(model)
     describe_plain_model(output_dir, sparsity, base)
 
 

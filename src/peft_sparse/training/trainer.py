@@ -33,7 +33,7 @@ from ..calibration.inputs import evaluation_mode
 from ..calibration.label_positions import label_offset
 from ..model.blocks import base_model
 from ..model.sharding import FSDP1, has_shards
-from ..model.tree import has_adapters
+from ..model.tree import has_adapters, loaded_from
 from ..model.weights import share, zero_counts
 from ..pruning.criteria import find_criterion
 from ..pruning.offloaded import one_layer_at_a_time
@@ -622,7 +622,7 @@ class SparseTrainer(Trainer):
         adapted = has_adapters(self.model)
         # One process writes the card, and cannot gather weights that are sharded.
         if not adapted and self.is_world_process_zero() and not has_shards(self.model):
-            base = getattr(getattr(base_model(self.model), "config", None), "_name_or_path", None)
+            base = loaded_from(self.model)
             share = sparsity(self.model, self.args.target_modules, self.args.exclude_modules)
             describe_plain_model(str(self.args.output_dir), share, base)
 

@@ -20,8 +20,9 @@ from transformers import Trainer
 from transformers.utils import PushToHubMixin
 
 from ..model.blocks import base_model
-from ..model.masks import count_kept
+from ..model.masks import sparsity_of
 from ..model.sharding import has_shards
+from ..model.tree import loaded_from
 from .config import SparseLoraConfig
 from .layer import SparseLoraLayer
 
@@ -58,8 +59,7 @@ def describe_adapters(model: Any, folder: str) -> None:
         layers = (module for module in model.modules() if isinstance(module, SparseLoraLayer))
         active = [name for layer in layers for name in layer.active_adapters if name in ours]
         name = next(iter([*active, *ours]))
-        loaded_from = getattr(getattr(base_model(model), "config", None), "_name_or_path", None)
-        ours[name].describe(folder, mean_sparsity(model, name), loaded_from)
+        ours[name].describe(folder, mean_sparsity(model, name), loaded_from(model))
 
 
 def mean_sparsity(model: nn.Module, adapter_name: str) -> float | None:
@@ -71,7 +71,7 @@ def mean_sparsity(model: nn.Module, adapter_name: str) -> float | None:
         if isinstance(module, SparseLoraLayer) and adapter_name in module.A and module._readable():
             weight = module.pruned_weight()
             if weight.numel() and not weight.is_meta:
-                found.append(1 - int(count_kept(weight)) / weight.numel())
+                found.append(sparsity_of(weight))
     return sum(found) / len(found) if found else None
 
 

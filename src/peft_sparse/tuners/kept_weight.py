@@ -125,7 +125,8 @@ class KeepsWeight:
 
     def drop_kept_weight(self) -> None:
         """Free the effective weight that the layer keeps between calls. The next call computes it anew."""
-        self._kept = None
+        if self._kept is not None:
+            self._kept = None
 
 
 def can_keep(x: Tensor, sources: list[Tensor]) -> bool:

@@ -212,7 +212,6 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
             delta += weight - self.pruned_weight().to(weight)
         return self._as_stored(delta)
 
-    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base weight, in place. Every zero stays zero.
 
@@ -231,6 +230,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         """
         self._merge(safe_merge, adapter_names, keep=True)
 
+    @torch.no_grad()
     def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
         """Merge adapters, as `merge` does. `keep` tells whether they can be unmerged."""
         names = self._present(check_adapters_to_merge(self, adapter_names))
@@ -248,7 +248,6 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         self.write_weight(self._as_stored(merged))
         self.merged_adapters.extend(names)
 
-    @torch.no_grad()
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
@@ -312,7 +311,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         if kept is not None and adapter_names is None and kept.serves(self, x) and runs_alone(kept.places[0][2]):
             return self._operation().apply(self._prepared(x), kept.weight, self._own_bias())
         if self._unsettled or self._unproved:
-            self._settle_masks()
+            self.settle_masks()
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
@@ -358,12 +357,16 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         return modules
 
     def _keep_weight(self, x: Tensor, names: list[str]) -> KeptWeight | None:
-        """Compute the effective weight and keep it. Return None if it cannot be kept for a call with the input `x`."""
+        """Compute the effective weight of the adapters `names`, keep it for later calls, and return it.
+
+        Return None if it must not be kept: in training, if the call with the input `x` needs a gradient, if
+        `keep_effective_weights` has switched it off, or if the base weight is quantised or split among processes.
+        """
         self.drop_kept_weight()
-        base, layer = self.stored_parameter(), self.get_base_layer()
-        if self.training or not self.keeps_effective_weight or not self._is_one_product(names) or base is None:
+        if self.training or not self.keeps_effective_weight or not self._is_one_product(names):
             return None
-        if self.quantization_backend is not None or is_partitioned(base):
+        base, layer = self.stored_parameter(), self.get_base_layer()
+        if base is None or self.quantization_backend is not None or is_partitioned(base):
             return None
         factors = [(pair._modules, name, pair[name]) for name in names for pair in (self.A, self.B)]
         tensors = [(module._parameters, "weight", stored_weight(module)) for _, _, module in factors]

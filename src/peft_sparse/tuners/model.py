@@ -29,6 +29,7 @@ from .hotswap import whole_pairs
 from .layer import SparseLoraLayer
 from .merging import plain_model
 from .proof import check_masks, proof_to_save, receive, report_oddities
+from .saved_masks import names_alone
 from .ties import give_own_weights, settle_ties
 
 
@@ -319,7 +320,8 @@ class SparseLoraModel(BaseTuner):
         cls, model: nn.Module, config: SparseLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         # PEFT calls this with all tensors that are to be loaded, before it loads any of them.
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        with names_alone():
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         whole = whole_pairs(model, adapter_name, remapped)
         return receive(model, config, adapter_name, whole, wait=True)
 

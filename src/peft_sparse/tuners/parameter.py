@@ -65,7 +65,6 @@ class ParameterMixin(SparseLoraLayer):
             )
         super().__init__(base_layer, adapter_name, r, lora_alpha, config, **kwargs)
 
-    @torch.no_grad()
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
@@ -106,7 +105,7 @@ class ParameterMixin(SparseLoraLayer):
                 "the batch by `set_adapter`."
             )
         if self._unsettled or self._unproved:
-            self._settle_masks()
+            self.settle_masks()
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = self._present(self.active_adapters)

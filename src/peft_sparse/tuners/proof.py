@@ -7,26 +7,26 @@ resumed run. `model` calls these functions when PEFT attaches, saves or loads an
 
 import logging
 import warnings
-from collections.abc import Iterator
 
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
-from ..model.blocks import base_layer, base_model
+from ..model.blocks import base_layer
 from ..model.cpu_packing import undo_cpu_packing
 from ..model.masks import (
     count_kept,
     decode_proof,
     encode_proof,
-    fingerprint_of,
+    sparsity_of,
     sparsity_of_fingerprint,
     underflowed,
 )
 from ..model.sharding import has_shards, whole
 from ..model.weights import PRUNABLE_LAYERS, as_matrix
 from .config import SparseLoraConfig
+from .factors import layers_with
 from .layer import SparseLoraLayer
-from .saved_masks import STRAY_ZEROS, is_in_memory
+from .saved_masks import STRAY_ZEROS, is_in_memory, raise_or_warn
 
 
 logger = logging.getLogger(__name__)
@@ -39,11 +39,11 @@ def fingerprints(model: nn.Module, adapter_name: str) -> dict[str, str]:
     the function together.
     """
     found = {}
-    for name, module in _layers(base_model(model), adapter_name):
+    for key, module in layers_with(model, adapter_name).items():
         with whole(module):
-            if module.is_loaded():
-                module.refresh_saved_mask(adapter_name)
-                found[_key(name, module)] = fingerprint_of(module.pruned_weight([adapter_name]))
+            module.settle_masks()
+            if proof := module.proof_of(adapter_name):
+                found[key] = proof
     return found
 
 
@@ -75,15 +75,17 @@ def proof_to_save(
         adapter_name: name of the adapter.
         state_dict: the tensors of the adapter, by the names they have in `model.state_dict()`.
     """
-    layers = {_key(name, module): module for name, module in _layers(base_model(model), adapter_name)}
-    paths = {id(module): path for path, module in _layers(model, adapter_name)}
-    keys = {key: f"{paths[id(module)]}.{module.prefix}proof.{adapter_name}" for key, module in layers.items()}
-    # `state_dict` of the layers has computed them, where each process has the whole weights.
-    told = {key: decode_proof(state_dict[proof]) for key, proof in keys.items() if proof in state_dict}
-    if all(told.values()):
-        config._proof = told
-    elif not has_shards(model):
-        config._proof = fingerprints(model, adapter_name)
+    paths = {id(module): path for path, module in model.named_modules()}
+    keys = {
+        key: f"{paths[id(module)]}.{module.prefix}proof.{adapter_name}"
+        for key, module in layers_with(model, adapter_name).items()
+    }
+    if not has_shards(model):
+        # `state_dict` of the layers has computed them. It is empty for a weight that cannot be read.
+        told = {key: decode_proof(state_dict[proof]) for key, proof in keys.items() if proof in state_dict}
+        if len(told) < len(keys):
+            told = fingerprints(model, adapter_name)
+        config._proof = {key: proof for key, proof in told.items() if proof}
     elif not config._proof:
         warnings.warn(
             f"Adapter {adapter_name!r} is saved without fingerprints of its masks. The base weights are sharded over "
@@ -125,13 +127,13 @@ def receive(
     received = dict(state_dict)
     # `check_masks` has compared these right before the adapter was attached.
     compared, config._compared = config._compared, {}
-    names = {id(module): name for name, module in _layers(base_model(model), adapter_name)}
+    paths = {id(module): path for path, module in model.named_modules()}
     expected: dict[str, tuple[str, Tensor]] = {}
     lost: dict[str, int] = {}
-    for path, module in _layers(model, adapter_name):
+    for key, module in layers_with(model, adapter_name).items():
+        path = paths[id(module)]
         proof = f"{path}.{module.prefix}proof.{adapter_name}"
         mask = received.get(f"{path}.{module.prefix}mask.{adapter_name}")
-        key = _key(names[id(module)], module)
         told = decode_proof(received[proof]) if proof in received else ""
         received[proof] = encode_proof("")
         module.forget_proof(adapter_name)
@@ -151,7 +153,7 @@ def receive(
 def report_oddities(model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
     """Log one warning if weights with a MaskLoRA adapter are not pruned, and one if `r` exceeds their full rank."""
     dense, excessive, count = [], [], 0
-    for name, module in _layers(base_model(model), adapter_name):
+    for name, module in layers_with(model, adapter_name).items():
         if not module.is_loaded():
             continue
         weight = module.read_weight()
@@ -192,7 +194,7 @@ def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
     for module in model.modules():
         if isinstance(module, SparseLoraLayer) and not brings_masks:
             # The new adapter computes with the zeros that the base weight has once the others are settled.
-            module.settle_masks_before(config)
+            module.settle_masks(config)
     if config.on_mask_mismatch == "ignore" or not config.mask_fingerprints:
         return
     modules = dict(model.named_modules())
@@ -201,7 +203,7 @@ def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
     if config.save_mask:
         # A mask cannot be that of a base weight with more zeros.
         expected = {
-            n: (p, w) for n, (p, w) in expected.items() if _sparsity(w) > sparsity_of_fingerprint(p) + STRAY_ZEROS
+            n: (p, w) for n, (p, w) in expected.items() if sparsity_of(w) > sparsity_of_fingerprint(p) + STRAY_ZEROS
         }
     _compare(expected, config.on_mask_mismatch)
     config._compared = {} if config.save_mask else {name: proof for name, (proof, _) in expected.items()}
@@ -217,17 +219,15 @@ def _compare(expected: dict[str, tuple[str, Tensor]], on_mismatch: str) -> None:
     if not differing:
         return
     examples = "; ".join(
-        f"{name}: adapter {sparsity_of_fingerprint(expected[name][0]):.4f}, model {_sparsity(expected[name][1]):.4f}"
+        f"{name}: adapter {sparsity_of_fingerprint(expected[name][0]):.4f}, model {sparsity_of(expected[name][1]):.4f}"
         for name in differing[:3]
     )
-    message = (
+    raise_or_warn(
         f"The adapter was trained on other zeros than this base model has, in {len(differing)} of {len(expected)} "
         f"layers (sparsities: {examples}). Load the pruned base model the adapter was trained on, or pass a "
-        'configuration with `on_mask_mismatch="warn"` to use the zeros of this base model.'
+        'configuration with `on_mask_mismatch="warn"` to use the zeros of this base model.',
+        on_mismatch,
     )
-    if on_mismatch == "error":
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=2)
 
 
 def _tell_lost(counts: dict[str, int]) -> None:
@@ -241,23 +241,6 @@ def _tell_lost(counts: dict[str, int]) -> None:
             len(lost),
             next(iter(lost)),
         )
-
-
-def _sparsity(weight: Tensor) -> float:
-    return 1 - int(count_kept(weight)) / weight.numel()
-
-
-def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLoraLayer]]:
-    """Yield the layers that have the adapter, with their names in `model`."""
-    for name, module in model.named_modules():
-        if isinstance(module, SparseLoraLayer) and adapter_name in module.A:
-            yield name, module
-
-
-def _key(name: str, module: SparseLoraLayer) -> str:
-    """Return the name of the adapted layer or parameter without the wrappers of adapters."""
-    key = name.replace(".base_layer", "")
-    return f"{key}.{module.parameter_name}" if hasattr(module, "parameter_name") else key
 
 
 def _weight_called(model: nn.Module, modules: dict[str, nn.Module], name: str) -> Tensor | None:

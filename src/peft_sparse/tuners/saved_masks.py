@@ -12,8 +12,10 @@ So every adapter computes what it computes alone, in whatever order they are loa
 `SparseLoraLayer` in `layer` is derived from `SavedMasks`.
 """
 
+import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -31,6 +33,7 @@ from ..model.masks import (
     fingerprint_of,
     mask_of,
     pack,
+    sparsity_of,
     sparsity_of_fingerprint,
     underflowed,
     unpack,
@@ -46,12 +49,36 @@ from .functional import Weight
 # zeros does not count as pruned. Zeros that a saved mask keeps contradict the mask only above this fraction.
 STRAY_ZEROS = 0.01
 
+_names_alone: ContextVar[bool] = ContextVar("names_alone", default=False)
+
 
 def is_in_memory(weight: Tensor) -> bool:
     """Return whether this process holds the values of the whole `weight`."""
     # ZeRO-3 empties the parameters it shards, and a DTensor holds one process's part. Weights on the meta device have
     # no values, and neither have those of a plan.
     return weight.numel() > 0 and not weight.is_meta and not isinstance(weight, (DTensor, FakeTensor))
+
+
+def raise_or_warn(message: str, on_mismatch: str) -> None:
+    """Tell of other zeros than expected, as `on_mask_mismatch` says, unless it is "ignore".
+
+    Raises:
+        ValueError: `on_mismatch` is "error".
+    """
+    if on_mismatch == "error":
+        raise ValueError(message)
+    if on_mismatch == "warn":
+        warnings.warn(message, stacklevel=3)
+
+
+@contextlib.contextmanager
+def names_alone() -> Iterator[None]:
+    """Let state dicts that are made within the context hold no fingerprints, because only their names are read."""
+    token = _names_alone.set(True)
+    try:
+        yield
+    finally:
+        _names_alone.reset(token)
 
 
 class SavedMasks(BaseWeight):
@@ -102,7 +129,7 @@ class SavedMasks(BaseWeight):
         Raises:
             ValueError: a saved mask contradicts the zeros of the base weight, or the adapters have different masks.
         """
-        self._settle_masks()
+        self.settle_masks()
         stored = self._stored_unmerged()
         if self._is_narrower(names):
             stored = stored.masked_fill(~self._common_mask(names, stored), 0)
@@ -110,7 +137,7 @@ class SavedMasks(BaseWeight):
 
     def kept_entries(self, name: str) -> Tensor:
         """Return the mask with which adapter `name` computes, laid out as the layer stores its weight."""
-        self._settle_masks()
+        self.settle_masks()
         stored = self._stored_unmerged()
         kept = mask_of(stored)
         return kept & self._saved_mask(name, stored) if name in self._narrower else kept
@@ -181,20 +208,13 @@ class SavedMasks(BaseWeight):
         self._awaited.pop(name, None)
         self._unproved.discard(name)
 
-    def refresh_saved_mask(self, name: str) -> None:
-        """Write the mask with which adapter `name` computes into its saved mask, if there is one.
-
-        The base weight may have been pruned after the adapter was attached.
-        """
-        if name in self.saved_masks and self._readable():
-            self.saved_masks[name].copy_(pack(self.kept_entries(name)))
-
     @torch.no_grad()
     def proof_of(self, name: str) -> str:
-        """Return the fingerprint of the mask with which adapter `name` computes, without comparing or settling masks.
+        """Return the fingerprint of the mask with which adapter `name` computes, and update its saved mask.
 
-        As long as a fingerprint or mask that arrived is not compared, that fingerprint is returned. The result is
-        empty if the base weight cannot be read.
+        The base weight may have been pruned after the adapter was attached. Nothing is compared or settled: as long as
+        a fingerprint or mask that arrived is not compared, that fingerprint is returned. The result is empty if the
+        base weight cannot be read.
         """
         if any(tensor.is_meta for tensor in (self.proofs[name], *self.saved_masks.values())):
             return ""
@@ -228,20 +248,17 @@ class SavedMasks(BaseWeight):
 
     # -- masks and the base weight -----------------------------------------------------------------------------------
 
-    def settle_masks_before(self, newcomer: SparseLoraConfig) -> None:
-        """Settle the masks of all other adapters before one without a mask of its own is attached.
+    @torch.no_grad()
+    def settle_masks(self, newcomer: SparseLoraConfig | None = None) -> None:
+        """Compare what adapters brought with the base weight, and prune it where no adapter needs it.
 
         Args:
-            newcomer: the configuration of the new adapter, which PEFT has added to `all_adapters` already.
+            newcomer: the configuration of an adapter that is not attached yet and does not count, although PEFT has
+                added it to `all_adapters` already.
 
         Raises:
-            ValueError: a saved mask contradicts the zeros of the base weight.
+            ValueError: a saved mask or a fingerprint contradicts the zeros of the base weight.
         """
-        self._settle_masks(newcomer)
-
-    @torch.no_grad()
-    def _settle_masks(self, newcomer: SparseLoraConfig | None = None) -> None:
-        """Compare what adapters brought with the base weight, and prune it where no adapter needs it."""
         if not (self._unsettled or self._unproved) or not self.is_loaded():
             return
         stored = self._stored_unmerged()
@@ -281,15 +298,13 @@ class SavedMasks(BaseWeight):
             on_mismatch = self._on_mismatch(name)
             compared = expected and name not in self.saved_masks and on_mismatch != "ignore"
             if compared and underflowed(expected, self._matrix(stored)) is None:
-                found = 1 - int(count_kept(stored)) / stored.numel()
-                message = (
+                raise_or_warn(
                     f"Adapter {name!r} was trained on other zeros than this base model has: a weight of "
-                    f"{self.out_features} x {self.in_features} has sparsity {found:.4f}, and in the adapter "
-                    f"{sparsity_of_fingerprint(expected):.4f}. Load the pruned base model the adapter was trained on."
+                    f"{self.out_features} x {self.in_features} has sparsity {sparsity_of(stored):.4f}, and in the "
+                    f"adapter {sparsity_of_fingerprint(expected):.4f}. Load the pruned base model the adapter was "
+                    "trained on.",
+                    on_mismatch,
                 )
-                if on_mismatch == "error":
-                    raise ValueError(message)
-                warnings.warn(message, stacklevel=2)
             self.forget_proof(name)
 
     def _on_mismatch(self, name: str) -> str:
@@ -304,16 +319,13 @@ class SavedMasks(BaseWeight):
         # A cast to half precision may have turned many small entries into zeros.
         if proof and underflowed(proof, self._matrix(stored.masked_fill(~mask, 0))) is not None:
             return missing
-        sparsities = [1 - int(count_kept(kept)) / stored.numel() for kept in (mask, stored)]
-        message = (
+        raise_or_warn(
             f"Expected a base weight that is dense or has the zeros of adapter {name!r}. The mask saved with the "
             f"adapter keeps {stray:.1%} of the entries of this weight although they are zero. The mask has sparsity "
-            f"{sparsities[0]:.4f}, and the base weight {sparsities[1]:.4f}. Load the adapter onto the dense model or "
-            'onto the model it was trained on, or set `on_mask_mismatch="warn"`.'
+            f"{sparsity_of(mask):.4f}, and the base weight {sparsity_of(stored):.4f}. Load the adapter onto the dense "
+            'model or onto the model it was trained on, or set `on_mask_mismatch="warn"`.',
+            on_mismatch,
         )
-        if on_mismatch == "error":
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=2)
         return 0
 
     def _is_narrower(self, names: Sequence[str]) -> bool:
@@ -338,7 +350,7 @@ class SavedMasks(BaseWeight):
         if not self._readable():
             self._check_saved_mask(names[0])
             return partial(self._given_mask, names[0])
-        self._settle_masks()
+        self.settle_masks()
         partitioned = self.quantization_backend is None and is_partitioned(stored_weight(self.get_base_layer()))
         if self._trains_base():
             if partitioned:
@@ -380,6 +392,8 @@ class SavedMasks(BaseWeight):
 
 def _write_proofs(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """Let the fingerprints of the masks travel in every state dict of an adapted layer."""
+    if _names_alone.get():
+        return
     for name, place in layer.proofs.items():
         # On the device of the other tensors, because processes exchange state dicts. A meta tensor would hold nothing.
         device = "cpu" if place.is_meta else place.device
