@@ -9,6 +9,7 @@ The log: what `SparseTrainer` does for each log entry, with an adapter on a froz
 """
 
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,12 +73,12 @@ def built(kind: str, dtype: torch.dtype) -> nn.Module:
 @torch.no_grad()
 def generation(dtype: str, tokens: torch.Tensor, args: Any) -> list[dict[str, Any]]:
     """Return a row for each kind, with the milliseconds per token and their ratio to the merged model."""
-    models = {kind: built(kind, getattr(torch, dtype)) for kind in KINDS}
+    models: dict[str, Any] = {kind: built(kind, getattr(torch, dtype)) for kind in KINDS}
     times: dict[str, list[float]] = {kind: [] for kind in models}
     for number in range(args.rounds + 1):
         for kind, model in models.items():
             options = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False}
-            seconds, _ = seconds_of(lambda m=model, o=options: m.generate(input_ids=tokens, pad_token_id=0, **o))
+            seconds, _ = seconds_of(partial(model.generate, input_ids=tokens, pad_token_id=0, **options))
             # The first round computes what is kept, and warms up.
             if number:
                 times[kind].append(1000 * seconds / args.tokens)
