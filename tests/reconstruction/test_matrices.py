@@ -5,7 +5,7 @@ import torch
 
 from peft_sparse import LeastSquares, prune
 
-from checks import assert_same_zeros, inputs_by_hooks, zeros_of
+from checks import assert_same_weights, assert_same_zeros, inputs_by_hooks, zeros_of
 from rebuilding import batches_of, lively, rebuild, weight_of
 
 
@@ -40,6 +40,16 @@ def test_single_matrices_reach_their_optimum(damping, options):
         for row, kept in enumerate(found != 0):
             best = torch.linalg.lstsq(extended[:, kept], extended @ W[row]).solution
             torch.testing.assert_close(found[row, kept], best, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["SS", "DD"])
+def test_a_model_that_was_pruned_before_is_solved_for_its_dense_weights(mode):
+    at_once, pruned, calibration = lively("llama"), lively("llama"), batches_of("llama")
+    report = rebuild(at_once, calibration, region="matrix", mode=mode)
+    prune(pruned, 0.5)
+    later = rebuild(pruned, calibration, pattern=None, dense=lively("llama"), region="matrix", mode=mode)
+    assert_same_weights(pruned, at_once)
+    assert [r.error for r in later.regions] == [r.error for r in report.regions]
 
 
 @pytest.mark.parametrize("mode", ["SS", "DD"])

@@ -80,10 +80,10 @@ def check_choices(region: Any, mode: str, fit: Fit, no_pattern: bool, no_dense: 
             "Expected either `pattern` (or `sparsity`), to prune region by region, or `dense`, the model before it "
             f"was pruned; got {'neither' if no_pattern else 'both'}."
         )
-    if region == "matrix" and (mode == "SD" or fit.tuner != "full" or fit.loss != "mse" or no_pattern):
+    if region == "matrix" and (mode == "SD" or fit.tuner != "full" or fit.loss != "mse"):
         raise ValueError(
-            '`region="matrix"` solves a least-squares problem for each matrix and trains nothing. It needs `pattern`, '
-            'mode "DD" or "SS", loss "mse" and tuner "full". Use `region="submodule"` for other choices.'
+            '`region="matrix"` solves a least-squares problem for each matrix and trains nothing. It needs mode "DD" '
+            'or "SS", loss "mse" and tuner "full". Use `region="submodule"` for other choices.'
         )
 
 

@@ -1,7 +1,7 @@
 """Reconstruction of single matrices: each is a least-squares problem, which is solved without training."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,7 @@ def solve_matrices(
     measure: Callable[[dict[str, WeightView]], BlockStatistics],
     *,
     in_turn: bool,
+    before: Mapping[str, WeightView] | None = None,
 ) -> list[RegionReport]:
     """Prune each of `weights`, and compute its kept entries by `masked_least_squares`. In place.
 
@@ -34,6 +35,7 @@ def solve_matrices(
         measure: weights -> statistics of their inputs, including Hessians.
         in_turn: whether the inputs of a weight are measured after the weights before it have been solved. Otherwise
             all inputs are measured once, on the dense block.
+        before: the same weights before they were pruned, if they have been pruned already: nothing more is pruned.
 
     Returns:
         One report for each weight. Its errors are ||(W - W')X|| / ||WX|| of the pruned W' and of the final W'.
@@ -41,25 +43,34 @@ def solve_matrices(
     solver = task.update or LeastSquares()
     selecting = replace(task, update=None)
     measured = measure(weights)
-    unreached = {name: weight for name, weight in weights.items() if name not in measured.inputs}
-    prune_weights(unreached, selecting, measured)
+    if before is None:
+        unreached = {name: weight for name, weight in weights.items() if name not in measured.inputs}
+        prune_weights(unreached, selecting, measured)
     reports = []
     for position, names in enumerate(_sharing_inputs(measured)):
         group = {name: weights[name] for name in names}
         if position and in_turn:
             measured = measure(group)
-        dense = {name: weight.matrix().clone() for name, weight in group.items()}
-        prune_weights(group, selecting, measured)
+        dense = _dense_of(group, before)
+        if before is None:
+            prune_weights(group, selecting, measured)
         for name, weight in group.items():
             statistics = task.statistics(name, measured)
             pruned = weight.matrix()
             solution = updated(solver, dense[name], mask_of(pruned), statistics, start=pruned)
-            before, after = (_matrix_error(dense[name], w, statistics) for w in (pruned, solution))
-            if after <= before:
+            first, after = (_matrix_error(dense[name], w, statistics) for w in (pruned, solution))
+            if after <= first:
                 weight.write(solution)
-            reports.append(RegionReport(name, before, min(before, after), 0, 0.0, not after <= before))
+            reports.append(RegionReport(name, first, min(first, after), 0, 0.0, not after <= first))
     task.warned = selecting.warned
     return reports
+
+
+def _dense_of(group: dict[str, WeightView], before: Mapping[str, WeightView] | None) -> dict[str, Tensor]:
+    """Return the dense W of each weight of a group: its own before it is pruned, or that of the dense model."""
+    if before is None:
+        return {name: weight.matrix().clone() for name, weight in group.items()}
+    return {name: before[name].matrix().to(weight.matrix()) for name, weight in group.items()}
 
 
 def _sharing_inputs(measured: BlockStatistics) -> list[list[str]]:

@@ -19,7 +19,7 @@ from ..calibration.recording import tensors_of
 from ..calibration.residence import Residence, on_device
 from ..calibration.runner import BlockRunner, in_order
 from ..calibration.statistics import BlockStatistics, Need
-from ..model.blocks import find_stacks
+from ..model.blocks import find_stacks, prunable_weights
 from ..model.environment import peak_memory
 from ..model.masks import mask_of
 from ..model.processes import exchange, place, spread
@@ -91,6 +91,7 @@ class Reconstruction:
             model can drop its weights.
         rounds: number of regions so far, for the processes to share them and to meet.
         on_step: called after each optimiser step.
+        dense_weights: the weights of `dense` by name, if there is a `dense`.
     """
 
     model: nn.Module
@@ -110,6 +111,7 @@ class Reconstruction:
     regions: dict[int, Region] = field(default_factory=dict)
     rounds: int = 0
     on_step: Callable[[Step], None] | None = None
+    dense_weights: dict[str, WeightView] | None = None
 
     def run(self, inputs: list[dict[str, Any]], after_block: Callable[[str], None] | None = None) -> None:
         """Reconstruct all stacks that are pruned.
@@ -119,6 +121,7 @@ class Reconstruction:
             after_block: called with the name of each finished block while its weights are in memory.
         """
         dense = self.model if self.dense is None else self.dense
+        self.dense_weights = None if self.dense is None else prunable_weights(self.dense)
         stacks, teachers = (in_order(find_stacks(m), self.proof.stacks) for m in (self.model, dense))
         numbers = self._stacks_at_work(stacks)
         # Captured before anything is pruned, because a decoder must receive the outputs of the dense encoder.
@@ -288,9 +291,13 @@ class Reconstruction:
         needs: tuple[Need, ...] = tuple(dict.fromkeys((*self.task.needs, "inputs", "hessian")))
 
         def measure(weights: dict[str, WeightView]) -> BlockStatistics:
+            if self.mode == "DD" and self.dense_weights is not None:
+                # Within a region, too, the inputs are those of the dense model.
+                weights = {name: self.dense_weights[name] for name in weights}
+                return self._measure(replace(turn, region=turn.teacher), weights, needs)
             return self._measure(turn, weights, needs)
 
-        return solve_matrices(turn.weights, self.task, measure, in_turn=self.mode == "SS")
+        return solve_matrices(turn.weights, self.task, measure, in_turn=self.mode == "SS", before=self.dense_weights)
 
     def _fit_region(self, turn: _Turn) -> RegionReport:
         """Prune a region, unless it was pruned before, and fit it to its targets."""
@@ -333,7 +340,8 @@ class Reconstruction:
                 if keep is not None:
                     keep(outputs)
 
-        return measure_inputs(self.model, weights, needs, len(window.batches), run, sight=self.proof.sight)
+        model = self.model if self.dense is None or turn.region is not turn.teacher else self.dense
+        return measure_inputs(model, weights, needs, len(window.batches), run, sight=self.proof.sight)
 
     def _observe(self, number: int) -> None:
         """Report region `number` to the observer, if it is finished and has not been reported."""
