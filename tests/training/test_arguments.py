@@ -43,6 +43,9 @@ OTHERS = {
     "reconstruction_mode": "DD",
     "reconstruction_loss": "cosine",
     "reconstruction_holdout": 0.2,
+    "reconstruction_learning_rate": 1e-4,
+    "reconstruction_epochs": 2.5,
+    "reconstruction_batch_size": 3,
     "activations": "cpu",
     "save_on_sigterm": True,
 }

@@ -30,6 +30,7 @@ from peft_sparse import (
     prune,
 )
 from peft_sparse.training.base_weights import save_base
+from peft_sparse.training.chain import AfterReconstruction
 from peft_sparse.training.checkpoints import last_complete_checkpoint
 from peft_sparse.training.distillation import (
     check_teacher,
@@ -53,6 +54,19 @@ def reconstructed_by_trainer(**resuming):
     options = {"recovery": "reconstruct", "sparsity": 0.5, "calibration_samples": 2, "save_strategy": "no"}
     data = [{"input_ids": row, "labels": row} for row in TOKENS]
     SparseTrainer(llama(), arguments(**options), train_dataset=data, callbacks=[StopAt(1)]).train(**resuming)
+
+
+def chained_twice():
+    args = arguments(recovery="reconstruct,retrain", sparsity=0.5, calibration_samples=2, save_strategy="no")
+    data = [{"input_ids": row, "labels": row} for row in TOKENS]
+    trainer = SparseTrainer(llama(), args, train_dataset=data)
+    trainer.model = adapted()
+    trainer.train()
+
+
+def continued_elsewhere():
+    state = SimpleNamespace(global_step=4, log_history=[{"reconstructed": "one"}])
+    AfterReconstruction("another", 1.0, 1).on_train_begin(None, state, None)
 
 
 def taught_by_trainer(model):
@@ -299,12 +313,12 @@ REFUSALS = [
     (
         lambda: SparseTrainer(llama(), arguments(sparsity=0.5, criterion="wanda")),
         ValueError,
-        "Calibration uses the first 128 samples of `train_dataset`, and there is none. Pass `train_dataset`",
+        "Calibration uses the first 128 samples of `train_dataset`, and there is none. Pass `train_dataset` or `calib",
     ),
     (
         lambda: SparseTrainer(llama(), arguments(sparsity=0.5, criterion="wanda"), train_dataset=TokenSamples()),
         ValueError,
-        "`calibration_samples=128` needs as many training samples, and the training set has only 4. Lower",
+        "`calibration_samples=128` needs as many training samples, and `train_dataset` has only 4. Lower",
     ),
     (
         reconstructed_by_trainer,
@@ -320,6 +334,30 @@ REFUSALS = [
         lambda: arguments(recovery="reconstruct", sparsity=0.5, save_on_sigterm=True),
         ValueError,
         "can be resumed with `resume_from_checkpoint=True` after any interruption. Leave `save_on_sigterm` out",
+    ),
+    (chained_twice, ValueError, "has reconstructed its model and attached an adapter already. Make a new"),
+    (
+        continued_elsewhere,
+        ValueError,
+        "at step 4 continues the reconstruction one, and .* gave another. Resume with the `output_dir`",
+    ),
+    (lambda: arguments(recovery="none"), ValueError, '`recovery="none"` only prunes. Set `sparsity` or `pattern`'),
+    (
+        lambda: arguments(recovery="reconstruct,retrain", sparsity=0.5, retraining_schedule="allr", original_steps=9),
+        ValueError,
+        '`retraining_schedule="allr"` depends on how much pruning changed the norm .* Use another schedule, such as',
+    ),
+    (
+        lambda: arguments(recovery="reconstruct", sparsity=0.5, reconstruction_batch_size=0),
+        ValueError,
+        "`reconstruction_batch_size` must be at least 1, got 0. Leave it out",
+    ),
+    (
+        lambda: SparseTrainer(
+            llama(), arguments(recovery="reconstruct", sparsity=0.5), optimizers=(mock.Mock(), None)
+        ),
+        ValueError,
+        "Reconstruction makes an optimiser for each region, .* Leave `optimizers` out",
     ),
     (lambda: reconstructed_by_trainer(trial={}), ValueError, "`hyperparameter_search` does not support `recovery=.*"),
     (flattening_trainer, ValueError, "FSDP1 flattens weights, .* Set `fsdp_version: 2` in the configuration"),
@@ -378,7 +416,7 @@ REFUSALS = [
     (
         lambda: arguments(retraining_schedule="llr", recovery="reconstruct", sparsity=0.5),
         ValueError,
-        "`retraining_schedule='llr'` is a schedule for training with the task loss. Leave it out",
+        "`retraining_schedule='llr'` is a schedule for training with the task loss, and .* has none. Leave it",
     ),
     (
         lambda: arguments(retraining_schedule="allr"),
@@ -467,7 +505,7 @@ REFUSALS = [
     (
         lambda: arguments(distillation="logits", recovery="reconstruct", sparsity=0.5),
         ValueError,
-        "Reconstruction fits the outputs of the dense model already, .* Leave `distillation` out",
+        "`distillation` is a loss of retraining, and .* fits the outputs .* Leave `distillation` out",
     ),
     (
         lambda: arguments(distillation="logits", use_liger_kernel=True),

@@ -22,7 +22,10 @@ from .learning_rates import RETRAINING, check_method
 from .pruning_schedules import CubicSchedule, PruningCycles, PruningSchedule
 
 
-RECOVERIES = ("retrain", "reconstruct")
+# What `recovery` may be. Regions are fitted to dense outputs before adapters are trained, never after.
+RECOVERIES = ("retrain", "reconstruct", "reconstruct,retrain", "none")
+# The learning rate of regions before retraining: the best of three in docs/reconstruction.md.
+REGION_RATE = 1e-3
 PRUNING_SCHEDULES = ("cubic", "cycles")
 # The choices that have options, and the table of each.
 CHOICES: dict[str, dict[str, type]] = {
@@ -98,7 +101,13 @@ class SparseTrainingArguments(TrainingArguments):
 
         recovery: "retrain" trains with the task loss. "reconstruct" fits the regions of the model one after another to
             the outputs of the dense model: of the model before it is pruned to `sparsity` or `pattern`, or of the
-            `teacher` of SparseTrainer. Default "retrain".
+            `teacher` of SparseTrainer. "reconstruct,retrain", or a list of the two names, does one after the other.
+            "none" only prunes. Default "retrain".
+        reconstruction_learning_rate: the learning rate of each region. Default None: `learning_rate` if nothing else
+            is trained; 1e-3 before retraining, whose rate is `learning_rate`.
+        reconstruction_epochs: passes over the calibration samples for each region. Default None: `num_train_epochs` or
+            `max_steps` if nothing else is trained; 1 before retraining, whose length these two give.
+        reconstruction_batch_size: calibration samples in a batch. Default None: `per_device_train_batch_size`.
         reconstruction_region: what is fitted at a time: "matrix" (one weight matrix), "submodule" (the attention or
             the MLP of a block), "block", or a number of consecutive blocks. Default "submodule".
         reconstruction_mode: which model the inputs and the targets of a region come from, the dense (D) or the sparse
@@ -208,7 +217,21 @@ class SparseTrainingArguments(TrainingArguments):
 
     recovery: str = field(
         default="retrain",
-        metadata={"help": '"retrain": train with the task loss. "reconstruct": fit regions to their dense outputs.'},
+        metadata={
+            "help": '"retrain": train with the task loss. "reconstruct": fit regions to their dense outputs. '
+            '"reconstruct,retrain": one after the other. "none": prune only.'
+        },
+    )
+    reconstruction_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of each region. Default: `learning_rate`, or 1e-3 before retraining."},
+    )
+    reconstruction_epochs: float | None = field(
+        default=None,
+        metadata={"help": "Passes for each region. Default: as in training, or 1 before retraining."},
+    )
+    reconstruction_batch_size: int | None = field(
+        default=None, metadata={"help": "Samples in a batch. Default: `per_device_train_batch_size`."}
     )
     reconstruction_region: str = field(
         default="submodule", metadata={"help": '"matrix", "submodule", "block", or a number of blocks.'}
@@ -233,8 +256,11 @@ class SparseTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        given: Any = self.recovery
+        if isinstance(given, (list, tuple)):
+            self.recovery = ",".join(map(str, given)) or "none"
         if self.recovery not in RECOVERIES:
-            raise ValueError(f"`recovery` must be one of {', '.join(map(repr, RECOVERIES))}, got {self.recovery!r}.")
+            raise ValueError(f"`recovery` must be one of {', '.join(map(repr, RECOVERIES))}, got {given!r}.")
         self._check_termination()
         self._check_group()
         if self.calibration_samples < 1:
@@ -244,6 +270,18 @@ class SparseTrainingArguments(TrainingArguments):
         self._check_retraining()
         self._check_distillation()
         self.pruning_times()
+        if self.recovery == "none" and self.pruning_pattern() is None:
+            raise ValueError('`recovery="none"` only prunes. Set `sparsity` or `pattern`.')
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether `recovery` contains reconstruction."""
+        return self.recovery.startswith("reconstruct")
+
+    @property
+    def retrains(self) -> bool:
+        """Whether `recovery` contains retraining."""
+        return self.recovery.endswith("retrain")
 
     def pruning_options(self) -> dict[str, Any]:
         """Return the arguments of `prune` that these arguments describe, without the calibration data.
@@ -292,27 +330,32 @@ class SparseTrainingArguments(TrainingArguments):
                 "`save_on_sigterm` and `enable_jit_checkpoint` both handle SIGTERM. Set one of them. With several "
                 "processes set `save_on_sigterm`, because otherwise the processes may save at different steps."
             )
-        if self.save_on_sigterm and self.recovery == "reconstruct":
+        if self.save_on_sigterm and self.reconstructs:
             raise ValueError(
                 "Reconstruction saves each region when it is finished, and can be resumed with "
                 "`resume_from_checkpoint=True` after any interruption. Leave `save_on_sigterm` out."
             )
 
     def _check_reconstruction(self) -> None:
-        if self.recovery != "reconstruct":
+        if not self.reconstructs:
             return
         loss: Any = self.reconstruction_loss
         # Without a pattern the model was pruned before, and the trainer gets the dense model.
         no_pattern = self.pruning_pattern() is None
+        if self.reconstruction_batch_size is not None and self.reconstruction_batch_size < 1:
+            raise ValueError(
+                f"`reconstruction_batch_size` must be at least 1, got {self.reconstruction_batch_size}. Leave it out "
+                "to use `per_device_train_batch_size`."
+            )
         check_choices(
             self.region_size(),
             self.reconstruction_mode,
-            Fit(loss=loss, holdout=self.reconstruction_holdout),
+            Fit(loss=loss, holdout=self.reconstruction_holdout, **self.length_of_regions()),
             no_pattern=no_pattern,
             no_dense=not no_pattern,
         )
         check_activations(self.activations)
-        if self.load_best_model_at_end or self.save_strategy == "best":
+        if not self.retrains and (self.load_best_model_at_end or self.save_strategy == "best"):
             raise ValueError(
                 '`load_best_model_at_end` and `save_strategy="best"` keep the best of several whole models, and a '
                 "model is whole only after the last region of a reconstruction. Leave them out. A region whose error "
@@ -334,7 +377,7 @@ class SparseTrainingArguments(TrainingArguments):
             known = ", ".join(map(repr, PRUNING_SCHEDULES))
             raise ValueError(f"`pruning_schedule` must be one of {known}, got {name!r}. Leave it out to prune once.")
         begins_once = self.retraining_schedule and name != "cycles"
-        if self.recovery == "reconstruct" or begins_once or self.pruning_pattern() is None:
+        if self.recovery != "retrain" or begins_once or self.pruning_pattern() is None:
             raise ValueError(
                 f"`pruning_schedule={name!r}` prunes to `sparsity` during training. It needs `sparsity` and "
                 '`recovery="retrain"`. Beside `retraining_schedule`, which begins after a pruning, only "cycles" is '
@@ -348,10 +391,15 @@ class SparseTrainingArguments(TrainingArguments):
         if self.retraining_schedule is None:
             return
         check_method(self.retraining_schedule)
-        if self.recovery == "reconstruct":
+        if not self.retrains:
             raise ValueError(
-                f"`retraining_schedule={self.retraining_schedule!r}` is a schedule for training with the task loss. "
-                'Leave it out, or set `recovery="retrain"`.'
+                f"`retraining_schedule={self.retraining_schedule!r}` is a schedule for training with the task loss, "
+                f'and `recovery="{self.recovery}"` has none. Leave it out, or set `recovery="retrain"`.'
+            )
+        if self.retraining_schedule == "allr" and self.reconstructs:
+            raise ValueError(
+                '`retraining_schedule="allr"` depends on how much pruning changed the norm of the weights, and '
+                'reconstruction changes it too. Use another schedule, such as "llr".'
             )
         if self.retraining_schedule in ("lrw", "allr") and not self.original_steps:
             raise ValueError(
@@ -371,10 +419,11 @@ class SparseTrainingArguments(TrainingArguments):
                 f"{self.distillation_weight} and {self.distillation_temperature}. To train with the task loss alone, "
                 "leave `distillation` out."
             )
-        if self.recovery == "reconstruct":
+        if not self.retrains:
             raise ValueError(
-                "Reconstruction fits the outputs of the dense model already, region by region. Leave `distillation` "
-                'out, or set `recovery="retrain"`.'
+                f'`distillation` is a loss of retraining, and `recovery="{self.recovery}"` has none. Reconstruction '
+                "fits the outputs of the dense model already, region by region. Leave `distillation` out, or set "
+                '`recovery="retrain"` or `recovery="reconstruct,retrain"`.'
             )
         if self.use_liger_kernel and self.distillation == "logits":
             raise ValueError(
@@ -402,6 +451,22 @@ class SparseTrainingArguments(TrainingArguments):
                 'the original training, such as "linear" or "cosine".'
             )
         return [self.learning_rate * schedule.lr_lambdas[0](step) for step in range(steps)]
+
+    def rate_of_regions(self) -> float:
+        """Return the learning rate of each region."""
+        if self.reconstruction_learning_rate is not None:
+            return self.reconstruction_learning_rate
+        return REGION_RATE if self.retrains else self.learning_rate
+
+    def length_of_regions(self) -> dict[str, Any]:
+        """Return `epochs` and `max_steps` of `Fit` for each region."""
+        if self.reconstruction_epochs is not None or self.retrains:
+            return {"epochs": 1 if self.reconstruction_epochs is None else self.reconstruction_epochs}
+        return {"epochs": self.num_train_epochs, "max_steps": self.max_steps if self.max_steps > 0 else None}
+
+    def batch_of_regions(self) -> int:
+        """Return the number of calibration samples in a batch of reconstruction."""
+        return self.reconstruction_batch_size or self.per_device_train_batch_size
 
     def region_size(self) -> RegionSize:
         """Return `reconstruction_region` as `reconstruct` takes it: a name, or an int."""

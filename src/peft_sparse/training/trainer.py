@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import itertools
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -34,26 +32,23 @@ from ..calibration.label_positions import label_offset
 from ..model.blocks import base_model
 from ..model.sharding import FSDP1, has_shards
 from ..model.tree import has_adapters, loaded_from
-from ..model.weights import share, zero_counts
 from ..pruning.criteria import find_criterion
-from ..pruning.offloaded import one_layer_at_a_time
 from ..pruning.prune import sparsity
 from ..pruning.report import PruningReport
-from ..pruning.task import PruningTask
-from ..reconstruction import Fit, ReconstructionReport, reconstruct
-from ..reconstruction.checks import as_sparse_as_asked, check_teaching, zeros_before
-from ..reconstruction.progress import foreign_files, is_progress
+from ..reconstruction import ReconstructionReport
+from ..reconstruction.progress import fingerprint_of_model
 from ..tuners.card import describe_plain_model
 from .added_adapters import check_added_adapters, load_added_adapter
 from .arguments import SparseTrainingArguments
+from .calibration_samples import first_samples
+from .chain import AfterReconstruction, where_to_resume
 from .checkpoints import last_complete_checkpoint
 from .distillation import ADVICE, check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
 from .endings import as_before
 from .freezing import FreezingCallback
 from .learning_rates import norm_drop, retraining_schedule
-from .midway_evaluation import MidwayEvaluation
 from .pruning_callback import PruningCallback
-from .reconstruction_log import TrainingLog, optimizer_of, schedule_of
+from .reconstruction_run import ReconstructionRun
 from .saving import save_plain_model
 from .termination import TerminationCallback
 from .zero_guard import ZeroGuardCallback
@@ -80,6 +75,8 @@ class SparseTrainer(Trainer):
     original schedule η is the one that `learning_rate`, `lr_scheduler_type` and the warm-up describe, over
     `original_steps`.
 
+    If the arguments set `recovery="none"`, `train` prunes the model and returns.
+
     If the arguments set `recovery="reconstruct"`, training is a call of `reconstruct` on the first
     `calibration_samples` samples of the training set. Optimiser, learning rate schedule, epochs or `max_steps` (of
     each region), batch size, gradient accumulation, gradient clipping, bf16, seed and logging are those of the
@@ -90,6 +87,11 @@ class SparseTrainer(Trainer):
     and only the blocks that are fitted move to the training device. Finished regions are saved in
     `output_dir/reconstruction`, unless `save_strategy="no"`; `train(resume_from_checkpoint=True)` continues from them.
 
+    If the arguments set `recovery="reconstruct,retrain"`, `train` does one after the other, and callbacks receive the
+    events of two trainings. All parameters of a region are fitted. Then the adapter of `peft_config` is attached to
+    the reconstructed model and retrained, or without `peft_config` all weights. The arguments `reconstruction_...` are
+    those of the first half. `train(resume_from_checkpoint=True)` continues where the run was stopped, in either half.
+
     If the arguments set `distillation`, the training loss is (1 - α) · L_task + α · L_distillation with
     α = `distillation_weight`. Both losses are means over the predictions that have a label. L_distillation is
     T² · KL(p_t ‖ p_s) of the teacher's and the model's probabilities at temperature T = `distillation_temperature`, or
@@ -99,7 +101,8 @@ class SparseTrainer(Trainer):
         model: the model to train, as in `Trainer`.
         args: the training arguments, a `SparseTrainingArguments`. Default: `SparseTrainingArguments()`.
         data_collator: forms a batch from a list of samples, as in `Trainer`.
-        train_dataset: the training set, as in `Trainer`. Its first samples are also the calibration data.
+        train_dataset: the training set, as in `Trainer`. Its first samples are also the calibration data, if there is
+            no `calibration_dataset`.
         eval_dataset: the evaluation set, or a dict of several, as in `Trainer`.
         processing_class: the tokeniser or processor, which is saved with the model, as in `Trainer`.
         model_init: a function that returns a new model for each call of `train`, as in `Trainer`. Each model is
@@ -112,26 +115,31 @@ class SparseTrainer(Trainer):
         preprocess_logits_for_metrics: applied to the logits at evaluation, as in `Trainer`.
         peft_config: the configuration of an adapter, such as `MaskLoRAConfig(target_modules="all-linear")`. For
             retraining, the trainer attaches it to the model with `peft.get_peft_model`, as TRL's trainers do. For
-            reconstruction, it is the tuner that fits each region, and is merged afterwards. None trains the model as
-            it is; reconstruction then trains all parameters of a region.
+            reconstruction alone, it is the tuner that fits each region, and is merged afterwards. None trains the
+            model as it is; reconstruction then trains all parameters of a region.
         teacher: the dense model for `distillation`, of any dtype, with the same tokeniser. It is moved to the training
             device, unless it was loaded across several devices. It is neither trained nor saved. By default the
             trainer copies the model, without adapters, before it prunes. The copy takes as much memory as the model.
-            With `recovery="reconstruct"` it is the model before it was pruned, and gives the targets: `model` has been
-            pruned already, and nothing more is pruned. By default the model is pruned region by region.
+            For reconstruction it is the model before it was pruned, and gives the targets: `model` has been pruned
+            already, and nothing more is pruned. By default the model is pruned region by region. If `distillation` is
+            set and the model is still dense, the teacher serves the distillation alone.
+        calibration_dataset: the data set whose first `calibration_samples` samples calibration and reconstruction use.
+            Default: `train_dataset`.
 
     Raises:
         TypeError: `args` is not a `SparseTrainingArguments`.
-        ValueError: the model has adapters already, and `peft_config` or `recovery="reconstruct"` is given; calibration
-            is needed, and there is no training set or it has fewer samples than `calibration_samples`; distillation
-            or reconstruction has no dense model, or one that does not fit; a `teacher` is given, and neither
-            distillation nor reconstruction; distillation runs with several GPUs in one process; the training is
-            parallel by FSDP1.
+        ValueError: the model has adapters already, and `peft_config` or a reconstruction is asked for; calibration is
+            needed, and its data set is missing or has fewer samples than `calibration_samples`; distillation or
+            reconstruction has no dense model, or one that does not fit; a `teacher` is given, and neither distillation
+            nor reconstruction; `optimizers` are given for a reconstruction; distillation runs with several GPUs in one
+            process; the training is parallel by FSDP1.
     """
 
     args: SparseTrainingArguments
     # None while `Trainer.__init__` calls `model_init`: the model that it makes there is not trained, and not pruned.
     _pruning: PruningCallback | None = None
+    # The model that reconstruction has made and retraining continues with.
+    _made_by_chain: nn.Module | None = None
     # What `_find_label_offset` found.
     _label_offset: int | None = None
 
@@ -155,6 +163,7 @@ class SparseTrainer(Trainer):
         *,
         peft_config: PeftConfig | None = None,
         teacher: nn.Module | None = None,
+        calibration_dataset: "Dataset | IterableDataset | datasets.Dataset | None" = None,
     ) -> None:
         args = SparseTrainingArguments() if args is None else args
         if not isinstance(args, SparseTrainingArguments):
@@ -162,15 +171,21 @@ class SparseTrainer(Trainer):
                 f"Expected `args` as SparseTrainingArguments, got {type(args).__name__}. SparseTrainingArguments has "
                 "every argument of TrainingArguments."
             )
-        if args.recovery == "reconstruct" and model is not None and has_adapters(model):
+        if args.reconstructs and model is not None and has_adapters(model):
             raise ValueError(
                 "Reconstruction attaches and merges an adapter for each region, and the model has an adapter already. "
                 "Pass the plain model, and the configuration of the adapter as `peft_config`."
             )
+        if args.reconstructs and optimizers != (None, None):
+            raise ValueError(
+                "Reconstruction makes an optimiser for each region, and `optimizers` holds one of the whole model. "
+                "Leave `optimizers` out, and choose the optimiser by `optim` or `optimizer_cls_and_kwargs`."
+            )
         self.peft_config = peft_config
+        self.calibration_dataset = calibration_dataset
         # `_attach` reads the arguments before `Trainer.__init__` sets them.
         self.args = args
-        if model is not None:
+        if model is not None and not args.reconstructs:
             model = self._attach(model)
         super().__init__(
             model=model,
@@ -191,20 +206,21 @@ class SparseTrainer(Trainer):
             raise ValueError(FSDP1)
         self.reconstruction_report: ReconstructionReport | None = None
         self._asked = args.pruning_options()
-        if args.pruning_pattern() is not None and args.recovery != "reconstruct":
-            calibration = self._calibration(1) if self._measures() else None
+        if args.pruning_pattern() is not None and not args.reconstructs:
+            calibration = first_samples(self, 1) if self._measures() else None
             self._pruning = PruningCallback(calibration=calibration, schedule=args.pruning_times(), **self._asked)
             self.add_callback(self._pruning)
         self.add_callback(ZeroGuardCallback(args.target_modules, args.exclude_modules))
         if args.save_on_sigterm:
             self.add_callback(TerminationCallback())
         self.teacher = self._find_teacher(teacher)
+        self._teacher_is_given = teacher is not None
         # The optimiser that an earlier training made.
         self._made: Any = None
 
     def _attach(self, model: nn.Module) -> nn.Module:
         """Return `model` with the adapter of `peft_config`, if retraining is to have one."""
-        if self.peft_config is None or self.args.recovery == "reconstruct":
+        if self.peft_config is None:
             return model
         if has_adapters(model):
             raise ValueError(
@@ -241,7 +257,8 @@ class SparseTrainer(Trainer):
         Args:
             resume_from_checkpoint: True continues from the last complete checkpoint in `output_dir`, and a path from
                 that checkpoint. A warning names later checkpoints that are not complete. With
-                `recovery="reconstruct"` it continues after the last finished region.
+                `recovery="reconstruct"` it continues after the last finished region. With
+                "reconstruct,retrain" the finished regions are loaded first, and then the checkpoint if there is one.
             trial: the trial of a hyperparameter search, as in `Trainer.train`.
             ignore_keys_for_eval: keys of the model's outputs that evaluation does not gather, as in `Trainer.train`.
 
@@ -250,18 +267,26 @@ class SparseTrainer(Trainer):
 
         Raises:
             ValueError: before retraining, the arguments ask for another pruning than when the trainer was made; a
-                trial is given with `recovery="reconstruct"`; the checkpoint belongs to a model with other masks, or
+                trial is given for a reconstruction; the checkpoint belongs to a model with other masks, or
                 does not exist. Pruning and reconstruction also raise the errors of `prune` and `reconstruct`.
             RuntimeError: a weight lost a zero, or a callback stopped reconstruction before its last region.
         """
-        if self.args.recovery == "reconstruct":
+        if self.args.recovery == "none":
+            return self._only_prune()
+        if self.args.reconstructs:
             if trial is not None:
                 raise ValueError(
-                    '`hyperparameter_search` does not support `recovery="reconstruct"`. Make one SparseTrainer for '
-                    "each trial, and call the search library directly."
+                    f'`hyperparameter_search` does not support `recovery="{self.args.recovery}"`. Make one '
+                    "SparseTrainer for each trial, and call the search library directly."
                 )
-            with as_before(self.model), self._released():
-                return self._reconstruct(resume_from_checkpoint, ignore_keys_for_eval)
+            resume_regions, checkpoint = resume_from_checkpoint, None
+            if self.args.retrains:
+                resume_regions, checkpoint = where_to_resume(self.args, resume_from_checkpoint)
+            output = self._reconstruct(resume_regions, ignore_keys_for_eval)
+            if not self.args.retrains:
+                return output
+            self._go_on_to_retraining(output)
+            resume_from_checkpoint = checkpoint
         if resume_from_checkpoint is True:
             args = self.args
             resume_from_checkpoint = str(
@@ -281,6 +306,40 @@ class SparseTrainer(Trainer):
             self._made = trainer.optimizer if makes else None
             # `Trainer` leaves this after an error.
             self.is_in_train = False
+
+    def _only_prune(self) -> TrainOutput:
+        if self.model_init is not None:
+            self.model = self.callback_handler.model = self.call_model_init()
+        self._prune_first(self.model)
+        assert self.pruning_report is not None
+        return TrainOutput(0, 0.0, {"train_runtime": self.pruning_report.seconds})
+
+    def _reconstruct(self, resume: str | bool | None, ignore_keys: list[str] | None) -> TrainOutput:
+        if self.model_init is not None:
+            self._made_by_chain = None
+            self.model = self.callback_handler.model = self.call_model_init()
+        if has_adapters(self.model):
+            raise ValueError(
+                "This SparseTrainer has reconstructed its model and attached an adapter already. Make a new "
+                "SparseTrainer with a dense model, or give `model_init`. To train the adapter further, make a "
+                'SparseTrainer with this model and `recovery="retrain"`.'
+            )
+        dense = self.teacher if self._teacher_is_given else None
+        with as_before(self.model), self._released():
+            self.reconstruction_report, output = ReconstructionRun(self, dense, resume, ignore_keys)()
+        return output
+
+    def _go_on_to_retraining(self, output: TrainOutput) -> None:
+        """Attach the adapter to the reconstructed model, and put the result where `Trainer` expects its model."""
+        assert self.reconstruction_report is not None
+        self.remove_callback(AfterReconstruction)
+        fingerprint = fingerprint_of_model(self.model)
+        seconds = self.reconstruction_report.seconds
+        self.add_callback(AfterReconstruction(fingerprint, seconds, output.global_step))
+        self.model = self._attach(self.model)
+        if self.place_model_on_device:
+            super()._move_model_to_device(self.model, self.args.device)
+        self.model_wrapped = self.callback_handler.model = self._made_by_chain = self.model
 
     def _inner_training_loop(
         self,
@@ -318,7 +377,12 @@ class SparseTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a new model from `model_init`, with the adapter of `peft_config`, and pruned if asked."""
-        model = self._attach(super().call_model_init(trial))
+        if self._made_by_chain is not None:
+            # `Trainer` asks again when retraining begins, for the model that was just reconstructed.
+            return self._made_by_chain
+        model = super().call_model_init(trial)
+        if not self.args.reconstructs:
+            model = self._attach(model)
         self._prune_first(model)
         return model
 
@@ -387,15 +451,16 @@ class SparseTrainer(Trainer):
 
     def _find_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
         args = self.args
-        if args.recovery == "reconstruct":
+        if args.reconstructs:
             if teacher is None and args.pruning_pattern() is None:
                 raise ValueError(
                     "Reconstruction needs a dense model. Set `sparsity` or `pattern`, so that the dense model is "
                     "pruned region by region; or pass a pruned model, and the dense one as `teacher`."
                 )
-            if teacher is not None:
-                check_teacher(teacher, self.model, "logits")
-            return teacher
+            if args.distillation is None:
+                if teacher is not None:
+                    check_teacher(teacher, self.model, "logits")
+                return teacher
         if args.distillation is None:
             if teacher is not None:
                 raise ValueError(
@@ -409,7 +474,7 @@ class SparseTrainer(Trainer):
                 "with `accelerate launch` or `torchrun`."
             )
         if teacher is None:
-            if self._pruning is None:
+            if args.pruning_pattern() is None:
                 raise ValueError(
                     f"`distillation={args.distillation!r}` needs the dense model. Pass it as `teacher`, or set "
                     "`sparsity` or `pattern`, so that SparseTrainer prunes the model and copies it before."
@@ -420,96 +485,8 @@ class SparseTrainer(Trainer):
         # A teacher that was loaded across several devices stays there.
         return teacher if hasattr(teacher, "hf_device_map") else teacher.to(args.device)
 
-    def _reconstruct(
-        self, resume_from_checkpoint: str | bool | None, ignore_keys_for_eval: list[str] | None
-    ) -> TrainOutput:
-        args: Any = self.args
-        if self.model_init is not None:
-            self.model = self.callback_handler.model = self.call_model_init()
-        pruning = self._options_of_reconstruction()
-        evaluation = MidwayEvaluation(self, ignore_keys_for_eval)
-        evaluation.check()
-        state_dir = self._state_dir(resume_from_checkpoint)
-        logged = TrainingLog(self, args.region_size(), state_dir is not None, evaluation)
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
-        fit = Fit(
-            tuner=self.peft_config or "full",
-            loss=args.reconstruction_loss,
-            learning_rate=args.learning_rate,
-            epochs=args.num_train_epochs,
-            max_steps=args.max_steps if args.max_steps > 0 else None,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            max_grad_norm=args.max_grad_norm,
-            # Partials, because a resumed run compares their arguments.
-            optimizer=partial(optimizer_of, optimizer_class, args.weight_decay, options),
-            scheduler=partial(schedule_of, args.lr_scheduler_type, args.warmup_steps, args.lr_scheduler_kwargs),
-            autocast=torch.bfloat16 if args.bf16 else None,
-            holdout=args.reconstruction_holdout,
-            seed=args.seed,
-        )
-        report = reconstruct(
-            self.model,
-            calibration=list(self._calibration(args.per_device_train_batch_size)),
-            **pruning,
-            dense=self.teacher,
-            region=args.region_size(),
-            mode=args.reconstruction_mode,
-            fit=fit,
-            batch_size=args.per_device_train_batch_size,
-            activations=args.activations,
-            device=args.device,
-            state_dir=state_dir,
-            observer=logged,
-        )
-        self.reconstruction_report = report
-        return logged.finish(report)
-
-    def _options_of_reconstruction(self) -> dict[str, Any]:
-        """Return what `reconstruct` is to prune: nothing if the dense model is given beside a pruned one."""
-        options = self.args.pruning_options()
-        if options["pattern"] is None:
-            return options
-        task = PruningTask.of(self.model, **options)
-        with one_layer_at_a_time(task.weights) as reading:
-            if self.teacher is None:
-                # `reconstruct` checks this too, but after the finished regions of an earlier run are deleted.
-                check_teaching(task, None, reading, tell=False)
-                return options
-            counts = zeros_before(task, reading)
-        if not as_sparse_as_asked(task, counts):
-            raise ValueError(
-                "`teacher` is the dense model of a model that was pruned before. Expected a model pruned to "
-                f"{task.pattern}, got one with a sparsity of {share(zero_counts(task.weights).values()):.4f}. Leave "
-                "`teacher` out: the model is then pruned region by region, and gives its own targets. Or prune it "
-                "before."
-            )
-        return options | {"pattern": None}
-
-    def _state_dir(self, resume_from_checkpoint: str | bool | None) -> Path | None:
-        if self.args.save_strategy == "no" and not resume_from_checkpoint:
-            return None
-        folder = Path(str(self.args.output_dir)) / "reconstruction"
-        if isinstance(resume_from_checkpoint, str):
-            folder = Path(resume_from_checkpoint)
-        if not resume_from_checkpoint:
-            if foreign := foreign_files(folder):
-                raise ValueError(
-                    f"Reconstruction keeps its finished regions in {str(folder)!r}, where {foreign[0]!r} is not one "
-                    "of its files and would be deleted. Move the folder, or give another `output_dir`."
-                )
-            if self.is_world_process_zero():
-                shutil.rmtree(folder, ignore_errors=True)
-            # No process writes before the folder is gone.
-            self.accelerator.wait_for_everyone()
-        elif not is_progress(folder):
-            raise ValueError(
-                f"Expected {str(folder)!r} to hold the finished regions of a reconstruction, found none. Resume with "
-                "the `output_dir` of that run, or leave `resume_from_checkpoint` out to start again."
-            )
-        return folder
-
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        if self.args.recovery != "reconstruct":
+        if not self.args.reconstructs:
             super()._move_model_to_device(model, device)
 
     def _check_unchanged(self) -> None:
@@ -634,31 +611,3 @@ class SparseTrainer(Trainer):
         # has removed it, a guard that remembers nothing takes its place.
         guards = [c for c in self.callback_handler.callbacks if isinstance(c, ZeroGuardCallback)]
         return guards[0] if guards else ZeroGuardCallback()
-
-    def _calibration(self, batch_size: int) -> "_FirstSamples":
-        if self.train_dataset is None:
-            raise ValueError(
-                f"Calibration uses the first {self.args.calibration_samples} samples of `train_dataset`, and there is "
-                "none. Pass `train_dataset`."
-            )
-        dataset, count = self.train_dataset, self.args.calibration_samples
-        if isinstance(dataset, IterableDataset):
-            dataset = list(itertools.islice(dataset, count))
-        if len(dataset) < count:
-            raise ValueError(
-                f"`calibration_samples={count}` needs as many training samples, and the training set has only "
-                f"{len(dataset)}. Lower `calibration_samples`, or pass a larger training set."
-            )
-        collator = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
-        return _FirstSamples(dataset, collator, count, batch_size)
-
-
-class _FirstSamples:
-    """The first samples of a dataset, collated in batches, in the same order in every process."""
-
-    def __init__(self, dataset: Any, collator: Any, count: int, batch_size: int) -> None:
-        self.dataset, self.collator, self.count, self.batch_size = dataset, collator, count, batch_size
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for start in range(0, self.count, self.batch_size):
-            yield self.collator([self.dataset[i] for i in range(start, min(start + self.batch_size, self.count))])
