@@ -18,6 +18,7 @@ ORDER = [
     {"reconstruction"},
     {"training"},
     {"planning"},
+    {"recipes"},
     {"__init__"},
 ]
 

@@ -24,6 +24,7 @@ from .pruning.prune import prune, sparsity
 from .pruning.report import PruningReport
 from .pruning.sparsegpt import SparseGPT
 from .pruning.swap import Swap
+from .recipes import CompressionReport, Recipe, compress, load_recipe
 from .reconstruction import (
     Fit,
     ReconstructionObserver,
@@ -56,6 +57,7 @@ __all__ = [
     "LAMP",
     "OWL",
     "RIA",
+    "CompressionReport",
     "Criterion",
     "CubicSchedule",
     "DSnoT",
@@ -69,6 +71,7 @@ __all__ = [
     "PruningCycles",
     "PruningReport",
     "Random",
+    "Recipe",
     "ReconstructionObserver",
     "ReconstructionReport",
     "RegionReport",
@@ -86,8 +89,10 @@ __all__ = [
     "Wanda",
     "ZeroGuardCallback",
     "compact",
+    "compress",
     "environment",
     "keep_effective_weights",
+    "load_recipe",
     "merged_state_dict",
     "pack_sequences",
     "peak_memory",

@@ -341,7 +341,11 @@ REFUSALS = [
         ValueError,
         "at step 4 continues the reconstruction one, and .* gave another. Resume with the `output_dir`",
     ),
-    (lambda: arguments(recovery="none"), ValueError, '`recovery="none"` only prunes. Set `sparsity` or `pattern`'),
+    (
+        lambda: SparseTrainer(llama(), arguments(recovery="none")),
+        ValueError,
+        '`recovery="none"` only prunes, and there is no sparsity. Set `sparsity`',
+    ),
     (
         lambda: arguments(recovery="reconstruct,retrain", sparsity=0.5, retraining_schedule="allr", original_steps=9),
         ValueError,

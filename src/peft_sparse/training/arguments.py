@@ -270,8 +270,6 @@ class SparseTrainingArguments(TrainingArguments):
         self._check_retraining()
         self._check_distillation()
         self.pruning_times()
-        if self.recovery == "none" and self.pruning_pattern() is None:
-            raise ValueError('`recovery="none"` only prunes. Set `sparsity` or `pattern`.')
 
     @property
     def reconstructs(self) -> bool:

@@ -176,6 +176,8 @@ class SparseTrainer(Trainer):
                 "Reconstruction attaches and merges an adapter for each region, and the model has an adapter already. "
                 "Pass the plain model, and the configuration of the adapter as `peft_config`."
             )
+        if args.recovery == "none" and args.pruning_pattern() is None:
+            raise ValueError('`recovery="none"` only prunes, and there is no sparsity. Set `sparsity` or `pattern`.')
         if args.reconstructs and optimizers != (None, None):
             raise ValueError(
                 "Reconstruction makes an optimiser for each region, and `optimizers` holds one of the whole model. "

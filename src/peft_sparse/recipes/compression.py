@@ -1,0 +1,220 @@
+"""`compress` runs a recipe: it prunes a model, recovers its quality, merges and saves it, and measures every stage."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from ..evaluation.perplexity import perplexity
+from ..model.environment import peak_memory
+from ..pruning.prune import sparsity
+from ..reconstruction.progress import is_progress
+from ..training.arguments import SparseTrainingArguments
+from ..training.reconstruction_run import FOLDER
+from ..training.trainer import SparseTrainer
+from .recipe import Recipe, load_recipe
+from .report import CompressionReport, Stage
+
+
+# The folder of the compressed model in `output_dir`, and the file of the report beside it.
+MODEL, REPORT = "sparse", "report.json"
+
+
+def compress(
+    model: PreTrainedModel,
+    recipe: str | Path | Recipe,
+    train: Tensor,
+    *,
+    calibration: Tensor | None = None,
+    evaluation: Mapping[str, Tensor] | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    output_dir: str | Path = "compressed",
+    resume: bool = False,
+    **changes: Any,
+) -> CompressionReport:
+    """Prune a language model, recover its quality, merge, save, and measure it after each stage. One run.
+
+    The stages are those of `recovery` in the recipe: pruning alone; pruning and retraining; or reconstruction, which
+    prunes region by region, and retraining. The compressed model is written to `output_dir/sparse`, from which plain
+    `from_pretrained` loads it, and the report to `output_dir/report.json`.
+
+    Args:
+        model: a dense causal language model, without adapters. It is changed in place.
+        recipe: "fast", "balanced" or "best"; or the path of a YAML file; or a `Recipe`.
+        train: token ids to retrain on, (sequences, tokens). Calibration and reconstruction use the first
+            `calibration_samples` of them, if there is no `calibration`.
+        calibration: token ids for pruning and reconstruction, (sequences, tokens).
+        evaluation: token ids to measure perplexity on after each stage, (sequences, tokens), by the name of the text.
+            They should be texts that are not trained on. None measures nothing.
+        processing_class: the tokenizer, which is saved with the model.
+        output_dir: the folder to write to. A `Recipe` has its own.
+        resume: whether to continue a run in `output_dir` that was stopped. If there is none, the run starts anew.
+        changes: arguments that replace those of the recipe, such as `sparsity=0.6` or `pattern="2:4"`. They are those
+            of `SparseTrainingArguments`, and `adapter`, `r`, `lora_alpha`, `train_norms` and `bias`.
+
+    Returns:
+        The report, whose text is a table of the stages.
+
+    Raises:
+        TypeError: `changes` are given beside a `Recipe`.
+        ValueError: the recipe, a name or a value is unknown; no sparsity is asked for; the training is parallel by
+            FSDP or DeepSpeed; there are too few sequences; or an error of the trainer.
+    """
+    recipe = _as_recipe(recipe, output_dir, changes)
+    args = recipe.args
+    _check(args)
+    stages = _Stages(args, {} if evaluation is None else dict(evaluation), len(train[0]))
+    own = None if calibration is None else _Sequences(calibration)
+    trainer = SparseTrainer(
+        model,
+        args,
+        data_collator=default_data_collator,
+        train_dataset=_Sequences(train),
+        processing_class=processing_class,
+        callbacks=[stages],
+        peft_config=recipe.adapter.config("CAUSAL_LM") if args.retrains else None,
+        calibration_dataset=own,
+    )
+    output = Path(str(args.output_dir))
+    resumed = resume and (is_progress(output / FOLDER) or any(output.glob("checkpoint-*")))
+    stages.add("dense", model)
+    trainer.train(resume_from_checkpoint=resumed or None)
+    if args.recovery == "none":
+        stages.add("pruned", trainer.model, args.calibration_samples)
+    trainer.save_merged_model(str(output / MODEL))
+    saved = type(model).from_pretrained(output / MODEL, dtype=model.dtype).to(args.device)
+    stages.add("saved", saved)
+    report = CompressionReport(
+        recipe=recipe.name,
+        arguments=_changed(recipe),
+        stages=stages.found,
+        peak_memory_bytes=peak_memory(),
+        pruning=None if trainer.pruning_report is None else trainer.pruning_report.to_dict(),
+        reconstruction=None if trainer.reconstruction_report is None else trainer.reconstruction_report.to_dict(),
+        texts={name: _described(tokens) for name, tokens in _texts(train, calibration, evaluation).items()},
+        resumed=resumed,
+    )
+    if args.should_save:
+        report.save(output / REPORT)
+    return report
+
+
+def _as_recipe(recipe: str | Path | Recipe, output_dir: str | Path, changes: dict[str, Any]) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, output_dir, **changes)
+    if changes:
+        raise TypeError(
+            f"A `Recipe` has its arguments already, and {', '.join(map(repr, changes))} are given beside it. Give "
+            "them to `load_recipe`, or change `recipe.args`."
+        )
+    return recipe
+
+
+def _check(args: SparseTrainingArguments) -> None:
+    if args.pruning_pattern() is None:
+        raise ValueError('A compression needs a sparsity. Give `sparsity=0.5`, or `pattern="2:4"`.')
+    if args.fsdp or args.deepspeed:
+        raise ValueError(
+            "`compress` measures the whole model after each stage, and FSDP and DeepSpeed divide it among processes. "
+            "Run it in one process or with DDP, or use SparseTrainer and measure afterwards."
+        )
+
+
+class _Stages(TrainerCallback):
+    """Measures the model at the ends of the stages, and the time that each stage took.
+
+    Args:
+        args: the arguments of the trainer.
+        evaluation: the texts, by name.
+        length: the tokens in a sequence.
+    """
+
+    def __init__(self, args: SparseTrainingArguments, evaluation: dict[str, Tensor], length: int) -> None:
+        self.args, self.evaluation, self.length = args, evaluation, length
+        self.found: list[Stage] = []
+        self.begun = False
+        self._start()
+
+    def add(self, name: str, model: nn.Module, sequences: int = 0) -> None:
+        """Measure `model` after the stage `name`, which read `sequences` sequences."""
+        seconds, cpu = time.perf_counter() - self._since, time.process_time() - self._cpu_since
+        if name in ("dense", "saved"):
+            seconds = cpu = 0.0
+        values = {text: perplexity(model, tokens) for text, tokens in self.evaluation.items()}
+        share = sparsity(model, self.args.target_modules, self.args.exclude_modules)
+        self.found.append(Stage(name, values, share, seconds, cpu, sequences * self.length))
+        self._start()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the pruned model before it is retrained."""
+        if self.args.recovery == "retrain":
+            self.add("pruned", kwargs["model"], self.args.calibration_samples)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the reconstructed or retrained model."""
+        name = "reconstructed" if self.args.reconstructs and not self.begun else "retrained"
+        self.begun = True
+        if name == "reconstructed":
+            passes = self.args.length_of_regions()["epochs"] or 1
+            sequences = round(self.args.calibration_samples * passes)
+        else:
+            sequences = state.global_step * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        self.add(name, kwargs["model"], sequences)
+
+    def _start(self) -> None:
+        self._since, self._cpu_since = time.perf_counter(), time.process_time()
+
+
+class _Sequences(Dataset[dict[str, Tensor]]):
+    """Token sequences as samples for causal language modelling."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+def _texts(train: Tensor, calibration: Tensor | None, evaluation: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    texts = {"train": train} | ({} if calibration is None else {"calibration": calibration})
+    return texts | {f"evaluation, {name}": tokens for name, tokens in (evaluation or {}).items()}
+
+
+def _described(tokens: Tensor) -> dict[str, Any]:
+    digest = hashlib.sha256(tokens.to(torch.int64).cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    return {"sequences": len(tokens), "length": tokens.shape[1], "digest": digest}
+
+
+def _changed(recipe: Recipe) -> dict[str, Any]:
+    """Return the arguments of a recipe that differ from their defaults, without folders."""
+    found: dict[str, Any] = {}
+    plain: Any = SparseTrainingArguments(str(recipe.args.output_dir))
+    for own, default in ((recipe.text, type(recipe.text)()), (recipe.adapter, type(recipe.adapter)()),
+                         (recipe.args, plain)):  # fmt: skip
+        for each in dataclasses.fields(own):
+            value = getattr(own, each.name)
+            if each.init and value != getattr(default, each.name) and not each.name.endswith("_dir"):
+                found[each.name] = value if isinstance(value, (str, int, float, bool, list, dict)) else str(value)
+    return found
