@@ -78,7 +78,8 @@ def compress(
     recipe = _as_recipe(recipe, output_dir, changes)
     args = recipe.args
     _check(args)
-    stages = _Stages(args, {} if evaluation is None else dict(evaluation), len(train[0]))
+    calibrated = train if calibration is None else calibration
+    stages = _Stages(args, {} if evaluation is None else dict(evaluation), train.shape[1], calibrated.shape[1])
     own = None if calibration is None else _Sequences(calibration)
     trainer = SparseTrainer(
         model,
@@ -95,7 +96,7 @@ def compress(
     stages.add("dense", model)
     trainer.train(resume_from_checkpoint=resumed or None)
     if args.recovery == "none":
-        stages.add("pruned", trainer.model, args.calibration_samples)
+        stages.add("pruned", trainer.model, args.calibration_samples * calibrated.shape[1])
     trainer.save_merged_model(str(output / MODEL))
     saved = type(model).from_pretrained(output / MODEL, dtype=model.dtype).to(args.device)
     stages.add("saved", saved)
@@ -141,23 +142,27 @@ class _Stages(TrainerCallback):
     Args:
         args: the arguments of the trainer.
         evaluation: the texts, by name.
-        length: the tokens in a sequence.
+        length: the tokens in a sequence of training.
+        calibration_length: the tokens in a sequence of calibration.
     """
 
-    def __init__(self, args: SparseTrainingArguments, evaluation: dict[str, Tensor], length: int) -> None:
-        self.args, self.evaluation, self.length = args, evaluation, length
+    def __init__(
+        self, args: SparseTrainingArguments, evaluation: dict[str, Tensor], length: int, calibration_length: int
+    ) -> None:
+        self.args, self.evaluation = args, evaluation
+        self.length, self.calibrated = length, args.calibration_samples * calibration_length
         self.found: list[Stage] = []
         self.begun = False
         self._start()
 
-    def add(self, name: str, model: nn.Module, sequences: int = 0) -> None:
-        """Measure `model` after the stage `name`, which read `sequences` sequences."""
+    def add(self, name: str, model: nn.Module, tokens: int = 0) -> None:
+        """Measure `model` after the stage `name`, which read `tokens` tokens."""
         seconds, cpu = time.perf_counter() - self._since, time.process_time() - self._cpu_since
         if name in ("dense", "saved"):
             seconds = cpu = 0.0
         values = {text: perplexity(model, tokens) for text, tokens in self.evaluation.items()}
         share = sparsity(model, self.args.target_modules, self.args.exclude_modules)
-        self.found.append(Stage(name, values, share, seconds, cpu, sequences * self.length))
+        self.found.append(Stage(name, values, share, seconds, cpu, tokens))
         self._start()
 
     def on_train_begin(
@@ -165,7 +170,7 @@ class _Stages(TrainerCallback):
     ) -> None:
         """Measure the pruned model before it is retrained."""
         if self.args.recovery == "retrain":
-            self.add("pruned", kwargs["model"], self.args.calibration_samples)
+            self.add("pruned", kwargs["model"], self.calibrated)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -174,11 +179,11 @@ class _Stages(TrainerCallback):
         name = "reconstructed" if self.args.reconstructs and not self.begun else "retrained"
         self.begun = True
         if name == "reconstructed":
-            passes = self.args.length_of_regions()["epochs"] or 1
-            sequences = round(self.args.calibration_samples * passes)
+            tokens = round(self.calibrated * (self.args.length_of_regions()["epochs"] or 1))
         else:
-            sequences = state.global_step * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        self.add(name, kwargs["model"], sequences)
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            tokens = state.global_step * batch * self.length
+        self.add(name, kwargs["model"], tokens)
 
     def _start(self) -> None:
         self._since, self._cpu_since = time.perf_counter(), time.process_time()

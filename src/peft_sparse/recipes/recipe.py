@@ -23,14 +23,18 @@ ADAPTERS: dict[str, type[PeftConfig]] = {"mask_lora": MaskLoRAConfig, "scaled_lo
 class TextArguments:
     """How much text a recipe uses."""
 
-    sequence_length: int = field(default=256, metadata={"help": "Tokens in a sequence of calibration and training."})
+    sequence_length: int = field(default=256, metadata={"help": "Tokens in a sequence of retraining."})
+    calibration_length: int = field(
+        default=128, metadata={"help": "Tokens in a sequence of calibration and reconstruction."}
+    )
 
     def __post_init__(self) -> None:
-        if self.sequence_length < 2:
-            raise ValueError(
-                f"`sequence_length` must be at least 2, got {self.sequence_length}. A model predicts every token but "
-                "the first."
-            )
+        for name in ("sequence_length", "calibration_length"):
+            if getattr(self, name) < 2:
+                raise ValueError(
+                    f"`{name}` must be at least 2, got {getattr(self, name)}. A model predicts every token but the "
+                    "first."
+                )
 
 
 @dataclass
@@ -145,6 +149,6 @@ def _check_names(values: dict[str, Any]) -> None:
             near = difflib.get_close_matches(str(name), known, n=1)
             raise ValueError(
                 f"A recipe has no argument {name!r}. {f'Did you mean {near[0]!r}? ' if near else ''}It takes those of "
-                "SparseTrainingArguments, of the adapter (adapter, r, lora_alpha, train_norms, bias) and "
-                "sequence_length."
+                "SparseTrainingArguments, of the adapter (adapter, r, lora_alpha, train_norms, bias) and of the text "
+                "(sequence_length, calibration_length)."
             )
