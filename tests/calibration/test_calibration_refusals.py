@@ -8,10 +8,16 @@ from transformers import AutoModel, DynamicCache
 
 from peft_sparse import pack_sequences, perplexity, prune, sample_sequences
 from peft_sparse.calibration.label_positions import label_offset
+from peft_sparse.calibration.own_text import generate_sequences
 from peft_sparse.training.distillation import ADVICE
 
 from conftest import CONFIGS, tiny
 from refusing import TOKENS, Block, Net, batches, flap, in_order, llama, nan_norm, padded, rebuild, wanda
+from texts import character_tokenizer, conversation
+
+
+CHARACTERS = character_tokenizer()
+CHAT = conversation("WHY?", "SO.")
 
 
 def zero_norm(model):
@@ -70,6 +76,12 @@ class Stairs(torch.nn.Module):
 
 def words(text, **options):
     return {"input_ids": text.split()}
+
+
+def pruned():
+    model = llama()
+    prune(model, 0.5)
+    return model
 
 
 def unused_layer(model):
@@ -298,7 +310,7 @@ REFUSALS = [
     (
         lambda: sample_sequences(["a b c", "a b"], words, count=2, length=2),
         ValueError,
-        "Expected 2 documents of more than 2 tokens, found 1 among 2. Give more",
+        "Expected 2 documents of more than 2 tokens in `documents`, found 1 among 2. Give more",
     ),
     (
         lambda: pack_sequences(["a b", "c"], words, length=4),
@@ -306,9 +318,94 @@ REFUSALS = [
         "Expected a text of at least one sequence of 4 tokens, got 3 tokens",
     ),
     (
-        lambda: pack_sequences(Dataset.from_dict({"text": ["a"]}), words, length=1),
+        lambda: pack_sequences([TOKENS[0]], words, length=1),
         TypeError,
-        r'Expected `documents` as texts, got dict. .* such as `dataset\["text"\]`',
+        "Expected texts to be joined, got a sequence of tokens. Use `sample_sequences`, which also takes",
+    ),
+    (
+        lambda: sample_sequences([3.5], words, 1, 2),
+        TypeError,
+        r'Expected documents as texts, as conversations .* got float. .* such as `dataset\["text"\]`',
+    ),
+    (
+        lambda: sample_sequences(Dataset.from_dict({"content": ["a b c"], "id": [0]}), words, 1, 2),
+        ValueError,
+        "a text, with messages or .* 'text', .* got {'content': str, 'id': int}. Rename the column that is meant",
+    ),
+    (
+        lambda: sample_sequences(Dataset.from_dict({"text": ["a b c"], "messages": [CHAT]}), words, 1, 2),
+        ValueError,
+        "under one of the names .* got {'text': str, 'messages': list}. .* leave out others by `dataset.select_col",
+    ),
+    (
+        lambda: sample_sequences(["a b c"], words, 1, 2, shares={"c4": 1}),
+        ValueError,
+        "`shares` divides the sequences among several sources, got one source .list.. Give a dict",
+    ),
+    (
+        lambda: sample_sequences({"train": ["a b c"], "test": ["a b c"]}, words, 1, 2),
+        ValueError,
+        r"a number for each source \('train', 'test'\), got none. If these are the splits of one data set, choose one",
+    ),
+    (
+        lambda: sample_sequences({"a": ["a b c"], "b": ["a b c"]}, words, 1, 2, shares={"a": 1.5, "b": -0.5}),
+        ValueError,
+        "Expected positive numbers in `shares`, got {'a': 1.5, 'b': -0.5}. Leave out unused sources",
+    ),
+    (
+        lambda: sample_sequences({"a": ["a b c"], "b": ["a b c"]}, words, 1, 2, shares={"a": 9, "b": 1}),
+        ValueError,
+        "Expected at least one sequence of each source, got none of 'b': `count` is 1. Raise `count`, or leave out",
+    ),
+    (
+        lambda: sample_sequences({"a": [CHAT], "b": ["A B"]}, CHARACTERS, 2, 90, shares={"a": 1, "b": 1}),
+        ValueError,
+        r"conversations in `documents\['a'\]` that fill 1 sequences of 90 tokens, and 1 conversations fill 0. Give",
+    ),
+    (
+        lambda: sample_sequences([CHAT] * 9, CHARACTERS, 2, 20),
+        ValueError,
+        "with tokens that count, and in 3 sequences of 20 tokens there was none, .* Raise `length`, or leave out",
+    ),
+    (
+        lambda: sample_sequences([[{"from": "human", "value": "HI"}]], CHARACTERS, 1, 2),
+        ValueError,
+        "message 0 of a conversation as a dict with the texts `role` and `content`, .* got {'from': str, 'value': st",
+    ),
+    (
+        lambda: sample_sequences([CHAT], character_tokenizer("{{ messages[0]['content'] | lower }}"), 1, 2),
+        ValueError,
+        r"as they are, up to spaces at their ends. That of \w+ changes this .* of 2 messages, .* Give the texts in",
+    ),
+    (
+        lambda: generate_sequences(pruned(), CHARACTERS, 1, 8),
+        ValueError,
+        "Expected the dense model, and 50.0% of the weights of this model are zero. .* Generate before pruning",
+    ),
+    (
+        lambda: generate_sequences(llama(), CHARACTERS, 2, 8, prompts=["A", CHAT]),
+        ValueError,
+        "all prompts as texts, or all as conversations, got a text and a conversation. Call `generate_sequences` once",
+    ),
+    (
+        lambda: generate_sequences(llama(), CHARACTERS, 1, 8, prompts=[]),
+        ValueError,
+        "Expected at least one prompt, got none. Leave out `prompts` to generate from nothing",
+    ),
+    (
+        lambda: generate_sequences(tiny("t5"), CHARACTERS, 1, 8),
+        ValueError,
+        "Expected a causal language model that can generate, got T5ForConditionalGeneration. Load it by",
+    ),
+    (
+        lambda: generate_sequences(llama(), CHARACTERS, 1, 8, topp=0.9),
+        ValueError,
+        "Expected options of `GenerationConfig`, got 'topp'. Its options are listed",
+    ),
+    (
+        lambda: generate_sequences(llama(), CHARACTERS, 1, 8, prompts=["A LONG PROMPT"]),
+        ValueError,
+        "Expected prompts of 1 to 7 tokens, because sequences have 8, got one of 13. Give the beginnings",
     ),
     (
         lambda: perplexity(llama(), TOKENS.float()),

@@ -1,33 +1,20 @@
+import itertools
 import math
 import random
 
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
-from peft_sparse import pack_sequences, sample_sequences
+from peft_sparse import SparseTrainer, pack_sequences, perplexity, prune, sample_sequences
 
-
-def make_tokenizer():
-    """A byte-level BPE like that of GPT-2 and Llama 3, which begins every text with a special token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["a line\n\n\n\n another line\n\n\n and a third\n\n"] * 3, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", model_max_length=8)
+from texts import byte_tokenizer, character_tokenizer, conversation
+from trainers import arguments
 
 
-TOKENIZER = make_tokenizer()
+TOKENIZER = byte_tokenizer()
 
 
 class Words:
@@ -82,6 +69,117 @@ def test_sequences_have_2048_tokens_by_default():
     windows = sample_sequences([document(0, 2049)], Words(), 1)
     assert windows.shape == (1, 2048)
     assert pack_sequences([document(0, 5000)], Words()).shape == (2, 2048)
+
+
+# -- several sources --------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from("abcde"), st.integers(1, 9), min_size=1), st.integers(45, 70))
+def test_shares_are_exact_by_largest_remainder(shares, count):
+    sources = {name: [document(ord(name), 3)] * 70 for name in shares}
+    windows = sample_sequences(sources, Words(), count, length=2, shares=shares)
+    assert len(windows) == count
+    for name, share in shares.items():
+        found = int((windows[:, 0] // 1000 == ord(name)).sum())
+        assert abs(found - count * share / sum(shares.values())) < 1
+
+
+def test_the_largest_remainders_get_what_is_left():
+    sources = {name: [document(ord(name), 3)] * 9 for name in "abc"}
+    windows = sample_sequences(sources, Words(), 10, length=2, shares={"a": 0.47, "b": 0.38, "c": 0.15})
+    assert (windows[:, 0] // 1000 - ord("a")).bincount().tolist() == [5, 4, 1]
+
+
+def test_each_source_gives_what_it_alone_would_give():
+    own = torch.arange(40).view(4, 10)
+    windows = sample_sequences({"c4": DOCUMENTS, "own": own}, Words(), 5, 5, seed=3, shares={"own": 2, "c4": 3})
+    alone = sample_sequences(DOCUMENTS, Words(), 3, 5, seed=3), sample_sequences(own, Words(), 2, 5, seed=3)
+    assert torch.equal(windows, torch.cat(alone))
+    assert {tuple(row.tolist()) for row in alone[1]} <= {
+        tuple(range(10 * row + start, 10 * row + start + 5)) for row in range(4) for start in range(6)
+    }
+
+
+def test_sequences_of_the_right_length_are_drawn_as_they_are():
+    own = torch.arange(40).view(8, 5)
+    assert sorted(sample_sequences(own, Words(), 8, 5).tolist()) == own.tolist()
+
+
+def test_a_data_set_gives_the_windows_of_its_texts():
+    dataset = Dataset.from_dict({"text": DOCUMENTS, "url": ["a"] * len(DOCUMENTS)})
+    expected = sample_sequences(DOCUMENTS, Words(), 4, 5)
+    assert torch.equal(sample_sequences(dataset, Words(), 4, 5), expected)
+    assert torch.equal(sample_sequences(dataset["text"], Words(), 4, 5), expected)
+    tokenized = dataset.map(lambda row: Words()(row["text"]))
+    assert sample_sequences(tokenized, None, 4, 5).shape == (4, 5)
+    assert torch.equal(pack_sequences(dataset, Words(), 5), pack_sequences(DOCUMENTS, Words(), 5))
+
+
+@pytest.mark.parametrize("kind", ["generator", "datasets"])
+def test_a_stream_is_shuffled_and_not_read_to_its_end(kind):
+    read = []
+
+    def rows():
+        for number in itertools.count():
+            read.append(number)
+            yield {"text": document(number, 6)}
+
+    def stream():
+        return rows() if kind == "generator" else IterableDataset.from_generator(rows)
+
+    one, same, other = (sample_sequences(stream(), Words(), 4, length=5, seed=seed) for seed in (0, 0, 1))
+    assert len(read) < 3 * 1100
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert max(one[:, 0] // 1000) > 20
+
+
+# -- conversations ----------------------------------------------------------------------------------------------------
+
+CHATS = [conversation(f"WHAT IS {number}?", "A NUMBER." * (1 + number % 3)) for number in range(40)]
+CHARACTERS = character_tokenizer()
+
+
+def test_conversations_follow_each_other_without_padding():
+    rows = sample_sequences(CHATS, CHARACTERS, 5, length=90)
+    written = [CHARACTERS.apply_chat_template(chat, tokenize=False) for chat in CHATS]
+    found = [CHARACTERS.decode(row["input_ids"]) for row in rows]
+    assert all(len(text) == 90 and text.startswith("<S>BE KIND</S><USER>WHAT") for text in found)
+    begun = [chat for text in found for chat in text.replace("</S><S>", "</S>\n<S>").split("\n")]
+    assert all(any(whole.startswith(chat) for whole in written) for chat in begun)
+    assert len(begun) > 5
+    complete = [chat for chat in begun if chat in written]
+    assert len(set(complete)) == len(complete) > 2, "no conversation twice"
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_conversations_may_be_a_column_of_a_data_set(column):
+    dataset = Dataset.from_dict({column: CHATS, "id": range(40)})
+    for row, expected in zip(
+        sample_sequences(dataset, CHARACTERS, 5, 90), sample_sequences(CHATS, CHARACTERS, 5, 90), strict=True
+    ):
+        assert all(torch.equal(row[name], expected[name]) for name in ("input_ids", "labels", "token_mask"))
+
+
+def test_a_mix_of_texts_and_conversations_says_what_counts():
+    sources = {"text": ["SOME TEXT. " * 20] * 3, "chat": CHATS}
+    rows = sample_sequences(sources, CHARACTERS, 4, 90, shares={"text": 1, "chat": 1})
+    assert [int(row["token_mask"].sum()) == 90 for row in rows] == [True, True, False, False]
+    for row in rows:
+        assert torch.equal(row["labels"], row["input_ids"].masked_fill(row["token_mask"] == 0, -100))
+    # Drawn again, as a source, they keep their masks.
+    again = sample_sequences(rows, CHARACTERS, 4, 90)
+    key = lambda row: (row["input_ids"].tolist(), row["token_mask"].tolist())  # noqa: E731
+    assert sorted(map(key, again)) == sorted(map(key, rows))
+
+
+def test_pruning_evaluation_and_training_take_what_is_returned(llama, tmp_path):
+    rows = sample_sequences(CHATS, CHARACTERS, 6, 60)
+    stacked = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "token_mask")}
+    assert perplexity(llama, rows) == pytest.approx(perplexity(llama, stacked), rel=1e-5)
+    assert prune(llama, 0.5, rows, criterion="wanda").sparsity == pytest.approx(0.5, abs=0.01)
+    SparseTrainer(llama, arguments(tmp_path, max_steps=2), train_dataset=rows).train()
 
 
 # -- packed text ------------------------------------------------------------------------------------------------------

@@ -5,10 +5,13 @@ import torch
 from transformers import AutoModel
 
 from peft_sparse import perplexity
+from peft_sparse.evaluation.domains import PerplexityReport, perplexity_by_domain
 
 from conftest import CONFIGS
 from refusing import TOKENS, llama, nan_norm
 
+
+DENSE = PerplexityReport({"c4": 9.0}, {"c4": 28}, {})
 
 REFUSALS = [
     (lambda: perplexity(llama(nan_norm), TOKENS), ValueError, "Expected a finite loss, got nan"),
@@ -32,6 +35,26 @@ REFUSALS = [
         lambda: perplexity(llama(), [{"input_ids": TOKENS, "labels": TOKENS[:, 1:]}]),
         ValueError,
         r"logits for each label, got logits \(4, 8, 61\) and labels \(4, 7\) from LlamaForCausalLM. Give a language",
+    ),
+    (
+        lambda: perplexity_by_domain(llama(), {"input_ids": TOKENS}),
+        ValueError,
+        "Expected `domains` as a dict of sequences by the name of a domain, got 'input_ids'. Write",
+    ),
+    (
+        lambda: perplexity_by_domain(llama(), {"c4": TOKENS, "code": TOKENS}, dense=DENSE),
+        ValueError,
+        "Expected the domains of `domains` in `dense`, and it lacks 'code'. Measure the dense model on the same",
+    ),
+    (
+        lambda: perplexity_by_domain(llama(), {"c4": TOKENS[:1]}, dense=DENSE),
+        ValueError,
+        r"text of domain 'c4' on which the dense model was measured \(28 tokens\), got 7 tokens. Measure both",
+    ),
+    (
+        lambda: perplexity_by_domain(llama(), {"c4": TOKENS, "code": []}),
+        ValueError,
+        r"`domains\['code'\]` holds no batch. Give at least one sequence",
     ),
 ]
 

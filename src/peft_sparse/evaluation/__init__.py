@@ -1,1 +1,1 @@
-"""Evaluation: measures perplexity."""
+"""Evaluation: measures perplexity, on one text or by domain."""

@@ -22,7 +22,6 @@ from ..calibration.label_positions import label_offset
 from ..model.blocks import base_model, is_encoder_decoder
 
 
-@torch.no_grad()
 def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) -> float:
     r"""Return the perplexity of a language model: exp of its mean cross entropy, over all tokens that are counted.
 
@@ -52,7 +51,26 @@ def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) ->
             batch has neither labels nor tokens; the model returns no logits, or not one position per label; the loss
             is not finite.
     """
-    inputs = as_inputs(model, sequences, batch_size, "sequences")
+    return exponential(mean_loss(model, sequences, batch_size, "sequences")[0])
+
+
+def exponential(loss: float) -> float:
+    """Return exp of a loss, infinity where it exceeds the range of a float. `math.exp` raises an error there."""
+    return float(torch.tensor(loss, dtype=torch.float64).exp())
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, sequences: Calibration, batch_size: int, argument: str) -> tuple[float, int]:
+    """Return (mean cross entropy, number of tokens that are counted), see `perplexity`.
+
+    Args:
+        model, sequences, batch_size: the arguments of `perplexity`.
+        argument: what the caller calls `sequences`, for error messages.
+
+    Raises:
+        ValueError: see `perplexity`.
+    """
+    inputs = as_inputs(model, sequences, batch_size, argument)
     device = next(model.parameters()).device
     losses, counts = [], []
     with evaluation_mode(model):
@@ -64,8 +82,8 @@ def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) ->
     count = int(torch.stack(counts).sum())
     if count == 0:
         raise ValueError(
-            "Expected `sequences` with at least one token to predict, got none. Give sequences of two tokens or more, "
-            "and labels other than -100."
+            f"Expected `{argument}` with at least one token to predict, got none. Give sequences of two tokens or "
+            "more, and labels other than -100."
         )
     loss = float(torch.stack(losses).double().sum()) / count
     if not math.isfinite(loss):
@@ -73,8 +91,7 @@ def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) ->
             f"Expected a finite loss, got {loss}: the model's outputs hold NaN or infinity. Check its weights, or "
             "run it in float32 or bfloat16."
         )
-    # `math.exp` raises an error where the result exceeds the range of a float.
-    return float(torch.tensor(loss, dtype=torch.float64).exp())
+    return loss, count
 
 
 def _offset(model: nn.Module, inputs: list[dict[str, Any]]) -> int:

@@ -25,6 +25,8 @@ from .offload import is_offloaded, loaded_layer
 
 
 PRUNABLE_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
+# The fraction of zeros up to which a model counts as dense. A dense model may have a few zeros by chance.
+DENSE = 0.01
 
 
 def as_matrix(layer: nn.Module, stored: Tensor) -> Tensor:

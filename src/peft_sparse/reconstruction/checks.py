@@ -14,7 +14,7 @@ from torch import nn
 from ..calibration.activations import Activations, check_activations
 from ..model.blocks import find_blocks, prunable_weights
 from ..model.offload import loaded_layer
-from ..model.weights import share, zero_counts
+from ..model.weights import DENSE, share, zero_counts
 from ..pruning.budget import Reading
 from ..pruning.by_name import PatternLike
 from ..pruning.patterns import number_to_prune
@@ -26,8 +26,6 @@ from .tuner_trial import check_tuner_keeps_zeros
 
 
 Mode = Literal["DD", "SS", "SD"]
-# The fraction of zeros up to which a model counts as dense. A dense model may have a few zeros by chance.
-DENSE = 0.01
 
 
 def checked_task(

@@ -12,7 +12,7 @@ from ..calibration.inputs import evaluation_mode, output_of
 from ..model.blocks import base_model, find_blocks, hidden_size, is_encoder_decoder
 from ..model.sharding import has_shards
 from ..model.tree import has_adapters, without_adapters
-from ..reconstruction.checks import DENSE
+from ..model.weights import DENSE
 
 
 DISTILLATIONS = ("logits", "hidden_states")

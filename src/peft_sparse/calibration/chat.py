@@ -1,0 +1,83 @@
+"""Makes tokens of conversations, and tells the tokens of what was said from those of the chat template."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+# Stands for the content of a message: characters for private use, which no text and no template holds.
+MARK = "\ue000{}\ue001"
+MARKED = re.compile("\ue000(\\d+)\ue001")
+
+
+def tokens_of(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, assistant_only: bool
+) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a conversation in its chat template, and for each token whether it counts.
+
+    The tokens are those of `tokenizer.apply_chat_template`. Those count that lie within the content of a message.
+    The others belong to the template: roles, marks of beginnings and ends, and a system prompt that it adds.
+
+    Args:
+        messages: dicts with the texts `role` and `content`.
+        tokenizer: a fast tokenizer of transformers, with a chat template.
+        assistant_only: whether only contents of messages of the role "assistant" count.
+
+    Raises:
+        ValueError: a message has another form; the template changes a content, so that its tokens are not found.
+    """
+    check_messages(messages)
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    inside = bytearray(len(text))
+    for number, start, end in _contents(messages, text, tokenizer):
+        if not assistant_only or messages[number]["role"] == "assistant":
+            inside[start:end] = b"\1" * (end - start)
+    # The template writes the special tokens.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    counted = [start < end and all(inside[start:end]) for start, end in encoded["offset_mapping"]]
+    return encoded["input_ids"], counted
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Check the form of a conversation.
+
+    Raises:
+        ValueError: a message has another form.
+    """
+    for number, message in enumerate(messages):
+        parts = message if isinstance(message, Mapping) else {}
+        if not all(isinstance(parts.get(name), str) for name in ("role", "content")):
+            found = ", ".join(f"{name!r}: {type(value).__name__}" for name, value in parts.items())
+            raise ValueError(
+                f"Expected message {number} of a conversation as a dict with the texts `role` and `content`, as chat "
+                f"templates take it, got {{{found}}}. Convert the conversations, and leave out calls of tools and "
+                "images."
+            )
+
+
+def _contents(messages: Sequence[Mapping[str, Any]], text: str, tokenizer: Any) -> list[tuple[int, int, int]]:
+    """Return (number of the message, start, end) of each content in `text`, the conversation in its template."""
+    marked = [{**message, "content": MARK.format(number)} for number, message in enumerate(messages)]
+    parts = MARKED.split(tokenizer.apply_chat_template(marked, tokenize=False))
+    # Template and number of a message alternate, and a template comes last.
+    templates, numbers = parts[::2], [int(number) for number in parts[1::2]]
+    found, position = [], len(templates[0])
+    unknown = not text.startswith(templates[0])
+    for number, after in zip(numbers, templates[1:], strict=True):
+        content = messages[number]["content"]
+        ways = (content, content.rstrip(), content.lstrip(), content.strip(), content.strip("\n"))
+        fitting = (way for way in ways if text.startswith(way + after, position))
+        way = None if unknown else next(fitting, None)
+        if way is None:
+            unknown = True
+            break
+        found.append((number, position, position + len(way)))
+        position += len(way) + len(after)
+    if unknown or position != len(text):
+        raise ValueError(
+            "Expected a chat template that writes the contents of messages as they are, up to spaces at their ends. "
+            f"That of {type(tokenizer).__name__} changes this conversation of {len(messages)} messages, so the tokens "
+            "of the template are not known. Give the texts in which all tokens count: "
+            "`tokenizer.apply_chat_template(messages, tokenize=False)`."
+        )
+    return found
