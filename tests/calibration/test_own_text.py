@@ -102,7 +102,8 @@ def test_an_answer_ends_where_the_model_ends_it(llama):
     llama.generation_config.eos_token_id = [end, 60]
     (cut,) = generate_sequences(llama, TOKENIZER, 1, 90, **options)
     text = TOKENIZER.decode(cut["input_ids"])
-    assert f"<ASSISTANT>{TOKENIZER.decode(answer[:first])}</S>" in text
+    assert text.count(f"<ASSISTANT>{TOKENIZER.decode(answer[: first + 1])}<S>") == 1
+    assert cut["token_mask"][text.index("<ASSISTANT>") + 11 :][first] == 0, "the mark of the end does not count"
 
 
 def test_the_text_prunes_the_model_that_wrote_it(llama):

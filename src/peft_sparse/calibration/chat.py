@@ -11,25 +11,27 @@ MARKED = re.compile("\ue000(\\d+)\ue001")
 
 
 def tokens_of(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Any, assistant_only: bool
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, assistant_only: bool, answer: bool = False
 ) -> tuple[list[int], list[bool]]:
     """Return the tokens of a conversation in its chat template, and for each token whether it counts.
 
     The tokens are those of `tokenizer.apply_chat_template`. Those count that lie within the content of a message.
-    The others belong to the template: roles, marks of beginnings and ends, and a system prompt that it adds.
+    The others belong to the template: roles, marks of beginnings and ends, a system prompt that it adds, and what it
+    writes of a message beside its content.
 
     Args:
         messages: dicts with the texts `role` and `content`.
         tokenizer: a fast tokenizer of transformers, with a chat template.
         assistant_only: whether only contents of messages of the role "assistant" count.
+        answer: whether the beginning of an answer of the assistant follows.
 
     Raises:
         ValueError: a message has another form; the template changes a content, so that its tokens are not found.
     """
     check_messages(messages)
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
     inside = bytearray(len(text))
-    for number, start, end in _contents(messages, text, tokenizer):
+    for number, start, end in _contents(messages, text, tokenizer, answer):
         if not assistant_only or messages[number]["role"] == "assistant":
             inside[start:end] = b"\1" * (end - start)
     # The template writes the special tokens.
@@ -55,10 +57,12 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _contents(messages: Sequence[Mapping[str, Any]], text: str, tokenizer: Any) -> list[tuple[int, int, int]]:
+def _contents(
+    messages: Sequence[Mapping[str, Any]], text: str, tokenizer: Any, answer: bool
+) -> list[tuple[int, int, int]]:
     """Return (number of the message, start, end) of each content in `text`, the conversation in its template."""
     marked = [{**message, "content": MARK.format(number)} for number, message in enumerate(messages)]
-    parts = MARKED.split(tokenizer.apply_chat_template(marked, tokenize=False))
+    parts = MARKED.split(tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=answer))
     # Template and number of a message alternate, and a template comes last.
     templates, numbers = parts[::2], [int(number) for number in parts[1::2]]
     found, position = [], len(templates[0])

@@ -200,16 +200,14 @@ class _Writer:
         """Yield sequences of conversations, each with an answer of the model, without end."""
         packer = Packer(self.length, count)
         while True:
-            batch = [_question(entry) for entry in itertools.islice(prompts, self.batch_size)]
-            starts = [
-                self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-                for messages in batch
-            ]
-            for messages, tokens in zip(batch, self._generate(starts, self.length, self.ends), strict=True):
-                stop = next((place for place, token in enumerate(tokens) if token in self.ends), len(tokens))
-                answer = self.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
-                conversation = [*messages, {"role": "assistant", "content": answer}]
-                window = packer.add(*tokens_of(conversation, self.tokenizer, assistant_only))
+            batch = itertools.islice(prompts, self.batch_size)
+            asked = [tokens_of(_question(entry), self.tokenizer, assistant_only, answer=True) for entry in batch]
+            answers = self._generate([tokens for tokens, _ in asked], self.length, self.ends)
+            for (tokens, counted), answer in zip(asked, answers, strict=True):
+                stop = next((place for place, token in enumerate(answer) if token in self.ends), len(answer))
+                # The mark of the end belongs to the template.
+                ended = answer[: stop + 1]
+                window = packer.add(tokens + ended, counted + [place < stop for place in range(len(ended))])
                 if window is not None:
                     yield window
 
