@@ -373,6 +373,11 @@ REFUSALS = [
         "message 0 of a conversation as a dict with the texts `role` and `content`, .* got {'from': str, 'value': st",
     ),
     (
+        lambda: sample_sequences(Dataset.from_dict({"messages": [CHAT, []]}), CHARACTERS, 9, 2),
+        ValueError,
+        "message 0 of a conversation as a dict with the texts `role` and `content`, .* got {}. Convert",
+    ),
+    (
         lambda: sample_sequences([CHAT], character_tokenizer("{{ messages[0]['content'] | lower }}"), 1, 2),
         ValueError,
         r"as they are, up to spaces at their ends. That of \w+ changes this .* of 2 messages, .* Give the texts in",

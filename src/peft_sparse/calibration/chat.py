@@ -44,9 +44,9 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     """Check the form of a conversation.
 
     Raises:
-        ValueError: a message has another form.
+        ValueError: a message has another form, or there is none.
     """
-    for number, message in enumerate(messages):
+    for number, message in enumerate(messages or [{}]):
         parts = message if isinstance(message, Mapping) else {}
         if not all(isinstance(parts.get(name), str) for name in ("role", "content")):
             found = ", ".join(f"{name!r}: {type(value).__name__}" for name, value in parts.items())
@@ -63,21 +63,8 @@ def _contents(
     """Return (number of the message, start, end) of each content in `text`, the conversation in its template."""
     marked = [{**message, "content": MARK.format(number)} for number, message in enumerate(messages)]
     parts = MARKED.split(tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=answer))
-    # Template and number of a message alternate, and a template comes last.
-    templates, numbers = parts[::2], [int(number) for number in parts[1::2]]
-    found, position = [], len(templates[0])
-    unknown = not text.startswith(templates[0])
-    for number, after in zip(numbers, templates[1:], strict=True):
-        content = messages[number]["content"]
-        ways = (content, content.rstrip(), content.lstrip(), content.strip(), content.strip("\n"))
-        fitting = (way for way in ways if text.startswith(way + after, position))
-        way = None if unknown else next(fitting, None)
-        if way is None:
-            unknown = True
-            break
-        found.append((number, position, position + len(way)))
-        position += len(way) + len(after)
-    if unknown or position != len(text):
+    found = _placed(parts, messages, text)
+    if found is None:
         raise ValueError(
             "Expected a chat template that writes the contents of messages as they are, up to spaces at their ends. "
             f"That of {type(tokenizer).__name__} changes this conversation of {len(messages)} messages, so the tokens "
@@ -85,3 +72,20 @@ def _contents(
             "`tokenizer.apply_chat_template(messages, tokenize=False)`."
         )
     return found
+
+
+def _placed(parts: list[str], messages: Sequence[Mapping[str, Any]], text: str) -> list[tuple[int, int, int]] | None:
+    """Return the contents in `text`; None if it is not made of `parts`, which are template, number, template, ..."""
+    if not text.startswith(parts[0]):
+        return None
+    found, position = [], len(parts[0])
+    for number, after in zip(map(int, parts[1::2]), parts[2::2], strict=True):
+        content = messages[number]["content"]
+        # Templates trim contents in these ways.
+        ways = (content, content.rstrip(), content.lstrip(), content.strip(), content.strip("\n"))
+        way = next((way for way in ways if text.startswith(way + after, position)), None)
+        if way is None:
+            return None
+        found.append((number, position, position + len(way)))
+        position += len(way) + len(after)
+    return found if position == len(text) else None
