@@ -3,15 +3,19 @@
 import tempfile
 
 import pytest
+import torch
+from accelerate import cpu_offload
 from peft import LoraConfig
+from torch import nn
 
 from peft_sparse import MaskLoRAConfig, prune, reconstruct
 from peft_sparse.model.blocks import prunable_weights
+from peft_sparse.reconstruction import residual_lora
 from peft_sparse.reconstruction.progress import Progress
 from peft_sparse.reconstruction.work import _check_zeros
 
 from conftest import tiny
-from refusing import Net, adapted, batches, llama, rebuild
+from refusing import TOKENS, Net, adapted, batches, in_order, llama, rebuild
 
 
 def tied(one, other):
@@ -68,6 +72,48 @@ def backwards_if_short(layers, hidden):
 def two_streams(layers, hidden):
     first = layers[0](hidden)
     return layers[2](layers[1](first), other=first)
+
+
+def correct(model=None, dense=None, calibration=TOKENS, **options):
+    return residual_lora(model or half_pruned(), dense or llama(), calibration, **{"r": 2} | options)
+
+
+def itself():
+    model = half_pruned()
+    correct(model, model)
+
+
+def without_entries():
+    dense = llama()
+    dense.model.layers[0].mlp.up_proj.weight.data = torch.zeros(0, 16)
+    return dense
+
+
+def wider():
+    dense = llama()
+    dense.model.layers[0].mlp.up_proj = nn.Linear(16, 32, bias=False)
+    return dense
+
+
+def pruned_head():
+    model = llama()
+    prune(model, 0.5, target_modules=["lm_head"])
+    return model
+
+
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1, groups=2)
+
+    def forward(self, hidden):
+        return self.conv(hidden.mT[..., None])[..., 0].mT
+
+
+def only_groups():
+    model, dense = Net(in_order, Grouped), Net(in_order, Grouped)
+    prune(model, 0.5)
+    correct(model, dense)
 
 
 REFUSALS = [
@@ -170,6 +216,48 @@ REFUSALS = [
     ),
     (other_state, ValueError, "holds the state of a run with another data. Resume with the same model, data"),
     (other_region, ValueError, "holds the state of a run with another model. Resume with the same model, data"),
+    (lambda: correct(r=0), ValueError, "Each rank of `r` and `rank_pattern` must be an integer of at least 1, got 0"),
+    (lambda: correct(r=64), ValueError, r"which is \(16, 16\), has a rank of at most 16, got 64. Lower `r`, or give"),
+    (lambda: correct(rank_pattern={"k_proj": 9}), ValueError, "self_attn.k_proj', .* of at most 8, got 9"),
+    (
+        lambda: correct(rank_pattern={"proj": 2}),
+        ValueError,
+        "'proj' in `rank_pattern` matches no corrected layer, .* called like 'model.layers.0.self_attn.q_proj'",
+    ),
+    (lambda: correct(damping=-1.0), ValueError, "`damping` must be at least 0, got -1.0"),
+    (lambda: correct(batch_size=0), ValueError, "`batch_size` must be at least 1, got 0"),
+    (itself, ValueError, "got the pruned model itself. Load the dense model again, or pass copy.deepcopy"),
+    (lambda: correct(adapted()), ValueError, "`model` has adapters, but .* Merge or unload its adapters first"),
+    (lambda: correct(dense=adapted()), ValueError, "`dense` has adapters, but .* Merge or unload its adapters first"),
+    (lambda: correct(dense=shallow()), ValueError, "before it was pruned, got one with other blocks. Load the dense"),
+    (
+        lambda: correct(dense=wider()),
+        ValueError,
+        r"'model.layers.0.mlp.up_proj' is \(24, 16\) in `model` and \(32, 16\) in `dense`. Load the dense model",
+    ),
+    (
+        lambda: correct(dense=without_entries()),
+        ValueError,
+        r"In `dense`, the weight of 'model.layers.0.mlp.up_proj' has no entries: its shape is \(0, 16\)",
+    ),
+    (lambda: correct(calibration=None), ValueError, "Expected `calibration`, because the correction is the best one"),
+    (
+        lambda: correct(pruned_head(), target_modules=["lm_head"]),
+        ValueError,
+        "'lm_head' lies outside the blocks. Leave it out of `target_modules`",
+    ),
+    (lambda: correct(cpu_offload(half_pruned(), "cpu")), ValueError, "is offloaded, and an adapter .* Load the model"),
+    (
+        lambda: correct(half_pruned(), half_pruned()),
+        ValueError,
+        "can correct, found none: .* is equal to the dense weight .21 layers are left out.. Name other layers",
+    ),
+    (only_groups, ValueError, "found none: 'layers.0.conv' is a convolution with groups"),
+    (
+        lambda: correct(llama(), half_pruned()),
+        ValueError,
+        "0.0% are zero in `model` and 50.0% in `dense`. Prune the model, or exchange the two",
+    ),
 ]
 
 

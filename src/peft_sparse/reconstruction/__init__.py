@@ -9,6 +9,8 @@ from .fitting import Fit
 from .observer import ReconstructionObserver, Step
 from .reconstruct import reconstruct, reconstruct_checkpoint
 from .report import ReconstructionReport, RegionReport
+from .residual_lora import residual_lora
+from .residual_report import ResidualReport, ResidualWeightReport
 
 
 __all__ = [
@@ -16,7 +18,10 @@ __all__ = [
     "ReconstructionObserver",
     "ReconstructionReport",
     "RegionReport",
+    "ResidualReport",
+    "ResidualWeightReport",
     "Step",
     "reconstruct",
     "reconstruct_checkpoint",
+    "residual_lora",
 ]

@@ -43,6 +43,23 @@ UNNAMED = (
 WITH_MASK = "It holds the mask, so it can also be loaded onto the dense base model, which it then prunes."
 WITHOUT_MASK = "Loading checks that the base model has the same zeros."
 
+RESIDUAL = """
+This is an ordinary LoRA adapter. Loading it needs no package but `peft`. It corrects the outputs of a pruned model:
+`peft_sparse.residual_lora` computed it from what pruning took away.
+
+```py
+from peft import PeftModel
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("...")  # the pruned base model
+model = PeftModel.from_pretrained(model, "...")  # this adapter
+```
+
+The adapter belongs to the pruned base model, of whose corrected weights {sparsity} are zero. PEFT does not check this:
+on the dense model, the outputs are wrong. Merging the adapter, as `merge_and_unload` does it, fills the zeros of the
+base. To keep the zeros, keep the adapter beside the base.
+"""
+
 PLAIN_HEADING = "## Sparsity"
 PLAIN = """
 {sparsity} of the prunable weights of this model are zero. The model was saved with `peft_sparse`, which keeps
@@ -89,6 +106,20 @@ def describe_adapter(
         origin=NAMED.format(base=named) if named else UNNAMED,
         sparsity=f" Its adapted weights have a mean sparsity of {sparsity:.1%}." if sparsity is not None else "",
         mask=WITH_MASK if save_mask else WITHOUT_MASK,
+    )
+    _complete(folder, ADAPTER_HEADING, text, sparsity, base)
+
+
+def describe_residual(folder: str, sparsity: float, *, task_type: str | None = None, base: str | None = None) -> None:
+    """Write into the model card in `folder` that the adapter corrects a pruned model, and what merging does.
+
+    Args:
+        folder, task_type, base: as in `describe_adapter`.
+        sparsity: the fraction of zeros in the corrected weights.
+    """
+    text = RESIDUAL.format(
+        auto_class=AUTO_CLASSES.get(str(task_type or "CAUSAL_LM"), "AutoModel"),
+        sparsity=f"{sparsity:.1%}",
     )
     _complete(folder, ADAPTER_HEADING, text, sparsity, base)
 

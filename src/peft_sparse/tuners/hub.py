@@ -2,7 +2,8 @@
 
 `SparseLoraConfig.save_pretrained` writes the card of the folder that it saves into. PEFT and Transformers write other
 cards, some of them after that, and have no hook for text in them. This module extends three methods in memory when the
-package is imported. It changes no file of PEFT or Transformers, and no card of a model without our adapters.
+package is imported. It changes no file of PEFT or Transformers, and no card of a model without our adapters. Those of
+`residual_lora` are ordinary LoRA adapters, and are marked by `mark_residual`.
 
 - `PeftModel.create_or_update_model_card`: the card that PEFT writes first, beside the folders of named adapters.
 - `PushToHubMixin._upload_modified_files`: `push_to_hub` of models writes a card of its own right before this call.
@@ -14,7 +15,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, cast
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import Trainer
 from transformers.utils import PushToHubMixin
@@ -23,8 +24,23 @@ from ..model.blocks import base_model
 from ..model.masks import sparsity_of
 from ..model.sharding import has_shards
 from ..model.tree import loaded_from
+from .card import describe_residual
 from .config import SparseLoraConfig
 from .layer import SparseLoraLayer
+
+
+# The attribute by which the configuration of an adapter says that it corrects a pruned base. PEFT does not save it.
+_RESIDUAL = "_corrects_sparsity"
+
+
+def mark_residual(config: LoraConfig, sparsity: float) -> None:
+    """Let the cards of an adapter say that it corrects a pruned model.
+
+    Args:
+        config: the configuration of the adapter.
+        sparsity: the fraction of zeros in the corrected weights.
+    """
+    setattr(config, _RESIDUAL, sparsity)
 
 
 def enable_cards() -> None:
@@ -60,6 +76,11 @@ def describe_adapters(model: Any, folder: str) -> None:
         active = [name for layer in layers for name in layer.active_adapters if name in ours]
         name = next(iter([*active, *ours]))
         ours[name].describe(folder, mean_sparsity(model, name), loaded_from(model))
+        return
+    for config in configs.values():
+        if hasattr(config, _RESIDUAL):
+            base = config.base_model_name_or_path or loaded_from(model)
+            describe_residual(folder, getattr(config, _RESIDUAL), task_type=config.task_type, base=base)
 
 
 def mean_sparsity(model: nn.Module, adapter_name: str) -> float | None:
