@@ -205,7 +205,7 @@ def test_convolutions_that_lora_cannot_adapt_are_left_out():
 def test_a_resnet_is_corrected_by_convolutions():
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic", num_labels=3)
     dense = ResNetForImageClassification(config).eval()
-    model, images = copy.deepcopy(dense), torch.randn(8, 3, 32, 32)
+    model, images = copy.deepcopy(dense), torch.randn(10, 3, 32, 32)
     prune(model, 0.5)
     ranks = {re.escape(name): min(w.shape) for name, w in prunable_weights(dense).items()}
     adapted, _ = residual_lora(model, dense, [{"pixel_values": images}], r=1, rank_pattern=ranks)
