@@ -19,7 +19,7 @@ from ..calibration.observing import Sight
 from ..calibration.proof import prove
 from ..calibration.residence import on_device
 from ..calibration.runner import BlockRunner, stack_runners
-from ..model.blocks import Targets, called_layers
+from ..model.blocks import Targets, base_model, called_layers
 from ..model.environment import peak_memory
 from ..model.offload import loaded_layer
 from ..model.processes import agree, stopping_together
@@ -119,6 +119,8 @@ def residual_lora(
             batch_size=batch_size,
             activations=activations,
         )
+        # An adapter that is attached outside of the wrappers of DDP and `torch.compile` would have their names.
+        model = base_model(model)
         inputs = as_inputs(model, calibration, batch_size)
         agree(f"to correct {len(task.pruned)} weights by rank {r}, {rank_pattern}, {damping}, by {in_words(inputs)}")
         residence = on_device(device)
@@ -191,7 +193,7 @@ def _correct(
     for runner in runners:
         for index in tqdm(runner.order, desc="correcting", unit="block", disable=None):
             weights = task.inside(runner.names[index])
-            with noting(f"While correcting block {runner.names[index]!r}."), runner.resident(index):
+            with noting(f"While correcting {runner.names[index]!r}. The model is as before."), runner.resident(index):
                 if weights:
                     measured = measure(model, runner, index, weights, ("hessian",), sight)
                     for name in measured.inputs:
