@@ -9,8 +9,10 @@
 Importing the package registers the tuners with PEFT.
 """
 
+from .calibration.own_text import generate_sequences
 from .calibration.statistics import Statistics
 from .calibration.text import pack_sequences, sample_sequences
+from .evaluation.domains import PerplexityReport, perplexity_by_domain
 from .evaluation.perplexity import perplexity
 from .model.environment import environment, peak_memory
 from .planning import plan_pruning, plan_reconstruction, plan_training
@@ -30,9 +32,12 @@ from .reconstruction import (
     ReconstructionObserver,
     ReconstructionReport,
     RegionReport,
+    ResidualReport,
+    ResidualWeightReport,
     Step,
     reconstruct,
     reconstruct_checkpoint,
+    residual_lora,
 )
 from .structured import compact, prune_structured
 from .training.arguments import SparseTrainingArguments
@@ -67,6 +72,7 @@ __all__ = [
     "LeastSquares",
     "Magnitude",
     "MaskLoRAConfig",
+    "PerplexityReport",
     "PruningCallback",
     "PruningCycles",
     "PruningReport",
@@ -75,6 +81,8 @@ __all__ = [
     "ReconstructionObserver",
     "ReconstructionReport",
     "RegionReport",
+    "ResidualReport",
+    "ResidualWeightReport",
     "ScaledLoRAConfig",
     "SemiStructured",
     "SparseGPT",
@@ -91,12 +99,14 @@ __all__ = [
     "compact",
     "compress",
     "environment",
+    "generate_sequences",
     "keep_effective_weights",
     "load_recipe",
     "merged_state_dict",
     "pack_sequences",
     "peak_memory",
     "perplexity",
+    "perplexity_by_domain",
     "plan_pruning",
     "plan_reconstruction",
     "plan_training",
@@ -105,6 +115,7 @@ __all__ = [
     "prune_structured",
     "reconstruct",
     "reconstruct_checkpoint",
+    "residual_lora",
     "retraining_schedule",
     "sample_sequences",
     "sparsity",

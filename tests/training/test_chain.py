@@ -171,6 +171,25 @@ def test_calibration_has_its_own_data_set_if_one_is_given(tmp_path, recovery):
     assert_same_zeros(_pruned_by(own), ours) if recovery == "retrain" else None
 
 
+@pytest.mark.parametrize("recovery", ["none", "reconstruct"])
+def test_tokens_that_a_mask_leaves_out_do_not_calibrate(tmp_path, recovery):
+    """The model does not take `token_mask`, so `Trainer` would remove it."""
+    plain = samples()
+    masked = [s | {"token_mask": (torch.arange(10) < 6).long()} for s in plain]
+    pruned = []
+    for i, data in enumerate((masked, plain)):
+        args = arguments(tmp_path / str(i), **FIRST | {"recovery": recovery, "max_steps": -1, "num_train_epochs": 1})
+        trainer = SparseTrainer(lively("llama"), args, calibration_dataset=data)
+        trainer.train()
+        pruned.append(zeros_of(trainer.model))
+    expected = lively("llama")
+    calibration = [{"input_ids": s["input_ids"][None], "token_mask": s["token_mask"][None]} for s in masked[:8]]
+    prune(expected, 0.5, calibration, criterion="wanda")
+    first = next(name for name in pruned[0] if "q_proj" in name)
+    assert torch.equal(pruned[0][first], zeros_of(expected)[first])
+    assert not torch.equal(pruned[0][first], pruned[1][first])
+
+
 def test_a_second_training_of_the_same_model_is_refused(tmp_path):
     trainer = chain(tmp_path)
     trainer.train()

@@ -1,11 +1,15 @@
 """The samples of a trainer that calibration and reconstruction use."""
 
+import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset
 from transformers import Trainer
+from transformers.trainer_utils import RemoveColumnsCollator
+
+from ..calibration.collation import TOKEN_MASKS
 
 
 def first_samples(trainer: Trainer, batch_size: int) -> "FirstSamples":
@@ -35,8 +39,20 @@ def first_samples(trainer: Trainer, batch_size: int) -> "FirstSamples":
             f"`calibration_samples={count}` needs as many {what} samples, and `{name}` has only {len(dataset)}. Lower "
             "`calibration_samples`, or pass a larger data set."
         )
-    collator = own._get_collator_with_removed_columns(own.data_collator, description="calibration")
-    return FirstSamples(dataset, collator, count, batch_size)
+    return FirstSamples(dataset, _collator(own, dataset[0]), count, batch_size)
+
+
+def _collator(trainer: Any, sample: Any) -> Any:
+    """Return the data collator of a trainer for samples such as `sample`.
+
+    `Trainer` removes what the model does not take. Masks that say which tokens count are kept for calibration.
+    """
+    collator = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
+    masks = [name for name in TOKEN_MASKS if isinstance(sample, Mapping) and name in sample]
+    if isinstance(collator, RemoveColumnsCollator) and masks:
+        collator = copy.copy(collator)
+        collator.signature_columns = [*collator.signature_columns, *masks]
+    return collator
 
 
 class FirstSamples:
