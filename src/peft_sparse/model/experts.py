@@ -145,7 +145,10 @@ def _note_parameters(found: Mixtures, path: Path, name: str, layer: nn.Module) -
     if fused:
         found.fused |= {f"{name}.{key}": value for key, value in fused.items()}
         found.experts.add(id(layer))
-        found.routers |= _routers_beside(path, {value.count for value in fused.values()})
+        # The module around may give some choices of the router something else than an expert.
+        choices = vars(parent).get("num_experts", 0)
+        counts = {value.count for value in fused.values()}
+        found.routers |= _routers_beside(path, counts | ({choices} if choices > max(counts) else set()))
 
 
 def _says(module: nn.Module, count: int) -> bool:
@@ -226,7 +229,10 @@ def _last_outputs(module: nn.Module) -> int:
             outputs = layer.out_features
         elif not isinstance(layer, nn.Embedding):
             matrices = [whole_shape(value) for value in layer.parameters(recurse=False) if value.dim() == 2]
-            outputs = matrices[-1][0] if matrices and next(layer.children(), None) is None else outputs
+            # A single row behind a layer is a bias of its outputs.
+            matrices = [shape for shape in matrices if not (shape[0] == 1 and shape[1] == outputs)]
+            bare = layer is base_layer(module) or next(layer.children(), None) is None
+            outputs = matrices[-1][0] if matrices and bare else outputs
     return outputs
 
 

@@ -1,9 +1,10 @@
-"""Cuts rows and columns out of linear layers, in such a way that they can be put back without a second copy."""
+"""Cuts rows, columns and experts out of weights, in such a way that they can be put back without a second copy."""
 
 import contextlib
 import weakref
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Cuts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._undo.close()
+            self.put_back()
             return
         # From here on the cut is final: an interrupt must not put back a part of the layers.
         self._undo.pop_all()
@@ -40,11 +41,24 @@ class Cuts:
     def cut(self, layer: nn.Linear, dim: int, kept: Tensor) -> None:
         """Keep those rows (`dim` 0, with their biases) or columns (1) of a layer that are True in `kept`."""
         for name in ("weight", "bias") if dim == 0 and layer.bias is not None else ("weight",):
-            replaced = _Replaced(layer, name, dim, kept)
-            self._replaced.append(replaced)
-            self._undo.callback(replaced.put_back)
-            replaced.apply()
+            self.cut_tensor(layer, name, dim, kept)
         self.set_existing(layer, {("out_features", "in_features")[dim]: int(kept.sum())})
+
+    def cut_tensor(self, module: nn.Module, name: str, dim: int, kept: Tensor) -> None:
+        """Keep those entries along `dim` of a parameter or buffer of `module` that are True in `kept`."""
+        replaced = _Replaced(module, name, dim, kept)
+        self._replaced.append(replaced)
+        self._undo.callback(replaced.put_back)
+        replaced.apply()
+
+    def put_back(self) -> None:
+        """Put back all that was changed so far."""
+        self._undo.close()
+        self._replaced.clear()
+
+    def on_undo(self, undo: Callable[..., Any], *args: Any) -> None:
+        """Call `undo` with `args` if the changes are put back."""
+        self._undo.callback(undo, *args)
 
     def set_existing(self, module: nn.Module, values: dict[str, int]) -> None:
         """Set those attributes that `module` has as numbers."""
@@ -55,21 +69,22 @@ class Cuts:
 
 
 class _Replaced:
-    """A parameter of a layer, and the smaller one that takes its place.
+    """A parameter or buffer of a module, and the smaller one that takes its place.
 
     Args:
-        layer: the layer.
-        name: "weight" or "bias".
+        layer: the module.
+        name: its name in the module, such as "weight".
         dim: the dimension along which it is cut.
         kept: mask of the entries along `dim` that stay.
     """
 
-    def __init__(self, layer: nn.Linear, name: str, dim: int, kept: Tensor) -> None:
-        old: nn.Parameter = getattr(layer, name)
+    def __init__(self, layer: nn.Module, name: str, dim: int, kept: Tensor) -> None:
+        old: Tensor = getattr(layer, name)
         self.layer, self.name, self.dim, self.old = layer, name, dim, old
         self.layout = torch.empty_like(old.detach(), device="meta")
         self.stays, self.goes = (mask.nonzero().squeeze(1).to(old.device) for mask in (kept, ~kept))
-        self.new = nn.Parameter(old.detach().index_select(dim, self.stays), old.requires_grad)
+        new = old.detach().index_select(dim, self.stays)
+        self.new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         self.removed = old.detach().index_select(dim, self.goes)
 
     def apply(self) -> None:
@@ -87,7 +102,7 @@ class _Replaced:
         if (held := reference()) is not None:
             self._fill(held)
 
-    def _fill(self, parameter: nn.Parameter) -> None:
+    def _fill(self, parameter: Tensor) -> None:
         whole = torch.empty_like(self.layout, device=self.removed.device)
         whole.index_copy_(self.dim, self.stays, self.new.detach())
         whole.index_copy_(self.dim, self.goes, self.removed)

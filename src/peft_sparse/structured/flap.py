@@ -24,10 +24,15 @@ from ..model.settings import ordinary_settings
 from ..model.weights import WeightView, check_finite
 from .metrics import METRICS, unit_scores
 from .proof import prove_units
+from .reap import prune_experts
 from .report import StructuredReport, UnitsReport
 from .saving import make_savable
 from .selection import ScoredUnits, Structure, check_structure, select_units
 from .units import Units, check_loaded, find_units
+
+
+# The metric of whole experts.
+REAP = "reap"
 
 
 @ordinary_settings()
@@ -37,16 +42,16 @@ def prune_structured(
     calibration: Calibration | None = None,
     *,
     metric: str = "wifv",
-    structure: Structure = "al-am",
+    structure: Structure | None = None,
     attention_ratio: float | None = None,
     target_modules: Targets = None,
     exclude_modules: Targets = None,
-    compensate: bool = True,
+    compensate: bool | None = None,
     batch_size: int = 1,
     activations: Activations = "device",
     device: torch.device | str | None = None,
 ) -> StructuredReport:
-    """Write zeros over whole attention heads and MLP neurons, as FLAP does. In place.
+    """Write zeros over whole attention heads and MLP neurons, as FLAP does, or cut out whole experts. In place.
 
     Let W (out, in) be the output projection of an attention or MLP, X_j its input channel j over the tokens of the
     calibration data, S_j the metric of this channel, and m (in,) the mask, 1 for kept channels. Then
@@ -68,14 +73,34 @@ def prune_structured(
     several processes and calibration is given, each process calls `prune_structured` with the same model, arguments
     and calibration. The processes share the batches, and all of them write the same zeros.
 
+    `metric="reap"` removes whole experts instead. Let g_j(x) be the weight that the router of a mixture gives to expert
+    j for token x, f_j(x) the output of this expert, and X_j the calibration tokens that are sent to it. Then
+
+        S_j = mean over X_j of g_j(x) · ||f_j(x)||_2      0 if X_j is empty
+
+    The experts with the lowest S_j of each mixture are removed. Of equal ones, the first is removed first. Each mixture
+    loses the fraction `ratio` of its experts, rounded up to whole experts. Where the router first chooses among groups
+    of experts, each group loses this fraction. The rows and biases of the router that belong to removed experts are
+    removed too. Each token is sent to as many experts as before. Experts are cut out at once and do not wait for
+    `compact`, because no values of a router without biases say that an expert is never chosen. The result computes
+    what the dense model computes with the logits of the removed experts at -inf. With `compensate=True` the router
+    stays as it is, and the mean of f_j(x) over X_j takes the place of a removed expert. This is shown on a small input
+    and on the first batch, before calibration for other experts and at the end for the removed ones. If an output
+    differs, the model is put back as it was.
+
     Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
     arXiv:2312.11983. The authors' code differs in these points. Here variances are taken over tokens and do not depend
     on the batch size. Heads count with their true numbers of parameters. Compensation is added to an existing bias and
     does not replace it. Grouped-query attention of any shape is pruned. At least `ratio` is removed.
 
+    Experts: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression",
+    arXiv:2510.13999. Their mean outputs: Zhang et al. 2025, "MoNE: Replacing Redundant Experts with Lightweight Novices
+    for Structured Pruning of MoE", arXiv:2507.00390, which chooses experts by another metric.
+
     Args:
         model: a model with blocks, without adapters, with loaded floating-point weights.
-        ratio: fraction of the parameters of the chosen attentions and MLPs to remove, in [0, 1).
+        ratio: fraction of the parameters of the chosen attentions and MLPs to remove, or of the experts of each chosen
+            mixture, in [0, 1).
         calibration: token ids (sequences, tokens), what a tokenizer returns, or an iterable of model inputs, such as a
             list, a `DataLoader` or a tokenised `datasets.Dataset`. Padding does not count, that is tokens whose
             `attention_mask` is 0. A batch may also hold a `token_mask` (sequences, tokens), or a `decoder_token_mask`,
@@ -84,39 +109,52 @@ def prune_structured(
         metric: "wifv" is FLAP's, S_j = Var(X_j) · ||W_:j||². The others are "ifv", S_j = Var(X_j); "wifn",
             S_j = mean_i |W_ij| · ||X_j||; and the paper's baselines "wanda_sp", with the formula of "wifn", and
             "magnitude_sp", S_j = ||W_:j||. "wifv", "ifv" and "wifn" are squared for attention, as in the paper's code.
-        structure: which units are compared with each other. "al-am": all units of the model. "al-mm": all heads of the
-            model with each other, and all neurons of the model with each other. "ul-mm": the heads of a block with
+            "reap" removes experts.
+        structure: which units are compared with each other. "al-am", the default: all units of the model. "al-mm": all
+            heads of the model with each other, and all neurons of the model with each other. "ul-mm": the heads of a block with
             each other, and the neurons of a block with each other. "ul-um": the same as "ul-mm", but exactly `ratio`,
             rounded up to whole units, is removed from each attention and from each MLP. `ratio` and the bound above
             hold for the whole model with "al-am" and "al-mm", for each block with "ul-mm", and for each attention and
-            each MLP with "ul-um". With "ul-mm" and "ul-um" blocks of equal shape keep equal shapes.
+            each MLP with "ul-um". With "ul-mm" and "ul-um" blocks of equal shape keep equal shapes. Experts are always
+            compared within their mixture, so mixtures of equal size keep equally many.
         attention_ratio: for "al-mm" and "ul-mm", the largest fraction of the parameters of the heads to remove, in
             [0, 1). Neurons make up the rest of `ratio`. By default it is `ratio`, and more if the neurons alone are
             too few.
         target_modules: which attentions and MLPs are pruned: None or "all-linear" for all of them, a list of names or
             name endings, or a regular expression for the whole name. An attention or MLP is chosen if its own name, as
             in the report, or the name of one of its linear layers matches. `["self_attn"]` prunes attentions alone.
+            Experts are chosen by the name of their mixture, of its router or of one of its parameters.
         exclude_modules: a list of names or name endings, or a regular expression for the whole name. An attention or
-            MLP is left out if its own name or the name of one of its linear layers matches.
+            MLP is left out if its own name or the name of one of its linear layers matches. Experts are left out by
+            the same names by which they are chosen.
         compensate: add the mean contribution of the removed channels to the bias of the output projection. The bias is
             created where there is none. The configuration of the model is then changed so that `save_pretrained` and
-            `from_pretrained` keep it.
+            `from_pretrained` keep it. With "reap": put the mean output in the place of each removed expert. None, the
+            default, is True for heads and neurons and False for experts.
         batch_size: how many sequences run together, where they do not come in batches.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is moved while it is processed. None computes where the block is.
 
     Returns:
-        A report of what was removed from each attention and each MLP, in units and in parameters.
+        A report of what was removed from each attention, MLP or mixture of experts, in units and in parameters.
 
     Raises:
         ValueError: an argument is out of its range; a name in `target_modules` or `exclude_modules` matches nothing;
             the model has adapters, or the heads or neurons of a chosen attention or MLP cannot be found; a weight or a
-            statistic is not finite; `calibration` is missing; `ratio` would remove the last unit of a layer.
+            statistic is not finite; `calibration` is missing; `ratio` would remove the last unit of a layer or leave
+            fewer experts than a token is sent to; the model without some experts computes something else.
         RuntimeError: another process of the `torch.distributed` group failed.
     """
     started = time.perf_counter()
+    of_experts = metric == REAP
+    structure = structure or ("ul-um" if of_experts else "al-am")
+    compensate = not of_experts if compensate is None else compensate
     _check_arguments(ratio, metric, structure, attention_ratio, compensate, calibration)
     check_activations(activations)
+    if of_experts and calibration is not None:
+        inputs = as_inputs(model, calibration, batch_size)
+        targets = target_modules, exclude_modules
+        return prune_experts(model, ratio, inputs, targets, compensate, activations, on_device(device))
     sets = find_units(model, target_modules, exclude_modules)
     check_loaded(sets)
     check_finite({name: WeightView(layer) for units in sets for name, layer in units.named_layers().items()})
@@ -229,13 +267,20 @@ def _check_arguments(
 ) -> None:
     if not 0 <= ratio < 1:
         raise ValueError(
-            f"`ratio` must be in [0, 1), got {ratio}. Use 0.2 to remove a fifth of the heads and neurons."
+            f"`ratio` must be in [0, 1), got {ratio}. Use 0.2 to remove a fifth of the heads and neurons, or of the "
+            "experts."
         )
-    if metric not in METRICS:
-        raise ValueError(f"`metric` must be one of {', '.join(map(repr, METRICS))}, got {metric!r}.")
+    if metric not in METRICS and metric != REAP:
+        raise ValueError(f"`metric` must be one of {', '.join(map(repr, [*METRICS, REAP]))}, got {metric!r}.")
     check_structure(structure, attention_ratio)
-    if calibration is None and (METRICS[metric].needs_inputs or compensate):
-        reason = f"Metric {metric!r}" if METRICS[metric].needs_inputs else "`compensate=True`"
+    if metric == REAP and structure != "ul-um":
+        raise ValueError(
+            'Expected `structure="ul-um"` or none with `metric="reap"`, which removes equally many experts from each '
+            f"mixture, got {structure!r}. Leave it out."
+        )
+    needs_inputs = metric == REAP or METRICS[metric].needs_inputs
+    if calibration is None and (needs_inputs or compensate):
+        reason = f"Metric {metric!r}" if needs_inputs else "`compensate=True`"
         raise ValueError(
             f"{reason} needs statistics of the inputs of each layer, and `calibration` is missing. Pass token ids of "
             "shape (sequences, tokens) or an iterable of model inputs, or use "

@@ -6,9 +6,9 @@ computes the same after it was changed.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import send_to_device
@@ -24,6 +24,8 @@ from .units import Units
 
 # A run of a model: (name of a block, a tensor that it returned) in the order in which blocks ran; "" for the model.
 Trace = list[tuple[str, Tensor]]
+# (the model or a model inside it, inputs that it takes, what it returned).
+Run = tuple[nn.Module, dict[str, Any], Trace]
 
 
 def prove_units(model: nn.Module, sets: list[Units], batches: list[dict[str, Any]]) -> None:
@@ -42,12 +44,12 @@ def prove_units(model: nn.Module, sets: list[Units], batches: list[dict[str, Any
         ValueError: a block returns something else; no input reaches a layer of `sets`.
     """
     open_sets = [units for units in sets if units.count > 1]
-    for part, batch in _inputs_that_run(model, batches, open_sets):
+    for part, batch in inputs_that_run(model, batches, open_sets):
         called: set[str] = set()
         with _removing(open_sets, called, rows=False):
-            columns_only = _trace(model, part, batch)
+            columns_only = trace_of(model, part, batch)
         with _removing(open_sets, called, rows=True):
-            everything = _trace(model, part, batch)
+            everything = trace_of(model, part, batch)
         block = first_difference(columns_only, everything)
         if block is not None:
             raise ValueError(
@@ -75,12 +77,12 @@ class SameOutputs:
 
     def __init__(self, model: nn.Module, sets: list[Units], batches: list[dict[str, Any]]) -> None:
         self.model = model
-        self.runs: list[tuple[nn.Module, dict[str, Any], Trace]] = []
+        self.runs: list[Run] = []
         missing = list(sets)
-        for part, batch in _inputs_that_run(model, batches, missing):
+        for part, batch in inputs_that_run(model, batches, missing):
             called: set[str] = set()
             with _removing(missing, called, rows=False, keep_all=True):
-                self.runs.append((part, batch, _trace(model, part, batch)))
+                self.runs.append((part, batch, trace_of(model, part, batch)))
             missing[:] = [units for units in missing if not units.named_layers().keys() <= called]
         if missing:
             raise ValueError(_unreached(missing[0]))
@@ -91,20 +93,7 @@ class SameOutputs:
         Raises:
             ValueError: a block returns something else than before, or does not run any more.
         """
-        for part, batch, before in self.runs:
-            after: Trace = []
-            try:
-                _trace(self.model, part, batch, after)
-            except Exception as error:
-                done = len(after)
-                block = before[min(done, len(before) - 1)][0]
-                # Assertions often have no text.
-                text = str(error).strip().rstrip(".")
-                failure = f"{type(error).__name__}: {text}" if text else type(error).__name__
-                raise ValueError(self._said(block, f"fails with {failure}")) from error
-            block_or_none = first_difference(before, after)
-            if block_or_none is not None:
-                raise ValueError(self._said(block_or_none, "computes something else"))
+        check_same(self.model, self.runs, self._said)
 
     def _said(self, block: str, what: str) -> str:
         return (
@@ -114,15 +103,45 @@ class SameOutputs:
         )
 
 
+def check_same(
+    model: nn.Module, runs: list[Run], said: Callable[[str, str], str], modules: dict[str, nn.Module] | None = None
+) -> None:
+    """Run a changed model on the inputs of `runs`.
+
+    Args:
+        model: the model.
+        runs: what it computed before.
+        said: (name of a block, what it does) -> the error message.
+        modules: the modules that are compared, by name; by default the blocks.
+
+    Raises:
+        ValueError: a block returns something else than before, or does not run any more.
+    """
+    for part, batch, before in runs:
+        after: Trace = []
+        try:
+            trace_of(model, part, batch, after, modules)
+        except Exception as error:
+            done = len(after)
+            block = before[min(done, len(before) - 1)][0]
+            # Assertions often have no text.
+            text = str(error).strip().rstrip(".")
+            failure = f"{type(error).__name__}: {text}" if text else type(error).__name__
+            raise ValueError(said(block, f"fails with {failure}")) from error
+        block_or_none = first_difference(before, after)
+        if block_or_none is not None:
+            raise ValueError(said(block_or_none, "computes something else"))
+
+
 def first_difference(before: Trace, after: Trace) -> str | None:
     """Return the name of the first block whose outputs differ by more than rounding; None if there is none."""
     for (name, one), (other_name, other) in zip(before, after, strict=False):
-        if name != other_name or not _close(one, other):
+        if name != other_name or not is_close(one, other):
             return name
     return None if len(before) == len(after) else (before, after)[len(before) < len(after)][-1][0]
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
+def is_close(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not one.is_floating_point():
@@ -139,8 +158,15 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return bool(errors.median() <= 0.05)
 
 
-def _inputs_that_run(
-    model: nn.Module, batches: list[dict[str, Any]], missing: list[Units]
+class Reached(Protocol):
+    """What an input reaches if it runs the module `output`."""
+
+    @property
+    def output(self) -> nn.Module: ...
+
+
+def inputs_that_run(
+    model: nn.Module, batches: list[dict[str, Any]], missing: Sequence[Reached]
 ) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """Yield (module, inputs that it takes) for the whole model, and for the models inside it.
 
@@ -149,7 +175,7 @@ def _inputs_that_run(
     Args:
         model: the model.
         batches: model inputs of the caller.
-        missing: units of which no input has reached all layers yet. The caller takes out those that it has seen.
+        missing: units or experts that no input has reached yet. The caller takes out those that it has seen.
     """
     inner = base_model(model)
     models = [module for module in inner.modules() if isinstance(module, PreTrainedModel) and module is not inner]
@@ -163,21 +189,27 @@ def _inputs_that_run(
 
 def _runs(model: nn.Module, part: nn.Module, batch: dict[str, Any]) -> bool:
     try:
-        _trace(model, part, batch)
+        trace_of(model, part, batch)
     except Exception:
         # Whether a model takes an input is only known by trying.
         return False
     return True
 
 
-def _holds_any(module: nn.Module, sets: list[Units]) -> bool:
+def _holds_any(module: nn.Module, sets: Sequence[Reached]) -> bool:
     outputs = {id(units.output) for units in sets}
     return any(id(below) in outputs for below in module.modules())
 
 
 @torch.no_grad()
-def _trace(model: nn.Module, part: nn.Module, batch: dict[str, Any], trace: Trace | None = None) -> Trace:
-    """Run `part` of `model`, and return what the blocks and `part` itself returned."""
+def trace_of(
+    model: nn.Module,
+    part: nn.Module,
+    batch: dict[str, Any],
+    trace: Trace | None = None,
+    modules: dict[str, nn.Module] | None = None,
+) -> Trace:
+    """Run `part` of `model`, and return what the blocks, or other `modules`, and `part` itself returned."""
     noted: Trace = [] if trace is None else trace
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -186,7 +218,7 @@ def _trace(model: nn.Module, part: nn.Module, batch: dict[str, Any], trace: Trac
 
     device = next((p.device for p in part.parameters() if not p.is_meta), torch.device("cpu"))
     with contextlib.ExitStack() as hooks:
-        for name, block in find_blocks(model).items():
+        for name, block in (find_blocks(model) if modules is None else modules).items():
             hooks.callback(block.register_forward_hook(partial(note, name)).remove)
         hooks.enter_context(evaluation_mode(model))
         output = part(**send_to_device(batch, device))

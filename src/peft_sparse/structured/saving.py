@@ -18,7 +18,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..model.blocks import find_blocks
 from .cutting import Cuts
-from .units import Units, known_units
+from .experts import Experts, known_experts
+from .novices import ExpertsAndNovices, install
+from .units import Units, units_or_none
 
 
 # Transformers has a `per_layer_config`, but none of the families that are pruned here builds its layers from it.
@@ -47,7 +49,9 @@ class CompactConfig(PreTrainedConfig):
     The JSON holds the fields of the model's family and two more:
         dense_model_type: `model_type` of the family.
         layer_widths: one dict per block. "heads", "key_value_heads" and "neurons" are numbers. "biases" lists the
-            layers of the block that have a bias which the family would not give them.
+            layers of the block that have a bias which the family would not give them. "experts" maps the name of each
+            mixture of experts to its number of experts, and "novices" to the shape of the constants that took the
+            place of other experts.
     """
 
     model_type = MODEL_TYPE
@@ -126,8 +130,8 @@ def make_savable(model: PreTrainedModel) -> None:
     Where a family has biases in all layers of an attention or MLP or in none, the missing ones are added as zeros.
     """
     dense: type[PreTrainedModel] = getattr(type(model), "dense_class", type(model))
-    units = known_units(model)
-    for changes in _candidates(model, units):
+    units, experts = units_or_none(model), known_experts(model)
+    for changes in _candidates(model, units, experts):
         if _builds(dense, model, changes):
             _become_plain(model, dense, changes)
             return
@@ -136,19 +140,23 @@ def make_savable(model: PreTrainedModel) -> None:
         config.dense_model_type = config.model_type
         config.__class__ = compact_config_class(type(config))
         model.__class__ = compact_model_class(dense)
-    config.layer_widths = _widths(model, dense, units)
+        # The files of some families have one tensor per expert. Those of a compact model are as the model itself.
+        model.__dict__.pop("_weight_conversions", None)
+    config.layer_widths = _widths(model, dense, units, experts)
 
 
 @contextlib.contextmanager
 def put_back_unless_finished(model: PreTrainedModel) -> Iterator[None]:
     """Put back what `make_savable` changed within the context, if the context ends with an error."""
-    kind = type(model)
+    kind, conversions = type(model), model.__dict__.get("_weight_conversions")
     configs = [(module, module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__]
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.bias is None]
     try:
         yield
     except BaseException:
         model.__class__ = kind
+        if conversions is not None:
+            cast(Any, model)._weight_conversions = conversions
         for module, config in configs:
             cast(Any, module).config = config
         for layer in layers:
@@ -165,8 +173,8 @@ def _own_config(model: PreTrainedModel) -> Any:
     return own
 
 
-def _candidates(model: PreTrainedModel, units: list[Units]) -> list[dict[str, Any]]:
-    """Return changes to the configuration that may describe the model, those with the fewest switches first."""
+def _candidates(model: PreTrainedModel, units: list[Units], experts: list[Experts]) -> list[dict[str, Any]]:
+    """Return changes to the configuration that may describe the model, those with the fewest changes first."""
     config = model.config
     heads = {(u.count * u.heads_per_unit, u.count, u.head_dim) for u in units if u.kind == "attention"}
     neurons = {u.count for u in units if u.kind == "mlp"}
@@ -183,7 +191,22 @@ def _candidates(model: PreTrainedModel, units: list[Units]) -> list[dict[str, An
     changes = {config.attribute_map.get(name, name): value for name, value in changes.items()}
     switches = [name for name in _SWITCHES if getattr(config, name, None) is False]
     subsets = [[], *[[name] for name in switches], switches] if len(switches) > 1 else [[], switches]
-    return [changes | dict.fromkeys(subset, True) for subset in subsets]
+    counts = _expert_counts(config, experts)
+    return [changes | count | dict.fromkeys(subset, True) for count in counts for subset in subsets]
+
+
+def _expert_counts(config: PreTrainedConfig, experts: list[Experts]) -> list[dict[str, Any]]:
+    """Return changes of the one number of the configuration that may be that of experts, the first of them none."""
+    counts = {mixture.count for mixture in experts}
+    if len(counts) != 1:
+        return [{}]
+    (count,) = counts
+    names = [
+        name
+        for name, value in config.to_dict().items()
+        if type(value) is int and value > count and "expert" in name.lower()
+    ]
+    return [{}, *[{name: count} for name in names]]
 
 
 def _builds(dense: type[PreTrainedModel], model: PreTrainedModel, changes: dict[str, Any]) -> bool:
@@ -219,7 +242,7 @@ def _become_plain(model: PreTrainedModel, dense: type[PreTrainedModel], changes:
     for name, value in changes.items():
         setattr(config, name, value)
     if any(name in _SWITCHES for name in changes):
-        for units in known_units(model):
+        for units in units_or_none(model):
             for layer in units.named_layers().values():
                 wanted = changes.get("attention_bias" if units.kind == "attention" else "mlp_bias", False)
                 if wanted and layer.bias is None:
@@ -230,7 +253,9 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in (*model.state_dict().items(), *model.named_buffers())}
 
 
-def _widths(model: PreTrainedModel, dense: type[PreTrainedModel], units: list[Units]) -> list[dict[str, Any]]:
+def _widths(
+    model: PreTrainedModel, dense: type[PreTrainedModel], units: list[Units], experts: list[Experts]
+) -> list[dict[str, Any]]:
     """Return the entry of `layer_widths` of every block."""
     with torch.device("meta"):
         built = set(dense(_dense_config(model, {})).state_dict())
@@ -244,6 +269,13 @@ def _widths(model: PreTrainedModel, dense: type[PreTrainedModel], units: list[Un
         for name, layer in part.named_layers().items():
             if layer.bias is not None and f"{name}.bias" not in built:
                 entry["biases"].append(name.removeprefix(f"{part.block}."))
+    for mixture in experts:
+        inside = mixture.name.removeprefix(f"{mixture.block}.")
+        widths[mixture.block].setdefault("experts", {})[inside] = mixture.count
+    for block, module in find_blocks(model).items():
+        for name, part in module.named_modules():
+            if isinstance(part, ExpertsAndNovices):
+                widths[block].setdefault("novices", {})[name] = list(part.novices.shape)
     return list(widths.values())
 
 
@@ -251,7 +283,7 @@ def _narrow(model: PreTrainedModel, widths: list[dict[str, Any]]) -> None:
     """Give the layers of a newly built model of the family the stored widths and biases. Loading writes the values."""
     blocks = find_blocks(model)
     entries = dict(zip(blocks, widths, strict=True))
-    for units in known_units(model):
+    for units in units_or_none(model):
         entry = entries[units.block]
         # On the CPU: while a checkpoint is loaded the weights are on the meta device, and the mask needs values.
         kept = torch.zeros(units.count, units.heads_per_unit, dtype=torch.bool, device="cpu")
@@ -262,9 +294,23 @@ def _narrow(model: PreTrainedModel, widths: list[dict[str, Any]]) -> None:
             kept[: entry.get("neurons", units.count)] = True
         if not kept.all():
             units.cut(kept, Cuts())
+    for mixture in known_experts(model):
+        _narrow_experts(mixture, entries[mixture.block])
     for name, block in blocks.items():
         for layer in entries[name]["biases"]:
             _add_bias(cast(nn.Linear, block.get_submodule(layer)))
+
+
+def _narrow_experts(experts: Experts, entry: dict[str, Any]) -> None:
+    inside = experts.name.removeprefix(f"{experts.block}.")
+    removed, hidden = entry.get("novices", {}).get(inside, (0, 0))
+    left = experts.count - removed if removed else entry.get("experts", {}).get(inside, experts.count)
+    kept = torch.arange(experts.count, device="cpu") < left
+    if removed:
+        weight = next(experts.module.parameters())
+        install(experts, kept, weight.new_zeros(removed, hidden), Cuts())
+    elif left < experts.count:
+        experts.cut(kept, Cuts())
 
 
 def _add_bias(layer: nn.Linear) -> None:

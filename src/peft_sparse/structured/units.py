@@ -148,11 +148,15 @@ def known_units(model: nn.Module) -> list[Units]:
     Raises:
         ValueError: the model has no blocks or has adapters; no heads and no neurons can be found.
     """
-    parts = _parts(model)
-    found = [part.units for part in parts if isinstance(part.units, Units)]
+    found = units_or_none(model)
     if not found:
-        raise ValueError(f"{parts[0].units} This model has none that can be cut out.")
+        raise ValueError(f"{_parts(model)[0].units} This model has none that can be cut out.")
     return found
+
+
+def units_or_none(model: nn.Module) -> list[Units]:
+    """Return what `known_units` does, and an empty list where no heads and no neurons can be found."""
+    return [part.units for part in _parts(model) if isinstance(part.units, Units)]
 
 
 def check_loaded(units: list[Units]) -> None:
