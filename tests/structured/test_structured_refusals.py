@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from peft_sparse import compact
+from peft_sparse import compact, prune_structured
 from peft_sparse.structured import saving
 from peft_sparse.structured.saving import CompactConfig
 
-from conftest import tiny
-from refusing import adapted, flap, llama
+from conftest import GATED, SIZES, tiny
+from refusing import TOKENS, adapted, flap, llama
 
 
 def heads(edit):
@@ -83,9 +84,109 @@ def compacted(forward):
     compact(model)
 
 
+def reap(model=None, ratio=0.5, calibration=TOKENS, **options):
+    return prune_structured(model or tiny("mixtral"), ratio, calibration, metric="reap", **options)
+
+
+def mixture(edit):
+    """Expert pruning of a Mixtral whose first mixture is built otherwise."""
+    model = tiny("mixtral")
+    edit(model.model.layers[0].mlp)
+    reap(model)
+
+
+def without_router(mlp):
+    mlp.gate = nn.Identity()
+
+
+def squared_weights(mlp):
+    own = mlp.experts.forward
+    mlp.experts.forward = lambda states, chosen, weights: own(states, chosen, weights.square())
+
+
+def one_call_at_a_time(mlp):
+    own = mlp.experts.forward
+
+    def forward(states, chosen, weights):
+        if len(states) > 24:
+            raise RuntimeError("too many")
+        return own(states, chosen, weights)
+
+    mlp.experts.forward = forward
+
+
+def without_experts(mlp):
+    mlp.forward = lambda x: x
+
+
+def chosen_by_place(mlp):
+    own = mlp.gate.forward
+    mlp.gate.forward = lambda x: (*own(x)[:2], torch.arange(2).expand(x.reshape(-1, 16).shape[0], 2))
+
+
+def scaled_by_number(mlp):
+    own = mlp.gate.forward
+
+    def forward(x):
+        scores, weights, chosen = own(x)
+        return scores, weights * mlp.gate.weight.shape[0], chosen
+
+    mlp.gate.forward = forward
+
+
+def shared_experts(model):
+    first, second = model.model.layers[0].mlp.experts, model.model.layers[1].mlp.experts
+    second.down_proj = first.down_proj
+    reap(model)
+
+
+def infinite(model):
+    with torch.no_grad():
+        model.model.embed_tokens.weight[60] = torch.inf
+    reap(model, calibration=[{"input_ids": TOKENS[:1] % 50}, {"input_ids": torch.tensor([[1, 2, 60]])}])
+
+
+def of_family(family, **settings):
+    config = getattr(transformers, f"{family}Config")(**SIZES, **GATED, **settings)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def switch():
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=61, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, num_experts=4, decoder_start_token_id=0
+    )
+    return transformers.AutoModelForSeq2SeqLM.from_config(config)
+
+
+def llama4():
+    return of_family("Llama4Text", num_local_experts=4, head_dim=4, intermediate_size_mlp=24, num_experts_per_tok=1)
+
+
+def with_means():
+    model = tiny("mixtral")
+    reap(model, compensate=True)
+    return model
+
+
 def tie(model):
     first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
     second.up_proj.weight = first.up_proj.weight
+
+
+LONGCAT = {
+    "n_routed_experts": 8,
+    "moe_topk": 2,
+    "expert_ffn_hidden_size": 12,
+    "ffn_hidden_size": 24,
+    "zero_expert_num": 2,
+    "num_layers": 2,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+    "head_dim": 4,
+}
 
 
 REFUSALS = [
@@ -193,6 +294,70 @@ REFUSALS = [
         "expected an MLP of nn.Linear layers, .* got model.layers.0.mlp.norm.weight of LayerNorm. Leave it out",
     ),
     (lambda: flap(llama(lone_matrix)), ValueError, "expected an MLP of at least two nn.Linear layers, got 1 of"),
+    (
+        lambda: reap(structure="al-am"),
+        ValueError,
+        "Expected `structure=\"ul-um\"` or none .* got 'al-am'. Leave it out",
+    ),
+    (lambda: reap(calibration=None), ValueError, "Metric 'reap' needs statistics .* Pass token ids"),
+    (lambda: reap(llama()), ValueError, 'Expected a model with experts for `metric="reap"`, .* Use another metric'),
+    (lambda: reap(exclude_modules=["gate"]), ValueError, "leaves no experts to remove. .* Change one of the two"),
+    (lambda: reap(adapted(tiny("mixtral"))), ValueError, "without adapters, but .* after experts are cut out. Call"),
+    (lambda: reap(tiny("mixtral").to("meta")), ValueError, "Removing experts needs loaded .* on meta. Load the model"),
+    (
+        lambda: reap(ratio=0.6),
+        ValueError,
+        "`ratio=0.6` would leave 1 of the 4 experts of 'model.layers.0.mlp', .* to 2 of them. Use .* at most 0.5",
+    ),
+    (
+        lambda: reap(ratio=0.8, compensate=True),
+        ValueError,
+        "`ratio=0.8` would leave 0 of the 4 .* at most 0.75",
+    ),
+    (
+        lambda: reap(switch()),
+        ValueError,
+        "cannot be removed: expected parameters with one matrix per expert, got a module for each expert. Leave them",
+    ),
+    (lambda: mixture(without_router), ValueError, "expected a router with 4 outputs in 'model.layers.0.mlp', one for"),
+    (lambda: reap(with_means()), ValueError, "expected a router with 2 outputs in 'model.layers.0.mlp', one"),
+    (
+        lambda: reap(of_family("LongcatFlash", **LONGCAT)),
+        ValueError,
+        r"expected parameters \(experts, ., .\) with one matrix per expert, got shapes \(10, 24, 16\), \(8, 16, 12\)",
+    ),
+    (
+        lambda: shared_experts(tiny("mixtral")),
+        ValueError,
+        "expected tensors of their own, got 'down_proj', which is",
+    ),
+    (
+        lambda: reap(llama4()),
+        ValueError,
+        r"that they are called with states .* got torch.float32 \(\d+, 16\). Leave them out with `exclude_modules`",
+    ),
+    (
+        lambda: mixture(squared_weights),
+        ValueError,
+        "that their output is the sum .* but it is something else. Leave them",
+    ),
+    (
+        lambda: mixture(one_call_at_a_time),
+        ValueError,
+        "expected calls with one expert .* fail with RuntimeError. Le",
+    ),
+    (lambda: mixture(without_experts), ValueError, "No input reaches the experts of 'model.layers.0.mlp.experts', so"),
+    (
+        lambda: mixture(chosen_by_place),
+        ValueError,
+        "expected that the router chooses no expert .* Use a smaller",
+    ),
+    (lambda: mixture(scaled_by_number), ValueError, "but 'model.layers.0.mlp' computes something else. .* as it was"),
+    (
+        lambda: infinite(tiny("mixtral")),
+        ValueError,
+        "Expected finite outputs of the experts of 'model.layers.0.mlp",
+    ),
     (
         lambda: saving.CompactNothing,
         AttributeError,

@@ -49,6 +49,11 @@ class Experts:
         return self.module
 
     @property
+    def label(self) -> str:
+        """The name in reports: that of the MLP, or that of the experts where the block holds them itself."""
+        return self.name if self.around[0] == self.block else self.around[0]
+
+    @property
     def names(self) -> set[str]:
         """The names by which these experts are chosen."""
         return {self.name, self.around[0], *self.routers, *self.weights}

@@ -73,20 +73,20 @@ def prune_structured(
     several processes and calibration is given, each process calls `prune_structured` with the same model, arguments
     and calibration. The processes share the batches, and all of them write the same zeros.
 
-    `metric="reap"` removes whole experts instead. Let g_j(x) be the weight that the router of a mixture gives to expert
-    j for token x, f_j(x) the output of this expert, and X_j the calibration tokens that are sent to it. Then
+    `metric="reap"` removes whole experts instead. Let g_j(x) be the weight that the router of a mixture gives to
+    expert j for token x, f_j(x) the output of this expert, and X_j the calibration tokens that are sent to it. Then
 
         S_j = mean over X_j of g_j(x) · ||f_j(x)||_2      0 if X_j is empty
 
-    The experts with the lowest S_j of each mixture are removed. Of equal ones, the first is removed first. Each mixture
-    loses the fraction `ratio` of its experts, rounded up to whole experts. Where the router first chooses among groups
-    of experts, each group loses this fraction. The rows and biases of the router that belong to removed experts are
-    removed too. Each token is sent to as many experts as before. Experts are cut out at once and do not wait for
-    `compact`, because no values of a router without biases say that an expert is never chosen. The result computes
-    what the dense model computes with the logits of the removed experts at -inf. With `compensate=True` the router
-    stays as it is, and the mean of f_j(x) over X_j takes the place of a removed expert. This is shown on a small input
-    and on the first batch, before calibration for other experts and at the end for the removed ones. If an output
-    differs, the model is put back as it was.
+    The experts with the lowest S_j of each mixture are removed. Of equal ones, the first is removed first. Each
+    mixture loses the fraction `ratio` of its experts, rounded up to whole experts. Where the router first chooses
+    among groups of experts, each group loses this fraction. The rows and biases of the router that belong to removed
+    experts are removed too. Each token is sent to as many experts as before. Experts are cut out at once and do not
+    wait for `compact`, because no values of a router without biases say that an expert is never chosen. The result
+    computes what the dense model computes with the logits of the removed experts at -inf. With `compensate=True` the
+    router stays as it is, and the mean of f_j(x) over X_j takes the place of a removed expert. This is shown on a
+    small input, before calibration for other experts and at the end for the removed ones. If an output differs, the
+    model is put back as it was.
 
     Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
     arXiv:2312.11983. The authors' code differs in these points. Here variances are taken over tokens and do not depend
@@ -94,8 +94,8 @@ def prune_structured(
     does not replace it. Grouped-query attention of any shape is pruned. At least `ratio` is removed.
 
     Experts: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression",
-    arXiv:2510.13999. Their mean outputs: Zhang et al. 2025, "MoNE: Replacing Redundant Experts with Lightweight Novices
-    for Structured Pruning of MoE", arXiv:2507.00390, which chooses experts by another metric.
+    arXiv:2510.13999. Their mean outputs: Zhang et al. 2025, "MoNE: Replacing Redundant Experts with Lightweight
+    Novices for Structured Pruning of MoE", arXiv:2507.00390, which chooses experts by another metric.
 
     Args:
         model: a model with blocks, without adapters, with loaded floating-point weights.
@@ -111,12 +111,12 @@ def prune_structured(
             "magnitude_sp", S_j = ||W_:j||. "wifv", "ifv" and "wifn" are squared for attention, as in the paper's code.
             "reap" removes experts.
         structure: which units are compared with each other. "al-am", the default: all units of the model. "al-mm": all
-            heads of the model with each other, and all neurons of the model with each other. "ul-mm": the heads of a block with
-            each other, and the neurons of a block with each other. "ul-um": the same as "ul-mm", but exactly `ratio`,
-            rounded up to whole units, is removed from each attention and from each MLP. `ratio` and the bound above
-            hold for the whole model with "al-am" and "al-mm", for each block with "ul-mm", and for each attention and
-            each MLP with "ul-um". With "ul-mm" and "ul-um" blocks of equal shape keep equal shapes. Experts are always
-            compared within their mixture, so mixtures of equal size keep equally many.
+            heads of the model with each other, and all neurons of the model with each other. "ul-mm": the heads of a
+            block with each other, and the neurons of a block with each other. "ul-um": the same as "ul-mm", but
+            exactly `ratio`, rounded up to whole units, is removed from each attention and from each MLP. `ratio` and
+            the bound above hold for the whole model with "al-am" and "al-mm", for each block with "ul-mm", and for
+            each attention and each MLP with "ul-um". With "ul-mm" and "ul-um" blocks of equal shape keep equal shapes.
+            Experts are always compared within their mixture, so mixtures of equal size keep equally many.
         attention_ratio: for "al-mm" and "ul-mm", the largest fraction of the parameters of the heads to remove, in
             [0, 1). Neurons make up the rest of `ratio`. By default it is `ratio`, and more if the neurons alone are
             too few.
@@ -283,6 +283,6 @@ def _check_arguments(
         reason = f"Metric {metric!r}" if needs_inputs else "`compensate=True`"
         raise ValueError(
             f"{reason} needs statistics of the inputs of each layer, and `calibration` is missing. Pass token ids of "
-            "shape (sequences, tokens) or an iterable of model inputs, or use "
-            '`metric="magnitude_sp", compensate=False`, which needs none.'
+            "shape (sequences, tokens) or an iterable of model inputs. To remove heads and neurons, "
+            '`metric="magnitude_sp", compensate=False` needs none.'
         )

@@ -28,7 +28,7 @@ from .cutting import Cuts
 from .experts import Experts, check_experts, find_experts, known_experts, set_count
 from .novices import install
 from .report import StructuredReport, UnitsReport
-from .routing import Removal, Seen, as_routed, observed
+from .routing import Removal, Seen, as_routed, observed, without_router_loss
 from .saving import make_savable, put_back_unless_finished
 
 
@@ -113,6 +113,7 @@ def prune_experts(
     """
     started = time.perf_counter()
     inner = base_model(model)
+    inputs = [without_router_loss(inner, batch) for batch in inputs]
     sets = find_experts(inner, *targets)
     check_experts(sets)
     check_finite({name: view for experts in sets for name, view in _views(experts).items()})
@@ -128,7 +129,7 @@ def prune_experts(
     novices = {e.name: s.means(~mask) for (e, mask), s in zip(kept, measured, strict=True) if replace}
     layers = tuple(
         UnitsReport(
-            name=experts.around[0],
+            name=experts.label,
             kind="experts",
             units=experts.count,
             kept=int(mask.sum()),
@@ -171,7 +172,7 @@ def _check_choices(experts: Experts, ratio: float, seen: Seen, replace: bool) ->
     needed = 1 if replace else seen.k
     if left < needed:
         raise ValueError(
-            f"`ratio={ratio:g}` would leave {left} of the {experts.count} experts of {experts.around[0]!r}, and its "
+            f"`ratio={ratio:g}` would leave {left} of the {experts.count} experts of {experts.label!r}, and its "
             f"router sends each token to {seen.k} of them. Use a `ratio` of at most "
             f"{math.floor(1e4 * (1 - math.ceil(needed / experts.groups) * experts.groups / experts.count)) / 1e4:g}."
         )

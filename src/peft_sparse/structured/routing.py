@@ -9,6 +9,7 @@ computes when its router cannot choose them, or when their output is a constant.
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -130,6 +131,7 @@ def observed(
             hook = experts.module.register_forward_hook(partial(check, experts), with_kwargs=True)
             hooks.callback(hook.remove)
         for part, batch in inputs_that_run(model, batches, missing):
+            batch = without_router_loss(part, batch)
             trace_of(model, part, batch)
             inputs.append((part, batch))
             missing[:] = [experts for experts in missing if experts.name not in seen]
@@ -142,6 +144,15 @@ def observed(
             "Pass `calibration` with model inputs that run this block, or leave it out with `exclude_modules`."
         )
     return inputs, seen
+
+
+def without_router_loss(module: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return model inputs with which `module` does not compute the loss of its routers.
+
+    This loss depends on the number of experts, and it needs all blocks to run.
+    """
+    takes_it = "output_router_logits" in inspect.signature(module.forward).parameters
+    return batch | ({"output_router_logits": False} if takes_it else {})
 
 
 def _unexpected(module: nn.Module, args: Any, kwargs: Any, output: Any, seen: Seen) -> str:

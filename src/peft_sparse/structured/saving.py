@@ -139,6 +139,8 @@ def make_savable(model: PreTrainedModel) -> None:
     if type(model) is dense:
         config.dense_model_type = config.model_type
         config.__class__ = compact_config_class(type(config))
+        # A configuration that was loaded holds the type of its family beside that of its class.
+        config.__dict__.pop("model_type", None)
         model.__class__ = compact_model_class(dense)
         # The files of some families have one tensor per expert. Those of a compact model are as the model itself.
         model.__dict__.pop("_weight_conversions", None)
@@ -238,6 +240,7 @@ def _become_plain(model: PreTrainedModel, dense: type[PreTrainedModel], changes:
     if type(model) is not dense:
         model.__class__ = dense
         config.__class__ = dense.config_class
+        config.__dict__.pop("model_type", None)
         del config.layer_widths, config.dense_model_type
     for name, value in changes.items():
         setattr(config, name, value)
