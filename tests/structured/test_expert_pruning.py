@@ -298,9 +298,9 @@ def test_means_lower_the_error_where_outputs_vary_little(tokens):
 def test_each_group_of_experts_loses_equally_many(tokens):
     kept = select_experts(torch.arange(8.0), 0.5, groups=2)
     assert kept.tolist() == [False, False, True, True] * 2
-    report = reap(moe("DeepseekV3"), 0.3, tokens)
+    report = reap(moe("DeepseekV3", n_routed_experts=24, n_group=4, topk_group=2), 0.3, tokens)
     for layer in report.layers:
-        assert sorted(expert // 4 for expert in layer.removed_units) == [0, 0, 1, 1]
+        assert sorted(expert // 6 for expert in layer.removed_units) == [0, 0, 1, 1, 2, 2, 3, 3]
     # The first block of this family has a dense MLP.
     assert [layer.name for layer in report.layers] == ["model.layers.1.mlp", "model.layers.2.mlp"]
 
@@ -330,6 +330,38 @@ def test_models_from_files_with_a_tensor_for_each_expert(family, compensate, tok
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
     assert_same_weights(back, model)
     assert torch.allclose(logits(back, tokens), logits(model, tokens), atol=1e-5)
+
+
+def test_heads_beside_experts_from_such_files(tokens, tmp_path):
+    moe().save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    prune_structured(model, 0.4, tokens, structure="ul-um", target_modules=["self_attn"])
+    compact(model)
+    assert type(model).__name__ == "CompactMixtralForCausalLM"
+    model.save_pretrained(tmp_path / "small")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    assert_same_weights(back, model)
+
+
+def test_a_number_in_the_configuration_of_a_part(tokens, tmp_path):
+    heads = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4}, "head_dim": 4}
+    images = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 16}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config=SIZES | GATED | EIGHT | heads,
+        vision_config=images | {"deepstack_visual_indexes": [0]},
+        image_token_id=58,
+        video_token_id=59,
+        vision_start_token_id=57,
+        vision_end_token_id=56,
+    )
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    tokens = tokens % 50
+    reap(model, 0.5, tokens)
+    assert config.text_config.num_experts == 8, "another model may share it"
+    assert model.model.language_model.config.num_experts == 4
+    model.save_pretrained(tmp_path)
+    back = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(back, tokens), logits(model, tokens))
 
 
 def test_experts_are_removed_once_more(tokens, tmp_path):

@@ -28,7 +28,7 @@ from .cutting import Cuts
 from .experts import Experts, check_experts, find_experts, known_experts, set_count
 from .novices import install
 from .report import StructuredReport, UnitsReport
-from .routing import Removal, Seen, as_routed, observed, without_router_loss
+from .routing import Input, Removal, Seen, as_routed, observed, without_router_loss
 from .saving import make_savable, put_back_unless_finished
 
 
@@ -120,9 +120,7 @@ def prune_experts(
     seen_inputs, seen = observed(inner, sets, inputs)
     for experts in sets:
         _check_choices(experts, ratio, seen[experts.name], replace)
-    trial = [(experts, select_experts(torch.arange(experts.count) % 2, ratio, experts.groups)) for experts in sets]
-    random = {e.name: torch.randn(int((~mask).sum()), seen[e.name].hidden) for e, mask in trial if replace}
-    _remove(model, Removal(inner, seen_inputs, trial, random), trial, random, keep=False)
+    _try(inner, sets, ratio, seen_inputs, seen, replace)
     measured = _measured(model, sets, inputs, seen, replace, activations, residence)
     scores = [saliency.score() for saliency in measured]
     kept = [(e, select_experts(score, ratio, e.groups)) for e, score in zip(sets, scores, strict=True)]
@@ -140,7 +138,7 @@ def prune_experts(
         )
         for (experts, mask), saliency in zip(kept, measured, strict=True)
     )
-    _remove(model, Removal(inner, seen_inputs, kept, novices), kept, novices, keep=True)
+    _remove(inner, Removal(inner, seen_inputs, kept, novices), kept, novices, keep=True)
     return StructuredReport(
         metric="reap",
         structure="ul-um",
@@ -168,7 +166,7 @@ def select_experts(scores: Tensor, ratio: float, groups: int = 1) -> Tensor:
 
 
 def _check_choices(experts: Experts, ratio: float, seen: Seen, replace: bool) -> None:
-    left = int(select_experts(torch.zeros(experts.count), ratio, experts.groups).sum())
+    left = int(select_experts(torch.zeros(experts.count, device="cpu"), ratio, experts.groups).sum())
     needed = 1 if replace else seen.k
     if left < needed:
         raise ValueError(
@@ -176,6 +174,19 @@ def _check_choices(experts: Experts, ratio: float, seen: Seen, replace: bool) ->
             f"router sends each token to {seen.k} of them. Use a `ratio` of at most "
             f"{math.floor(1e4 * (1 - math.ceil(needed / experts.groups) * experts.groups / experts.count)) / 1e4:g}."
         )
+
+
+def _try(
+    model: nn.Module, sets: list[Experts], ratio: float, inputs: list[Input], seen: dict[str, Seen], replace: bool
+) -> None:
+    """Show, before calibration, that as many experts as `ratio` says can be removed: every second one, or more."""
+    order = {experts.name: torch.arange(experts.count, device="cpu") % 2 for experts in sets}
+    trial = [(experts, select_experts(order[experts.name], ratio, experts.groups)) for experts in sets]
+    constants = {}
+    for experts, mask in trial if replace else ():
+        gone, hidden = int((~mask).sum()), seen[experts.name].hidden
+        constants[experts.name] = torch.linspace(-1, 1, gone * hidden, device="cpu").view(gone, hidden)
+    _remove(model, Removal(model, inputs, trial, constants), trial, constants, keep=False)
 
 
 class _TrialEnded(Exception):
@@ -191,12 +202,11 @@ def _remove(
     keep: bool,
 ) -> None:
     """Cut out experts and check the result. Without `keep`, or if it is wrong, the model is as before afterwards."""
-    inner = base_model(model)
-    savable = isinstance(inner, PreTrainedModel) and keep
+    savable = isinstance(model, PreTrainedModel) and keep
     with contextlib.suppress(_TrialEnded), Cuts() as cuts, contextlib.ExitStack() as undo:
         if savable:
-            undo.enter_context(put_back_unless_finished(inner))
-        everything = not novices and {experts.name for experts in known_experts(inner)} == {e.name for e, _ in kept}
+            undo.enter_context(put_back_unless_finished(model))
+        everything = not novices and {experts.name for experts in known_experts(model)} == {e.name for e, _ in kept}
         for experts, mask in kept:
             if mask.all():
                 continue
@@ -207,10 +217,10 @@ def _remove(
         sizes = {(experts.count, int(mask.sum())) for experts, mask in kept}
         if everything and len(sizes) == 1:
             # Some models hold the number of experts for a loss of their routers.
-            for module in inner.modules():
+            for module in model.modules():
                 set_count(module, *next(iter(sizes)), cuts)
         if savable and any(not mask.all() for _, mask in kept):
-            make_savable(inner)
+            make_savable(model)
         removal.check()
         if not keep:
             raise _TrialEnded

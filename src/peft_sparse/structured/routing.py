@@ -242,10 +242,11 @@ def _with_constants(
     """Return `output` of experts with constants in the place of the outputs of those that are False in `kept`."""
     routed = as_routed(args, kwargs)
     assert routed is not None, "`observed` checked the calls"
-    gone = ~kept.to(output.device)[routed.chosen]
-    constants = novices.new_zeros(len(kept), novices.shape[1]).index_copy(0, (~kept).nonzero().flatten(), novices)
-    change = constants.to(output)[routed.chosen] - routed.outputs(module.forward)
-    return output + (change * (routed.weights * gone)[..., None]).sum(1).to(output.dtype)
+    gone = ~kept.to(output.device)
+    constants = output.new_zeros(len(kept), novices.shape[1])
+    constants[gone] = novices.to(output)
+    change = constants[routed.chosen] - routed.outputs(module.forward)
+    return output + (change * (routed.weights * gone[routed.chosen])[..., None]).sum(1).to(output.dtype)
 
 
 @contextlib.contextmanager

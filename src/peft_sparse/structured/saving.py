@@ -169,10 +169,18 @@ def put_back_unless_finished(model: PreTrainedModel) -> Iterator[None]:
 def _own_config(model: PreTrainedModel) -> Any:
     """Give all modules of `model` a copy of its configuration, and return it. Other models may share the original."""
     shared, own = model.config, copy.deepcopy(model.config)
+    copies = {id(shared): own}
+    # Parts of a model that takes images too have configurations of their own inside of its configuration.
+    copies |= {id(part): getattr(own, name) for name, part in _parts_of(shared).items()}
     for module in model.modules():
-        if module.__dict__.get("config") is shared:
-            cast(Any, module).config = own
+        if (mine := copies.get(id(module.__dict__.get("config")))) is not None:
+            cast(Any, module).config = mine
     return own
+
+
+def _parts_of(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    """Return the configurations inside `config`, by name."""
+    return {name: part for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)}
 
 
 def _candidates(model: PreTrainedModel, units: list[Units], experts: list[Experts]) -> list[dict[str, Any]]:
@@ -198,14 +206,18 @@ def _candidates(model: PreTrainedModel, units: list[Units], experts: list[Expert
 
 
 def _expert_counts(config: PreTrainedConfig, experts: list[Experts]) -> list[dict[str, Any]]:
-    """Return changes of the one number of the configuration that may be that of experts, the first of them none."""
+    """Return changes of the one number of the configuration that may be that of experts, the first of them none.
+
+    The name of a number in a configuration inside of `config` is that of both, with a dot between.
+    """
     counts = {mixture.count for mixture in experts}
     if len(counts) != 1:
         return [{}]
     (count,) = counts
     names = [
-        name
-        for name, value in config.to_dict().items()
+        f"{inside}{name}"
+        for inside, part in {"": config, **{f"{name}.": part for name, part in _parts_of(config).items()}}.items()
+        for name, value in part.to_dict().items()
         if type(value) is int and value > count and "expert" in name.lower()
     ]
     return [{}, *[{name: count} for name in names]]
@@ -228,7 +240,10 @@ def _builds(dense: type[PreTrainedModel], model: PreTrainedModel, changes: dict[
 
 def _dense_config(model: PreTrainedModel, changes: dict[str, Any]) -> PreTrainedConfig:
     """Return a copy of the configuration with `changes`, in the configuration class of the family."""
-    values = model.config.to_dict() | changes
+    values = model.config.to_dict()
+    for name, value in changes.items():
+        part, _, leaf = name.rpartition(".")
+        (values[part] if part else values)[leaf] = value
     dense: type[PreTrainedConfig] = getattr(type(model), "dense_class", type(model)).config_class
     for name in ("model_type", "layer_widths", "dense_model_type"):
         values.pop(name, None)
@@ -243,7 +258,8 @@ def _become_plain(model: PreTrainedModel, dense: type[PreTrainedModel], changes:
         config.__dict__.pop("model_type", None)
         del config.layer_widths, config.dense_model_type
     for name, value in changes.items():
-        setattr(config, name, value)
+        part, _, leaf = name.rpartition(".")
+        setattr(getattr(config, part) if part else config, leaf, value)
     if any(name in _SWITCHES for name in changes):
         for units in units_or_none(model):
             for layer in units.named_layers().values():
