@@ -85,8 +85,8 @@ def prune_structured(
     wait for `compact`, because no values of a router without biases say that an expert is never chosen. The result
     computes what the dense model computes with the logits of the removed experts at -inf. With `compensate=True` the
     router stays as it is, and the mean of f_j(x) over X_j takes the place of a removed expert. This is shown on a
-    small input, before calibration for other experts and at the end for the removed ones. If an output differs, the
-    model is put back as it was.
+    small input and on the first batch, before calibration for other experts and at the end for the removed ones. If an
+    output differs, the model is put back as it was.
 
     Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
     arXiv:2312.11983. The authors' code differs in these points. Here variances are taken over tokens and do not depend

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from ..calibration.inputs import evaluation_mode
+from ..calibration.inputs import evaluation_mode, model_arguments
 from ..model.blocks import base_model, find_blocks
 from .examples import example_inputs
 from .units import Units
@@ -166,16 +166,18 @@ class Reached(Protocol):
 
 
 def inputs_that_run(
-    model: nn.Module, batches: list[dict[str, Any]], missing: Sequence[Reached]
+    model: nn.Module, batches: list[dict[str, Any]], missing: Sequence[Reached], always: bool = False
 ) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """Yield (module, inputs that it takes) for the whole model, and for the models inside it.
 
-    The inputs are made for the module. Those of the whole model are followed by the first of `batches`.
+    The inputs are made for the module. If something is still missing after those of the whole model, the first of
+    `batches` follows.
 
     Args:
         model: the model.
         batches: model inputs of the caller.
         missing: units or experts that no input has reached yet. The caller takes out those that it has seen.
+        always: yield the first of `batches` also if nothing is missing.
     """
     inner = base_model(model)
     models = [module for module in inner.modules() if isinstance(module, PreTrainedModel) and module is not inner]
@@ -183,8 +185,8 @@ def inputs_that_run(
         for batch in example_inputs(part):
             if _holds_any(part, missing) and _runs(model, part, batch):
                 yield part, batch
-        for batch in batches[:1] if part is inner and missing else ():
-            yield inner, batch
+        for batch in batches[:1] if part is inner and (missing or always) else ():
+            yield inner, model_arguments(model, batch)
 
 
 def _runs(model: nn.Module, part: nn.Module, batch: dict[str, Any]) -> bool:

@@ -130,7 +130,7 @@ def observed(
         for experts in sets:
             hook = experts.module.register_forward_hook(partial(check, experts), with_kwargs=True)
             hooks.callback(hook.remove)
-        for part, batch in inputs_that_run(model, batches, missing):
+        for part, batch in inputs_that_run(model, batches, missing, always=True):
             batch = without_router_loss(part, batch)
             trace_of(model, part, batch)
             inputs.append((part, batch))
