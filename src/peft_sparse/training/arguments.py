@@ -89,6 +89,9 @@ class SparseTrainingArguments(TrainingArguments):
             original training. Default None: `lr_scheduler_type` is the schedule of retraining.
         original_steps: the number of optimiser steps of the original training. "lrw" and "allr" need it. Default None:
             as many steps as retraining has.
+        find_learning_rate: find the learning rate by short trials when training begins, and undo them. A trial takes 5
+            optimiser steps. The first is at `learning_rate`, and there are about 5 to 10. The rate that is found
+            replaces `learning_rate`. A resumed run uses the rate of the first run. Default False.
 
         > Distillation
 
@@ -202,6 +205,10 @@ class SparseTrainingArguments(TrainingArguments):
         metadata={"help": "Optimiser steps of the original training. Default: as many as retraining has."},
     )
 
+    find_learning_rate: bool = field(
+        default=False, metadata={"help": "Find the learning rate by short trials when training begins."}
+    )
+
     distillation: str | None = field(
         default=None,
         metadata={
@@ -269,6 +276,7 @@ class SparseTrainingArguments(TrainingArguments):
         self._check_reconstruction()
         self._check_retraining()
         self._check_distillation()
+        self._check_rate_search()
         self.pruning_times()
 
     @property
@@ -403,6 +411,21 @@ class SparseTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`retraining_schedule={self.retraining_schedule!r}` depends on the number of steps of the original "
                 "training. Set `original_steps`."
+            )
+
+    def _check_rate_search(self) -> None:
+        if not self.find_learning_rate:
+            return
+        if self.recovery == "reconstruct" or self.retraining_schedule or self.pruning_schedule:
+            raise ValueError(
+                "`find_learning_rate` finds one rate for a training with the task loss that begins at the pruned "
+                'model. Leave it out with `recovery="reconstruct"`, with `retraining_schedule`, whose rates are those '
+                "of the original training, and with `pruning_schedule`, which prunes further during training."
+            )
+        if "lomo" in self.optim or "layerwise" in self.optim:
+            raise ValueError(
+                f"`optim={str(self.optim)!r}` updates the weights during backward, where `find_learning_rate` cannot "
+                'set the rate. Choose another optimiser, such as "adamw_torch", or set `find_learning_rate=False`.'
             )
 
     def _check_distillation(self) -> None:

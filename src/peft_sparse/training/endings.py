@@ -1,8 +1,11 @@
 """What holds however a training run ends: the model's settings are as they were before it."""
 
 import contextlib
+import random
 from collections.abc import Iterator
 
+import numpy as np
+import torch
 from torch import nn
 
 from ..model.tree import adapter_switches
@@ -35,3 +38,15 @@ def as_before(model: nn.Module) -> Iterator[None]:
         for name, parameter in model.named_parameters():
             former, gradient = gradients.get(name, (parameter, None))
             parameter.grad = gradient if former is parameter else None
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Put back, after the context, the states of the random number generators of Python, NumPy and PyTorch."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

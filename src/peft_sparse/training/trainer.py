@@ -48,6 +48,7 @@ from .endings import as_before
 from .freezing import FreezingCallback
 from .learning_rates import norm_drop, retraining_schedule
 from .pruning_callback import PruningCallback
+from .rate_search import RateSearch, recorded_rate
 from .reconstruction_run import ReconstructionRun
 from .saving import save_plain_model
 from .termination import TerminationCallback
@@ -76,6 +77,9 @@ class SparseTrainer(Trainer):
     `original_steps`.
 
     If the arguments set `recovery="none"`, `train` prunes the model and returns.
+
+    If the arguments set `find_learning_rate`, short trials find the learning rate when training begins, and are undone.
+    The rate replaces `args.learning_rate`, and is an entry of `state.log_history` as `found_learning_rate`.
 
     If the arguments set `recovery="reconstruct"`, training is a call of `reconstruct` on the first
     `calibration_samples` samples of the training set. Optimiser, learning rate schedule, epochs or `max_steps` (of
@@ -132,7 +136,8 @@ class SparseTrainer(Trainer):
             needed, and its data set is missing or has fewer samples than `calibration_samples`; distillation or
             reconstruction has no dense model, or one that does not fit; a `teacher` is given, and neither distillation
             nor reconstruction; `optimizers` are given for a reconstruction; distillation runs with several GPUs in one
-            process; the training is parallel by FSDP1.
+            process; the training is parallel by FSDP1; `find_learning_rate` is set, and a learning rate schedule is
+            given, or the training is parallel by FSDP or DeepSpeed.
     """
 
     args: SparseTrainingArguments
@@ -215,6 +220,9 @@ class SparseTrainer(Trainer):
         self.add_callback(ZeroGuardCallback(args.target_modules, args.exclude_modules))
         if args.save_on_sigterm:
             self.add_callback(TerminationCallback())
+        if args.find_learning_rate:
+            # After the zero guard, which has its hooks then.
+            self.add_callback(RateSearch(self))
         self.teacher = self._find_teacher(teacher)
         self._teacher_is_given = teacher is not None
         # The optimiser that an earlier training made.
@@ -353,6 +361,8 @@ class SparseTrainer(Trainer):
     ) -> TrainOutput:
         for callback in self._prunes():
             callback.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self.args.find_learning_rate and resume_from_checkpoint:
+            self.args.learning_rate = recorded_rate(resume_from_checkpoint) or self.args.learning_rate
         # Here and not in `train`, because `auto_find_batch_size` calls this again after an error.
         with as_before(self.model), self._released():
             return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
