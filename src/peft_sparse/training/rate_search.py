@@ -29,8 +29,8 @@ FOUND = "found_learning_rate"
 STEPS, HELD_OUT = 5, 8
 # The first rates are this factor apart. The search ends with rates that are its square root apart.
 FACTOR = 4.0
-# Rates below SMALLEST or above LARGEST are not tried.
-SMALLEST, LARGEST = 1e-9, 1e3
+# How many factors of 2 a rate that improves the model, and the result, may be away from the first rate.
+REACH, FARTHEST = 14, 28
 
 
 def best_rate(loss_at: Callable[[float], float], start: float, untrained: float) -> float:
@@ -43,31 +43,30 @@ def best_rate(loss_at: Callable[[float], float], start: float, untrained: float)
     Args:
         loss_at: the loss after a trial at a rate. It may be infinite or NaN.
         start: the first rate.
-        untrained: the loss without a trial. A rate that does not get below it is too high.
+        untrained: the loss without a trial. The search goes on from the nearest rate that gets below it.
 
     Raises:
-        RuntimeError: no rate gets below `untrained`.
+        RuntimeError: no rate near `start` gets below `untrained`.
     """
     losses: dict[int, float] = {}
 
     def loss(i: int) -> float:
         """Return the loss at the rate `start` · √FACTOR^i."""
         if i not in losses:
-            rate = start * math.sqrt(FACTOR) ** i
-            found = loss_at(rate) if SMALLEST <= rate <= LARGEST else math.inf
+            found = loss_at(start * math.sqrt(FACTOR) ** i) if abs(i) <= FARTHEST else math.inf
             losses[i] = found if math.isfinite(found) else math.inf
         return losses[i]
 
-    best = 0
-    # After divergence the loss says nothing, and a higher rate may have a lower one.
-    while not loss(best) < untrained:
-        best -= 2
-        if start * math.sqrt(FACTOR) ** best < SMALLEST:
-            raise RuntimeError(
-                f"No learning rate between {SMALLEST:g} and {start:g} brought the loss on held-out batches below "
-                f"that of the untrained model, {untrained:.4f}. Check the training data and the model, or set "
-                "`find_learning_rate=False`."
-            )
+    # A rate that is too low changes nothing, and one that is too high destroys what was learnt.
+    nearest = (sign * i for i in range(0, REACH + 1, 2) for sign in (-1, 1))
+    first = next((i for i in nearest if loss(i) < untrained), None)
+    if first is None:
+        raise RuntimeError(
+            f"No learning rate near {start:g} brought the loss on held-out batches below that of the untrained model, "
+            f"{untrained:.4f}. Check the training data and the model, set a `learning_rate` that is nearer, or set "
+            "`find_learning_rate=False`."
+        )
+    best: int = first
     while loss(best + 2) < loss(best):
         best += 2
     while loss(best - 2) < loss(best):
