@@ -1,14 +1,15 @@
 r"""How near the rate of `find_learning_rate` comes to the best of a grid: perplexity after training at each.
 
     python benchmarks/learning_rates.py --calibration-file c4.jsonl.gz --evaluation-file wikitext2-test.raw.gz \
-        --tuners MaskLoRA --length 128 --rates 1e-3,2e-3,4e-3,8e-3 --output benchmarks/results/learning-rates-smollm2-cpu.json
+        --tuners MaskLoRA --length 128 --rates 1e-3,2e-3,4e-3,8e-3 \
+        --output benchmarks/results/learning-rates-smollm2-cpu.json
     python benchmarks/learning_rates.py --model stories260K --text-file tinystories.txt.gz \
         --output benchmarks/results/learning-rates-stories260k-cpu.json
     python benchmarks/learning_rates.py --table --output (one of these files)
 
-The model is pruned, and the same pruned model is trained at each rate of a grid with steps of a factor of 2, and at the
-rate that is found. The search begins at 1e-3 in every row. All runs train for 40 steps of one sequence, with 10 % of
-warm-up and a rate that falls linearly. The optimiser is AdamW without weight decay. MaskLoRA has rank 16, alpha 32 and
+The model is pruned, and the same pruned model is trained at each rate of a grid with steps of a factor of 2, and at
+the rate that is found. The search begins at 1e-3 in every row. All runs train for 40 steps of one sequence, with 10 %
+of warm-up and a rate that falls linearly. The optimiser is AdamW without weight decay. MaskLoRA has rank 16, alpha 32 and
 `train_norms`. A text file of one piece is divided: the first 85 % train, and the rest evaluates.
 """
 

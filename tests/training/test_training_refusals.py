@@ -42,6 +42,7 @@ from peft_sparse.training.distillation import (
 from peft_sparse.training.learning_rates import norm_drop, retraining_schedule
 from peft_sparse.training.midway_evaluation import MidwayEvaluation
 from peft_sparse.training.protected import check_fingerprints
+from peft_sparse.training.rate_search import RateSearch, best_rate
 from peft_sparse.training.saving import save_plain_model
 from peft_sparse.training.zero_guard import ZeroGuardCallback
 
@@ -108,6 +109,17 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
 
 def scheduled(method, original=(0.1, 0.1, 0.1), lr=0.1):
     return retraining_schedule(method, torch.optim.SGD([torch.zeros(1)], lr=lr), original, 3)
+
+
+def searched(samples=4, optimizers=(None, None)):
+    data = [{"input_ids": row, "labels": row} for row in TOKENS[:samples]]
+    args = arguments(find_learning_rate=True, max_steps=1, save_strategy="no")
+    SparseTrainer(half_pruned(), args, train_dataset=data, optimizers=optimizers).train()
+
+
+def with_schedule():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    searched(optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)))
 
 
 def cycles(model, step=0, **options):
@@ -433,6 +445,33 @@ REFUSALS = [
         ).original_rates(3),
         ValueError,
         "and those of ReduceLROnPlateau are not known before it runs. Set the `lr_scheduler_type`",
+    ),
+    (
+        lambda: arguments(find_learning_rate=True, retraining_schedule="llr"),
+        ValueError,
+        "`find_learning_rate` finds one rate .* Leave it out with .* `retraining_schedule`, whose rates are those of",
+    ),
+    (
+        lambda: arguments(find_learning_rate=True, optim="adalomo"),
+        ValueError,
+        "`optim='adalomo'` updates the weights during backward, .* Choose another optimiser",
+    ),
+    (with_schedule, ValueError, "`optimizers` gives one. Pass `optimizers=\\(optimizer, None\\)`"),
+    (
+        lambda: RateSearch(SimpleNamespace(lr_scheduler=None, is_fsdp_enabled=False, is_deepspeed_enabled=True)),
+        ValueError,
+        "`find_learning_rate` undoes its trials, .* Find the rate in one process or with DDP",
+    ),
+    (lambda: searched(1), ValueError, "on others, and the training set has 1 for each process. Pass a larger"),
+    (
+        lambda: searched(optimizers=(torch.optim.SGD([torch.zeros(1)], lr=0.0), None)),
+        ValueError,
+        "begins its search at the default `lr` of the optimiser, which is 0.0. Set a positive `learning_rate`",
+    ),
+    (
+        lambda: best_rate(lambda rate: float("nan"), 0.1, 2.0),
+        RuntimeError,
+        "No learning rate near 0.1 brought the loss .* below that of the untrained model, 2.0000. Check the",
     ),
     (
         lambda: CubicSchedule(0, 5),

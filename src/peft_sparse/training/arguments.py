@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
 
 from ..calibration.activations import check_activations
 from ..pruning.allocation import ALLOCATIONS
@@ -422,9 +423,10 @@ class SparseTrainingArguments(TrainingArguments):
                 'model. Leave it out with `recovery="reconstruct"`, with `retraining_schedule`, whose rates are those '
                 "of the original training, and with `pruning_schedule`, which prunes further during training."
             )
-        if "lomo" in self.optim or "layerwise" in self.optim:
+        optim = OptimizerNames(self.optim).value
+        if "lomo" in optim or "layerwise" in optim:
             raise ValueError(
-                f"`optim={str(self.optim)!r}` updates the weights during backward, where `find_learning_rate` cannot "
+                f"`optim={optim!r}` updates the weights during backward, where `find_learning_rate` cannot "
                 'set the rate. Choose another optimiser, such as "adamw_torch", or set `find_learning_rate=False`.'
             )
 

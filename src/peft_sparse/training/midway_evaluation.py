@@ -1,13 +1,13 @@
 """Evaluates a model in the middle of its reconstruction, by its trainer, and leaves the reconstruction undisturbed."""
 
 import contextlib
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import Trainer
+
+from .endings import same_random_numbers
 
 
 class MidwayEvaluation:
@@ -65,13 +65,10 @@ class MidwayEvaluation:
         forward = {name: model.__dict__.get(name) for name in ("forward", "_original_forward")}
         modes = [module for module in model.modules() if module.training]
         prepared = list(trainer.accelerator._models)
-        python, numpy, devices = random.getstate(), np.random.get_state(), []
-        if trainer.args.device.type == "cuda":
-            devices = [trainer.args.device]
         # Otherwise `evaluate` would convert the model that is fitted by `fp16_full_eval`.
         was_training, trainer.is_in_train = trainer.is_in_train, True
         try:
-            with torch.random.fork_rng(devices=devices):
+            with same_random_numbers():
                 for parameter, values in fitted:
                     parameter.data = values.to(self.dtypes[id(parameter)])
                 yield
@@ -85,6 +82,4 @@ class MidwayEvaluation:
             for module in modes:
                 module.training = True
             trainer.accelerator._models[:] = prepared
-            random.setstate(python)
-            np.random.set_state(numpy)
             trainer.is_in_train = was_training

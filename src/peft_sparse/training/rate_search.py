@@ -36,9 +36,9 @@ REACH, FARTHEST = 14, 28
 def best_rate(loss_at: Callable[[float], float], start: float, untrained: float) -> float:
     """Return the rate of lowest loss, by few calls of `loss_at`.
 
-    From `start` the search goes by factors of 4 to lower losses, until both neighbours of the best rate are worse. Then
-    it tries the rates that lie between them, by factors of 2. The result is the lowest point of the parabola through
-    the best rate and its two neighbours, in the logarithm of the rate.
+    From `start` the search goes by factors of 4 to lower losses, until both neighbours of the best rate are worse.
+    Then it tries the two rates between, by factors of 2. The result is the lowest point of the parabola through the
+    best rate and its two neighbours, in the logarithm of the rate.
 
     Args:
         loss_at: the loss after a trial at a rate. It may be infinite or NaN.
@@ -237,8 +237,8 @@ def undoing(model: nn.Module, optimizer: Any) -> Iterator[Callable[[], None]]:
     Copies are kept of the trained parameters, the buffers and the state of the optimiser.
     """
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers())]
-    kept = [(t, t.detach().clone()) for t in tensors if id(t) in trained or not isinstance(t, nn.Parameter)]
+    changing = (*(p for p in model.parameters() if id(p) in trained), *model.buffers())
+    kept = [(tensor, tensor.detach().clone()) for tensor in changing]
     state = copy.deepcopy(optimizer.state_dict())
     scaler = getattr(optimizer, "scaler", None)
     scale = None if scaler is None else copy.deepcopy(scaler.state_dict())

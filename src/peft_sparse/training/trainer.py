@@ -80,6 +80,8 @@ class SparseTrainer(Trainer):
 
     If the arguments set `find_learning_rate`, short trials find the learning rate when training begins, and are undone.
     The rate replaces `args.learning_rate`, and is an entry of `state.log_history` as `found_learning_rate`.
+    If the arguments set `find_learning_rate`, short trials find the learning rate when training begins, and are
+    undone. The rate replaces `args.learning_rate`, and is an entry of `state.log_history` as `found_learning_rate`.
 
     If the arguments set `recovery="reconstruct"`, training is a call of `reconstruct` on the first
     `calibration_samples` samples of the training set. Optimiser, learning rate schedule, epochs or `max_steps` (of
