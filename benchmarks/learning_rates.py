@@ -9,8 +9,8 @@ r"""How near the rate of `find_learning_rate` comes to the best of a grid: perpl
 
 The model is pruned, and the same pruned model is trained at each rate of a grid with steps of a factor of 2, and at
 the rate that is found. The search begins at 1e-3 in every row. All runs train for 40 steps of one sequence, with 10 %
-of warm-up and a rate that falls linearly. The optimiser is AdamW without weight decay. MaskLoRA has rank 16, alpha 32 and
-`train_norms`. A text file of one piece is divided: the first 85 % train, and the rest evaluates.
+of warm-up and a rate that falls linearly. The optimiser is AdamW without weight decay. MaskLoRA has rank 16, alpha 32
+and `train_norms`. A text file of one piece is divided: the first 85 % train, and the rest evaluates.
 """
 
 import argparse

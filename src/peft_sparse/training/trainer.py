@@ -281,7 +281,8 @@ class SparseTrainer(Trainer):
             ValueError: before retraining, the arguments ask for another pruning than when the trainer was made; a
                 trial is given for a reconstruction; the checkpoint belongs to a model with other masks, or
                 does not exist. Pruning and reconstruction also raise the errors of `prune` and `reconstruct`.
-            RuntimeError: a weight lost a zero, or a callback stopped reconstruction before its last region.
+            RuntimeError: a weight lost a zero, a callback stopped reconstruction before its last region, or
+                `find_learning_rate` found no rate that lowers the loss.
         """
         if self.args.recovery == "none":
             return self._only_prune()
