@@ -35,6 +35,8 @@ OTHERS = {
     "pruning_interval": 3,
     "retraining_schedule": "allr",
     "original_steps": 100,
+    # A retraining schedule and a search do not go together.
+    "find_learning_rate": False,
     "distillation": "logits",
     "distillation_weight": 0.25,
     "distillation_temperature": 2.0,
