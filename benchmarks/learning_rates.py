@@ -3,7 +3,7 @@ r"""How near the rate of `find_learning_rate` comes to the best of a grid: perpl
     python benchmarks/learning_rates.py --calibration-file c4.jsonl.gz --evaluation-file wikitext2-test.raw.gz \
         --tuners MaskLoRA --length 128 --rates 1e-3,2e-3,4e-3,8e-3 \
         --output benchmarks/results/learning-rates-smollm2-cpu.json
-    python benchmarks/learning_rates.py --model stories260K --text-file tinystories.txt.gz \
+    python benchmarks/learning_rates.py --model stories260K --text-file tinystories.txt.gz --tuners MaskLoRA \
         --output benchmarks/results/learning-rates-stories260k-cpu.json
     python benchmarks/learning_rates.py --table --output (one of these files)
 
@@ -19,6 +19,7 @@ import gzip
 import math
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,6 +133,7 @@ def main() -> None:
     add_text_arguments(options)
     options.add_argument("--text-file", help="gzipped text of one piece, in place of the other two files")
     options.add_argument("--model", help="a folder or a name. Default: SmolLM2-135M-Instruct")
+    options.add_argument("--name", help="the name of the model in the result, if it is a folder")
     options.add_argument("--tuners", default=",".join(TUNERS))
     options.add_argument("--criteria", default="sparsegpt,magnitude")
     options.add_argument("--patterns", default="0.5,2:4,0.7,0.6")
@@ -149,6 +151,10 @@ def main() -> None:
     calibration, tokens = packed[:64, :128], packed[64 : 64 + max(64, args.steps + 8)]
     evaluation = pack_sequences([held_out], tokenizer, 512 if args.text_file is None else 256, separator="")[:8]
     settings = described(args, text, held_out, calibration, evaluation)
+    if args.model:
+        settings["model"] = args.name or args.model
+    if args.text_file:
+        settings["calibration"]["name"] = settings["evaluation"]["name"] = Path(args.text_file).name
     rows = Rows(args.output, {**settings, "steps": args.steps, "tokens_per_step": args.length})
     if args.table:
         table(rows)
