@@ -138,6 +138,17 @@ def test_logits_of_the_dense_model_teach_the_second_half(tmp_path, given):
     assert trainer.state.log_history[1]["loss"] != plain.state.log_history[1]["loss"]
 
 
+def test_the_rate_is_searched_for_retraining_alone(tmp_path):
+    trainer = chain(tmp_path, find_learning_rate=True, per_device_train_batch_size=2, save_strategy="no")
+    trainer.train()
+    (found,) = [entry for entry in trainer.state.log_history if "found_learning_rate" in entry]
+    assert trainer.args.learning_rate == found["found_learning_rate"]
+    plain = chain(tmp_path / "plain", save_strategy="no", per_device_train_batch_size=2,
+                  learning_rate=trainer.args.learning_rate)  # fmt: skip
+    plain.train()
+    assert_same_weights(trainer.model, plain.model)
+
+
 def test_each_training_of_a_model_init_is_a_chain_of_its_own(tmp_path):
     trainer = chain(tmp_path, other={"model_init": lambda: lively("llama")}, save_strategy="no")
     trainer.train()

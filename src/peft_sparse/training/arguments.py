@@ -417,10 +417,10 @@ class SparseTrainingArguments(TrainingArguments):
     def _check_rate_search(self) -> None:
         if not self.find_learning_rate:
             return
-        if self.recovery == "reconstruct" or self.retraining_schedule or self.pruning_schedule:
+        if not self.retrains or self.retraining_schedule or self.pruning_schedule:
             raise ValueError(
                 "`find_learning_rate` finds one rate for a training with the task loss that begins at the pruned "
-                'model. Leave it out with `recovery="reconstruct"`, with `retraining_schedule`, whose rates are those '
+                "model. Leave it out without retraining, with `retraining_schedule`, whose rates are those "
                 "of the original training, and with `pruning_schedule`, which prunes further during training."
             )
         optim = OptimizerNames(self.optim).value

@@ -120,8 +120,9 @@ class RateSearch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A resumed run has been given the rate of the first run, before its optimiser was made.
-        if state.global_step:
+        # A resumed run has been given the rate of the first run, before its optimiser was made. A reconstruction
+        # before the training is not in it.
+        if state.global_step or not self.trainer.is_in_train:
             return
         trials = Trials(self.trainer)
         found = trials.search()

@@ -78,8 +78,6 @@ class SparseTrainer(Trainer):
 
     If the arguments set `recovery="none"`, `train` prunes the model and returns.
 
-    If the arguments set `find_learning_rate`, short trials find the learning rate when training begins, and are undone.
-    The rate replaces `args.learning_rate`, and is an entry of `state.log_history` as `found_learning_rate`.
     If the arguments set `find_learning_rate`, short trials find the learning rate when training begins, and are
     undone. The rate replaces `args.learning_rate`, and is an entry of `state.log_history` as `found_learning_rate`.
 
