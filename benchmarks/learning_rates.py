@@ -99,7 +99,7 @@ def measure(rows: Rows, base: Any, tokens: Tensor, evaluation: Tensor, args: arg
         started = time.process_time()
         model, trainer = train(base, case["tuner"], rate, tokens, args)
         seconds = time.process_time() - started
-        entry = next((e for e in trainer.state.log_history if "found_learning_rate" in e), {})
+        entry: dict[str, Any] = next((e for e in trainer.state.log_history if "found_learning_rate" in e), {})
         found = {key: entry[key] for key in ("found_learning_rate", "search_steps") if key in entry}
         try:
             value: float | None = perplexity(model, evaluation)

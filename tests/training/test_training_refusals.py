@@ -449,7 +449,7 @@ REFUSALS = [
     (
         lambda: arguments(find_learning_rate=True, retraining_schedule="llr"),
         ValueError,
-        "`find_learning_rate` finds one rate .* Leave it out without retraining, with `retraining_schedule`, whose rates are those of",
+        "`find_learning_rate` finds one rate .* Leave it out without retraining, with `retraining_schedule`",
     ),
     (
         lambda: arguments(find_learning_rate=True, optim="adalomo"),
