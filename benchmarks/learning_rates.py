@@ -100,7 +100,7 @@ def measure(rows: Rows, base: Any, tokens: Tensor, evaluation: Tensor, args: arg
         model, trainer = train(base, case["tuner"], rate, tokens, args)
         seconds = time.process_time() - started
         entry: dict[str, Any] = next((e for e in trainer.state.log_history if "found_learning_rate" in e), {})
-        found = {key: entry[key] for key in ("found_learning_rate", "search_steps") if key in entry}
+        found: dict[str, Any] = {key: entry[key] for key in ("found_learning_rate", "search_steps") if key in entry}
         try:
             value: float | None = perplexity(model, evaluation)
         except (ValueError, OverflowError):
