@@ -16,6 +16,7 @@ from test_layer_kinds import (
     assert_zeros_kept,
     config_of,
     output,
+    product_form,
     saved,
     train,
     tuner_layers,
@@ -26,7 +27,7 @@ ADAPTERS, WEIGHTS = ["default", "second", "third"], [0.7, -0.3, 1.5]
 KINDS_OF_LAYERS = pytest.mark.parametrize("name", ["mlp", "conv", "conv-grouped", "llama", "gpt2", "mixtral"])
 
 
-@pytest.fixture(params=TUNERS, ids=["MaskLoRA", "ScaledLoRA"])
+@pytest.fixture(params=[*TUNERS, product_form], ids=["MaskLoRA", "ScaledLoRA", "ScaledLoRA, product"])
 def tuner(request):
     return request.param
 
@@ -112,7 +113,7 @@ def test_an_svd_is_the_best_approximation_of_the_sum(name, svd_rank, tuner):
         A, B, _, _ = layer._factors(["sum"])
         low_A, low_B, _, _ = layer._factors(["best"])
         product, low = B @ A, low_B @ low_A
-        rank = svd_rank + (tuner is ScaledLoRAConfig)
+        rank = svd_rank + (tuner is product_form)
         assert layer.r["best"] == min(rank, *A.shape[-2:], B.shape[-2])
         lost = torch.linalg.svdvals(product)[..., rank:].square().sum(-1).sqrt()
         torch.testing.assert_close((product - low).norm(dim=(-2, -1)), lost, rtol=1e-3, atol=1e-4)
@@ -123,7 +124,7 @@ def test_an_svd_is_the_best_approximation_of_the_sum(name, svd_rank, tuner):
 def test_the_rank_of_an_svd_follows_the_adapters(tuner):
     model = three(KINDS["llama"], tuner)
     model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "best", combination_type="svd")
-    assert {layer.r["best"] for layer in layers_with(model, "best").values()} == {3 + (tuner is ScaledLoRAConfig)}
+    assert {layer.r["best"] for layer in layers_with(model, "best").values()} == {3 + (tuner is product_form)}
 
 
 @pytest.mark.parametrize("name", ["mlp", "mixtral"])
@@ -133,7 +134,7 @@ def test_matrices_are_merged_by_the_functions_of_peft(name, tuner):
     names, weights = ["default", "second"], [0.7, -0.4]
     options = {"density": 0.5, "svd_rank": 50, "majority_sign_method": "frequency"}
     model.add_weighted_adapter(names, weights, "merged", combination_type="ties_svd", **options)
-    ones = 1 if tuner is ScaledLoRAConfig else 0
+    ones = 1 if tuner is product_form else 0
     for layer in layers_with(model, "merged").values():
         products = [(A, B, s) for A, B, _, s in (layer._factors([name]) for name in names)]
         matrices = [s * (B @ A - ones) for A, B, s in products]
@@ -144,7 +145,7 @@ def test_matrices_are_merged_by_the_functions_of_peft(name, tuner):
                 [ties(list(pair), torch.tensor(weights), 0.5, "frequency") for pair in zip(*matrices, strict=True)]
             )
         A, B, _, _ = layer._factors(["merged"])
-        torch.testing.assert_close(B @ A - ones, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(B @ A, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["magnitude_prune_svd", "dare_linear_svd", "dare_ties_svd"])
@@ -174,13 +175,17 @@ def test_one_adapter_is_scaled(tuner):
     assert_same_updates(updates(model, "negated"), expected_updates(model, ["second"], [-2.0]))
 
 
-def test_weights_that_sum_up_to_one_need_no_rank_of_ones():
+@pytest.mark.parametrize(("first", "rank"), [(ScaledLoRAConfig, 6), (product_form, 7)])
+def test_both_forms_of_scaled_lora_can_be_combined(first, rank, tmp_path):
     kind = KINDS["mlp"]
-    model = adapted(kind, ScaledLoRAConfig)
+    model = adapted(kind, first)
     model.add_adapter("second", config_of(kind, ScaledLoRAConfig, init_weights=False))
-    model.add_weighted_adapter(["default", "second"], [0.25, 0.75], "mean")
-    assert (model.peft_config["mean"].r, model.peft_config["mean"].rank_pattern) == (6, {})
-    assert_same_updates(updates(model, "mean"), expected_updates(model, ["default", "second"], [0.25, 0.75]))
+    model.add_weighted_adapter(["default", "second"], [0.25, 0.5], "sum")
+    assert (model.peft_config["sum"].r, model.peft_config["sum"].rank_pattern) == (rank, {})
+    assert_same_updates(updates(model, "sum"), expected_updates(model, ["default", "second"], [0.25, 0.5]))
+    model.set_adapter("sum")
+    loaded = PeftModel.from_pretrained(kind.sparse(), saved(model, tmp_path) / "sum")
+    torch.testing.assert_close(output(loaded, kind), output(model, kind))
 
 
 def test_lora_prune_stays_lora_prune():

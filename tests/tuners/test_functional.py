@@ -16,8 +16,11 @@ from peft_sparse.tuners.functional import (
 MASK = {"factor": "mask", "c": 1.0, "s": 1.7}
 SCALED = {"factor": "weight", "c": 0.0, "s": 1.0}
 SOFT = {"factor": "weight", "c": 0.4, "s": 0.6}
+RESIDUAL = {"factor": "weight", "c": 1.0, "s": 1.7}
 UPDATE = {"factor": "mask", "c": 0.0, "s": 0.3}
-FORMULAS = pytest.mark.parametrize("formula", [MASK, SCALED, SOFT, UPDATE], ids=["mask", "scaled", "soft", "update"])
+FORMULAS = pytest.mark.parametrize(
+    "formula", [MASK, SCALED, SOFT, RESIDUAL, UPDATE], ids=["mask", "scaled", "soft", "residual", "update"]
+)
 
 
 def problem(dtype=torch.float64, adapter_dtype=None, bias=True):

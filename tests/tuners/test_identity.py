@@ -1,4 +1,4 @@
-"""What PEFT fills in, pads or leaves out must have no effect: B = 0 for MaskLoRA, BA = 1 for ScaledLoRA."""
+"""What PEFT fills in, pads or leaves out must have no effect: B = 0, or BA = 1 for ScaledLoRA W ⊙ (BA)."""
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from test_layer_kinds import (
     assert_zeros_kept,
     config_of,
     output,
+    product_form,
     saved,
     train,
     tuner_layers,
@@ -32,7 +33,7 @@ from test_layer_kinds import (
 KINDS_OF_LAYERS = pytest.mark.parametrize("name", ["mlp", "conv", "llama", "gpt2", "mixtral"])
 
 
-@pytest.fixture(params=TUNERS, ids=["MaskLoRA", "ScaledLoRA"])
+@pytest.fixture(params=[*TUNERS, product_form], ids=["MaskLoRA", "ScaledLoRA", "ScaledLoRA, product"])
 def tuner(request):
     return request.param
 
@@ -82,8 +83,11 @@ def test_an_adapter_of_another_rank_is_swapped_in(name, other, tuner, tmp_path):
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1)])
 def test_rank_one_is_swapped_for_more_and_more_for_rank_one(before, after, tuner, tmp_path):
     kind = KINDS["llama"]
+    # ScaledLoRA trains another formula at rank 1.
     model, expected = swapped(kind, tuner, tmp_path, {"r": before}, {"r": after})
     torch.testing.assert_close(output(model, kind), expected)
+    again = PeftModel.from_pretrained(kind.sparse(), saved(model, tmp_path / "again"))
+    torch.testing.assert_close(output(again, kind), expected)
 
 
 def test_every_layer_gets_the_rank_and_the_scaling_of_the_new_adapter(tuner, tmp_path):

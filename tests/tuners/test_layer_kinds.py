@@ -1,6 +1,7 @@
 """What both tuners do on every kind of layer and model, and PEFT's features around them."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import hotswap_adapter
@@ -142,6 +143,11 @@ def kind(request):
 
 def config_of(kind, tuner, **options):
     return tuner(**{"r": 3} | kind.config | options)
+
+
+def product_form(**options):
+    """The configuration of ScaledLoRA that trains W ⊙ (BA)."""
+    return ScaledLoRAConfig(residual=False, **options)
 
 
 def adapted(kind, tuner, model=None, **options):
@@ -360,7 +366,7 @@ def test_dropout_drops_the_input_of_the_adapter_alone(name, masking):
 
     def formula():
         product = (B @ A).view(base.weight.shape)
-        factors = {"always": (base.weight != 0) * product, "merge": product, None: base.weight * (product - 1)}
+        factors = {"always": (base.weight != 0) * product, "merge": product, None: base.weight * product}
         return base(x) + functional_call(unbiased, {"weight": scaling * factors[masking]}, F.dropout(x, 0.1))
 
     results = []
@@ -535,22 +541,70 @@ def second_singular_value(matrix):
     return float(values[1] / values[0])
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv", "llama"])
-def test_scaled_lora_starts_at_exactly_one(name):
-    for product in products(adapted(KINDS[name], ScaledLoRAConfig, init_weights=True)):
-        assert torch.equal(product, torch.ones_like(product))
-
-
-def test_scaled_lora_starts_at_exactly_one_for_every_expert():
-    for layer in tuner_layers(adapted(KINDS["mixtral"], ScaledLoRAConfig, init_weights=True)):
+@pytest.mark.parametrize("form", [ScaledLoRAConfig, product_form])
+@pytest.mark.parametrize("name", ["mlp", "conv", "llama", "mixtral"])
+def test_scaled_lora_starts_at_exactly_the_base_weight(name, form):
+    for layer in tuner_layers(adapted(KINDS[name], form, init_weights=True)):
         assert not layer.get_delta_weight("default").any()
+
+
+def test_every_component_of_scaled_lora_is_trained():
+    kind = KINDS["llama"]
+    wrapped = adapted(kind, ScaledLoRAConfig, init_weights=True)
+    # B = 0 gives A no gradient in the first step.
+    train(wrapped, kind, steps=2)
+    wrapped.zero_grad()
+    output(wrapped, kind).square().sum().backward()
+    for layer in tuner_layers(wrapped):
+        assert layer.A.default.weight.grad.any(1).all()
+        assert layer.B.default.weight.grad.any(0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "residual"),
+    [
+        ({}, True),
+        ({"r": 1}, False),
+        ({"r": 1, "residual": True}, True),
+        ({"residual": False}, False),
+        ({"init_weights": "paper"}, False),
+        # An adapter that was saved before the field existed.
+        ({"format_version": 1}, False),
+        ({"format_version": 1, "residual": True}, True),
+    ],
+)
+def test_the_configuration_decides_which_formula_is_trained(options, residual, tmp_path):
+    kind = KINDS["mlp"]
+    config = config_of(kind, ScaledLoRAConfig, **{"init_weights": False} | options)
+    wrapped = get_peft_model(kind.sparse(), config).eval()
+    config = PeftConfig.from_pretrained(saved(wrapped, tmp_path))
+    assert config.residual is residual
+    layer = wrapped.base_model.model[0]
+    factor = layer.B.default.weight @ layer.A.default.weight + residual
+    expected = F.linear(kind.inputs["input"], layer.weight * factor, layer.bias)
+    torch.testing.assert_close(layer(kind.inputs["input"]), expected)
+    loaded = PeftModel.from_pretrained(kind.sparse(), tmp_path)
+    torch.testing.assert_close(output(loaded, kind), output(wrapped, kind))
+
+
+def test_an_adapter_of_format_version_1_computes_what_it_did(tmp_path):
+    kind = KINDS["mlp"]
+    wrapped = adapted(kind, product_form)
+    path = Path(saved(wrapped, tmp_path)) / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("residual") is False
+    path.write_text(json.dumps(config | {"format_version": 1}))
+    for _ in range(2):
+        loaded = PeftModel.from_pretrained(kind.sparse(), tmp_path)
+        torch.testing.assert_close(output(loaded, kind), output(wrapped, kind))
+        loaded.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mlp", "llama"])
 def test_the_papers_initialisation_stays_at_rank_one_and_the_default_does_not(name):
     kind = KINDS[name]
-    for init_weights, stays in (("paper", True), (True, False)):
-        wrapped = adapted(kind, ScaledLoRAConfig, init_weights=init_weights)
+    for options, stays in (({"init_weights": "paper"}, True), ({}, False), ({"residual": False}, False)):
+        wrapped = adapted(kind, ScaledLoRAConfig, **{"init_weights": True} | options)
         before = output(wrapped, kind)
         train(wrapped, kind, steps=10)
         assert not torch.allclose(output(wrapped, kind), before, atol=1e-3)

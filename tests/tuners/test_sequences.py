@@ -104,7 +104,7 @@ class Sequences(RuleBasedStateMachine):
             A, B = layer.A[adapter].weight, layer.B[adapter].weight
             product = (B @ A).T if name == "mix" else B @ A
             s = scale * layer.trained_scaling[adapter]
-            update = (weight != 0) * product if self.config_cls is MaskLoRAConfig else weight * (product - 1)
+            update = (weight != 0) * product if self.config_cls is MaskLoRAConfig else weight * product
             weights[f"{name}.weight"] = weight + s * update
         return functional_call(self.dense, weights, self.x)
 

@@ -319,6 +319,12 @@ REFUSALS = [
     ),
     (lambda: MaskLoRAConfig(masking="later"), ValueError, "`masking` must be one of .* got 'later'"),
     (lambda: ScaledLoRAConfig(init_weights="pissa"), ValueError, "`init_weights` must be one of .* got 'pissa'"),
+    (lambda: ScaledLoRAConfig(residual="yes"), ValueError, "`residual` must be one of .* got 'yes'"),
+    (
+        lambda: ScaledLoRAConfig(init_weights="paper", residual=True),
+        ValueError,
+        "needs `residual=False`, got `residual=True`. Leave `residual` out",
+    ),
     (lambda: adapted(train_head="full", model=headless()), ValueError, "needs a model with an output head"),
     (
         lambda: adapted(train_head="adapter", model=tiny("gpt2")),

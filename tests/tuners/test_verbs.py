@@ -53,7 +53,7 @@ def update_of_mask_lora(weight, product):
 
 
 def update_of_scaled_lora(weight, product):
-    return weight * (product - 1)
+    return weight * product
 
 
 def update_of_lora(weight, product):
@@ -76,7 +76,8 @@ class Verbs(RuleBasedStateMachine):
         nn.init.normal_(self.base.mix.weight)
         prune(self.base, 0.5, target_modules=list(LAYERS))
         self.x = torch.randn(3, 5)
-        self.trained_scaling, self.scale, self.active, self.merged = {}, {"first": 1.0}, ["first"], {}
+        self.trained_scaling, self.start = {}, {}
+        self.scale, self.active, self.merged = {"first": 1.0}, ["first"], {}
         self.model = get_peft_model(
             copy.deepcopy(self.base), self.config("first", r, alpha, rslora), adapter_name="first"
         )
@@ -86,6 +87,8 @@ class Verbs(RuleBasedStateMachine):
         init = {"init_lora_weights" if self.config_cls is LoraConfig else "init_weights": False}
         config = self.config_cls(r=r, use_rslora=rslora, target_modules=list(LAYERS), **chosen, **init)
         self.trained_scaling[name] = config.lora_alpha / (math.sqrt(r) if rslora else r)
+        # ScaledLoRA of rank 1 trains the whole factor.
+        self.start[name] = float(not getattr(config, "residual", True))
         return config
 
     def tuner_layers(self):
@@ -100,7 +103,8 @@ class Verbs(RuleBasedStateMachine):
             for adapter, scale in scales.items():
                 product = B[adapter].weight @ A[adapter].weight
                 product = product.T if name == "mix" else product
-                weight = weight + scale * self.trained_scaling[adapter] * self.update(base, product)
+                update = self.update(base, product - self.start[adapter])
+                weight = weight + scale * self.trained_scaling[adapter] * update
             weights[f"{name}.weight"] = weight
         return functional_call(self.base, weights, self.x)
 

@@ -1,8 +1,9 @@
 """`add_weighted_adapter`: one adapter that computes the weighted sum of others.
 
 `SparseLoraModel` in `model` has the method. Adapter i has the weight w_i and the scaling s_i. The sum is exact,
-because H is the same for all of them. For MaskLoRA, Σ w_i s_i M ⊙ (B_i A_i) is M ⊙ (BA) with stacked factors. For
-ScaledLoRA, W ⊙ (1 + Σ w_i s_i (B_i A_i - 1)) is W ⊙ (BA) with one more rank, which holds 1 - Σ w_i s_i everywhere.
+because H is the same for all of them: Σ w_i s_i H ⊙ (B_i A_i) is H ⊙ (BA) with stacked factors. A ScaledLoRA adapter
+with `residual=False` adds s_i W ⊙ (B_i A_i - 1). The combination is residual, and such adapters give it one more rank,
+which holds minus the sum of their w_i s_i everywhere.
 """
 
 import math
@@ -169,15 +170,16 @@ def _combined(
     # Half precision would round the sums, and has no SVD.
     exact = torch.promote_types(dtype, torch.float32)
     pairs = [by_expert(A.to(exact), B.to(exact), experts_of(layer)) for A, B in pairs]
-    ones = layer.factor == "weight"
-    rank = (how.svd_rank or max(A.shape[1] for A, _ in pairs)) + ones
+    ones = [float(not layer.residual[adapter]) for adapter, _ in present]
+    rank = (how.svd_rank or max(A.shape[1] for A, _ in pairs)) + any(ones)
     if how.kind in DENSE:
-        updates = [s * (B @ A - float(ones)) for (A, B), s in zip(pairs, scales, strict=True)]
-        shares = torch.tensor([weight for _, weight in present], dtype=exact, device=updates[0].device)
-        merged = torch.stack([how.merge(list(of_expert), shares) for of_expert in zip(*updates, strict=True)])
-        A, B = _truncated(merged + float(ones), rank, how)
+        updates = [s * (B @ A - one) for (A, B), s, one in zip(pairs, scales, ones, strict=True)]
+        given = torch.tensor([weight for _, weight in present], dtype=exact, device=updates[0].device)
+        merged = torch.stack([how.merge(list(of_expert), given) for of_expert in zip(*updates, strict=True)])
+        A, B = _truncated(merged, rank, how)
     else:
-        A, B = _stacked(pairs, [weight * s for (_, weight), s in zip(present, scales, strict=True)], ones)
+        shares = [weight * s for (_, weight), s in zip(present, scales, strict=True)]
+        A, B = _stacked(pairs, shares, -sum(share * one for share, one in zip(shares, ones, strict=True)))
         if how.kind == "svd":
             # BA = Q_B (R_B R_A^T) Q_A^T, and Q has orthonormal columns. So the SVD of a small matrix gives that of BA.
             (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
@@ -186,14 +188,13 @@ def _combined(
     return A.to(dtype).contiguous(), B.to(dtype).contiguous()
 
 
-def _stacked(pairs: list[tuple[Tensor, Tensor]], shares: list[float], ones: bool) -> tuple[Tensor, Tensor]:
-    """Return A and B of the weighted sum. `ones` adds what is missing to a sum of shares of 1, as a rank of ones."""
+def _stacked(pairs: list[tuple[Tensor, Tensor]], shares: list[float], constant: float) -> tuple[Tensor, Tensor]:
+    """Return A and B of the weighted sum, plus one rank that holds `constant` everywhere if it is not 0."""
     A = torch.cat([A for A, _ in pairs], 1)
     B = torch.cat([B * share for (_, B), share in zip(pairs, shares, strict=True)], 2)
-    rest = 1 - sum(shares)
-    if not ones or abs(rest) < 1e-12:
+    if not constant:
         return A, B
-    return torch.cat([A, torch.ones_like(A[:, :1])], 1), torch.cat([B, torch.full_like(B[:, :, :1], rest)], 2)
+    return torch.cat([A, torch.ones_like(A[:, :1])], 1), torch.cat([B, torch.full_like(B[:, :, :1], constant)], 2)
 
 
 def _truncated(
@@ -248,6 +249,8 @@ def _new_config(
         parameters = next((one.target_parameters for one in configs if one.target_parameters), None)
         changes = dict.fromkeys(TARGETS) | {"target_parameters": parameters, "train_head": "none"}
         config = replace(config, **changes | {"target_modules": "|".join(modules) if modules else []})
+    if hasattr(config, "residual"):
+        config.residual = True
     ranks = {key: A.shape[0] // experts_of(layers[key]) for key, (A, _) in factors.items()}
     write_ranks(config, ranks, {key: float(rank) for key, rank in ranks.items()})
     return config

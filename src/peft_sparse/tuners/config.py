@@ -23,7 +23,7 @@ MASK_LORA = add_peft_type("MASK_LORA")
 SCALED_LORA = add_peft_type("SCALED_LORA")
 
 # Increased when the meaning of a saved adapter changes, so that an older package refuses the adapter.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -257,15 +257,17 @@ class ScaledLoRAConfig(SparseLoraConfig):
 
     The effective weight of an adapted layer is
 
-        W ⊙ (BA)                        with `lora_alpha=None`, the default
-        W ⊙ (1 + s · (BA - 1))          with a number, s = lora_alpha / r
+        W ⊙ (1 + s · BA)                with `residual=True`, the default for r > 1
+        W ⊙ (1 + s · (BA - 1))          with `residual=False`, the default for r = 1
 
-    W (out, in) is the frozen base weight. A (r, in) and B (out, r) are trained. BA starts as a matrix of ones, so that
-    training starts at W. Every zero stays zero, because 0 times a finite number is 0.
+    W (out, in) is the frozen base weight. A (r, in) and B (out, r) are trained. s is 1 unless `lora_alpha` is given.
+    The second formula is then W ⊙ (BA), as published. The first is W ⊙ (B'A') too, where B' and A' have one more
+    component, which stays at ones. Training starts at W: at BA = 0 in the first formula, and at a matrix of ones BA
+    in the second. Every zero stays zero, because 0 times a finite number is 0.
 
-    With `r=1` and the default `lora_alpha` the effective weight is W_ij · b_i · a_j. A linear layer then multiplies
-    its inputs by a and the product by b, without a matrix of W's size in forward or backward. Quantised layers,
-    convolutions, `target_parameters`, training with dropout and several active adapters use the general formula.
+    With `r=1` and the defaults the effective weight is W_ij · b_i · a_j. A linear layer then multiplies its inputs by
+    a and the product by b, without a matrix of W's size in forward or backward. Quantised layers, convolutions,
+    `target_parameters`, training with dropout and several active adapters use the general formula.
 
     Merging computes the effective weight in the dtype of A and B and rounds it once to the dtype of W. A linear layer
     of rank 1 rounds at other places when it runs unmerged, so merging changes its outputs by the rounding error of the
@@ -301,10 +303,10 @@ class ScaledLoRAConfig(SparseLoraConfig):
             An output head that shares its weight with the embedding gets the same rows.
         ensure_weight_tying: keep modules of `modules_to_save`, and tokens of `trainable_token_indices`, that share
             their weight with the embedding the same for both. Adapters on such a head are refused with it.
-        init_weights: True sets one row of A and one column of B to ones, draws the other rows of A as LoRA does, and
-            sets the other columns of B to zero. "paper" sets every entry of A and B to 1 / sqrt(r), as published. All
-            components then receive equal gradients and stay equal, so BA keeps rank 1 for any `r`. False draws A and B
-            so that BA is not a matrix of ones, for tests.
+        init_weights: True draws A as LoRA does and sets B to zero. With `residual=False` it then sets one row of A and
+            one column of B to ones. "paper" sets every entry of A and B to 1 / sqrt(r), as published, which needs
+            `residual=False`, its default then. All components then receive equal gradients and stay equal, so BA
+            keeps rank 1 for any `r`. False draws A and B so that they have an effect, for tests.
         layers_to_transform: index, or list of indices, of the blocks to adapt. None adapts all. It needs a list of
             names in `target_modules`.
         layers_pattern: name of the module list that holds the blocks, such as "layers", for models in which PEFT does
@@ -324,22 +326,35 @@ class ScaledLoRAConfig(SparseLoraConfig):
             the entries of a weight. "error" then raises ValueError, and "warn" and "ignore" both accept it.
         format_version: version of the saved format. Not set by the user.
         requires: name of the package that loads the adapter, for people who read `adapter_config.json`. Not used.
+        residual: which of the two formulas above is trained. True trains what is added to a matrix of ones, and False
+            trains the whole factor. None, the default, gives False with `r=1` or `init_weights="paper"`, else True. A
+            configuration that is saved holds the value. False is the formula of adapters of format version 1.
 
     `task_type`, `inference_mode` and the other fields of `peft.PeftConfig` are accepted as well.
 
     Raises:
         ValueError: `r` or a rank in `rank_pattern` is not a positive integer, `lora_dropout` is outside [0, 1), a
             field has none of its accepted values, `layers_to_transform` or `layers_pattern` is given beside a string
-            in `target_modules`, or `format_version` is newer than the package.
+            in `target_modules`, `residual` is True with `init_weights="paper"`, or `format_version` is newer than the
+            package.
     """
 
     name: ClassVar[str] = "scaled_lora"
 
     lora_alpha: float | None = None
+    residual: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SCALED_LORA
+        if self.residual is None:
+            # Adapters of format version 1 were saved without this field.
+            self.residual = self.format_version > 1 and self.r > 1 and self.init_weights != "paper"
+        elif self.residual and self.init_weights == "paper":
+            raise ValueError(
+                '`init_weights="paper"` starts at a matrix of ones BA, which needs `residual=False`, got '
+                "`residual=True`. Leave `residual` out, or choose `init_weights=True`."
+            )
         if self.lora_alpha is None:
             # Written out as the numbers that give s = 1, because PEFT's hotswap divides these fields itself.
             self.lora_alpha = self._neutral_alpha(self.r)
@@ -351,4 +366,4 @@ class ScaledLoRAConfig(SparseLoraConfig):
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """Return the accepted values of every field that has a fixed choice, by name of the field."""
-        return super().choices() | {"init_weights": (True, False, "paper")}
+        return super().choices() | {"init_weights": (True, False, "paper"), "residual": (None, True, False)}

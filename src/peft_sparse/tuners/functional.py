@@ -7,10 +7,11 @@ c · W + s · H ⊙ (BA). The fixed matrix H differs between them, and `Factor` 
 | adapter    | H | c     | effective weight           |
 | ---------- | - | ----- | -------------------------- |
 | MaskLoRA   | M | 1     | W + s · M ⊙ (BA)           |
+| ScaledLoRA | W | 1     | W ⊙ (1 + s · BA)           |
 | ScaledLoRA | W | 1 - s | W ⊙ (1 + s · (BA - 1))     |
 
-One autograd function serves both. With D = dL/dy and G = D^T x its gradients are dA = s B^T (H ⊙ G),
-dB = s (H ⊙ G) A^T and dx = D (c · W + s · H ⊙ (BA)).
+The field `residual` of a ScaledLoRA configuration chooses between its two rows. One autograd function serves all. With
+D = dL/dy and G = D^T x its gradients are dA = s B^T (H ⊙ G), dB = s (H ⊙ G) A^T and dx = D (c · W + s · H ⊙ (BA)).
 """
 
 import contextlib

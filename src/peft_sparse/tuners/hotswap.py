@@ -1,8 +1,8 @@
 """A and B that arrive from outside: PEFT's hotswap, and files that lack some layers.
 
 A layer whose A and B do not arrive must have no effect. PEFT's hotswap sets A and B to zero, and Transformers draws
-them at random. For ScaledLoRA both multiply the weight by about 0, so these functions set BA to 1 instead. `model`
-calls `whole_pairs`, and `lora_extras` puts the other functions into PEFT and Transformers.
+them at random. These functions set B to 0, or BA to 1 for ScaledLoRA with `residual=False`, where 0 would remove the
+weight. `model` calls `whole_pairs`, and `lora_extras` puts the other functions into PEFT and Transformers.
 """
 
 import math
@@ -26,9 +26,10 @@ Arriving = dict[str, tuple[SparseLoraLayer, Tensor | None, Tensor | None, Tensor
 def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: SparseLoraConfig) -> None:
     """Put the tensors of another adapter into the adapter `adapter_name`, in place.
 
-    A layer that the new adapter lacks gets the identity: B = 0 for MaskLoRA, BA = 1 for ScaledLoRA. A smaller rank is
-    padded with zeros to the rank that is there, and a larger rank replaces it. The scaling of every layer becomes that
-    of the new configuration. The model's own configuration is updated, so that the adapter can be saved.
+    A layer that the new adapter lacks gets the identity: B = 0, or BA = 1 for ScaledLoRA with `residual=False`. A
+    smaller rank is padded with zeros to the rank that is there, and a larger rank replaces it. The scaling and the
+    formula of every layer become those of the new configuration. The model's own configuration is updated, so that
+    the adapter can be saved.
 
     Args:
         model: the model with the adapter. It may be compiled.
@@ -64,17 +65,16 @@ def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: 
         )
     receive(model, config, adapter_name, state_dict)
     for name, (layer, A, B, mask) in arriving.items():
+        _set_formula(layer, adapter_name, name, config)
         if A is None or B is None:
             layer.reset_parameters(adapter_name, True)
         else:
             _write(layer, adapter_name, *padded(A, B, experts_of(layer), layer.r[adapter_name]))
-        _set_scaling(layer, adapter_name, name, config)
         _set_mask(layer, adapter_name, mask, config)
     if own is not None:
-        own.use_rslora, own.save_mask = config.use_rslora, config.save_mask
-        own.mask_fingerprints = config.mask_fingerprints
-        if hasattr(own, "masking"):
-            own.masking = config.masking
+        for field in ("use_rslora", "save_mask", "mask_fingerprints", "masking", "residual", "init_weights"):
+            if hasattr(own, field):
+                setattr(own, field, getattr(config, field))
         _write_config(own, {name: layer for name, (layer, *_) in arriving.items()}, adapter_name)
 
 
@@ -223,11 +223,13 @@ def _write(layer: SparseLoraLayer, adapter_name: str, A: Tensor, B: Tensor) -> N
     layer.r[adapter_name] = by_expert(A, B, experts)[0].shape[1]
 
 
-def _set_scaling(layer: SparseLoraLayer, adapter_name: str, name: str, config: SparseLoraConfig) -> None:
+def _set_formula(layer: SparseLoraLayer, adapter_name: str, name: str, config: SparseLoraConfig) -> None:
     r, alpha = config.rank_and_alpha(name)
     layer.lora_alpha[adapter_name] = alpha
     layer.scaling[adapter_name] = layer.trained_scaling[adapter_name] = alpha / _divisor(config, r)
     layer.masking[adapter_name] = getattr(config, "masking", "always")
+    layer.residual[adapter_name] = getattr(config, "residual", True)
+    layer.init_weights[adapter_name] = config.init_weights or True
 
 
 def _set_mask(layer: SparseLoraLayer, adapter_name: str, mask: Tensor | None, config: SparseLoraConfig) -> None:

@@ -28,7 +28,7 @@ from .saved_masks import SavedMasks
 
 
 # The attributes that map names of adapters to plain values. PEFT deletes the entries of an adapter with the adapter.
-STATE_NAMES = ("r", "lora_alpha", "scaling", "trained_scaling", "masking", "init_weights")
+STATE_NAMES = ("r", "lora_alpha", "scaling", "trained_scaling", "masking", "residual", "init_weights")
 
 
 @contextlib.contextmanager
@@ -45,8 +45,8 @@ def swapped(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
 class SparseLoraLayer(KeepsWeight, SavedMasks):
     """A base layer with adapters. Each adapter has a name, an A (r, in) and a B (out, r).
 
-    The effective weight is c · W + s · H ⊙ (BA). For MaskLoRA, H is the mask of W and c is 1. For ScaledLoRA, H is W
-    and c is 1 - s. The delta weights of several active adapters are added up.
+    The effective weight is c · W + s · H ⊙ (BA). For MaskLoRA, H is the mask of W. For ScaledLoRA, H is W. c is 1, or
+    1 - s for a ScaledLoRA adapter with `residual=False`. The delta weights of several active adapters are added up.
 
     Args:
         base_layer: the layer to adapt, or another tuner's layer around it.
@@ -81,6 +81,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         self.scaling: dict[str, float] = {}
         self.trained_scaling: dict[str, float] = {}
         self.masking: dict[str, Literal["always", "merge"]] = {}
+        self.residual: dict[str, bool] = {}
         self.init_weights: dict[str, bool | Literal["paper"]] = {}
         for name in ("A", "B", "dropout"):
             setattr(self, self.prefix + name, nn.ModuleDict())
@@ -116,6 +117,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.trained_scaling[adapter_name] = self.scaling[adapter_name]
         self.masking[adapter_name] = getattr(config, "masking", "always")
+        self.residual[adapter_name] = getattr(config, "residual", True)
         # False is for tests. A restart begins at the function that was merged.
         self.init_weights[adapter_name] = config.init_weights or True
         columns, rows = self._factor_features(r)
@@ -156,7 +158,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         A = [stored_weight(self.A[name]) for name in names]
         B = [stored_weight(self.B[name]) for name in names]
         scalings = [self.scaling[name] for name in names]
-        c = 1.0 if self.factor == "mask" else 1.0 - sum(scalings)
+        c = 1.0 - sum(s for name, s in zip(names, scalings, strict=True) if not self.residual[name])
         if len(names) == 1:
             return A[0], B[0], c, scalings[0]
         return torch.cat(A), torch.cat([b * s for b, s in zip(B, scalings, strict=True)], dim=1), c, 1.0

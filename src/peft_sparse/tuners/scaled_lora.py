@@ -1,4 +1,4 @@
-"""The layers and the model of ScaledLoRA, W ⊙ (BA), which starts at W. Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
+"""The layers and the model of ScaledLoRA: W ⊙ (1 + s · BA), or W ⊙ (BA) of Zimmer et al. 2023, arXiv:2312.15230v3.
 
 The classes set names and the formula, initialise A and B, and hold the forward pass of rank 1. Their other methods are
 in `layer`, `conv`, `parameter` and `model`.
@@ -19,7 +19,11 @@ from .parameter import ParameterMixin
 
 
 class ScaledLoraLayer(SparseLoraLayer):
-    """Base class of every ScaledLoRA layer. Effective weight: W ⊙ (1 + s · (BA - 1)), which is W ⊙ (BA) for s = 1."""
+    """Base class of every ScaledLoRA layer.
+
+    The effective weight of an adapter is W ⊙ (1 + s · BA), or with `residual=False` W ⊙ (1 + s · (BA - 1)), which is
+    W ⊙ (BA) for s = 1.
+    """
 
     prefix = "scaled_lora_"
     factor: Factor = "weight"
@@ -32,12 +36,15 @@ class ScaledLoraLayer(SparseLoraLayer):
 
         Args:
             adapter_name: name of the adapter.
-            init_weights: True makes BA a matrix of ones. The first row of A and the first column of B are ones. The
-                other rows of A are drawn as in LoRA, and the other columns of B are zero. "paper" sets every entry of
-                A and B to 1 / sqrt(r). False draws A and B at random, and adds 1 to the first row of A and to the
-                first column of B.
+            init_weights: of a residual adapter, True draws A as LoRA does and sets B to zero, and False draws both.
+                With `residual=False`, True makes BA a matrix of ones: the first row of A and the first column of B
+                are ones, the other rows of A are drawn as in LoRA, and the other columns of B are zero. "paper" sets
+                every entry of A and B to 1 / sqrt(r). False draws A and B at random, and adds 1 to the first row of A
+                and to the first column of B.
         """
         super().reset_parameters(adapter_name, init_weights)
+        if self.residual[adapter_name]:
+            return
         r = self.r[adapter_name]
         A, B = stored_weight(self.A[adapter_name]), stored_weight(self.B[adapter_name])
         if init_weights == "paper":
@@ -68,6 +75,7 @@ class ScaledLoraLinear(ScaledLoraLayer):
     def _forward_rank_one(self, x: Tensor, names: list[str]) -> Tensor | None:
         if (
             len(names) > 1
+            or self.residual[names[0]]
             or self.r[names[0]] > 1
             or self.scaling[names[0]] != 1
             or self.quantization_backend is not None
