@@ -104,7 +104,9 @@ class Sequences(RuleBasedStateMachine):
             A, B = layer.A[adapter].weight, layer.B[adapter].weight
             product = (B @ A).T if name == "mix" else B @ A
             s = scale * layer.trained_scaling[adapter]
-            update = (weight != 0) * product if self.config_cls is MaskLoRAConfig else weight * product
+            # ScaledLoRA of rank 1 trains the whole factor, and above rank 1 what is added to ones.
+            factor = product - float(not layer.residual[adapter])
+            update = (weight != 0) * product if self.config_cls is MaskLoRAConfig else weight * factor
             weights[f"{name}.weight"] = weight + s * update
         return functional_call(self.dense, weights, self.x)
 

@@ -315,7 +315,7 @@ REFUSALS = [
     (
         lambda: MaskLoRAConfig(format_version=99),
         ValueError,
-        "format version 99. The installed .* up to 1. Upgrade the pack",
+        "format version 99. The installed .* up to 2. Upgrade the pack",
     ),
     (lambda: MaskLoRAConfig(masking="later"), ValueError, "`masking` must be one of .* got 'later'"),
     (lambda: ScaledLoRAConfig(init_weights="pissa"), ValueError, "`init_weights` must be one of .* got 'pissa'"),

@@ -60,6 +60,9 @@ def effective_weight(weight: Tensor, A: Tensor, B: Tensor, factor: Factor, c: fl
         if factor == "mask":
             return mask_(add_product(exact, B, A, beta=c, alpha=s), exact).to(weight.dtype)
         multiplier = add_product(exact, B, A, beta=0, alpha=s)
+        if c == 1:
+            # One pass over the matrix, where adding c and multiplying takes two.
+            return torch.addcmul(exact, exact, multiplier, out=multiplier).to(weight.dtype)
         if c:
             multiplier.add_(c)
         return multiplier.mul_(exact).to(weight.dtype)

@@ -17,9 +17,9 @@ Names replaced in PEFT's modules:
 - `peft.tuners.mixed.model.MixedModel._create_and_replace` becomes a function that handles our configurations and
   passes every other one on to the original.
 - `peft.utils.hotswap.hotswap_adapter_from_state_dict` becomes a function that calls `hotswap.swap_adapter` for our
-  configurations. The original sets to zero what the new adapter lacks, which is no identity for ScaledLoRA. For
-  LoRA it calls the original, which also sets parameters of other adapters to zero whose names hold the letters
-  "lora_" and the adapter's name. Those of our layers are put back.
+  configurations. The original sets to zero what the new adapter lacks, which is no identity for W ⊙ (BA). For LoRA it
+  calls the original, which also sets parameters of other adapters to zero whose names hold the letters "lora_" and
+  the adapter's name. Those of our layers are put back.
 - `peft.utils.hotswap.prepare_model_for_compiled_hotswap` becomes a function that calls `hotswap.pad_ranks` for models
   with our layers, and the original for models with LoRA's.
 - `peft.tuners.lora.arrow.check_loaded_lora_compatibility_arrow` becomes a function that refuses our adapters and calls

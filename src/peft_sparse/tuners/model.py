@@ -204,18 +204,19 @@ class SparseLoraModel(BaseTuner):
     ) -> None:
         """Add an adapter that computes the weighted sum of others. The active adapters stay active.
 
-        With the weights w_i and the scalings s_i that the adapters have now, its update is Σ w_i s_i M ⊙ (B_i A_i) for
-        MaskLoRA, and W ⊙ Σ w_i s_i (B_i A_i - 1) for ScaledLoRA. Adapters may differ in layers, rank and scaling.
+        With the weights w_i and the scalings s_i that the adapters have now, its update is Σ w_i s_i H ⊙ (B_i A_i).
+        H is M for MaskLoRA and W for ScaledLoRA. A ScaledLoRA adapter with `residual=False` has B_i A_i - 1 in the
+        place of B_i A_i. The new adapter has `residual=True`. Adapters may differ in layers, rank and scaling.
 
         Args:
             adapters: names of the adapters.
             weights: one weight for each adapter. A negative weight subtracts the update.
             adapter_name: name of the new adapter. Its scaling is 1, and its A and B are frozen.
-            combination_type: "cat" is the exact sum. Its rank is the sum of the ranks, and 1 more for ScaledLoRA
-                unless the w_i s_i sum up to 1. "svd" is the best approximation of the combined BA that has the rank
-                `svd_rank`, or `svd_rank` + 1 for ScaledLoRA. "ties_svd", "dare_linear_svd", "dare_ties_svd" and
-                "magnitude_prune_svd" merge the matrices s_i B_i A_i, or s_i (B_i A_i - 1), by PEFT's functions, and
-                approximate the result in the same way. They compute a matrix of the size of the weight.
+            combination_type: "cat" is the exact sum. Its rank is the sum of the ranks, and 1 more if an adapter
+                has `residual=False`. "svd" is the best approximation of the combined BA that has the rank `svd_rank`,
+                or `svd_rank` + 1 if an adapter has `residual=False`. "ties_svd", "dare_linear_svd", "dare_ties_svd"
+                and "magnitude_prune_svd" merge the matrices s_i B_i A_i, or s_i (B_i A_i - 1), by PEFT's functions,
+                and approximate the result in the same way. They compute a matrix of the size of the weight.
             svd_rank: the rank for an SVD. None takes the largest rank that an adapter has in the layer.
             svd_clamp: a quantile in [0, 1]. Larger entries of A and B after an SVD are clamped to it. None clamps
                 nothing.
