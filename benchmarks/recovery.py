@@ -42,6 +42,7 @@ def variants() -> dict[str, tuple[PeftConfig, float]]:
         "MaskLoRA": (MaskLoRAConfig(**mask), ADDITIVE),
         "LoRA-Prune": (MaskLoRAConfig(**mask, masking="merge"), ADDITIVE),
         "ScaledLoRA": (ScaledLoRAConfig(**common), MULTIPLICATIVE),
+        "ScaledLoRA, residual=False": (ScaledLoRAConfig(**common, residual=False), MULTIPLICATIVE),
         'ScaledLoRA, init "paper"': (ScaledLoRAConfig(**common, init_weights="paper"), MULTIPLICATIVE),
         "ScaledLoRA, rank 1": (ScaledLoRAConfig(**(common | {"r": 1})), MULTIPLICATIVE),
         "HiRA (PEFT)": (HiraConfig(**common), MULTIPLICATIVE),

@@ -10,8 +10,9 @@ r"""How ScaledLoRA starts: the forms and starts of the tuner, and PEFT's HiRA, e
 A pruned model is retrained by adapters alone, with AdamW without weight decay. After 10 % of warm-up the rate falls
 linearly. With the seed 0 the rate is halved or doubled until both neighbours of the best rate are worse. The other
 seeds run at this rate. A seed sets A and the order of the sequences. The starts are these:
-- residual: W ⊙ (1 + BA), A random, B = 0. It is the default of ScaledLoRA, and HiRA's formula and start.
-- product: W ⊙ (BA), one component of ones, the others as in "residual" (`residual=False`).
+- default: W ⊙ (1 + BA), A random and B = 0, but one row of A and one column of B are constant.
+- HiRA (PEFT): W ⊙ (1 + BA), A random, B = 0.
+- product: W ⊙ (BA), one component of ones, the others as HiRA (`residual=False`).
 - product, ones x 0.1 (or 0): the same, and the component of ones moves by this fraction of each step of AdamW.
 - paper: W ⊙ (BA), every entry 1 / sqrt(r), as published.
 - rank 1, and residual, rank 1: the two formulas with r = 1.
@@ -40,14 +41,14 @@ from common import Rows, add_text_arguments, described, documents, parser, smoll
 
 # Configuration, fields that differ from the default, and the fraction of a step that the component of ones moves.
 STARTS: dict[str, tuple[Any, dict[str, Any], float]] = {
-    "residual": (ScaledLoRAConfig, {"residual": True}, 1),
+    "default": (ScaledLoRAConfig, {}, 1),
+    "HiRA (PEFT)": (HiraConfig, {}, 1),
     "product": (ScaledLoRAConfig, {"residual": False}, 1),
     "paper": (ScaledLoRAConfig, {"init_weights": "paper"}, 1),
     "rank 1": (ScaledLoRAConfig, {"r": 1, "residual": False}, 1),
     "residual, rank 1": (ScaledLoRAConfig, {"r": 1, "residual": True}, 1),
     "product, ones x 0.1": (ScaledLoRAConfig, {"residual": False}, 0.1),
     "product, ones x 0": (ScaledLoRAConfig, {"residual": False}, 0),
-    "HiRA (PEFT)": (HiraConfig, {}, 1),
 }
 
 

@@ -303,10 +303,11 @@ class ScaledLoRAConfig(SparseLoraConfig):
             An output head that shares its weight with the embedding gets the same rows.
         ensure_weight_tying: keep modules of `modules_to_save`, and tokens of `trainable_token_indices`, that share
             their weight with the embedding the same for both. Adapters on such a head are refused with it.
-        init_weights: True draws A as LoRA does and sets B to zero. With `residual=False` it then sets one row of A and
-            one column of B to ones. "paper" sets every entry of A and B to 1 / sqrt(r), as published, which needs
-            `residual=False`, its default then. All components then receive equal gradients and stay equal, so BA
-            keeps rank 1 for any `r`. False draws A and B so that they have an effect, for tests.
+        init_weights: True draws A as LoRA does and sets B to zero. If r > 1, one row of A and one column of B are then
+            set to 0.1. They learn to scale whole rows and whole columns of W. With `residual=False` one row of A and
+            one column of B are set to ones instead. "paper" sets every entry of A and B to 1 / sqrt(r), as published,
+            which needs `residual=False`, its default then. All components then receive equal gradients and stay
+            equal, so BA keeps rank 1 for any `r`. False draws A and B so that they have an effect, for tests.
         layers_to_transform: index, or list of indices, of the blocks to adapt. None adapts all. It needs a list of
             names in `target_modules`.
         layers_pattern: name of the module list that holds the blocks, such as "layers", for models in which PEFT does

@@ -18,6 +18,11 @@ from .model import SparseLoraModel
 from .parameter import ParameterMixin
 
 
+# Entries of the two components that scale whole rows and whole columns of W. A larger value lets them move faster at
+# the same learning rate. They would be 1 in the component of ones of `residual=False`, which trains worse.
+GAIN = 0.1
+
+
 class ScaledLoraLayer(SparseLoraLayer):
     """Base class of every ScaledLoRA layer.
 
@@ -36,39 +41,43 @@ class ScaledLoraLayer(SparseLoraLayer):
 
         Args:
             adapter_name: name of the adapter.
-            init_weights: of a residual adapter, True draws A as LoRA does and sets B to zero, and False draws both.
-                With `residual=False`, True makes BA a matrix of ones: the first row of A and the first column of B
-                are ones, the other rows of A are drawn as in LoRA, and the other columns of B are zero. "paper" sets
-                every entry of A and B to 1 / sqrt(r). False draws A and B at random, and adds 1 to the first row of A
-                and to the first column of B.
+            init_weights: of a residual adapter, True draws A as LoRA does and sets B to zero. From rank 2 on, the
+                first row of A is then constant, and so is the second column of B, whose row of A is zero. False draws
+                both. With `residual=False`, True makes BA a matrix of ones: the first row of A and the first column
+                of B are ones, the other rows of A are drawn as in LoRA, and the other columns of B are zero. "paper"
+                sets every entry of A and B to 1 / sqrt(r). False draws A and B at random, and adds 1 to the first row
+                of A and to the first column of B.
         """
         super().reset_parameters(adapter_name, init_weights)
-        if self.residual[adapter_name]:
-            return
         r = self.r[adapter_name]
         A, B = stored_weight(self.A[adapter_name]), stored_weight(self.B[adapter_name])
+        # With several experts, A (experts · r, in) has the expert as the slower index, and B (out, r · experts) has it
+        # as the faster one.
+        experts = A.shape[0] // r
+        rows_of_A, columns_of_B = A.view(experts, r, -1), B.view(-1, r, experts)
+        if self.residual[adapter_name]:
+            if init_weights and r > 1:
+                rows_of_A[:, 0] = columns_of_B[:, 1] = GAIN
+                rows_of_A[:, 1] = 0
+            return
         if init_weights == "paper":
             nn.init.constant_(A, 1 / math.sqrt(r))
             nn.init.constant_(B, 1 / math.sqrt(r))
             return
-        # With several experts, A (experts · r, in) has the expert as the slower index, and B (out, r · experts) has it
-        # as the faster one.
-        experts = A.shape[0] // r
-        first_of_A, first_of_B = A.view(experts, r, -1)[:, 0], B.view(-1, r, experts)[:, 0]
-        if init_weights:
-            first_of_A.fill_(1)
-            first_of_B.fill_(1)
-        else:
-            first_of_A.add_(1)
-            first_of_B.add_(1)
+        for first in (rows_of_A[:, 0], columns_of_B[:, 0]):
+            if init_weights:
+                first.fill_(1)
+            else:
+                first.add_(1)
 
 
 class ScaledLoraLinear(ScaledLoraLayer):
     """ScaledLoRA around an `nn.Linear`, a transformers `Conv1D` or a quantised linear layer.
 
-    Computes y = x (W ⊙ (1 + s · (BA - 1)))^T + bias for x (..., in), W (out, in), A (r, in), B (out, r). With one
-    active adapter of r = 1 and s = 1 it computes y = ((x ⊙ a) W^T) ⊙ b + bias instead, without a matrix of W's size. A
-    quantised base, a base layer with hooks, and training with dropout use the first formula.
+    Computes y = x (W ⊙ (1 + s · BA))^T + bias for x (..., in), W (out, in), A (r, in), B (out, r), with BA - 1 in the
+    place of BA if `residual=False`. With one active adapter of r = 1, s = 1 and `residual=False` it computes
+    y = ((x ⊙ a) W^T) ⊙ b + bias instead, without a matrix of W's size. A quantised base, a base layer with hooks, and
+    training with dropout use the first formula.
     Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
     """
 
@@ -90,8 +99,9 @@ class ScaledLoraLinear(ScaledLoraLayer):
 class ScaledLoraConv2d(Conv2dMixin, ScaledLoraLayer):
     """ScaledLoRA around an `nn.Conv2d`.
 
-    Convolves x (batch, in, height, width) with the kernel W ⊙ (1 + s · (BA - 1)), W seen as a matrix
-    (out, in / groups · k · k). Zimmer et al. 2023 (PERP), arXiv:2312.15230, appendix A.2.
+    Convolves x (batch, in, height, width) with the kernel W ⊙ (1 + s · BA), W seen as a matrix
+    (out, in / groups · k · k), with BA - 1 in the place of BA if `residual=False`.
+    Zimmer et al. 2023 (PERP), arXiv:2312.15230, appendix A.2.
     """
 
 
@@ -99,7 +109,8 @@ class ScaledLoraConv2d(Conv2dMixin, ScaledLoraLayer):
 class ParamWrapper(ParameterMixin, ScaledLoraLayer):
     """ScaledLoRA on a bare parameter: W (out, in), or (experts, out, in) with an A and a B for each expert.
 
-    While the module that owns the parameter runs, the parameter is W ⊙ (1 + s · (BA - 1)).
+    While the module that owns the parameter runs, the parameter is W ⊙ (1 + s · BA), with BA - 1 in the place of BA if
+    `residual=False`.
     """
 
 
