@@ -233,11 +233,12 @@ def selecting_bytes(weight: WeightView, task: PruningTask, pattern: Pattern) -> 
         rows = min(m, rows_of_chunk(weight.matrix(), n))
         taken.append(2 * m * n + rows * (28 * n + 48 * min(refinement.max_cycles, n)))
     if isinstance(refinement, Swap):
-        group = pattern.m if isinstance(pattern, SemiStructured) else None
-        listed = min(refinement.candidates, -(-n // (group or 1)))
-        widest = n * (group or (listed + 1) // 2)
-        rows = min(m, rows_of_chunk(weight.matrix(), max(4 * listed**2, widest)))
-        taken.append(2 * m * n + rows * (max(64 * listed**2, 4 * widest * (2 if group else 1)) + 40 * n))
+        exhaustive = n if refinement.candidates >= n else None
+        group = pattern.m if isinstance(pattern, SemiStructured) else exhaustive
+        rows = min(m, rows_of_chunk(weight.matrix(), n * max(8, group or 0)))
+        # Pairs within groups take a Hessian in another order, and what the entries of each pair add together.
+        pairs = 12 * n * n + 8 * rows * n * (group - 1) if group else 0
+        taken.append(2 * m * n + (40 if group else 80) * rows * n + pairs)
     if task.update:
         taken.append(32 * m * n)
     return max(taken)
@@ -259,13 +260,14 @@ def _flops(model: nn.Module, task: PruningTask, tokens: int, length: int) -> flo
     if "hessian" in task.needs:
         # Solvers and swaps are counted with the largest number of iterations that they may take.
         swaps = task.refinement[1] if task.refinement else None
-        rounds = -(-swaps.max_swaps // swaps.candidates) if isinstance(swaps, Swap) else 0
-        products = 2 * (rounds + (task.update.max_iterations if task.update else 0))
+        products = 2 * (task.update.max_iterations if task.update else 0)
+        # A swap reads and changes the whole row some times.
+        of_entry = 16 * swaps.max_swaps if isinstance(swaps, Swap) else 0
         for weight in task.weights.values():
             rows, columns = weight.shape
             seen = tokens * (1 if weight.expert is None else share)
             solver = columns**3 / 3 + rows * columns**2 if "hessian" in task.rule.needs else 0
-            flops += seen * columns**2 + solver + products * rows * columns**2
+            flops += seen * columns**2 + solver + (products * columns + of_entry) * rows * columns
     return flops
 
 
