@@ -71,6 +71,7 @@ class Benchmark:
         settings = {
             **described(args, text, evaluation_text, self.train, self.evaluation),
             **{name: getattr(args, name) for name in ("rank", "steps", "batch_size")},
+            **({"model": Path(args.model).parent.name} if args.model else {}),
         }
         self.rows = Rows(args.output, settings)
 
