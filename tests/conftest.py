@@ -1,7 +1,9 @@
 """Tiny real models built from configs; nothing is downloaded, and every test starts from one seed."""
 
 import copy
+import gc
 import os
+import sys
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -109,6 +111,27 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+def pytest_collection_finish():
+    _freeze()
+
+
+def _freeze():
+    """Take what is there out of garbage collection.
+
+    Trainer collects garbage in every run. That takes half a second if it looks at every object of what is imported.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _imports_are_no_garbage():
+    imported = len(sys.modules)
+    yield
+    if len(sys.modules) > imported:
+        _freeze()
 
 
 @pytest.fixture(autouse=True)
