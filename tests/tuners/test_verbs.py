@@ -250,9 +250,10 @@ class LoraVerbs(Verbs):
     config_cls, update, prefix = LoraConfig, staticmethod(update_of_lora), "lora_"
 
 
+@pytest.mark.parametrize("count", [8, pytest.param(30, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("machine", [MaskLoraVerbs, ScaledLoraVerbs])
-def test_no_sequence_of_verbs_loses_a_zero_or_changes_the_function(machine):
-    run_state_machine_as_test(machine, settings=EXPLORATION)
+def test_no_sequence_of_verbs_loses_a_zero_or_changes_the_function(machine, count):
+    run_state_machine_as_test(machine, settings=settings(EXPLORATION, max_examples=count))
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
