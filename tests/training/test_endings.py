@@ -198,12 +198,10 @@ def die_by_sigterm(path, kind, handler="default"):
 
 
 def all_die_by_sigterm(folder):
-    """Fork a process for each kind of trainer and of handler. Runs in a process without threads."""
-    for kind in ("plain", "sparse"):
-        for handler, expected in (("default", -signal.SIGTERM), ("python", 3)):
-            path = Path(folder) / f"{kind}-{handler}"
-            code = ended(forked(functools.partial(die_by_sigterm, path, kind, handler)))
-            assert code == expected, (kind, handler, code)
+    """Fork a process for each kind of trainer, with each kind of handler. Runs in a process without threads."""
+    for kind, handler, expected in (("plain", "default", -signal.SIGTERM), ("sparse", "python", 3)):
+        code = ended(forked(functools.partial(die_by_sigterm, Path(folder) / kind, kind, handler)))
+        assert code == expected, (kind, handler, code)
 
 
 def test_sigterm_after_a_failed_training_ends_the_process(tmp_path):
