@@ -650,10 +650,14 @@ def test_a_trained_head_survives_saving_loading_and_merging(train_head, tuner, t
 # -- torch.compile -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tuner", "r"), [(MaskLoRAConfig, 3), (ScaledLoRAConfig, 3), (ScaledLoRAConfig, 1)])
-def test_a_training_step_compiles_without_a_break(tuner, r):
-    config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1}, intermediate_size=24, num_key_value_heads=2)
-    kind = replace(KINDS["llama"], build=lambda: transformers.LlamaForCausalLM(config))
+@pytest.mark.parametrize(
+    ("name", "tuner", "r"), [("llama", MaskLoRAConfig, 3), ("mlp", ScaledLoRAConfig, 3), ("mlp", ScaledLoRAConfig, 1)]
+)
+def test_a_training_step_compiles_without_a_break(name, tuner, r):
+    kind = KINDS[name]
+    if name == "llama":
+        sizes = SIZES | {"num_hidden_layers": 1, "intermediate_size": 24, "num_key_value_heads": 2}
+        kind = replace(kind, build=lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)))
     wrapped = adapted(kind, tuner, r=r)
     torch._dynamo.reset()
     compiled = torch.compile(wrapped, backend="aot_eager", fullgraph=True)

@@ -105,7 +105,8 @@ def quantised(request, checkpoint):
             path, quantization_config=SCHEMES[request.param](), dtype=dtype, device_map="cpu"
         ).eval()
 
-    load()
+    # Skips where what quantises is not installed.
+    SCHEMES[request.param]()
     return load
 
 
@@ -177,7 +178,7 @@ def test_a_fresh_adapter_on_a_quantised_base_is_the_identity(quantised, cls, tok
     assert relative_error(fresh(tokens).logits, expected) < 0.02
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("cls", "dropout"), [(MaskLoRAConfig, 0.1), (ScaledLoRAConfig, 0.0)])
 def test_training_lowers_the_loss_and_leaves_the_codes(quantised, cls, tokens, dropout, original):
     wrapped = adapted(quantised(), config(cls, lora_dropout=dropout, init_weights=True))
     assert all(module.quantization_backend is not None for module in layers_of(wrapped).values())
@@ -211,9 +212,6 @@ def test_no_dequantised_weight_is_kept_for_backward(quantised, cls, tokens, drop
     wrapped = adapted(quantised(), config(cls, lora_dropout=dropout)).train()
     shapes = {tuple(weight.shape) for weight in weights(wrapped).values()}
     dequantised, kept = [], []
-    # So that the collection below looks at what this test made, and not at everything that is imported.
-    gc.freeze()
-    request.addfinalizer(gc.unfreeze)
     for backend in {type(module.quantization_backend) for module in layers_of(wrapped).values()}:
         monkeypatch.setattr(backend, "get_base_weight", watched(backend.get_base_weight, dequantised))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
