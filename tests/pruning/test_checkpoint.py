@@ -75,8 +75,14 @@ def test_what_was_selected_is_refined_and_updated_as_if_the_model_were_loaded(op
     assert_same_weights(load("llama", tmp_path / "pruned"), expected)
 
 
-@pytest.mark.parametrize(("criterion", "calibrated"), RUNS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("family", "criterion", "calibrated"),
+    [
+        *(("llama", *run) for run in RUNS),
+        *((family, "random", False) for family in ("gpt2", "gpt_oss")),
+        *((family, criterion, True) for family in ("gpt2", "gpt_oss") for criterion in ("wanda", "sparsegpt")),
+    ],
+)
 def test_every_criterion_prunes_as_if_the_model_were_loaded(family, criterion, calibrated, tmp_path):
     source = saved(tiny(family), tmp_path / "source")
     calibration = calibration_of(family) if calibrated else None

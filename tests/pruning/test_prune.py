@@ -17,7 +17,7 @@ from peft_sparse.pruning.criteria import CRITERIA, Wanda
 from peft_sparse.pruning.patterns import number_to_prune
 
 from checks import assert_same_weights, assert_same_zeros, assert_zeros_kept, inputs_by_hooks, zeros_of
-from conftest import EXPERTS, inputs_of, tiny
+from conftest import EXPERTS, FAMILIES, inputs_of, tiny
 
 
 # Each criterion once per row or matrix, or in groups of four.
@@ -33,7 +33,15 @@ def calibration_of(family, sequences=24):
 # -- every criterion on every family ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+def cells():
+    """Every criterion on every family: all on Llama and two on any other in each run, the others by `-m slow`."""
+    for number, family in enumerate(FAMILIES):
+        for index, criterion in enumerate(CRITERIA):
+            often = family == "llama" or (number + index) % 3 == 0
+            yield pytest.param(family, criterion, marks=() if often else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "criterion"), list(cells()))
 def test_every_criterion_prunes_what_it_should_and_nothing_else_on_every_family(family, criterion):
     model, pattern = tiny(family).train(), RUNS[criterion]
     implementation = model.get_experts_implementation()
