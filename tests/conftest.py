@@ -16,8 +16,8 @@ import torch
 import transformers
 
 
-if not torch.cuda.is_available():
-    # Each call of `torch.manual_seed` writes down its stack for GPUs that may come: a tenth of the time of some tests.
+if not torch.accelerator.is_available():
+    # Each call of `torch.manual_seed` writes down its stack for devices that may come, which takes a millisecond.
     torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = torch.mtia.manual_seed_all = lambda seed: None
 
 VOCABULARY = 61
