@@ -79,11 +79,15 @@ def check_outputs(output):
     return report, stages
 
 
-def test_retrain_with_a_model_and_a_text_of_ones_own(tiny_model_dir, text, tmp_path):
+# `test_retrain_on_the_real_model` launches it in a process of its own.
+def test_retrain_with_a_model_and_a_text_of_ones_own(examples, tiny_model_dir, text, tmp_path, monkeypatch, capsys):
     output = tmp_path / "output"
     options = ["--model_name_or_path", tiny_model_dir, "--text_file", text, "--output_dir", output, "--max_steps", 4]
     options += ["--sequence_length", 16, "--pattern", "2:4", "--criterion", "wanda", "--calibration_samples", 4]
-    printed = launch(*options, "--r", 2)
+    options += ["--r", 2, "--use_cpu", "true"]
+    monkeypatch.setattr(sys, "argv", ["retrain.py", *map(str, options)])
+    importlib.import_module("retrain").main()
+    printed = capsys.readouterr().out
     report, stages = check_outputs(output)
     assert stages["pruned"]["sparsity"] == 0.5
     assert report["pruning"]["pattern"] == "2:4"
