@@ -135,7 +135,7 @@ class Benchmark:
 
 def component_of_ones(model: Any) -> list[Tensor]:
     """Return the first row of A and the first column of B of every layer, as views."""
-    layers = [layer for layer in model.modules() if isinstance(layer, ScaledLoraLayer)]
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, ScaledLoraLayer)]
     return [
         part.detach() for layer in layers for part in (layer.A["default"].weight[0], layer.B["default"].weight[:, 0])
     ]

@@ -26,11 +26,11 @@ from peft_sparse.recipes import RECIPES, AdapterArguments, Recipe, TextArguments
 from peft_sparse.recipes.recipe import read_recipe
 
 from demo import smollm2_dir
-from retrain import Sources, load_documents, use_all_cores
+from retrain import Documents, load_documents, use_all_cores
 
 
 @dataclass
-class Run(Sources):
+class Run(Documents):
     """The model, the texts and the recipe."""
 
     recipe: str = field(default="balanced", metadata={"help": f"{', '.join(RECIPES)}, or a YAML file."})
@@ -43,15 +43,14 @@ def parse() -> tuple[Run, Recipe]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="balanced")
     name = first.parse_known_args()[0].recipe
-    # `sequence_length` is that of the recipe.
-    parser = HfArgumentParser((Run, AdapterArguments, SparseTrainingArguments), conflict_handler="resolve")
+    parser = HfArgumentParser((Run, TextArguments, AdapterArguments, SparseTrainingArguments))
     common = {"output_dir": "compressed", "report_to": "none", "logging_steps": 10}
-    common["dataloader_pin_memory"] = torch.cuda.is_available()
-    parser.set_defaults(**{"sequence_length": TextArguments().sequence_length} | common | read_recipe(name))
-    run, adapter, args = parser.parse_args_into_dataclasses()
+    parser.set_defaults(**common, dataloader_pin_memory=torch.cuda.is_available())
+    parser.set_defaults(**read_recipe(name))
+    run, text, adapter, args = parser.parse_args_into_dataclasses()
     if args.pruning_pattern() is None:
         args.sparsity = 0.5
-    return run, Recipe(name, args, adapter, TextArguments(run.sequence_length))
+    return run, Recipe(name, args, adapter, text)
 
 
 def main() -> None:
@@ -63,13 +62,19 @@ def main() -> None:
         train_text, evaluation_text, text_name = load_documents(run)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source)
-    train = pack_sequences(train_text, tokenizer, run.sequence_length)
+    train, calibration = (
+        pack_sequences(train_text, tokenizer, length)
+        for length in (recipe.text.sequence_length, recipe.text.calibration_length)
+    )
+    generator = torch.Generator().manual_seed(recipe.args.seed)
+    calibration = calibration[torch.randperm(len(calibration), generator=generator)]
     evaluation = pack_sequences(evaluation_text, tokenizer, run.evaluation_length)[: run.evaluation_sequences]
     print(f"recipe {recipe.name}: {recipe.args.recovery}; text: {text_name}, {len(train)} training sequences")
     report = compress(
         model,
         recipe,
-        train[torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.args.seed))],
+        train,
+        calibration=calibration,
         evaluation={text_name: evaluation},
         processing_class=tokenizer,
         resume=run.resume,

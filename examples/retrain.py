@@ -44,7 +44,7 @@ from demo import digest, python_documents, smollm2_dir
 
 
 @dataclass
-class Sources:
+class Documents:
     """The model and the text."""
 
     model_name_or_path: str | None = field(
@@ -64,8 +64,14 @@ class Sources:
     max_documents: int = field(
         default=20_000, metadata={"help": "Largest number of documents to read from the dataset."}
     )
-    sequence_length: int = field(default=512, metadata={"help": "Number of tokens in a sequence."})
     evaluation_sequences: int = field(default=8, metadata={"help": "Number of sequences for perplexity."})
+
+
+@dataclass
+class Sources(Documents):
+    """The model and the text, and how it is cut."""
+
+    sequence_length: int = field(default=512, metadata={"help": "Number of tokens in a sequence."})
 
 
 @dataclass
@@ -191,7 +197,7 @@ def merge_and_reload(evaluation: torch.Tensor, tokenizer: Any, output: Path, dev
     return stages
 
 
-def load_documents(sources: Sources) -> tuple[list[str], list[str], str]:
+def load_documents(sources: Documents) -> tuple[list[str], list[str], str]:
     """Return the training documents, the evaluation documents and the name of the text."""
     if sources.dataset_name is not None:
         from datasets import load_dataset

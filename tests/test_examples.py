@@ -112,6 +112,23 @@ def test_reconstruct_with_a_model_and_a_text_of_ones_own(
     assert "| reloaded" in printed
 
 
+def test_compress_with_a_model_and_a_text_of_ones_own(examples, tiny_model_dir, text, monkeypatch, capsys):
+    options = ["--model_name_or_path", tiny_model_dir, "--text_file", text, "--output_dir", "out", "--recipe", "best"]
+    options += ["--pattern", "2:4", "--sequence_length", 16, "--calibration_length", 8, "--calibration_samples", 4]
+    options += ["--max_steps", 2, "--evaluation_sequences", 2, "--evaluation_length", 32, "--r", 2]
+    options += ["--use_cpu", "true", "--logging_steps", 1]
+    monkeypatch.setattr(sys, "argv", ["compress.py", *map(str, options)])
+    importlib.import_module("compress").main()
+    printed = capsys.readouterr().out
+    report = json.loads(Path("out/report.json").read_text())
+    # What the command line does not say is what the recipe says.
+    assert (report["arguments"]["refinement"], report["arguments"]["max_steps"]) == ("swap", 2)
+    assert [stage["name"] for stage in report["stages"]] == ["dense", "reconstructed", "retrained", "saved"]
+    assert report["texts"]["calibration"]["length"] == 8
+    assert sparsity(AutoModelForCausalLM.from_pretrained("out/sparse")) == report["stages"][-1]["sparsity"] == 0.5
+    assert "| saved |" in printed
+
+
 def test_the_quickstart_prunes_retrains_merges_and_saves(examples, tiny_model_dir, text, monkeypatch, capsys):
     assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 40
     monkeypatch.setattr(sys, "argv", ["quickstart.py", str(tiny_model_dir), str(text)])
@@ -126,7 +143,7 @@ def test_the_quickstart_prunes_retrains_merges_and_saves(examples, tiny_model_di
         assert stage in printed
 
 
-@pytest.mark.parametrize("example", ["retrain", "reconstruct"])
+@pytest.mark.parametrize("example", ["retrain", "reconstruct", "compress"])
 def test_too_short_a_text_is_refused(examples, tiny_model_dir, tmp_path, monkeypatch, example):
     text = tmp_path / "short.txt"
     text.write_text("SHORT\n\nTEXT")
