@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +20,12 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..evaluation.perplexity import perplexity
 from ..model.environment import peak_memory
 from ..pruning.prune import sparsity
-from ..reconstruction.progress import is_progress
+from ..reconstruction.progress import foreign_files, is_progress
 from ..training.arguments import SparseTrainingArguments
 from ..training.reconstruction_run import FOLDER
 from ..training.trainer import SparseTrainer
@@ -51,7 +53,8 @@ def compress(
 
     The stages are those of `recovery` in the recipe: pruning alone; pruning and retraining; or reconstruction, which
     prunes region by region, and retraining. The compressed model is written to `output_dir/sparse`, from which plain
-    `from_pretrained` loads it, and the report to `output_dir/report.json`.
+    `from_pretrained` loads it, and the report to `output_dir/report.json`. Finished regions are needed to resume a
+    run, and are deleted at its end. Checkpoints of retraining stay as `save_strategy` and `save_total_limit` say.
 
     Args:
         model: a dense causal language model, without adapters. It is changed in place.
@@ -60,7 +63,8 @@ def compress(
             `calibration_samples` of them, if there is no `calibration`.
         calibration: token ids for pruning and reconstruction, (sequences, tokens).
         evaluation: token ids to measure perplexity on after each stage, (sequences, tokens), by the name of the text.
-            They should be texts that are not trained on. None measures nothing.
+            They should be texts that are not trained on. The model is moved to the training device for this. None
+            measures nothing.
         processing_class: the tokenizer, which is saved with the model.
         output_dir: the folder to write to. A `Recipe` has its own.
         resume: whether to continue a run in `output_dir` that was stopped. If there is none, the run starts anew.
@@ -92,7 +96,11 @@ def compress(
         calibration_dataset=own,
     )
     output = Path(str(args.output_dir))
-    resumed = resume and (is_progress(output / FOLDER) or any(output.glob("checkpoint-*")))
+    begun = is_progress(output / FOLDER) if args.reconstructs else any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    resumed = resume and begun
+    if evaluation:
+        # Reconstruction would move its blocks only, and leave the rest of the model where it is.
+        model.to(args.device)
     stages.add("dense", model)
     trainer.train(resume_from_checkpoint=resumed or None)
     if args.recovery == "none":
@@ -112,6 +120,8 @@ def compress(
     )
     if args.should_save:
         report.save(output / REPORT)
+        if not foreign_files(output / FOLDER):
+            shutil.rmtree(output / FOLDER, ignore_errors=True)
     return report
 
 
