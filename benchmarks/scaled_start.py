@@ -68,8 +68,12 @@ class Benchmark:
             text, evaluation_text = documents(args)
         self.train = pack_sequences(text, tokenizer, args.length)[: args.sequences]
         self.evaluation = pack_sequences([evaluation_text], tokenizer, args.window, separator="")[: args.windows]
+        common = described(args, text, evaluation_text, self.train, self.evaluation)
+        if args.text_file:
+            for part in ("calibration", "evaluation"):
+                common[part]["name"] = Path(args.text_file).name
         settings = {
-            **described(args, text, evaluation_text, self.train, self.evaluation),
+            **common,
             **{name: getattr(args, name) for name in ("rank", "steps", "batch_size")},
             **({"model": Path(args.model).parent.name} if args.model else {}),
         }
