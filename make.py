@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Set up an environment and run something in it. Needs Python 3.11 or newer, and PyPI.
 
-python3 make.py demo [arguments of examples/retrain.py]   prune, retrain and merge a real model, about ten minutes
+python3 make.py demo [arguments of examples/compress.py]  compress a real model by a recipe, about ten minutes
 python3 make.py test [arguments of pytest]                everything CI runs: format, lint, types, all tests
 """
 
@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    return run("accelerate", "launch", "examples/retrain.py", *arguments)
+    return run("python", "examples/compress.py", *arguments)
 
 
 def test(arguments: list[str]) -> int:
