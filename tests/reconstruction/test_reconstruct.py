@@ -472,7 +472,6 @@ REFUSALS = [
     (refused(pattern=None, sparsity=0.5, dense=tiny("llama")), ValueError, "Expected either .*; got both"),
     (refused(region="matrix", loss="cosine"), ValueError, "solves a least-squares problem for each matrix"),
     (refused(region="matrix", tuner=MaskLoRAConfig()), ValueError, "solves a least-squares problem"),
-    (refused(region="matrix", pattern=None, dense=tiny("llama")), ValueError, "solves a least-squares problem"),
     (refused(tuner=PromptTuningConfig()), TypeError, '`tuner` must be "full" or .* got PromptTuningConfig'),
     (
         refused(tuner=MaskLoRAConfig(modules_to_save=["lm_head"])),

@@ -217,12 +217,13 @@ def test_the_callback_prunes_as_prune_does():
     assert len(callback.report.weights) == 6
 
 
-def test_the_signature_is_that_of_trainer_and_our_two():
+def test_the_signature_is_that_of_trainer_and_our_three():
     ours, theirs = (list(inspect.signature(kind.__init__).parameters.values()) for kind in (SparseTrainer, Trainer))
-    assert [(p.name, p.kind, p.default) for p in ours[:-2]] == [(p.name, p.kind, p.default) for p in theirs]
-    assert [(p.name, p.kind) for p in ours[-2:]] == [
+    assert [(p.name, p.kind, p.default) for p in ours[:-3]] == [(p.name, p.kind, p.default) for p in theirs]
+    assert [(p.name, p.kind) for p in ours[-3:]] == [
         ("peft_config", inspect.Parameter.KEYWORD_ONLY),
         ("teacher", inspect.Parameter.KEYWORD_ONLY),
+        ("calibration_dataset", inspect.Parameter.KEYWORD_ONLY),
     ]
 
 

@@ -382,7 +382,8 @@ def test_a_base_weight_that_is_unfrozen_gets_the_gradient_of_the_formula(config_
     gradients = [p.grad.clone() for p in factors]
     A, B, s = factors[0], factors[1], layer.scaling["default"]
     mask = (weight != 0).float()
-    effective = weight + s * mask * (B @ A) if config_cls is MaskLoRAConfig else weight * (1 + s * (B @ A - 1))
+    H = mask if config_cls is MaskLoRAConfig else weight
+    effective = weight + s * H * (B @ A - float(not layer.residual["default"]))
     expected = torch.autograd.grad(((x @ effective.T).square().sum()), [weight, *factors])
     for one, other in zip([found, *gradients], expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

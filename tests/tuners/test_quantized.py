@@ -200,7 +200,7 @@ def test_gradients_are_those_of_the_dequantised_weight(quantised, cls):
     W, factor = layer.get_base_weight(), layer.factor
     s = layer.scaling["default"]
     H = (W != 0).to(W.dtype) if factor == "mask" else W
-    effective = (W if factor == "mask" else (1 - s) * W) + s * H * (B @ A)
+    effective = (W if layer.residual["default"] else (1 - s) * W) + s * H * (B @ A)
     plain = F.linear(x, effective)
     torch.testing.assert_close(y, plain)
     for found, wanted in zip(gradients, torch.autograd.grad(plain.square().sum(), [x, A, B]), strict=True):
@@ -249,7 +249,7 @@ def test_merging_keeps_every_zero_and_the_function_within_the_quantisation_error
     for name, layer in layers_of(wrapped).items():
         A, B = layer.A["default"].weight, layer.B["default"].weight
         s = layer.scaling["default"]
-        c = 1 if layer.factor == "mask" else 1 - s
+        c = 1 if layer.residual["default"] else 1 - s
         with torch.no_grad():
             targets[name] = effective_weight(layer.get_base_weight(), A, B, layer.factor, c, s)
     trained = wrapped(tokens).logits
