@@ -7,11 +7,13 @@ run other tests has some: tests start a process of their own, and fork there.
 import gc
 import os
 import signal
+import threading
 import time
 import traceback
 import warnings
 
 import torch
+from tqdm import tqdm
 
 
 def forked(call) -> int:
@@ -26,6 +28,9 @@ def forked(call) -> int:
     try:
         # The threads of the parent are not there, and its objects need not be looked at.
         torch.set_num_threads(1)
+        # tqdm's own lock is one semaphore for all children. A child that is killed while it holds it would stop the
+        # next one for good.
+        tqdm.set_lock(threading.RLock())
         gc.freeze()
         call()
         code = 0
