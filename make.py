@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Set up an environment and run something in it. Needs Python 3.11 or newer, and PyPI.
 
-python3 make.py demo [arguments of examples/compress.py]  compress a real model by a recipe, about ten minutes
+python3 make.py demo [arguments of examples/compress.py]  compress a real model by a recipe, about six minutes
 python3 make.py test [arguments of pytest]                everything CI runs: format, lint, types, all tests
 """
 
