@@ -91,9 +91,7 @@ def measured_blocks(
         inside,
         activations=activations,
         residence=residence,
-        traits=proof.traits,
-        order=proof.stacks,
-        orders=proof.orders,
+        proof=proof,
     ):
         for index in tqdm(runner.order, desc="measuring", unit="block", disable=None):
             weights = inside(runner.names[index])

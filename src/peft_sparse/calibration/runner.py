@@ -8,8 +8,8 @@ order, or never. Arguments that are equal in several batches are held once.
 import contextlib
 import copy
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from .batch import Batch, EnoughSeen, Order, Trait
 from .capture import Capture, Stack, placed_once
 from .recording import Call, Link, Returned, is_cache, map_leaves, needed_for, returned_by
 from .residence import Residence
+
+
+if TYPE_CHECKING:
+    from .findings import Proof
 
 
 class BlockRunner:
@@ -202,9 +206,7 @@ def stack_runners(
     *,
     activations: Activations = "device",
     residence: Residence | None = None,
-    traits: dict[str, Trait] | None = None,
-    order: Sequence[str] = (),
-    orders: Mapping[str, Sequence[Order]] | None = None,
+    proof: "Proof | None" = None,
 ) -> Iterator[BlockRunner]:
     """Yield a runner for each stack of `model`, in the order in which the stacks run.
 
@@ -218,20 +220,19 @@ def stack_runners(
             out. By default every block is wanted.
         activations: where hidden states wait between blocks: "device", "cpu" or "disk".
         residence: (name, block) -> a context within which the block's weights are on the device that computes.
-        traits: how blocks behave, by name. By default all blocks run while calls are recorded.
-        order: the names of the first blocks of the stacks, in the order in which the stacks run. By default it is the
-            order in which they are registered.
-        orders: the ways in which each stack may run, by the name of its first block. By default each way is taken.
+        proof: what `prove` found out about the model: how its blocks behave, the order of its stacks, and the ways in
+            which each stack may run. By default all blocks run while calls are recorded, stacks run in the order in
+            which they are registered, and each way is taken.
 
     Raises:
-        ValueError: a batch runs a stack in another way than `orders` says.
+        ValueError: a batch runs a stack in another way than `proof` says.
     """
     in_all = len(inputs) if place()[1] > 1 else None
-    orders = orders or {}
+    traits, order, orders = ({}, (), {}) if proof is None else (proof.traits, proof.stacks, proof.orders)
     for stack in in_order(find_stacks(model), order):
         if not any(map(wanted, stack)):
             continue
-        known = {index: traits[name] for index, name in enumerate(stack) if traits and name in traits}
+        known = {index: traits[name] for index, name in enumerate(stack) if name in traits}
         yield BlockRunner(
             model,
             stack,

@@ -65,7 +65,7 @@ def as_stored(layer: nn.Module, matrix: Tensor) -> Tensor:
 
 
 def stored_weight(layer: nn.Module) -> Tensor:
-    """Return `layer.weight`, in the layout in which it is stored."""
+    """Return the weight of a layer as it is stored, which for transformers' `Conv1D` is (in, out)."""
     return cast(Tensor, layer.weight)
 
 

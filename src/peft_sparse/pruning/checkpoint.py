@@ -153,9 +153,7 @@ def prune_checkpoint(
                 task.inside,
                 activations=activations,
                 residence=streamed.resident,
-                traits=proof.traits,
-                order=proof.stacks,
-                orders=proof.orders,
+                proof=proof,
             ):
                 prune_stack(model, runner, task, proof, streamed.save)
     streamed.finish()

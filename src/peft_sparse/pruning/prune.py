@@ -171,9 +171,7 @@ def _run(
                 task.inside,
                 activations=activations,
                 residence=residence,
-                traits=proof.traits,
-                order=proof.stacks,
-                orders=proof.orders,
+                proof=proof,
             ):
                 prune_stack(model, runner, task, proof)
         else:

@@ -162,7 +162,6 @@ class _Stages(TrainerCallback):
         self.args, self.evaluation = args, evaluation
         self.length, self.calibrated = length, args.calibration_samples * calibration_length
         self.found: list[Stage] = []
-        self.begun = False
         self._start()
 
     def add(self, name: str, model: nn.Module, tokens: int = 0) -> None:
@@ -186,8 +185,8 @@ class _Stages(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the reconstructed or retrained model."""
-        name = "reconstructed" if self.args.reconstructs and not self.begun else "retrained"
-        self.begun = True
+        is_first = all(stage.name != "reconstructed" for stage in self.found)
+        name = "reconstructed" if self.args.reconstructs and is_first else "retrained"
         if name == "reconstructed":
             tokens = round(self.calibrated * (self.args.length_of_regions()["epochs"] or 1))
         else:

@@ -135,9 +135,7 @@ def residual_lora(
                     task.inside,
                     activations=activations,
                     residence=residence,
-                    traits=proof.traits,
-                    order=proof.stacks,
-                    orders=proof.orders,
+                    proof=proof,
                 )
                 weights = _correct(model, task, runners, proof.sight, damping, adapter_name)
     mark_residual(config, task.sparsity)

@@ -152,12 +152,15 @@ def prune_experts(
 
 
 def select_experts(scores: Tensor, ratio: float, groups: int = 1) -> Tensor:
-    """Return the mask (experts,) of the experts to keep: the lowest scores are removed, ties by index.
+    """Return the mask (experts,) of the experts to keep. The experts with the lowest scores are removed.
+
+    Of experts with equal scores, those with the lowest index are removed first.
 
     Args:
         scores: S_j of each expert, (experts,).
-        ratio: fraction of the experts to remove, rounded up to whole experts, of each group.
-        groups: number of groups of consecutive experts. Each group loses equally many.
+        ratio: the fraction of the experts of each group that is removed. Their number is rounded up.
+        groups: how many groups the experts form. A group is a run of consecutive experts. Every group loses the same
+            number of experts.
     """
     by_group = scores.view(groups, -1)
     count = math.ceil(round(ratio * by_group.shape[1], 6))
@@ -250,9 +253,7 @@ def _measured(
             inside,
             activations=activations,
             residence=residence,
-            traits=proof.traits,
-            order=proof.stacks,
-            orders=proof.orders,
+            proof=proof,
         ):
             for index in tqdm(runner.order, desc="measuring", unit="block", disable=None):
                 with runner.resident(index):

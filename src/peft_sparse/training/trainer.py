@@ -318,17 +318,20 @@ class SparseTrainer(Trainer):
             # `Trainer` leaves this after an error.
             self.is_in_train = False
 
-    def _only_prune(self) -> TrainOutput:
+    def _renew_model(self) -> None:
+        """Make a new model by `model_init`, if there is one, as `Trainer.train` does before it trains."""
         if self.model_init is not None:
+            self._made_by_chain = None
             self.model = self.callback_handler.model = self.call_model_init()
+
+    def _only_prune(self) -> TrainOutput:
+        self._renew_model()
         self._prune_first(self.model)
         assert self.pruning_report is not None
         return TrainOutput(0, 0.0, {"train_runtime": self.pruning_report.seconds})
 
     def _reconstruct(self, resume: str | bool | None, ignore_keys: list[str] | None) -> TrainOutput:
-        if self.model_init is not None:
-            self._made_by_chain = None
-            self.model = self.callback_handler.model = self.call_model_init()
+        self._renew_model()
         if has_adapters(self.model):
             raise ValueError(
                 "This SparseTrainer has reconstructed its model and attached an adapter already. Make a new "

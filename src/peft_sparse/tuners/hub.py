@@ -84,7 +84,7 @@ def describe_adapters(model: Any, folder: str) -> None:
 
 
 def mean_sparsity(model: nn.Module, adapter_name: str) -> float | None:
-    """Return the mean sparsity of the weights that an adapter adapts. None if no weight can be read."""
+    """Return the mean of the sparsities of the base weights that have the adapter. Return None if none can be read."""
     if has_shards(model):
         return None
     found = []
