@@ -34,7 +34,7 @@ from peft_sparse import pack_sequences, prune, sample_sequences
 from peft_sparse.calibration.own_text import generate_sequences
 from peft_sparse.evaluation.domains import PerplexityReport, perplexity_by_domain
 
-from common import Rows, add_text_arguments, digest, documents, parser, python_documents, smollm2_dir
+from common import DEVICE, Rows, add_text_arguments, digest, documents, parser, python_documents, smollm2_dir
 
 
 # Every second question is for calibration, the others are for evaluation.
@@ -70,7 +70,7 @@ def main() -> None:
     args = arguments()
     model_dir = args.model or smollm2_dir()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir).to(DEVICE)
     texts, domains = split(args, tokenizer)
     if tokenizer.chat_template:
         domains["own chat"] = generate_sequences(

@@ -31,11 +31,13 @@ __all__ = [
     "digest",
     "documents",
     "parser",
+    "peak",
     "peak_resident",
     "python_documents",
     "reset_peak",
     "seconds_of",
     "smollm2_dir",
+    "synchronize",
     "write_json",
 ]
 
@@ -145,8 +147,16 @@ def synchronize() -> None:
 
 
 def reset_peak() -> None:
-    """Make Linux measure the peak of resident memory from now on."""
-    Path("/proc/self/clear_refs").write_text("5")
+    """Measure the peaks of memory from now on: that of the GPU if there is one, else Linux's of resident memory."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Return the peak since `reset_peak`, in bytes: memory that torch allocated on the GPU, else resident memory."""
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else peak_resident()
 
 
 def peak_resident() -> int:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_sparse import pack_sequences, perplexity, prune, sample_sequences
 from peft_sparse.pruning.criteria import CRITERIA
 
-from common import Rows, add_text_arguments, described, documents, parser, smollm2_dir
+from common import DEVICE, Rows, add_text_arguments, described, documents, parser, smollm2_dir
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     )
     evaluation = pack_sequences([evaluation_text], tokenizer, args.length, separator="")[: args.windows]
     rows = Rows(args.output, described(args, calibration_text, evaluation_text, calibration, evaluation))
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir).to(DEVICE)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
 
     if not rows:

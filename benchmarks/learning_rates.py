@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -37,7 +36,7 @@ from peft_sparse import (
     prune,
 )
 
-from common import Rows, add_text_arguments, described, documents, parser, smollm2_dir
+from common import DEVICE, Rows, add_text_arguments, described, documents, parser, smollm2_dir
 
 
 COMMON: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -80,7 +79,7 @@ def train(base: Any, tuner: str, rate: float | None, tokens: Tensor, args: argpa
         training = SparseTrainingArguments(
             folder, max_steps=args.steps, per_device_train_batch_size=1, learning_rate=rate or START,
             find_learning_rate=rate is None, warmup_steps=0.1, weight_decay=0.0, seed=args.seed, report_to="none",
-            use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_steps=1000, disable_tqdm=True,
+            use_cpu=DEVICE == "cpu", save_strategy="no", logging_steps=1000, disable_tqdm=True,
             dataloader_pin_memory=False,
         )  # fmt: skip
         data = [{"input_ids": row, "labels": row} for row in tokens]
@@ -162,7 +161,7 @@ def main() -> None:
     for criterion, pattern in CASES:
         if criterion not in args.criteria.split(",") or str(pattern) not in args.patterns.split(","):
             continue
-        base = AutoModelForCausalLM.from_pretrained(folder)
+        base = AutoModelForCausalLM.from_pretrained(folder).to(DEVICE)
         prune(base, pattern, calibration=None if criterion == "magnitude" else calibration, criterion=criterion)
         case = {"criterion": criterion, "pattern": str(pattern)}
         if not rows.find(**case, tuner="none"):

@@ -33,9 +33,10 @@ class Adapted(nn.Module):
         super().__init__()
         self.base, self.scaling, self.masked = base, alpha / rank, masked
         self.mask = (base.weight != 0).to(base.weight.dtype)
-        self.A = nn.Parameter(torch.empty(rank, base.in_features))
+        device = base.weight.device
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs of the layer with its adapter."""
@@ -102,7 +103,7 @@ def free_lunch(model: Any, tokens: Tensor, pattern: Any, rate: float, *, submodu
     batches = tokens.split(batch)
     with torch.no_grad():
         hidden = [model.model.embed_tokens(rows) for rows in batches]
-        rotary = model.model.rotary_emb(hidden[0], torch.arange(tokens.shape[1])[None])
+        rotary = model.model.rotary_emb(hidden[0], torch.arange(tokens.shape[1], device=tokens.device)[None])
     for layer in model.model.layers:
         for parts, run in _regions(layer, rotary, submodules):
             hidden = _fit(parts, run, hidden, pattern, rate)
@@ -130,7 +131,7 @@ def _fit(
     parts: list[nn.Module], run: Callable[[Tensor], Tensor], hidden: list[Tensor], pattern: Any, rate: float
 ) -> list[Tensor]:
     linears = [m for part in parts for m in part.modules() if isinstance(m, nn.Linear)]
-    squares = [torch.zeros(m.in_features) for m in linears]
+    squares = [torch.zeros(m.in_features, device=m.weight.device) for m in linears]
 
     def adding(total: Tensor) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> None:

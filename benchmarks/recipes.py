@@ -4,16 +4,20 @@ r"""What recipes give and cost, beside pruning alone and the published loops: pe
         --output benchmarks/results/recipes-smollm2-cpu.json
     python benchmarks/recipes.py --model FOLDER --text-file tinystories.txt.gz --seeds 0 1 2 \
         --output benchmarks/results/recipes-stories260k-cpu.json
+    python benchmarks/recipes.py --merge (files of several runs) --output (a file)
     python benchmarks/recipes.py --table --output (one of these files)
     python benchmarks/recipes.py --plot docs/recipes.png --output (one of these files)
 
 Rows, each from the dense model on:
 - Wanda, SparseGPT, DSnoT: pruned only.
-- PERP, Free Lunch: their loops, transcribed in benchmarks/peers.py, with more and more tokens.
+- PERP, Free Lunch: their loops, transcribed in benchmarks/peers.py, with more and more tokens. They are trained at
+  each rate of a grid, and the tables have the best one of each row.
 - fast, balanced, best: the recipes, as `compress` runs them. A row is a stage; its costs are those of the run so far.
 
 The text is that of benchmarks/criteria.py, or the lines of one text file, of which the last fifth is held out.
-CPU minutes are those of all threads of the process, without measuring perplexity.
+CPU minutes are those of all threads of the process. On a GPU the time is that of the wall clock, and memory is what
+torch allocates there. Measuring perplexity is not counted. With `--at-once`, several runs share the device, and their
+times are left out of the tables.
 """
 
 import argparse
@@ -24,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +39,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_sparse import compress, pack_sequences, perplexity, prune, sparsity
 
 from common import (
+    DEVICE,
     Rows,
     add_text_arguments,
     digest,
     documents,
     parser,
-    peak_resident,
+    peak,
     python_documents,
     reset_peak,
     smollm2_dir,
+    synchronize,
+    write_json,
 )
 from peers import free_lunch, perp
+from recipes_table import merged, plot, table
 
 
 PATTERNS = ("0.5", "2:4", "0.7", "0.6")
-# The rates of the rivals are the best of a grid of three on the first pattern, see `--grid`.
-RATES = {"perp": 2e-3, "free_lunch": 1e-3}
+# The rates at which the rivals are trained. The tables have the best of them for each row.
+PERP_RATES, FREE_LUNCH_RATES = (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)
 
 
 class Benchmark:
@@ -87,7 +96,7 @@ class Benchmark:
         self.rows = Rows(args.output, settings)
 
     def model(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32).to(DEVICE)
 
     def chosen(self, seed: int) -> tuple[Tensor, Tensor]:
         """Return the calibration and the training sequences of a seed, in random order."""
@@ -96,27 +105,35 @@ class Benchmark:
         calibration, train = (tokens[torch.randperm(len(tokens), generator=generator)] for tokens in both)
         return calibration, train
 
+    def is_wanted(self, way: str) -> bool:
+        """Return whether `--ways` names a way, or is not given."""
+        return not self.args.ways or way in self.args.ways
+
     def measured(self, model: Any, **costs: Any) -> dict[str, Any]:
+        """Return perplexities, sparsity and the costs that are given."""
         values = {name: perplexity(model, tokens, self.args.batch) for name, tokens in self.texts.items()}
-        return {"perplexity": values, "sparsity": sparsity(model), **costs}
+        return {"perplexity": values, "sparsity": sparsity(model), **costs, "at_once": self.args.at_once}
 
     def row(self, wanted: dict[str, Any], work: Callable[[Any], int]) -> None:
         """Measure a way that changes the dense model and returns the number of tokens it read."""
-        if self.rows.find(**wanted):
+        if not self.is_wanted(wanted["way"]) or self.rows.find(**wanted):
             return
         model = self.model()
         gc.collect()
         reset_peak()
+        synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
         tokens = work(model)
+        synchronize()
         costs = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        costs["peak_bytes"] = peak_resident()
+        costs["peak_bytes"] = peak()
         self.rows.add({**wanted, **self.measured(model, tokens=tokens, **costs)})
 
-    def recipe(self, name: str, pattern: str, seed: int, **changes: Any) -> None:
-        """Run a recipe. Each of its stages is a row."""
-        wanted = {"way": name, "pattern": pattern, "seed": seed, **changes}
-        if self.rows.find(**wanted, stage="saved"):
+    def recipe(self, name: str, pattern: str, seed: int, rate: float | None = None) -> None:
+        """Run a recipe, with its own learning rate of retraining or with another. Each of its stages is a row."""
+        wanted = {"way": name, "pattern": pattern, "seed": seed, **({} if rate is None else {"rate": rate})}
+        changes = {} if rate is None else {"learning_rate": rate}
+        if not self.is_wanted(name) or self.rows.find(**{"rate": "", **wanted, "stage": "saved"}):
             return
         calibration, train = self.chosen(seed)
         asked: dict[str, Any] = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
@@ -129,13 +146,18 @@ class Benchmark:
                 save_strategy="no", logging_steps=1000, dataloader_pin_memory=False, disable_tqdm=True, **asked,
                 **changes,
             )  # fmt: skip
-            peak = peak_resident()
-            saved = AutoModelForCausalLM.from_pretrained(Path(folder) / "sparse")
-        costs = {"tokens": 0, "seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": peak}
+            most = peak()
+            saved = AutoModelForCausalLM.from_pretrained(Path(folder) / "sparse").to(DEVICE)
+        costs = {"tokens": 0, "seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": most}
         for stage in report.stages[1:]:
             for cost in ("tokens", "seconds", "cpu_seconds"):
                 costs[cost] += getattr(stage, cost)
-            values = {"perplexity": stage.perplexity, "sparsity": stage.sparsity, **costs}
+            values = {
+                "perplexity": stage.perplexity,
+                "sparsity": stage.sparsity,
+                **costs,
+                "at_once": self.args.at_once,
+            }
             last = stage.name == "saved"
             self.rows.add({**wanted, "stage": stage.name, **(self.measured(saved, **costs) if last else values)})
 
@@ -151,14 +173,14 @@ class Benchmark:
             prune(model, level, few, criterion=criterion, refinement=refinement, batch_size=4)
             return few.numel()
 
-        def by_perp(steps: int, masked: bool, model: Any) -> int:
+        def by_perp(steps: int, rate: float, masked: bool, model: Any) -> int:
             read = pruned("sparsegpt", None, model)
-            perp(model, train, steps, RATES["perp"], masked=masked, seed=seed)
+            perp(model, train.to(DEVICE), steps, rate, masked=masked, seed=seed)
             return read + steps * train.shape[1]
 
-        def by_free_lunch(factor: int, submodules: bool, model: Any) -> int:
+        def by_free_lunch(factor: int, rate: float, submodules: bool, model: Any) -> int:
             tokens = calibration[: factor * self.args.sequences]
-            free_lunch(model, tokens, theirs, RATES["free_lunch"], submodules=submodules)
+            free_lunch(model, tokens.to(DEVICE), theirs, rate, submodules=submodules)
             return tokens.numel()
 
         self.row({"way": "dense", "seed": seed}, lambda model: 0)
@@ -168,74 +190,19 @@ class Benchmark:
             self.row({"way": way, **common}, partial(pruned, criterion, refinement))
         for name in ("fast", "balanced", "best"):
             self.recipe(name, pattern, seed)
-        for steps in self.args.steps:
-            self.row({"way": "PERP, MaskLoRA", "steps": steps, **common}, partial(by_perp, steps, True))
-        for factor in self.args.factors:
+            for rate in self.args.recipe_rates if name != "fast" else ():
+                self.recipe(name, pattern, seed, rate)
+        for steps, rate in product(self.args.steps, self.args.perp_rates):
+            wanted = {"steps": steps, "rate": rate, **common}
+            self.row({"way": "PERP, MaskLoRA", **wanted}, partial(by_perp, steps, rate, True))
+        for factor, rate in product(self.args.factors, self.args.free_lunch_rates):
+            wanted = {"factor": factor, "rate": rate, **common}
             for name, submodules in (("submodules", True), ("blocks", False)):
-                self.row(
-                    {"way": f"Free Lunch, {name}", "factor": factor, **common},
-                    partial(by_free_lunch, factor, submodules),
-                )
+                self.row({"way": f"Free Lunch, {name}", **wanted}, partial(by_free_lunch, factor, rate, submodules))
         steps = self.args.steps[-1]
-        self.row({"way": "PERP, LoRA-Prune", "steps": steps, **common}, partial(by_perp, steps, False))
-
-
-def table(result: dict[str, Any]) -> str:
-    """Return the rows as Markdown: one table for each pattern, with means over the seeds."""
-    rows, lines = result["rows"], []
-    texts = list(result["windows"])
-    for pattern in dict.fromkeys(row["pattern"] for row in rows if "pattern" in row):
-        cells: dict[str, list[dict[str, Any]]] = {}
-        for row in (row for row in rows if row.get("pattern", pattern) == pattern and row.get("stage") != "saved"
-                    or row.get("pattern") == pattern):  # fmt: skip
-            cells.setdefault(label(row), []).append(row)
-        lines += [f"\n{pattern}\n", f"| | {' | '.join(texts)} | tokens | CPU minutes | peak GiB |"]
-        lines += ["| --- |" + " ---: |" * (len(texts) + 3)]
-        for name, found in cells.items():
-            values = [spread([row["perplexity"].get(text) for row in found]) for text in texts]
-            minutes = sum(row["cpu_seconds"] for row in found) / len(found) / 60
-            peak = max(row["peak_bytes"] for row in found) / 2**30
-            lines.append(f"| {name} | {' | '.join(values)} | {found[0]['tokens']:,} | {minutes:.2f} | {peak:.2f} |")
-    return "\n".join(lines)
-
-
-def label(row: dict[str, Any]) -> str:
-    """Return the name of a row in tables."""
-    extra = {"steps": "{} steps", "factor": "x{} tokens", "stage": "{}"}
-    words = [text.format(row[key]) for key, text in extra.items() if key in row]
-    return ", ".join([row["way"], *words])
-
-
-def spread(values: list[float | None]) -> str:
-    """Return the mean of the seeds, and the largest distance from it."""
-    found = [value for value in values if value is not None]
-    if not found:
-        return ""
-    mean = sum(found) / len(found)
-    apart = max(abs(value - mean) for value in found)
-    return f"{mean:.2f}" + (f" ± {apart:.2f}" if len(found) > 1 else "")
-
-
-def plot(result: dict[str, Any], path: str) -> None:
-    """Draw perplexity against CPU minutes, with the line of those that nothing beats in both."""
-    from matplotlib.figure import Figure
-
-    text = next(iter(result["windows"]))
-    patterns = list(dict.fromkeys(row["pattern"] for row in result["rows"] if "pattern" in row))
-    figure = Figure(figsize=(5 * len(patterns), 4), layout="constrained")
-    for axis, pattern in zip(figure.subplots(1, len(patterns), squeeze=False)[0], patterns, strict=True):
-        rows = [row for row in result["rows"] if row.get("pattern") == pattern and row["seed"] == 0]
-        rows = [row for row in rows if row.get("stage") != "saved"]
-        points = sorted((row["cpu_seconds"] / 60, row["perplexity"][text], row) for row in rows)
-        best = float("inf")
-        front = [(x, best := y) for x, y, _ in points if y < best]
-        axis.step(*zip(*front, strict=True), where="post", color="grey", linewidth=1)
-        for x, y, row in points:
-            ours = row["way"] in ("fast", "balanced", "best")
-            axis.plot(x, y, "o" if ours else "x", color="C0" if ours else "C1")
-            axis.annotate(label(row), (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axis.set(xlabel="CPU minutes", ylabel=f"perplexity, {text}", title=pattern, yscale="log")
-    figure.savefig(path, dpi=110)
+        for rate in self.args.perp_rates:
+            wanted = {"steps": steps, "rate": rate, **common}
+            self.row({"way": "PERP, LoRA-Prune", **wanted}, partial(by_perp, steps, rate, False))
 
 
 def main() -> None:
@@ -252,14 +219,23 @@ def main() -> None:
     arguments.add_argument("--window", type=int, default=1024)
     arguments.add_argument("--windows", type=int, default=4)
     arguments.add_argument("--batch", type=int, default=1)
+    arguments.add_argument("--ways", nargs="+", help="rows to measure, such as best 'PERP, MaskLoRA'. Default: all")
     arguments.add_argument("--steps", nargs="+", type=int, default=[40, 160])
     arguments.add_argument("--factors", nargs="+", type=int, default=[1, 3])
+    arguments.add_argument("--perp-rates", nargs="+", type=float, default=list(PERP_RATES))
+    arguments.add_argument("--free-lunch-rates", nargs="+", type=float, default=list(FREE_LUNCH_RATES))
+    arguments.add_argument("--recipe-rates", nargs="+", type=float, default=[], help="beside the recipes' own rate")
+    arguments.add_argument("--at-once", type=int, default=1, help="how many such runs share the device")
+    arguments.add_argument("--merge", nargs="+", help="write the rows of these files, which have the same settings")
     arguments.add_argument("--table", action="store_true")
     arguments.add_argument("--plot", help="draw the result into this file")
     args = arguments.parse_args()
     if args.table or args.plot:
         result = json.loads(Path(args.output).read_text())
         print(table(result)) if args.table else plot(result, args.plot)
+        return
+    if args.merge:
+        write_json(args.output, merged([json.loads(Path(file).read_text()) for file in args.merge]))
         return
     benchmark = Benchmark(args)
     for pattern in args.patterns:

@@ -47,7 +47,7 @@ def main() -> None:
     evaluation = pack_sequences([evaluation_text], tokenizer, args.length, separator="")[: args.windows]
     rows = Rows(args.output, described(args, calibration_text, evaluation_text, calibration, evaluation))
     training = pack_sequences(calibration_text, tokenizer, args.calibration_length) if args.steps else None
-    dense = AutoModelForCausalLM.from_pretrained(model_dir)
+    dense = AutoModelForCausalLM.from_pretrained(model_dir).to(DEVICE)
     if not rows:
         rows.add({"pattern": "dense", "perplexity": perplexity(dense, evaluation), "bytes": bytes_of(dense)})
     for pattern, pruned_by in itertools.product(args.patterns, args.pruned_by):
@@ -55,7 +55,7 @@ def main() -> None:
         if all(rows.find(**wanted, r=rank, start="") for rank in args.ranks) and training is None:
             continue
         torch.manual_seed(args.seed)
-        model = AutoModelForCausalLM.from_pretrained(model_dir)
+        model = AutoModelForCausalLM.from_pretrained(model_dir).to(DEVICE)
         criterion, _, update = pruned_by.partition("+")
         started = time.process_time()
         report = prune(

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from peft_sparse import ScaledLoRAConfig, pack_sequences, perplexity, prune
 from peft_sparse.tuners import ScaledLoraLayer
 
-from common import Rows, add_text_arguments, described, documents, parser, smollm2_dir
+from common import DEVICE, Rows, add_text_arguments, described, documents, parser, smollm2_dir
 
 
 # Configuration, fields that differ from the default, and the fraction of a step that the component of ones moves.
@@ -80,7 +80,7 @@ class Benchmark:
         self.rows = Rows(args.output, settings)
 
     def pruned(self, criterion: str, sparsity: float | str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(self.folder)
+        model = AutoModelForCausalLM.from_pretrained(self.folder).to(DEVICE)
         prune(model, sparsity, None if criterion == "magnitude" else self.train[:64], criterion=criterion)
         return model
 
@@ -101,7 +101,7 @@ class Benchmark:
         epochs = -(-steps * batch // len(self.train))
         order = torch.cat([torch.randperm(len(self.train), generator=generator) for _ in range(epochs)])
         for indices in order[: steps * batch].view(steps, batch):
-            ids = self.train[indices]
+            ids = self.train[indices].to(DEVICE)
             loss = model(input_ids=ids, labels=ids).loss
             if not loss.isfinite():
                 return math.inf

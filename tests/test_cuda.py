@@ -124,7 +124,8 @@ def test_reconstruction(region, where, tokens):
     device = None if where == "the model" else "cuda"
     reconstruct(cpu, calibration=tokens, pattern=0.5, criterion="wanda", region=region)
     reconstruct(gpu, calibration=tokens, pattern=0.5, criterion="wanda", region=region, device=device)
-    assert_same(gpu, cpu)
+    # Single matrices are fitted by least squares, whose solver stops by the size of its last improvements.
+    assert_same(gpu, cpu, relative=1e-2 if region == "matrix" else 1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
