@@ -132,7 +132,7 @@ class Benchmark:
     def recipe(self, name: str, pattern: str, seed: int, rate: float | None = None) -> None:
         """Run a recipe, with its own learning rate of retraining or with another. Each of its stages is a row."""
         wanted = {"way": name, "pattern": pattern, "seed": seed, **({} if rate is None else {"rate": rate})}
-        changes = {} if rate is None else {"learning_rate": rate}
+        changes: dict[str, Any] = {} if rate is None else {"learning_rate": rate}
         if not self.is_wanted(name) or self.rows.find(**{"rate": "", **wanted, "stage": "saved"}):
             return
         calibration, train = self.chosen(seed)
