@@ -20,6 +20,8 @@ ORDER = [
     {"planning"},
     {"recipes"},
     {"__init__"},
+    {"commands"},
+    {"__main__"},
 ]
 
 

@@ -1,0 +1,108 @@
+"""Arguments of commands: the fields of dataclasses in groups, those that people need first."""
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from .outcome import BadArguments
+
+
+# Arguments that only experts need: `--help_all` shows them.
+HIDDEN = "all arguments of transformers.TrainingArguments"
+
+
+def add_fields(
+    parser: argparse.ArgumentParser,
+    kind: Any,
+    groups: Mapping[str, Sequence[str]],
+    defaults: Mapping[str, Any] | None = None,
+    *,
+    all_others: bool = False,
+) -> None:
+    """Add fields of the dataclass `kind` as arguments. The values of those that are not given are left out.
+
+    Args:
+        parser: the parser of a command.
+        kind: the dataclass.
+        groups: names of fields by the title of their group.
+        defaults: defaults of the command, which the help shows in the place of those of `kind`.
+        all_others: whether the fields without a group are arguments too, which only `--help_all` shows.
+    """
+    fields = {each.name: each for each in dataclasses.fields(kind) if each.init}
+    chosen = {name for names in groups.values() for name in names}
+    for title, names in groups.items():
+        _add_group(parser, kind, title, [fields[name] for name in names], defaults or {})
+    if all_others:
+        rest = [each for each in fields.values() if each.name not in chosen]
+        for action in _add_group(parser, kind, HIDDEN, rest, defaults or {}):
+            action.help, action.told = argparse.SUPPRESS, action.help  # type: ignore[attr-defined]
+        parser.add_argument("--help_all", "--help-all", action=_HelpAll, help="show the arguments of training too")
+
+
+def parsed(values: Mapping[str, Any], *kinds: Any) -> tuple[Any, ...]:
+    """Return instances of dataclasses with `values`, as `HfArgumentParser` makes them.
+
+    Raises:
+        BadArguments: a class refuses its values.
+    """
+    try:
+        return HfArgumentParser(kinds).parse_dict(dict(values), allow_extra_keys=True)
+    except (ValueError, TypeError) as error:
+        raise BadArguments(str(error)) from error
+
+
+def _add_group(
+    parser: argparse.ArgumentParser, kind: Any, title: str, fields: list[Any], defaults: Mapping[str, Any]
+) -> list[argparse.Action]:
+    """Let `HfArgumentParser` make the arguments of `fields`, and add them as a group."""
+    hints = typing.get_type_hints(kind)
+    made = dataclasses.make_dataclass(
+        kind.__name__,
+        [(each.name, hints[each.name], _with_default(each, defaults)) for each in fields],
+        namespace={"_argument_group_name": title},
+        kw_only=True,
+    )
+    own = HfArgumentParser(made, add_help=False)
+    for action in own._actions:
+        action.default = argparse.SUPPRESS
+        action.metavar = _metavar(action)
+    parser._add_container_actions(own)
+    return own._actions
+
+
+def _with_default(field: Any, defaults: Mapping[str, Any]) -> Any:
+    default = defaults.get(field.name, field.default)
+    made = field.default_factory is not dataclasses.MISSING and field.name not in defaults
+    metadata = dict(field.metadata)
+    shown = field.default_factory() if made else default
+    said = metadata.get("help") or ""
+    if shown not in (None, False, [], {}, "", dataclasses.MISSING) and "Default" not in said:
+        metadata["help"] = f"{said} Default: {getattr(shown, 'value', shown)}.".replace("%", "%%").strip()
+    if made:
+        return dataclasses.field(default_factory=field.default_factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _metavar(action: argparse.Action) -> str | None:
+    """Return what the help shows in the place of a value."""
+    if action.nargs == 0 or action.choices:
+        return None
+    return {int: "N", float: "X", dict: "JSON"}.get(action.type, "TEXT") if action.const is None else "true|false"  # type: ignore[call-overload]
+
+
+class _HelpAll(argparse.Action):
+    """Prints the help with the arguments that it leaves out."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        """Print the whole help and end the process."""
+        for action in parser._actions:
+            action.help = getattr(action, "told", action.help)
+        parser.print_help()
+        parser.exit()
