@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from .groups import WORDS
 from .outcome import BadArguments
 
 
@@ -30,14 +31,14 @@ def add_fields(
         kind: the dataclass.
         groups: names of fields by the title of their group.
         defaults: defaults of the command, which the help shows in the place of those of `kind`.
-        all_others: whether the fields without a group are arguments too, which only `--help_all` shows.
+        all_others: whether the fields that the parser does not have yet are arguments too. `--help_all` shows them.
     """
     fields = {each.name: each for each in dataclasses.fields(kind) if each.init}
-    chosen = {name for names in groups.values() for name in names}
     for title, names in groups.items():
         _add_group(parser, kind, title, [fields[name] for name in names], defaults or {})
     if all_others:
-        rest = [each for each in fields.values() if each.name not in chosen]
+        shown = {action.dest for action in parser._actions}
+        rest = [each for name, each in fields.items() if name not in shown]
         for action in _add_group(parser, kind, HIDDEN, rest, defaults or {}):
             action.help, action.told = argparse.SUPPRESS, action.help  # type: ignore[attr-defined]
         parser.add_argument("--help_all", "--help-all", action=_HelpAll, help="show the arguments of training too")
@@ -79,7 +80,8 @@ def _with_default(field: Any, defaults: Mapping[str, Any]) -> Any:
     made = field.default_factory is not dataclasses.MISSING and field.name not in defaults
     metadata = dict(field.metadata)
     shown = field.default_factory() if made else default
-    said = metadata.get("help") or ""
+    said = WORDS.get(field.name) or metadata.get("help") or ""
+    metadata["help"] = said
     if shown not in (None, False, [], {}, "", dataclasses.MISSING) and "Default" not in said:
         metadata["help"] = f"{said} Default: {getattr(shown, 'value', shown)}.".replace("%", "%%").strip()
     if made:

