@@ -3,6 +3,8 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from conftest import tiny
+
 
 # Adds a system prompt of its own if there is none, as those of SmolLM2 and Qwen 2.5 do.
 CHAT_TEMPLATE = (
@@ -47,3 +49,16 @@ def says(role, content):
 
 def conversation(question, answer):
     return [says("user", question), says("assistant", answer)]
+
+
+def save_tiny_model(folder):
+    """Save a tiny Llama with a tokenizer of single characters, and return the folder."""
+    character_tokenizer().save_pretrained(folder)
+    tiny("llama").save_pretrained(folder)
+    return folder
+
+
+def write_text(path):
+    """Write a text that fills some dozens of short sequences, and return the path."""
+    path.write_text("\n\n".join(f"THE {i} OF {i * i} IS NOT {i + 7}, AND THAT IS THAT." * 3 for i in range(80)))
+    return path

@@ -56,6 +56,16 @@ def parsed(values: Mapping[str, Any], *kinds: Any) -> tuple[Any, ...]:
         raise BadArguments(str(error)) from error
 
 
+def check_pruned(options: Any) -> None:
+    """Check that the arguments of a training name a sparsity.
+
+    Raises:
+        BadArguments: they do not.
+    """
+    if options.pruning_pattern() is None:
+        raise BadArguments('A sparsity is needed. Give --sparsity 0.5, or --pattern "2:4".')
+
+
 def _add_group(
     parser: argparse.ArgumentParser, kind: Any, title: str, fields: list[Any], defaults: Mapping[str, Any]
 ) -> list[argparse.Action]:

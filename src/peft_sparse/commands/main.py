@@ -5,12 +5,14 @@ import ast
 import copy
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from .outcome import DONE, FAILED, forget_work, tell
+from .last_words import say_last
+from .outcome import DONE, FAILED, BadArguments, forget_work, tell
 
 
 # The modules of the commands, in the order of the help. A module is imported when its command runs.
@@ -30,27 +32,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     forget_work()
     given = list(sys.argv[1:] if arguments is None else arguments)
+    name = ""
     try:
-        name = _overview().parse_args(given[:1]).command
-        parser = _parser(name)
-        args = _parsed(parser, given[1:])
-    except SystemExit as end:  # from argparse, which has printed what there is to say
-        return int(end.code or 0)
-    try:
+        overview = _overview()
+        name = overview.parse_args(given[:1]).command
+        args = _parsed(_parser(name), given[1:])
         written = _module(name).run(args)
+    except SystemExit as end:  # from `--help` and `--version`
+        return int(end.code or 0)
     except KeyboardInterrupt:
-        print(f"peft-sparse {name}: interrupted", file=sys.stderr)
+        say_last(f"peft-sparse {name}: interrupted")
         return FAILED
     except Exception as error:
-        return tell(name, error, args.traceback)
-    for what in written:
-        print(f"written: {what}")
+        return tell(name, error, "--traceback" in given)
+    if os.environ.get("RANK", "0") == "0":
+        for what in written:
+            print(f"written: {what}")
     return DONE
 
 
 def start() -> None:
     """Run the command of this process, and end the process with its exit code."""
-    sys.exit(main())
+    code = main()
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+        sys.exit(code)
+    if code == DONE:
+        distributed.barrier()
+        distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A thread of gloo that outlives the interpreter may abort the process.
+    os._exit(code)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors end as all others do: in one line, which comes last."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments."""
+        raise BadArguments(f"{message}. `{self.prog} --help` explains the arguments.")
 
 
 class _OneSpelling(argparse.RawDescriptionHelpFormatter):
@@ -64,7 +85,7 @@ class _OneSpelling(argparse.RawDescriptionHelpFormatter):
 
 
 def _overview() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="peft-sparse",
         description="Prune language models, recover their quality without filling a zero, and share the result.",
         epilog="commands:\n" + "".join(f"  {name:<12}{_summary(name)}\n" for name in COMMANDS) + EPILOG,
@@ -87,7 +108,7 @@ def _known(name: str) -> str:
 def _parser(name: str) -> argparse.ArgumentParser:
     """Return the parser of a command, with the arguments that every command has."""
     module = _module(name)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"peft-sparse {name}",
         description=f"{module.SUMMARY}\n\nexample:\n  {module.EXAMPLE}",
         formatter_class=_OneSpelling,
@@ -104,7 +125,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 def _parsed(parser: argparse.ArgumentParser, given: list[str]) -> argparse.Namespace:
     """Return the arguments of a command. What `--config` names counts where the command line says nothing."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     path = first.parse_known_args(given)[0].config
     if path is not None:

@@ -43,8 +43,12 @@ def run(args: argparse.Namespace) -> list[str]:
     zeros = sparsity(plain)
     say(f"merging {args.adapter} into {base}, whose sparsity is {zeros:.4f}")
     model = PeftModel.from_pretrained(plain, args.adapter)
-    begin_work()
-    save_plain_model(model, args.output_dir, merge=True, write=True, sparsity=zeros, processors=_tokenizer(base))
+    try:
+        save_plain_model(model, args.output_dir, merge=True, write=True, sparsity=zeros, processors=_tokenizer(base))
+    except OSError:
+        # Everything else is refused before a file is written.
+        begin_work()
+        raise
     return [f"{args.output_dir} (load it by {type(plain).__name__}.from_pretrained)"]
 
 

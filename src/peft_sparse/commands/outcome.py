@@ -3,6 +3,8 @@
 import sys
 import traceback
 
+from .last_words import say_last
+
 
 DONE, FAILED, BAD_ARGUMENTS, REFUSED = 0, 1, 2, 3
 
@@ -50,7 +52,7 @@ def one_line(command: str, error: BaseException) -> str:
     words = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
     if not isinstance(error, EXPLAINED) or not words:
         words = f"{type(error).__name__}: {words}"
-    return f"peft-sparse {command}: {how}: {words}"
+    return f"{f'peft-sparse {command}'.strip()}: {how}: {words}"
 
 
 def tell(command: str, error: BaseException, whole: bool) -> int:
@@ -64,5 +66,5 @@ def tell(command: str, error: BaseException, whole: bool) -> int:
     if whole or not isinstance(error, EXPLAINED):
         traceback.print_exception(error)
     sys.stdout.flush()
-    print(one_line(command, error), file=sys.stderr, flush=True)
+    say_last(one_line(command, error))
     return code_of(error)

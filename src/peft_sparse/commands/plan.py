@@ -12,9 +12,8 @@ from ..recipes import AdapterArguments, TextArguments
 from ..reconstruction import Fit
 from ..training.arguments import SparseTrainingArguments
 from . import groups
-from .arguments import add_fields, parsed
-from .outcome import BadArguments
-from .sources import MODEL, SourceArguments
+from .arguments import add_fields, check_pruned, parsed
+from .sources import MODEL, SourceArguments, own_model
 from .story import prepare, say
 
 
@@ -60,13 +59,10 @@ def run(args: argparse.Namespace) -> list[str]:
     values = {"per_device_train_batch_size": 1, "report_to": "none", "use_cpu": True} | DEFAULTS | vars(args)
     kinds = (SourceArguments, PlanArguments, TextArguments, AdapterArguments, SparseTrainingArguments)
     sources, plan, text, adapter, options = parsed({"output_dir": "unused"} | values, *kinds)
-    if sources.model_name_or_path is None:
-        raise BadArguments("A model is needed. Give --model with its folder, or its name on the Hub.")
-    prunes = {"pruning", "reconstruction"} & set(plan.stages)
-    if prunes and options.pruning_pattern() is None:
-        raise BadArguments('A sparsity is needed. Give --sparsity 0.5, or --pattern "2:4", or --stages retraining.')
+    name = own_model(sources)
+    if {"pruning", "reconstruction"} & set(plan.stages):
+        check_pruned(options)
     prepare()
-    name: str = sources.model_name_or_path
     calibration = {"sequences": options.calibration_samples, "length": text.calibration_length}
     calibration |= {"activations": options.activations}
     autocast = torch.bfloat16 if options.bf16 else None

@@ -15,8 +15,8 @@ from ..pruning.prune import prune
 from ..recipes import TextArguments
 from ..training.arguments import SparseTrainingArguments
 from . import groups
-from .arguments import add_fields, parsed
-from .outcome import BadArguments, begin_work
+from .arguments import add_fields, check_pruned, parsed
+from .outcome import begin_work
 from .sources import (
     MODEL,
     TEXT,
@@ -25,7 +25,7 @@ from .sources import (
     load_documents,
     load_model,
     load_tokenizer,
-    model_source,
+    own_model,
     shuffled,
     tell_model,
 )
@@ -64,12 +64,9 @@ def run(args: argparse.Namespace) -> list[str]:
     values = DEFAULTS | vars(args)
     kinds = (SourceArguments, TextArguments, StreamArguments, SparseTrainingArguments)
     sources, text, memory, options = parsed(values, *kinds)
-    if options.pruning_pattern() is None:
-        raise BadArguments('A sparsity is needed. Give --sparsity 0.5, or --pattern "2:4".')
-    if sources.model_name_or_path is None:
-        raise BadArguments("A model is needed. Give --model with its folder, or its name on the Hub.")
+    check_pruned(options)
+    output, source = Path(options.output_dir), own_model(sources)
     prepare()
-    output, source = Path(options.output_dir), model_source(sources)
     if memory.stream:
         calibration = _calibration(sources, options, text, load_tokenizer(source))
         say(f"pruning {source} block by block to {options.pruning_pattern()} by {options.criterion}")

@@ -70,10 +70,11 @@ def run(args: argparse.Namespace) -> list[str]:
 def _add_stages(work: Run, result: Any) -> None:
     trainer, args = work.trainer, work.recipe.args
     value = perplexity(trainer.model, work.evaluation)
-    first = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    first = next((entry for entry in trainer.state.log_history if "eval_loss" in entry), None)
     tokens = args.calibration_samples * work.texts["calibration"].shape[1] if trainer.pruning_report else 0
     seconds = trainer.pruning_report.seconds if trainer.pruning_report else 0.0
-    work.add("pruned", math.exp(first["eval_loss"]), first["eval_sparsity"], tokens, seconds)
+    if first is not None:
+        work.add("pruned", math.exp(first["eval_loss"]), first["eval_sparsity"], tokens, seconds)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens = trainer.state.global_step * batch * work.texts["train"].shape[1]
     zeros = next(entry["sparsity"] for entry in reversed(trainer.state.log_history) if "sparsity" in entry)

@@ -104,6 +104,17 @@ def model_source(sources: SourceArguments) -> str:
     return sources.model_name_or_path or str(demonstration.smollm2_dir())
 
 
+def own_model(sources: SourceArguments) -> str:
+    """Return the folder or the name of the model, which must be given.
+
+    Raises:
+        BadArguments: it is not.
+    """
+    if sources.model_name_or_path is None:
+        raise BadArguments("A model is needed. Give --model with its folder, or its name on the Hub.")
+    return sources.model_name_or_path
+
+
 def load_tokenizer(source: str) -> Any:
     """Return the tokenizer of a model.
 
@@ -131,9 +142,18 @@ def load_model(source: str) -> tuple[Any, Any]:
 
 
 def in_turn(read: Callable[[], Any]) -> Any:
-    """Call `read` in the main process first. It may download, and the other processes then read its cache."""
-    with PartialState().main_process_first():
+    """Call `read` in the main process first. It may download, and the other processes then read its cache.
+
+    If it raises an error, the other processes call it as well, and meet the same error.
+    """
+    state = PartialState()
+    if not state.is_main_process:
+        state.wait_for_everyone()
+    try:
         return read()
+    finally:
+        if state.is_main_process:
+            state.wait_for_everyone()
 
 
 def shuffled(sequences: Tensor, seed: int) -> Tensor:

@@ -10,8 +10,8 @@ from transformers.utils import logging
 
 
 def say(text: str) -> None:
-    """Print `text` in the main process, also while a progress bar is shown."""
-    if PartialState().is_main_process:
+    """Print `text` in the first process, also while a progress bar is shown."""
+    if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
 
 

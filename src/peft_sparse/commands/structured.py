@@ -23,7 +23,7 @@ from .sources import (
     in_turn,
     load_documents,
     load_model,
-    model_source,
+    own_model,
     shuffled,
     tell_model,
 )
@@ -79,10 +79,9 @@ def run(args: argparse.Namespace) -> list[str]:
     sources, chosen, text, options = parsed(DEFAULTS | vars(args), *kinds)
     if chosen.ratio is None:
         raise BadArguments("A ratio is needed. Give --ratio 0.2 to remove a fifth of the parameters.")
-    if sources.model_name_or_path is None:
-        raise BadArguments("A model is needed. Give --model with its folder, or its name on the Hub.")
+    source = own_model(sources)
     prepare()
-    model, tokenizer = load_model(model_source(sources))
+    model, tokenizer = load_model(source)
     calibration = _calibration(sources, options, text, tokenizer)
     tell_model(sources, model, options.device)
     asked = asdict(chosen)

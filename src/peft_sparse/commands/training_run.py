@@ -19,8 +19,8 @@ from ..recipes.compression import Sequences, changed_arguments, described_tokens
 from ..training.arguments import SparseTrainingArguments
 from ..training.one_bar import show_one_bar
 from ..training.trainer import SparseTrainer
-from .arguments import parsed
-from .outcome import BadArguments, begin_work
+from .arguments import check_pruned, parsed
+from .outcome import begin_work
 from .sources import (
     SourceArguments,
     held_out,
@@ -116,6 +116,8 @@ def start(args: argparse.Namespace, recovery: str, defaults: Mapping[str, Any]) 
     if sources.model_name_or_path is None and values.get("sparsity") is None and values.get("pattern") is None:
         values["sparsity"] = 0.5
     text, adapter, options = parsed(values, TextArguments, AdapterArguments, SparseTrainingArguments)
+    if recovery == "reconstruct":
+        check_pruned(options)
     prepare()
     documents = in_turn(lambda: load_documents(sources))
     model, tokenizer = load_model(in_turn(lambda: model_source(sources)))
@@ -146,8 +148,6 @@ def _check_sparsity(options: SparseTrainingArguments, model: Any) -> None:
     """Refuse a dense model that is not to be pruned."""
     if options.pruning_pattern() is not None:
         return
-    if options.reconstructs:
-        raise BadArguments('A sparsity is needed. Give --sparsity 0.5, or --pattern "2:4".')
     share = sparsity(model, options.target_modules, options.exclude_modules)
     if share < DENSE:
         raise ValueError(

@@ -227,7 +227,9 @@ def described_tokens(tokens: Tensor) -> dict[str, Any]:
 def changed_arguments(recipe: Recipe) -> dict[str, Any]:
     """Return the arguments of a recipe that differ from their defaults, without folders."""
     found: dict[str, Any] = {}
-    plain: Any = SparseTrainingArguments(str(recipe.args.output_dir))
+    # Arguments set up the devices when they are made, and these must set up the same ones.
+    devices = {name: getattr(recipe.args, name) for name in ("use_cpu", "ddp_backend")}
+    plain: Any = SparseTrainingArguments(str(recipe.args.output_dir), **devices)
     for own, default in ((recipe.text, type(recipe.text)()), (recipe.adapter, type(recipe.adapter)()),
                          (recipe.args, plain)):  # fmt: skip
         for each in dataclasses.fields(own):
