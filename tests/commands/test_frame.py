@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import re
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,12 @@ def test_the_help_of_a_command_has_its_example_and_what_people_need_first(capsys
     assert "--calibration-samples" not in printed
     # The example is one that the parser takes.
     assert frame._parsed(frame._parser(name), module.EXAMPLE.split()[2:])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_page_of_the_command_line_has_every_command_with_its_example(name):
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    assert f"\n## {name}\n\n    {importlib.import_module(f'peft_sparse.commands.{name}').EXAMPLE}\n" in page
 
 
 def test_all_arguments_of_training_are_shown_if_asked(capsys):

@@ -15,7 +15,8 @@ from texts import save_tiny_model, write_text
 from trainers import CONFIGS
 
 
-ALONE = [sys.executable, "-m", "peft_sparse"]
+# What the script `peft-sparse` does.
+ALONE = [sys.executable, "-c", "from peft_sparse_command import start; start()"]
 DDP = ["--config_file", str(CONFIGS / "ddp.yaml"), "--main_process_port", "0"]
 IN_TWO = [sys.executable, "-m", "accelerate.commands.launch", *DDP, "-m", "peft_sparse"]
 SMALL = ["--calibration_samples", "4", "--calibration_length", "8", "--use_cpu"]
@@ -33,6 +34,17 @@ def ended(*command):
     """Run a command to its end. Standard error is read until the last process that writes to it has ended."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.parametrize("asked", ["--help", "--version"])
+def test_the_list_of_commands_needs_no_import_of_the_package(asked):
+    code = (
+        "import atexit, sys; from peft_sparse_command import start; sys.argv = ['peft-sparse', *sys.argv[1:]]\n"
+        "atexit.register(lambda: print([name in sys.modules for name in ('torch', 'transformers', 'peft')])); start()"
+    )
+    run = ended(sys.executable, "-c", code, asked)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "[False, False, False]"
 
 
 def test_a_process_ends_with_the_code_of_its_command():

@@ -6,8 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import psutil  # type: ignore[import-untyped]
+from typing import Any
 
 
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
@@ -51,12 +50,15 @@ def say_last(line: str) -> None:
         )
 
 
-def _launcher() -> psutil.Process | None:
-    """Return the parent of this process, if it is a launcher."""
+def _launcher() -> Any:
+    """Return the parent of this process as psutil knows it, if it is a launcher. Otherwise None."""
     if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
         return None
+    # A requirement of accelerate.
+    import psutil  # type: ignore[import-untyped]
+
     try:
-        parent = psutil.Process(os.getppid())
+        parent: Any = psutil.Process(os.getppid())
         words = " ".join(parent.cmdline())
     except psutil.Error:
         return None
