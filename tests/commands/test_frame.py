@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_the_help_of_a_command_has_its_example_and_what_people_need_first(capsys
     assert "--adam_beta1" not in printed
     assert "--calibration-samples" not in printed
     # The example is one that the parser takes.
-    assert frame._parsed(frame._parser(name), module.EXAMPLE.split()[2:])
+    assert frame._parsed(frame._parser(name), shlex.split(module.EXAMPLE)[2:])
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -226,6 +226,8 @@ def described_tokens(tokens: Tensor) -> dict[str, Any]:
 
 def changed_arguments(recipe: Recipe) -> dict[str, Any]:
     """Return the arguments of a recipe that differ from their defaults, without folders."""
+    folders = [each.name for each in dataclasses.fields(recipe.args) if each.name.endswith("_dir")]
+    left_out = {*folders, "resume_from_checkpoint"}
     found: dict[str, Any] = {}
     # Arguments set up the devices when they are made, and these must set up the same ones.
     devices = {name: getattr(recipe.args, name) for name in ("use_cpu", "ddp_backend")}
@@ -234,6 +236,6 @@ def changed_arguments(recipe: Recipe) -> dict[str, Any]:
                          (recipe.args, plain)):  # fmt: skip
         for each in dataclasses.fields(own):
             value = getattr(own, each.name)
-            if each.init and value != getattr(default, each.name) and not each.name.endswith("_dir"):
+            if each.init and value != getattr(default, each.name) and each.name not in left_out:
                 found[each.name] = value if isinstance(value, (str, int, float, bool, list, dict)) else str(value)
     return found

@@ -52,6 +52,9 @@ class OneBar(TrainerCallback):
         step, steps = state.global_step, max(state.max_steps, 1)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
+            if step >= steps:
+                # What is measured at the end has a bar of its own.
+                self._close()
         elif self.tells and LINES * step // steps > LINES * (step - 1) // steps:
             left = (time.perf_counter() - self.begun) / max(step - self.first, 1) * (steps - step)
             tqdm.write(f"{self.stage}: step {step} of {steps}{self.loss}, {left:.0f} s left")
@@ -68,6 +71,9 @@ class OneBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """End the bar."""
+        self._close()
+
+    def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
