@@ -132,6 +132,24 @@ def test_an_error_in_the_middle_of_pruning_is_a_failure(folder, capsys, monkeypa
     assert line.startswith("peft-sparse prune: failed: the third call While pruning block 'model.layers.1'")
 
 
+@pytest.mark.parametrize(("pruned", "code"), [(False, 3), (True, 1)])
+def test_an_error_of_a_compression_is_a_refusal_until_it_has_pruned(folder, capsys, monkeypatch, pruned, code):
+    from peft_sparse import prune
+    from peft_sparse.commands import compress
+
+    def compressed(model, *arguments, **options):
+        if pruned:
+            prune(model, 0.5)
+        raise ValueError("in the middle")
+
+    save_tiny_model(folder / "model")
+    write_text(folder / "text.txt")
+    monkeypatch.setattr(compress, "compress", compressed)
+    lengths = ["--sequence_length", "16", "--calibration_length", "8", "--evaluation_length", "16"]
+    assert main(["compress", "--model", "model", "--text_file", "text.txt", "--use_cpu", *lengths]) == code
+    assert "in the middle" in ending(capsys)[-1]
+
+
 def test_a_defect_shows_its_traceback(capsys, monkeypatch):
     from peft_sparse.commands import prune
 

@@ -1,6 +1,8 @@
 """`peft-sparse compress`: runs a whole recipe, from a dense model to a sparse one with a report."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from accelerate import PartialState
 
 from ..calibration.text import pack_sequences
+from ..pruning.prune import sparsity
 from ..recipes import RECIPES, AdapterArguments, Recipe, TextArguments, compress
 from ..recipes.compression import MODEL as FOLDER
 from ..recipes.compression import REPORT
@@ -16,7 +19,7 @@ from ..recipes.recipe import read_recipe
 from ..training.arguments import SparseTrainingArguments
 from . import groups
 from .arguments import add_fields, parsed
-from .outcome import BadArguments
+from .outcome import BadArguments, begin_work
 from .sources import (
     EVALUATION,
     MODEL,
@@ -80,6 +83,7 @@ def run(args: argparse.Namespace) -> list[str]:
     (chosen,) = parsed(given, RecipeArguments)
     sources, recipe = parsed(given, SourceArguments)[0], recipe_of(chosen.recipe, given)
     prepare()
+    say("reading the text and the model")
     documents = in_turn(lambda: load_documents(sources))
     model, tokenizer = load_model(in_turn(lambda: model_source(sources)))
     train = pack_sequences(documents.train, tokenizer, recipe.text.sequence_length)
@@ -88,20 +92,33 @@ def run(args: argparse.Namespace) -> list[str]:
     tell_model(sources, model, recipe.args.device)
     say(f"text: {documents.name}; {train.numel():,} tokens to train on, {evaluation.numel():,} others to measure")
     say(f"recipe {recipe.name}, {_stages(recipe)}")
-    if sources.model_name_or_path is None:
-        say("The recipe balanced takes about six minutes on two CPU cores.")
-    report = compress(
-        model,
-        recipe,
-        train,
-        calibration=shuffled(calibration, recipe.args.seed),
-        evaluation={documents.name: evaluation},
-        processing_class=tokenizer,
-        resume=chosen.resume,
-    )
+    if sources.model_name_or_path is None and recipe.name == "balanced":
+        say("This takes about six minutes on two CPU cores.")
+    with _noticing_work(model):
+        report = compress(
+            model,
+            recipe,
+            train,
+            calibration=shuffled(calibration, recipe.args.seed),
+            evaluation={documents.name: evaluation},
+            processing_class=tokenizer,
+            resume=chosen.resume,
+        )
     say(f"\n{report}\n\npeak memory {report.peak_memory_bytes / 2**30:.1f} GiB")
     output = Path(str(recipe.args.output_dir))
     return [f"{output / FOLDER} (load it by AutoModelForCausalLM.from_pretrained)", str(output / REPORT)]
+
+
+@contextlib.contextmanager
+def _noticing_work(model: Any) -> Iterator[None]:
+    """Note that the work has begun if an error leaves the context after `model` was pruned, which comes first."""
+    before = sparsity(model)
+    try:
+        yield
+    except Exception:
+        if sparsity(model) != before:
+            begin_work()
+        raise
 
 
 def recipe_of(name: str, given: dict[str, Any]) -> Recipe:

@@ -58,7 +58,6 @@ def run(args: argparse.Namespace) -> list[str]:
     options.eval_on_start = True  # the trainer prunes first, so this evaluation measures the pruned model
     # With ZeRO-3 the model is sharded when it is loaded, and such a model can run only during training.
     if not is_deepspeed_zero3_enabled() and options.pruning_pattern() is not None:
-        work.trainer.model.to(options.device)
         work.measure("dense", trainer.model)
     result = trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)
     begin_work()

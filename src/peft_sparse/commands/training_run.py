@@ -119,6 +119,7 @@ def start(args: argparse.Namespace, recovery: str, defaults: Mapping[str, Any]) 
     if recovery == "reconstruct":
         check_pruned(options)
     prepare()
+    say("reading the text and the model")
     documents = in_turn(lambda: load_documents(sources))
     model, tokenizer = load_model(in_turn(lambda: model_source(sources)))
     _check_sparsity(options, model)
