@@ -1,0 +1,253 @@
+"""Compares models side by side: perplexity, tasks, size, sparsity, generation, agreement with the first."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.inputs import output_of
+from ..calibration.sources import texts_of
+from ..model.blocks import prunable_weights
+from ..model.environment import environment
+from ..model.kinds import count_zeros
+from .generation import GenerationSpeed, generation_speeds
+from .loading import LoadedModel, load_model, load_tokenizer, short_names
+from .perplexity import mean_loss
+from .protocol import WINDOW, TextPerplexity, described, windows_of
+from .tables import markdown
+from .task_rows import rows_of
+from .tasks import TaskReport, evaluate_tasks, percent, task_names, title_of
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """What was measured of one model. None stands for what was not measured.
+
+    Args:
+        name: what the table calls it.
+        base: the name of the base, if it is an adapter.
+        dtype: the dtype of its weights.
+        size: the size of its weights on disk in bytes. Of an adapter, without its base.
+        sparsity: the fraction of zeros among the prunable weights, see `sparsity`. Of an adapter, that of its base.
+        perplexity: the perplexity on the text.
+        agreement: the fraction of the tokens counted in `perplexity` for which the most likely token is that of the
+            first model. Both models read the same text before each token.
+        tasks: the zero-shot accuracies.
+        generation: how fast it generates.
+    """
+
+    name: str
+    base: str | None
+    dtype: str
+    size: int | None
+    sparsity: float
+    perplexity: TextPerplexity | None = None
+    agreement: float | None = None
+    tasks: TaskReport | None = None
+    generation: GenerationSpeed | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was measured as plain values for JSON."""
+        found = {key: value for key, value in vars(self).items() if value is not None}
+        found |= {key: found[key].to_dict() for key in ("perplexity", "tasks") if key in found}
+        return found | ({"generation": vars(self.generation)} if self.generation else {})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models side by side. `str()` is a table in Markdown with a line that says how it was measured.
+
+    Args:
+        models: what was measured of each model. Agreement and speed are relative to the first.
+        environment: versions and hardware.
+    """
+
+    models: list[ComparedModel]
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the comparison as plain values for JSON."""
+        return {"models": [model.to_dict() for model in self.models], "environment": self.environment}
+
+    def __str__(self) -> str:
+        first = self.models[0]
+        columns: list[list[str]] = [
+            ["model", *(f"{one.name} on {one.base}" if one.base else one.name for one in self.models)],
+            ["dtype", *(one.dtype for one in self.models)],
+            ["on disk", *(size_of(one) for one in self.models)],
+            ["sparsity", *(f"{one.sparsity:.4f}" for one in self.models)],
+        ]
+        notes = []
+        if first.perplexity is not None:
+            columns.append(["perplexity", *(f"{one.perplexity.perplexity:.2f}" for one in self.models)])  # type: ignore[union-attr]
+            columns.append(["agreement", *(f"{100 * (one.agreement or 0):.1f} %" for one in self.models)])
+            notes.append(_text_note(first.perplexity))
+        if first.tasks is not None:
+            for name in first.tasks.scores:
+                scores = [one.tasks.scores[name] for one in self.models if one.tasks]
+                columns.append([title_of(name), *(percent(s.accuracy, s.standard_error) for s in scores)])
+            reports = [one.tasks for one in self.models if one.tasks]
+            columns.append(["mean", *(percent(report.mean, report.mean_error) for report in reports)])
+            notes.append(_task_note(first.tasks))
+        if first.generation is not None:
+            speeds = [one.generation for one in self.models if one.generation]
+            columns.append(["tokens/s", *(f"{speed.tokens_per_second:.1f}" for speed in speeds)])
+            columns.append(["speed", *(f"{speed.ratio:.2f}" for speed in speeds)])
+            notes.append("Speed: tokens per second divided by those of the first model, measured alternately.")
+        head, *rows = map(list, zip(*columns, strict=True))
+        return "\n".join([markdown(head, rows), *(["", *notes] if notes else [])])
+
+
+def compare_models(
+    models: Sequence[str | Path | LoadedModel],
+    documents: Iterable[Any] | None = None,
+    *,
+    window: int = WINDOW,
+    max_windows: int | None = None,
+    tasks: str | Sequence[str] | None = None,
+    limit: int | None = None,
+    data_dir: str | Path | None = None,
+    new_tokens: int = 32,
+    rounds: int = 5,
+    seed: int = 0,
+    batch_size: int = 1,
+    base: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> Comparison:
+    """Return what models cost and how good they are, side by side. The first is what others are compared with.
+
+    Size on disk and sparsity are always measured. Perplexity and agreement need `documents`, and accuracies need
+    `tasks`. All models must have one tokenizer, because numbers per token cannot be compared otherwise.
+
+    Args:
+        models: folders or Hub ids of models and adapters, or models in memory. The first should be the dense model.
+        documents: texts, in the order in which they are joined; or a `datasets.Dataset` with a column "text"; or one
+            text. None measures no perplexity.
+        window: tokens of a window.
+        max_windows: measure only so many windows, from the beginning of the text. By default all of them.
+        tasks: "perp", or names of tasks, see `evaluate_tasks`. None evaluates no task.
+        limit: evaluate at most so many rows of each task, drawn at random. By default all rows are evaluated.
+        data_dir: a folder with the rows of the seven tasks, see `evaluate_tasks`.
+        new_tokens: how many tokens are generated to measure the speed.
+        rounds: how many rounds of generation are counted. All models are then in memory together. 0 measures no
+            speed, and each model leaves memory before the next one is loaded.
+        seed: seed of the rows and of the prompt.
+        batch_size: how many windows and prompts of tasks run together.
+        base: the base of all adapters, if it is not where their configurations say.
+        dtype: the dtype of the weights. "auto" takes the one in which they are saved.
+        device: the device. By default the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no model, or one is named twice; tokenizers differ; see also `text_perplexity`,
+            `evaluate_tasks` and `generation_speeds`.
+        FileNotFoundError: there is no model of that name, or the base of an adapter is not where it says.
+        ImportError: `tasks` are given and lm-eval is not installed.
+    """
+    if not models:
+        raise ValueError("Expected at least one model, got none. Give folders or Hub ids.")
+    if rounds < 0:
+        raise ValueError(f"Expected `rounds` of 0 or more, got {rounds}. 0 measures no speed.")
+    if tasks is not None and data_dir is not None:
+        rows_of(task_names(tasks), data_dir)
+    paths = [source for source in models if not isinstance(source, LoadedModel)]
+    names = dict(zip(paths, short_names(paths), strict=True))
+    texts = None if documents is None else list(texts_of(documents))
+    windows = None if texts is None else _windows(models, texts, window, max_windows, base)
+    measured: list[ComparedModel] = []
+    kept: dict[str, nn.Module] = {}
+    reference: Tensor | None = None
+    for source in models:
+        loaded = source if isinstance(source, LoadedModel) else load_model(
+            source, name=names[source], base=base, dtype=dtype, device=device
+        )
+        row = _weights(loaded)
+        if windows is not None and texts is not None:
+            loss, count, choices = _choices(loaded.model, windows, batch_size)
+            reference = choices if reference is None else reference
+            agreement = float((choices == reference).double().mean())
+            row = replace(row, perplexity=described(loss, count, windows, texts), agreement=agreement)
+        if tasks is not None:
+            options: Any = {"limit": limit, "seed": seed, "data_dir": data_dir, "batch_size": batch_size}
+            row = replace(row, tasks=evaluate_tasks(loaded.model, loaded.tokenizer, tasks, **options))
+        measured.append(row)
+        if rounds:
+            kept[loaded.name] = loaded.model
+        del loaded
+    if rounds:
+        speeds = generation_speeds(kept, new_tokens=new_tokens, rounds=rounds, seed=seed)
+        measured = [replace(row, generation=speeds[row.name]) for row in measured]
+    return Comparison(measured, {key: value for key, value in environment().items() if key != "command"})
+
+
+def size_of(model: ComparedModel) -> str:
+    """Return the size on disk of a model for a table."""
+    size = "" if model.size is None else f"{model.size / 1e6:,.1f} MB"
+    return f"{size} + base" if model.base and size else size
+
+
+def _windows(
+    models: Sequence[str | Path | LoadedModel],
+    texts: list[str],
+    window: int,
+    max_windows: int | None,
+    base: str | None,
+) -> Tensor:
+    """Return the windows of the text, which must be the same for every model.
+
+    Raises:
+        ValueError: they are not.
+    """
+    first: Tensor | None = None
+    for source in models:
+        own = isinstance(source, LoadedModel)
+        found = windows_of(
+            texts, source.tokenizer if own else load_tokenizer(source, base), window, max_windows  # type: ignore[union-attr,arg-type]
+        )
+        first = found if first is None else first
+        if not torch.equal(found, first):
+            raise ValueError(
+                f"Expected models with one tokenizer, and that of {getattr(source, 'name', str(source))!r} makes other "
+                "tokens of the text than that of the first model. Numbers per token cannot be compared. Compare them "
+                "one by one."
+            )
+    assert first is not None
+    return first
+
+
+def _weights(loaded: LoadedModel) -> ComparedModel:
+    zeros, entries = count_zeros(prunable_weights(loaded.model))
+    dtype = str(next(parameter.dtype for parameter in loaded.model.parameters() if parameter.is_floating_point()))
+    return ComparedModel(loaded.name, loaded.base, dtype.removeprefix("torch."), loaded.size, zeros / entries)
+
+
+def _choices(model: nn.Module, windows: Tensor, batch_size: int) -> tuple[float, int, Tensor]:
+    """Return (mean loss, number of counted tokens, the most likely tokens), measured in one pass."""
+    found: list[Tensor] = []
+
+    def record(module: nn.Module, args: Any, outputs: Any) -> None:
+        found.append(output_of(outputs, "logits")[:, :-1].argmax(-1).cpu())
+
+    handle = model.register_forward_hook(record)
+    try:
+        loss, count = mean_loss(model, windows, batch_size, "documents")
+    finally:
+        handle.remove()
+    return loss, count, torch.cat(found)
+
+
+def _text_note(text: TextPerplexity) -> str:
+    return (
+        f"Perplexity: {text.windows} windows of {text.window} tokens, {text.tokens:,} counted, text digest "
+        f"{text.text_digest}. Agreement: how often the most likely next token is that of the first model."
+    )
+
+
+def _task_note(tasks: TaskReport) -> str:
+    drawn = "" if tasks.seed is None else f", rows drawn with seed {tasks.seed}"
+    rows = sorted({score.rows for score in tasks.scores.values()})
+    counts = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
+    return f"Tasks: acc in percent ± standard error, zero-shot, {counts} rows each{drawn}, lm-eval {tasks.lm_eval}."
