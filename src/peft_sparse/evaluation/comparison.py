@@ -13,7 +13,9 @@ from ..calibration.sources import texts_of
 from ..model.blocks import prunable_weights
 from ..model.environment import environment
 from ..model.kinds import count_zeros
+from ..model.weights import DENSE
 from .generation import GenerationSpeed, generation_speeds
+from .kernels import KernelReport, kernel_speed
 from .loading import LoadedModel, load_model, load_tokenizer, short_names
 from .perplexity import mean_loss
 from .protocol import WINDOW, TextPerplexity, described, windows_of
@@ -37,6 +39,7 @@ class ComparedModel:
             first model. Both models read the same text before each token.
         tasks: the zero-shot accuracies.
         generation: how fast it generates.
+        kernels: whether sparse kernels are faster for its matrices. Dense models have none.
     """
 
     name: str
@@ -48,11 +51,12 @@ class ComparedModel:
     agreement: float | None = None
     tasks: TaskReport | None = None
     generation: GenerationSpeed | None = None
+    kernels: KernelReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was measured as plain values for JSON."""
         found = {key: value for key, value in vars(self).items() if value is not None}
-        found |= {key: found[key].to_dict() for key in ("perplexity", "tasks") if key in found}
+        found |= {key: found[key].to_dict() for key in ("perplexity", "tasks", "kernels") if key in found}
         return found | ({"generation": vars(self.generation)} if self.generation else {})
 
 
@@ -98,7 +102,9 @@ class Comparison:
             columns.append(["speed", *(f"{speed.ratio:.2f}" for speed in speeds)])
             notes.append("Speed: tokens per second divided by those of the first model, measured alternately.")
         head, *rows = map(list, zip(*columns, strict=True))
-        return "\n".join([markdown(head, rows), *(["", *notes] if notes else [])])
+        parts = [markdown(head, rows), "\n".join(notes)]
+        parts += [f"Sparse kernels, {one.name}:\n\n{one.kernels}" for one in self.models if one.kernels]
+        return "\n\n".join(filter(None, parts))
 
 
 def compare_models(
@@ -112,6 +118,7 @@ def compare_models(
     data_dir: str | Path | None = None,
     new_tokens: int = 32,
     rounds: int = 5,
+    kernels: bool = False,
     seed: int = 0,
     batch_size: int = 1,
     base: str | None = None,
@@ -135,6 +142,7 @@ def compare_models(
         new_tokens: how many tokens are generated to measure the speed.
         rounds: how many rounds of generation are counted. All models are then in memory together. 0 measures no
             speed, and each model leaves memory before the next one is loaded.
+        kernels: whether sparse kernels are measured for each model that is not dense, see `kernel_speed`.
         seed: seed of the rows and of the prompt.
         batch_size: how many windows and prompts of tasks run together.
         base: the base of all adapters, if it is not where their configurations say.
@@ -165,6 +173,8 @@ def compare_models(
             source, name=names[source], base=base, dtype=dtype, device=device
         )
         row = _weights(loaded)
+        if kernels and row.sparsity > DENSE:
+            row = replace(row, kernels=kernel_speed(loaded.model, seed=seed))
         if windows is not None and texts is not None:
             loss, count, choices = _choices(loaded.model, windows, batch_size)
             reference = choices if reference is None else reference
