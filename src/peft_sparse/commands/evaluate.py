@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(tasks, "--limit", type=int, metavar="N", help="Evaluate N rows of each task, drawn at random. Default: all.")
     _add(tasks, "--data_dir", metavar="DIR", help="Folder with the rows of the seven tasks, see docs/evaluation.md.")
     speed = parser.add_argument_group("speed")
-    _add(speed, "--rounds", type=int, metavar="N", default=5,
-         help="Rounds of generation. All models are then in memory together. 0 measures none. Default: 5.")  # fmt: skip
+    together = "Rounds of generation. All models are then in memory together. 0 measures none. Default: 5."
+    _add(speed, "--rounds", type=int, metavar="N", default=5, help=together)
     _add(speed, "--new_tokens", type=int, metavar="N", default=32, help="Tokens to generate. Default: 32.")
     _add(speed, "--speed", action="store_true", help="Measure the sparse kernels of this machine against dense ones.")
     run_options = parser.add_argument_group("the run")
@@ -87,7 +87,7 @@ def _documents(args: argparse.Namespace) -> Iterable[Any] | None:
     if args.dataset_name is not None:
         from datasets import load_dataset
 
-        return load_dataset(args.dataset_name, args.dataset_config, split=args.dataset_split)["text"]  # type: ignore[no-any-return]
+        return load_dataset(args.dataset_name, args.dataset_config, split=args.dataset_split)["text"]
     if args.text_file is None:
         return None
     path = Path(args.text_file)

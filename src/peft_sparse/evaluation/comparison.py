@@ -169,8 +169,10 @@ def compare_models(
     kept: dict[str, nn.Module] = {}
     reference: Tensor | None = None
     for source in models:
-        loaded = source if isinstance(source, LoadedModel) else load_model(
-            source, name=names[source], base=base, dtype=dtype, device=device
+        loaded = (
+            source
+            if isinstance(source, LoadedModel)
+            else load_model(source, name=names[source], base=base, dtype=dtype, device=device)
         )
         row = _weights(loaded)
         if kernels and row.sparsity > DENSE:
@@ -213,16 +215,14 @@ def _windows(
     """
     first: Tensor | None = None
     for source in models:
-        own = isinstance(source, LoadedModel)
-        found = windows_of(
-            texts, source.tokenizer if own else load_tokenizer(source, base), window, max_windows  # type: ignore[union-attr,arg-type]
-        )
+        tokenizer = source.tokenizer if isinstance(source, LoadedModel) else load_tokenizer(source, base)
+        found = windows_of(texts, tokenizer, window, max_windows)
         first = found if first is None else first
         if not torch.equal(found, first):
             raise ValueError(
-                f"Expected models with one tokenizer, and that of {getattr(source, 'name', str(source))!r} makes other "
-                "tokens of the text than that of the first model. Numbers per token cannot be compared. Compare them "
-                "one by one."
+                f"Expected models with one tokenizer, and that of {getattr(source, 'name', str(source))!r} makes "
+                "other tokens of the text than that of the first model. Numbers per token cannot be compared. "
+                "Evaluate these models one by one."
             )
     assert first is not None
     return first

@@ -95,7 +95,10 @@ class KernelReport:
         head = ["matrix", "number", "sparsity", "tokens", "dtype", "kernel", "dense µs", "sparse µs", "result"]
         body = []
         for row in self.rows:
-            shape, sparse = f"{row.shape[0]} x {row.shape[1]}", "" if row.sparse is None else f"{1e6 * row.sparse:,.1f}"
+            shape, sparse = (
+                f"{row.shape[0]} x {row.shape[1]}",
+                "" if row.sparse is None else f"{1e6 * row.sparse:,.1f}",
+            )
             body.append([shape, str(row.matrices), f"{row.sparsity:.2f}", f"{row.tokens:,}", row.dtype, row.kernel])
             body[-1] += [f"{1e6 * row.dense:,.1f}", sparse, row.verdict]
         lines = [markdown(head, body), ""]
@@ -107,7 +110,9 @@ class KernelReport:
 
 
 @torch.no_grad()
-def kernel_speed(model: nn.Module, *, tokens: Sequence[int] = (1, 512), rounds: int = 15, seed: int = 0) -> KernelReport:
+def kernel_speed(
+    model: nn.Module, *, tokens: Sequence[int] = (1, 512), rounds: int = 15, seed: int = 0
+) -> KernelReport:
     """Return whether the sparse kernels of torch are faster than dense ones, for the matrices of a pruned model.
 
     The prunable weights are grouped by shape, and the first weight of each shape is measured, with the dtype and on

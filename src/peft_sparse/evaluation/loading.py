@@ -75,9 +75,7 @@ def load_model(
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), source)
     named = base or (PeftConfig.from_pretrained(source).base_model_name_or_path if config_file else None)
     shown = None if named is None else short_names([named])[0]
-    return LoadedModel(
-        name or short_names([source])[0], model.eval(), load_tokenizer(source, base), shown, size
-    )
+    return LoadedModel(name or short_names([source])[0], model.eval(), load_tokenizer(source, base), shown, size)
 
 
 def load_tokenizer(source: str | Path, base: str | None = None) -> Any:

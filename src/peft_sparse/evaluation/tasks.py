@@ -142,7 +142,7 @@ def evaluate_tasks(
         )
     rows = {} if data_dir is None else rows_of(names, data_dir)
     evaluator, language_model = extra("lm_eval.evaluator"), extra("lm_eval.models.huggingface")
-    with _without_known_messages():
+    with _undisturbed():
         # Rows of files are drawn first: lm-eval would prepare all of them several times.
         loaded = _loaded(names, {name: _drawn(found, limit, seed) for name, found in rows.items()})
         docs = {name: task.eval_docs for name, task in loaded["tasks"].items()}
@@ -240,8 +240,9 @@ def _score(results: dict[str, Any], rows: int, total: int, version: str) -> Task
 
 
 @contextmanager
-def _without_known_messages() -> Iterator[None]:
-    """Keep lm-eval from warning of what is done here on purpose."""
+def _undisturbed() -> Iterator[None]:
+    """Keep lm-eval from warning of what is done here on purpose, and from changing Python's random state."""
+    state = random.getstate()
     loggers = [logging.getLogger(name) for name in ("lm_eval.models.huggingface", "lm_eval.api.task")]
 
     def unknown(record: logging.LogRecord) -> bool:
@@ -254,3 +255,4 @@ def _without_known_messages() -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(unknown)
+        random.setstate(state)

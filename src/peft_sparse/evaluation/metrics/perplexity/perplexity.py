@@ -1,7 +1,8 @@
 """The perplexity of the pruning papers as a metric of the package `evaluate`."""
 
 import datasets
-import evaluate
+import evaluate  # type: ignore
+
 from peft_sparse.evaluation.loading import load_model
 from peft_sparse.evaluation.protocol import text_perplexity
 
