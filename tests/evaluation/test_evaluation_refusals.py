@@ -196,7 +196,12 @@ REFUSALS = [
     (
         lambda: compare_models([save_dense("dense")], rounds=-1),
         ValueError,
-        "Expected `rounds` of 0 or more, got -1. 0 measures no speed",
+        "Expected `rounds` of 0 or more, and `new_tokens` of 1 or more, got -1 and 32. `rounds=0` measures no speed",
+    ),
+    (
+        lambda: compare_models([LoadedModel("dense", llama(), None), save_dense("dense")]),
+        ValueError,
+        "Expected models with different names, got 'dense' twice. Rename the model in memory",
     ),
     (
         lambda: compare_models([save_dense("dense"), "./dense"]),

@@ -16,12 +16,11 @@ from ..model.kinds import count_zeros
 from ..model.weights import DENSE
 from .generation import GenerationSpeed, generation_speeds
 from .kernels import KernelReport, kernel_speed
-from .loading import LoadedModel, load_model, load_tokenizer, short_names
+from .loading import LoadedModel, check_source, load_model, load_tokenizer, short_names
 from .perplexity import mean_loss
 from .protocol import WINDOW, TextPerplexity, described, windows_of
 from .tables import markdown
-from .task_rows import rows_of
-from .tasks import TaskReport, evaluate_tasks, percent, task_names, title_of
+from .tasks import TaskReport, check_tasks, evaluate_tasks, percent, title_of
 
 
 @dataclass(frozen=True)
@@ -155,25 +154,27 @@ def compare_models(
         FileNotFoundError: there is no model of that name, or the base of an adapter is not where it says.
         ImportError: `tasks` are given and lm-eval is not installed.
     """
-    if not models:
-        raise ValueError("Expected at least one model, got none. Give folders or Hub ids.")
-    if rounds < 0:
-        raise ValueError(f"Expected `rounds` of 0 or more, got {rounds}. 0 measures no speed.")
-    if tasks is not None and data_dir is not None:
-        rows_of(task_names(tasks), data_dir)
-    paths = [source for source in models if not isinstance(source, LoadedModel)]
-    names = dict(zip(paths, short_names(paths), strict=True))
+    names = _names(models)
+    if rounds < 0 or new_tokens < 1:
+        raise ValueError(
+            f"Expected `rounds` of 0 or more, and `new_tokens` of 1 or more, got {rounds} and {new_tokens}. "
+            "`rounds=0` measures no speed."
+        )
+    if tasks is not None:
+        check_tasks(tasks, limit, data_dir)
+    for source in models:
+        if not isinstance(source, LoadedModel):
+            check_source(source, base)
     texts = None if documents is None else list(texts_of(documents))
     windows = None if texts is None else _windows(models, texts, window, max_windows, base)
     measured: list[ComparedModel] = []
     kept: dict[str, nn.Module] = {}
     reference: Tensor | None = None
-    for source in models:
-        loaded = (
-            source
-            if isinstance(source, LoadedModel)
-            else load_model(source, name=names[source], base=base, dtype=dtype, device=device)
-        )
+    for source, name in zip(models, names, strict=True):
+        if isinstance(source, LoadedModel):
+            loaded = source
+        else:
+            loaded = load_model(source, name=name, base=base, dtype=dtype, device=device)
         row = _weights(loaded)
         if kernels and row.sparsity > DENSE:
             row = replace(row, kernels=kernel_speed(loaded.model, seed=seed))
@@ -199,6 +200,22 @@ def size_of(model: ComparedModel) -> str:
     """Return the size on disk of a model for a table."""
     size = "" if model.size is None else f"{model.size / 1e6:,.1f} MB"
     return f"{size} + base" if model.base and size else size
+
+
+def _names(models: Sequence[str | Path | LoadedModel]) -> list[str]:
+    """Return what the table calls each model.
+
+    Raises:
+        ValueError: there is no model, or two have one name.
+    """
+    if not models:
+        raise ValueError("Expected at least one model, got none. Give folders or Hub ids.")
+    short = iter(short_names([source for source in models if not isinstance(source, LoadedModel)]))
+    names = [source.name if isinstance(source, LoadedModel) else next(short) for source in models]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"Expected models with different names, got {twice!r} twice. Rename the model in memory.")
+    return names
 
 
 def _windows(

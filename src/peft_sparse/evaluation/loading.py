@@ -61,33 +61,58 @@ def load_model(
     Raises:
         FileNotFoundError: there is no model at `source`, or the base of an adapter is not where it says.
     """
-    config_file = _adapter_config(source)
-    options = {"dtype": dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, dtype)}
+    adapter_base = check_source(source, base)
+    options: dict[str, Any] = {"dtype": dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, dtype)}
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cpu":
         options["device_map"] = {"": device}
-    size = weights_size(source)
-    if config_file is None:
+    if adapter_base is None:
         model = AutoModelForCausalLM.from_pretrained(source, **options)
     elif base is None:
-        model = _on_its_base(source, options)
+        model = AutoPeftModelForCausalLM.from_pretrained(source, **options)
     else:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), source)
-    named = base or (PeftConfig.from_pretrained(source).base_model_name_or_path if config_file else None)
-    shown = None if named is None else short_names([named])[0]
-    return LoadedModel(name or short_names([source])[0], model.eval(), load_tokenizer(source, base), shown, size)
+    return LoadedModel(
+        name or short_names([source])[0],
+        model.eval(),
+        load_tokenizer(source, base),
+        None if adapter_base is None else short_names([adapter_base])[0],
+        weights_size(source),
+    )
+
+
+def check_source(source: str | Path, base: str | None = None) -> str | None:
+    """Return the base if `source` is an adapter, or None if it is a model.
+
+    Raises:
+        FileNotFoundError: there is no model at `source`, or the base of an adapter is not where it says.
+    """
+    if find_adapter_config_file(source, token=None) is None:
+        if _file(source, "config.json") is None:
+            raise FileNotFoundError(
+                f"Expected a model or an adapter at {str(source)!r}, found neither config.json nor "
+                "adapter_config.json. Give a folder that `save_pretrained` wrote, or a Hub id."
+            )
+        return None
+    named = base or PeftConfig.from_pretrained(source).base_model_name_or_path
+    if not named or _file(named, "config.json") is None:
+        whose = "that was given" if base else "as its configuration says"
+        raise FileNotFoundError(
+            f"Expected the base of the adapter {str(source)!r} at {named!r}, {whose}, and found no model there. "
+            "Give `base` (on the command line: --base)."
+        )
+    return str(named)
 
 
 def load_tokenizer(source: str | Path, base: str | None = None) -> Any:
     """Return the tokenizer of a model, or of an adapter: the one saved with it, else that of its base.
 
     Raises:
-        FileNotFoundError: there is no model at `source`.
+        FileNotFoundError: there is no model at `source`, or the base of an adapter is not where it says.
     """
-    config_file = _adapter_config(source)
-    if config_file is not None and _file(source, "tokenizer_config.json") is None:
-        source = base or PeftConfig.from_pretrained(source).base_model_name_or_path
-    return AutoTokenizer.from_pretrained(source)
+    adapter_base = check_source(source, base)
+    own = adapter_base is None or _file(source, "tokenizer_config.json") is not None
+    return AutoTokenizer.from_pretrained(source if own else adapter_base)
 
 
 def weights_size(source: str | Path) -> int | None:
@@ -131,39 +156,9 @@ def short_names(sources: Sequence[str | Path]) -> list[str]:
     return ["/".join(own[-depth:]) for own in parts]
 
 
-def _adapter_config(source: str | Path) -> str | None:
-    """Return the file with the configuration of an adapter, or None for a model.
-
-    Raises:
-        FileNotFoundError: there is neither an adapter nor a model.
-    """
-    found = find_adapter_config_file(source, token=None)
-    if found is None and _file(source, "config.json") is None:
-        raise FileNotFoundError(
-            f"Expected a model or an adapter at {str(source)!r}, found neither config.json nor adapter_config.json. "
-            "Give a folder that `save_pretrained` wrote, or a Hub id."
-        )
-    return found
-
-
 def _file(source: str | Path, name: str) -> str | None:
     """Return the path of a file of a folder or a Hub id, or None if it is not there."""
     try:
         return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     except OSError:
         return None
-
-
-def _on_its_base(source: str | Path, options: dict[str, Any]) -> nn.Module:
-    """Load an adapter onto the base that its configuration names.
-
-    Raises:
-        FileNotFoundError: the base is not there.
-    """
-    named = PeftConfig.from_pretrained(source).base_model_name_or_path
-    if not named or (not Path(named).is_dir() and _file(named, "config.json") is None):
-        raise FileNotFoundError(
-            f"Expected the base of the adapter {str(source)!r} at {named!r}, as its configuration says, and found no "
-            "model there. Give `base` (on the command line: --base)."
-        )
-    return AutoPeftModelForCausalLM.from_pretrained(source, **options)

@@ -132,15 +132,12 @@ def evaluate_tasks(
             of a task, or has no format for it; the model is no causal language model.
         FileNotFoundError: a file is missing in `data_dir`.
     """
-    names = task_names(tasks)
-    if limit is not None and limit < 1:
-        raise ValueError(f"Expected `limit` of 1 or more rows, or None for all of them, got {limit}.")
+    names, rows = check_tasks(tasks, limit, data_dir)
     if not hasattr(model, "generate"):
         raise ValueError(
             f"lm-eval needs a causal language model of transformers, got {type(model).__name__}. Give a model that "
             "`AutoModelForCausalLM` loads, with or without an adapter."
         )
-    rows = {} if data_dir is None else rows_of(names, data_dir)
     evaluator, language_model = extra("lm_eval.evaluator"), extra("lm_eval.models.huggingface")
     with _undisturbed():
         # Rows of files are drawn first: lm-eval would prepare all of them several times.
@@ -161,11 +158,13 @@ def evaluate_tasks(
     return TaskReport(scores, seed if partial else None, extra("lm_eval").__version__)
 
 
-def task_names(tasks: str | Sequence[str]) -> list[str]:
-    """Return the names of the tasks that the argument `tasks` of `evaluate_tasks` means.
+def check_tasks(
+    tasks: str | Sequence[str], limit: int | None, data_dir: str | Path | None
+) -> tuple[list[str], dict[str, list[dict[str, Any]]]]:
+    """Return the names of the tasks that are meant, and their rows if they come from files.
 
     Raises:
-        ValueError: there is no task, or one is named twice.
+        ImportError, ValueError, FileNotFoundError: see `evaluate_tasks`.
     """
     given = [tasks] if isinstance(tasks, str) else list(tasks)
     names = [name for entry in given for name in (PERP if entry == "perp" else [entry])]
@@ -174,7 +173,11 @@ def task_names(tasks: str | Sequence[str]) -> list[str]:
             f"Expected `tasks` as names of tasks, each once, got {', '.join(map(repr, given)) or 'none'}. Write "
             '"perp" for the seven tasks of the papers, or names that lm-eval knows.'
         )
-    return names
+    if limit is not None and limit < 1:
+        raise ValueError(f"Expected `limit` of 1 or more rows, or None for all of them, got {limit}.")
+    rows = {} if data_dir is None else rows_of(names, data_dir)
+    extra("lm_eval.evaluator")
+    return names, rows
 
 
 def title_of(name: str) -> str:
