@@ -62,7 +62,8 @@ def test_models_generate_in_turn_and_the_first_is_the_measure(monkeypatch):
     def seconds(model, prompt, new_tokens):
         order.append(model.name)
         slow = 10 if len(order) in (3, 4) else 1
-        return slow * {"first": 2.0, "second": 1.0}[model.name]
+        # In the last round the second model is as slow as the first.
+        return slow * {"first": 2.0, "second": 2.0 if len(order) == 8 else 1.0}[model.name]
 
     models = {name: tiny("llama") for name in ("first", "second")}
     for name, model in models.items():
@@ -70,8 +71,8 @@ def test_models_generate_in_turn_and_the_first_is_the_measure(monkeypatch):
     monkeypatch.setattr(generation, "_seconds", seconds)
     found = generation_speeds(models, new_tokens=6, rounds=3)
     assert order == ["second", "first", "first", "second", "second", "first", "first", "second"]
-    assert found["first"].ratio == 1
-    assert found["second"].ratio == 2
+    assert (found["first"].ratio, found["first"].lowest, found["first"].highest) == (1, 1, 1)
+    assert (found["second"].ratio, found["second"].lowest, found["second"].highest) == (2, 1, 2)
     assert found["first"].tokens_per_second == 3
 
 
@@ -99,7 +100,8 @@ def test_the_kernels_of_cuda_compute_the_product():
     pairs[..., 2:] = 0
     for matrix in (weight, torch.nn.functional.dropout(weight, 0.5)):
         kernels = kernels_for(matrix)
-        assert ("semi-structured 2:4" in kernels) == is_two_of_four(matrix)
+        expected = is_two_of_four(matrix) and torch.backends.cusparselt.is_available()
+        assert ("semi-structured 2:4 (cuSPARSELt)" in kernels) == expected
         for convert in kernels.values():
             for tokens in (1, 64):
                 inputs = torch.randn(tokens, 512, device="cuda", dtype=torch.float16)

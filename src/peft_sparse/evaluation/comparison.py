@@ -98,8 +98,11 @@ class Comparison:
         if first.generation is not None:
             speeds = [one.generation for one in self.models if one.generation]
             columns.append(["tokens/s", *(f"{speed.tokens_per_second:.1f}" for speed in speeds)])
-            columns.append(["speed", *(f"{speed.ratio:.2f}" for speed in speeds)])
-            notes.append("Speed: tokens per second divided by those of the first model, measured alternately.")
+            columns.append(["speed", *map(_ratio, speeds)])
+            notes.append(
+                "Speed: tokens per second divided by those of the first model, measured alternately: the median of "
+                "the rounds (lowest to highest)."
+            )
         head, *rows = map(list, zip(*columns, strict=True))
         parts = [markdown(head, rows), "\n".join(notes)]
         parts += [f"Sparse kernels, {one.name}:\n\n{one.kernels}" for one in self.models if one.kernels]
@@ -264,6 +267,12 @@ def _choices(model: nn.Module, windows: Tensor, batch_size: int) -> tuple[float,
     finally:
         handle.remove()
     return loss, count, torch.cat(found)
+
+
+def _ratio(speed: GenerationSpeed) -> str:
+    if speed.lowest == speed.highest == 1:
+        return "1.00"
+    return f"{speed.ratio:.2f} ({speed.lowest:.2f} to {speed.highest:.2f})"
 
 
 def _text_note(text: TextPerplexity) -> str:

@@ -22,10 +22,14 @@ class GenerationSpeed:
     Args:
         tokens_per_second: the median over the rounds. The time of the prompt is part of it.
         ratio: the median over the rounds of the speed divided by that of the first model in the same round.
+        lowest: the lowest of these ratios.
+        highest: the highest of these ratios. If 1 lies between them, the rounds do not show which model is faster.
     """
 
     tokens_per_second: float
     ratio: float
+    lowest: float
+    highest: float
 
 
 def generation_speeds(
@@ -58,13 +62,13 @@ def generation_speeds(
             if number:
                 times[name].append(seconds)
     first = next(iter(times.values()))
-    return {
-        name: GenerationSpeed(
-            new_tokens / statistics.median(found),
-            statistics.median(a / b for a, b in zip(first, found, strict=True)),
+    speeds = {}
+    for name, found in times.items():
+        ratios = [a / b for a, b in zip(first, found, strict=True)]
+        speeds[name] = GenerationSpeed(
+            new_tokens / statistics.median(found), statistics.median(ratios), min(ratios), max(ratios)
         )
-        for name, found in times.items()
-    }
+    return speeds
 
 
 @torch.no_grad()

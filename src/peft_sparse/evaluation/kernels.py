@@ -118,8 +118,8 @@ def kernel_speed(
     The prunable weights are grouped by shape, and the first weight of each shape is measured, with the dtype and on
     the device that it has. Kernels:
 
-    - CUDA, 2:4 sparsity, float16 or bfloat16: `torch.sparse.to_sparse_semi_structured`, with the backend that torch
-      chooses (cuSPARSELt or CUTLASS).
+    - CUDA, 2:4 sparsity, float16 or bfloat16, outputs a multiple of 32 and inputs of 64:
+      `torch.sparse.to_sparse_semi_structured` (cuSPARSELt), if torch is built with it.
     - CUDA, any zeros: CSR (cuSPARSE).
     - CPU, any zeros, float32 or float64: CSR (MKL, or torch's own where it is built without MKL).
 
@@ -164,12 +164,18 @@ def kernels_for(matrix: Tensor) -> dict[str, Any]:
     """
     if matrix.device.type == "cuda":
         found: dict[str, Any] = {"CSR (cuSPARSE)": _csr}
-        if matrix.dtype in (torch.float16, torch.bfloat16) and is_two_of_four(matrix):
-            found = {"semi-structured 2:4": torch.sparse.to_sparse_semi_structured} | found
+        halves = matrix.dtype in (torch.float16, torch.bfloat16) and torch.backends.cusparselt.is_available()
+        if halves and _fits(matrix.shape) and is_two_of_four(matrix):
+            found = {"semi-structured 2:4 (cuSPARSELt)": torch.sparse.to_sparse_semi_structured} | found
         return found
     if matrix.device.type == "cpu" and matrix.dtype in (torch.float32, torch.float64):
         return {"CSR (MKL)" if torch.backends.mkl.is_available() else "CSR (torch)": _csr}
     return {"": f"torch has none for {str(matrix.dtype).removeprefix('torch.')} on {matrix.device.type}"}
+
+
+def _fits(shape: Sequence[int]) -> bool:
+    """Return whether every version of torch takes this shape (out, in) as a semi-structured matrix of 16 bits."""
+    return shape[0] % 32 == 0 and shape[1] % 64 == 0
 
 
 def is_two_of_four(matrix: Tensor) -> bool:
