@@ -12,6 +12,20 @@ Importing the package registers the tuners with PEFT.
 from .calibration.own_text import generate_sequences
 from .calibration.statistics import Statistics
 from .calibration.text import pack_sequences, sample_sequences
+from .evaluation import (
+    Comparison,
+    KernelReport,
+    LoadedModel,
+    TaskReport,
+    TextPerplexity,
+    compare_models,
+    evaluate_tasks,
+    generation_speeds,
+    kernel_speed,
+    load_model,
+    metric_path,
+    text_perplexity,
+)
 from .evaluation.domains import PerplexityReport, perplexity_by_domain
 from .evaluation.perplexity import perplexity
 from .model.environment import environment, peak_memory
@@ -62,6 +76,7 @@ __all__ = [
     "LAMP",
     "OWL",
     "RIA",
+    "Comparison",
     "CompressionReport",
     "Criterion",
     "CubicSchedule",
@@ -69,7 +84,9 @@ __all__ = [
     "Fit",
     "FreezingCallback",
     "GlobalMagnitude",
+    "KernelReport",
     "LeastSquares",
+    "LoadedModel",
     "Magnitude",
     "MaskLoRAConfig",
     "PerplexityReport",
@@ -91,18 +108,26 @@ __all__ = [
     "Statistics",
     "Step",
     "Swap",
+    "TaskReport",
+    "TextPerplexity",
     "Uniform",
     "UniformPlus",
     "Unstructured",
     "Wanda",
     "ZeroGuardCallback",
     "compact",
+    "compare_models",
     "compress",
     "environment",
+    "evaluate_tasks",
     "generate_sequences",
+    "generation_speeds",
     "keep_effective_weights",
+    "kernel_speed",
+    "load_model",
     "load_recipe",
     "merged_state_dict",
+    "metric_path",
     "pack_sequences",
     "peak_memory",
     "perplexity",
@@ -119,6 +144,7 @@ __all__ = [
     "retraining_schedule",
     "sample_sequences",
     "sparsity",
+    "text_perplexity",
     "trainable_shares",
 ]
 

@@ -2,13 +2,13 @@ import json
 
 import pytest
 import torch
-from evaluated import TEXT, save_adapter, save_dense, save_pruned, write_rows
 
 from peft_sparse import perplexity, sparsity
 from peft_sparse.evaluation import LoadedModel, compare_models, evaluate_tasks, load_model
 from peft_sparse.evaluation.protocol import windows_of
 
 from conftest import tiny
+from evaluated import TEXT, save_adapter, save_dense, save_pruned, write_rows
 from texts import character_tokenizer
 
 

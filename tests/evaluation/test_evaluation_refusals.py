@@ -8,7 +8,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from evaluated import TEXT, save_adapter, save_dense, write_rows
 from lm_eval.tasks import TaskManager
 from torch import nn
 from transformers import AutoModel
@@ -27,6 +26,7 @@ from peft_sparse.evaluation import (
 from peft_sparse.evaluation.domains import PerplexityReport, perplexity_by_domain
 
 from conftest import CONFIGS
+from evaluated import TEXT, save_adapter, save_dense, write_rows
 from refusing import TOKENS, llama, nan_norm
 from texts import byte_tokenizer, character_tokenizer
 

@@ -1,11 +1,12 @@
 import pytest
 import torch
-from evaluated import save_adapter, save_dense, save_pruned
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from peft_sparse.evaluation import load_model
 from peft_sparse.evaluation.loading import load_tokenizer, short_names, weights_size
+
+from evaluated import save_adapter, save_dense, save_pruned
 
 
 def test_an_adapter_comes_with_its_base_and_the_tokenizer_of_that(tmp_path):

@@ -3,12 +3,12 @@ import hashlib
 import evaluate
 import pytest
 import torch
-from evaluated import TEXT, save_adapter, save_dense
 
 from peft_sparse import pack_sequences, perplexity
 from peft_sparse.evaluation import load_model, metric_path, text_perplexity
 
 from conftest import tiny
+from evaluated import TEXT, save_adapter, save_dense
 from texts import character_tokenizer
 
 

@@ -8,7 +8,6 @@ import sys
 import numpy
 import pytest
 import torch
-from evaluated import save_adapter, save_pruned, task_rows, write_rows
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -17,6 +16,7 @@ from peft_sparse.evaluation import evaluate_tasks, load_model
 from peft_sparse.evaluation.task_rows import PERP
 
 from conftest import tiny
+from evaluated import save_adapter, save_pruned, task_rows, write_rows
 from texts import character_tokenizer
 
 
