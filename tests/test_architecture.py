@@ -16,6 +16,7 @@ ORDER = [
     {"calibration", "tuners"},
     {"pruning", "structured", "evaluation"},
     {"reconstruction"},
+    {"reporting"},
     {"training"},
     {"planning"},
     {"recipes"},

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -26,16 +27,18 @@ from ..evaluation.perplexity import perplexity
 from ..model.environment import peak_memory
 from ..pruning.prune import sparsity
 from ..reconstruction.progress import foreign_files, is_progress
+from ..reporting import Stage, describe_saved, write_report
 from ..training.arguments import SparseTrainingArguments
 from ..training.one_bar import show_one_bar
 from ..training.reconstruction_run import FOLDER
+from ..training.run_report import changed_arguments, report_of
 from ..training.trainer import SparseTrainer
 from .recipe import Recipe, load_recipe
-from .report import CompressionReport, Stage
+from .report import CompressionReport
 
 
-# The folder of the compressed model in `output_dir`, and the file of the report beside it.
-MODEL, REPORT = "sparse", "report.json"
+# The folder of the compressed model in `output_dir`. The report is written beside it.
+MODEL = "sparse"
 
 
 def compress(
@@ -54,8 +57,9 @@ def compress(
 
     The stages are those of `recovery` in the recipe: pruning alone; pruning and retraining; or reconstruction, which
     prunes region by region, and retraining. The compressed model is written to `output_dir/sparse`, from which plain
-    `from_pretrained` loads it, and the report to `output_dir/report.json`. Finished regions are needed to resume a
-    run, and are deleted at its end. Checkpoints of retraining stay as `save_strategy` and `save_total_limit` say.
+    `from_pretrained` loads it, and the report to `report.json` and `report.html` in `output_dir`. Finished regions are
+    needed to resume a run, and are deleted at its end. Checkpoints of retraining stay as `save_strategy` and
+    `save_total_limit` say.
 
     Args:
         model: a dense causal language model, without adapters. It is changed in place.
@@ -97,6 +101,7 @@ def compress(
         calibration_dataset=own,
     )
     show_one_bar(trainer)
+    stages.trainer = trainer
     output = Path(str(args.output_dir))
     begun = is_progress(output / FOLDER) if args.reconstructs else any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     resumed = resume and begun
@@ -110,18 +115,18 @@ def compress(
     trainer.save_merged_model(str(output / MODEL))
     saved = type(model).from_pretrained(output / MODEL, dtype=model.dtype).to(args.device)
     stages.add("saved", saved)
-    report = CompressionReport(
+    report = dataclasses.replace(
+        report_of(trainer),
+        task="compress",
         recipe=recipe.name,
-        arguments=changed_arguments(recipe),
-        stages=stages.found,
-        peak_memory_bytes=peak_memory(),
-        pruning=None if trainer.pruning_report is None else trainer.pruning_report.to_dict(),
-        reconstruction=None if trainer.reconstruction_report is None else trainer.reconstruction_report.to_dict(),
+        arguments=changed_arguments(recipe.text, recipe.adapter, args),
+        stages=tuple(stages.found),
         texts={name: described_tokens(tokens) for name, tokens in _texts(train, calibration, evaluation).items()},
+        saved=(describe_saved(output, MODEL, saved),) if args.should_save else (),
         resumed=resumed,
     )
     if args.should_save:
-        report.save(output / REPORT)
+        write_report(report, output)
         if not foreign_files(output / FOLDER):
             shutil.rmtree(output / FOLDER, ignore_errors=True)
     return report
@@ -164,16 +169,23 @@ class _Stages(TrainerCallback):
         self.args, self.evaluation = args, evaluation
         self.length, self.calibrated = length, args.calibration_samples * calibration_length
         self.found: list[Stage] = []
+        # Set when there is one. It hands the perplexities on to the loggers.
+        self.trainer: Trainer | None = None
         self._start()
 
     def add(self, name: str, model: nn.Module, tokens: int = 0) -> None:
-        """Measure `model` after the stage `name`, which read `tokens` tokens."""
+        """Measure `model` after the stage `name`, which read `tokens` tokens, and log the perplexities."""
         seconds, cpu = time.perf_counter() - self._since, time.process_time() - self._cpu_since
         if name in ("dense", "saved"):
             seconds = cpu = 0.0
+        peak = peak_memory()
         values = {text: perplexity(model, tokens) for text, tokens in self.evaluation.items()}
         share = sparsity(model, self.args.target_modules, self.args.exclude_modules)
-        self.found.append(Stage(name, values, share, seconds, cpu, tokens))
+        self.found.append(Stage(name, values, share, seconds, cpu, tokens, peak))
+        if self.trainer is not None and values:
+            one = len(values) == 1
+            named = {f"{name}_perplexity" + ("" if one else f"_{text}"): value for text, value in values.items()}
+            self.trainer.log(named)
         self._start()
 
     def on_train_begin(
@@ -222,20 +234,3 @@ def described_tokens(tokens: Tensor) -> dict[str, Any]:
     """Return the number of sequences, their length and a digest, for reports."""
     digest = hashlib.sha256(tokens.to(torch.int64).cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
     return {"sequences": len(tokens), "length": tokens.shape[1], "digest": digest}
-
-
-def changed_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Return the arguments of a recipe that differ from their defaults, without folders."""
-    folders = [each.name for each in dataclasses.fields(recipe.args) if each.name.endswith("_dir")]
-    left_out = {*folders, "resume_from_checkpoint"}
-    found: dict[str, Any] = {}
-    # Arguments set up the devices when they are made, and these must set up the same ones.
-    devices = {name: getattr(recipe.args, name) for name in ("use_cpu", "ddp_backend")}
-    plain: Any = SparseTrainingArguments(str(recipe.args.output_dir), **devices)
-    for own, default in ((recipe.text, type(recipe.text)()), (recipe.adapter, type(recipe.adapter)()),
-                         (recipe.args, plain)):  # fmt: skip
-        for each in dataclasses.fields(own):
-            value = getattr(own, each.name)
-            if each.init and value != getattr(default, each.name) and each.name not in left_out:
-                found[each.name] = value if isinstance(value, (str, int, float, bool, list, dict)) else str(value)
-    return found

@@ -48,8 +48,10 @@ from .endings import as_before
 from .freezing import FreezingCallback
 from .learning_rates import norm_drop, retraining_schedule
 from .pruning_callback import PruningCallback
+from .pruning_log import PruningLog
 from .rate_search import RateSearch, recorded_rate
 from .reconstruction_run import ReconstructionRun
+from .run_report import RunReportCallback
 from .saving import save_plain_model
 from .termination import TerminationCallback
 from .zero_guard import ZeroGuardCallback
@@ -71,6 +73,9 @@ class SparseTrainer(Trainer):
     `test_sparsity`, so that `metric_for_best_model="sparsity"` can be used. A pruning is an entry of
     `state.log_history`, with its sparsity as `pruning`. After `trainer.remove_callback(ZeroGuardCallback)` no zero is
     kept or checked, and training logs no sparsity.
+
+    At its end, `train` writes `report.json` and `report.html` into `output_dir`, unless
+    `trainer.remove_callback(RunReportCallback)` was called.
 
     If the arguments set `retraining_schedule`, the learning rates are those of the function `retraining_schedule`. The
     original schedule η is the one that `learning_rate`, `lr_scheduler_type` and the warm-up describe, over
@@ -223,6 +228,8 @@ class SparseTrainer(Trainer):
         if args.find_learning_rate:
             # After the zero guard, which has its hooks then.
             self.add_callback(RateSearch(self))
+        self.add_callback(PruningLog(self.callback_handler))
+        self.add_callback(RunReportCallback())
         self.teacher = self._find_teacher(teacher)
         self._teacher_is_given = teacher is not None
         # The optimiser that an earlier training made.
@@ -282,6 +289,17 @@ class SparseTrainer(Trainer):
             RuntimeError: a weight lost a zero, a callback stopped reconstruction before its last region, or
                 `find_learning_rate` found no rate that lowers the loss.
         """
+        reports = [each for each in self.callback_handler.callbacks if isinstance(each, RunReportCallback)]
+        for report in reports:
+            report.begin(bool(resume_from_checkpoint))
+        output = self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        for report in reports if trial is None else ():
+            report.write(self)
+        return output
+
+    def _train(
+        self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         if self.args.recovery == "none":
             return self._only_prune()
         if self.args.reconstructs:
