@@ -31,7 +31,7 @@ from ..reporting import Stage, describe_saved, write_report
 from ..training.arguments import SparseTrainingArguments
 from ..training.one_bar import show_one_bar
 from ..training.reconstruction_run import FOLDER
-from ..training.run_report import changed_arguments, report_of
+from ..training.run_report import changed_arguments
 from ..training.trainer import SparseTrainer
 from .recipe import Recipe, load_recipe
 from .report import CompressionReport
@@ -116,7 +116,7 @@ def compress(
     saved = type(model).from_pretrained(output / MODEL, dtype=model.dtype).to(args.device)
     stages.add("saved", saved)
     report = dataclasses.replace(
-        report_of(trainer),
+        trainer.run_report(),
         task="compress",
         recipe=recipe.name,
         arguments=changed_arguments(recipe.text, recipe.adapter, args),

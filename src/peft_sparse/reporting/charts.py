@@ -34,6 +34,7 @@ class HeatMap:
     about: str
     width: float
     height: float
+    top: float
     cell: tuple[float, float]
     cells: list[Cell]
     columns: list[tuple[float, str]]
@@ -96,22 +97,26 @@ class BarChart:
     height: float
 
 
-def heat_map(title: str, kinds: Mapping[str, Mapping[int, float]], whole: bool = False) -> HeatMap | None:
+def heat_map(
+    title: str, kinds: Mapping[str, Mapping[int, float]], bounds: tuple[float, float] | None = None
+) -> HeatMap | None:
     """Return a heat map with one row per block and one column per kind of matrix. None if there is no finite value.
 
     Args:
         title: what is shown.
         kinds: {kind: {block: value}}.
-        whole: whether values are shares, and the colours go from 0 to 1.
+        bounds: the values of the first and the last colour. By default the smallest and the largest value.
     """
     finite = [value for blocks in kinds.values() for value in blocks.values() if math.isfinite(value)]
     if not finite:
         return None
-    low, high = (0.0, 1.0) if whole else (min(finite), max(finite))
+    low, high = bounds or (min(finite), max(finite))
     depths = sorted({depth for blocks in kinds.values() for depth in blocks})
     names = short_names(kinds)
     left, top = 34.0, 18.0 + 4.6 * max(len(name) for name in names.values())
-    wide, tall = max(22.0, (WIDTH - left - 2) / len(kinds)), (16.0 if len(depths) <= 16 else 9.0)
+    # Names are written at an angle, and the last one reaches beyond its column.
+    beyond = max(2.0, 3.9 * len([*names.values()][-1]) - 10)
+    wide, tall = max(22.0, (WIDTH - left - beyond) / len(kinds)), (16.0 if len(depths) <= 16 else 9.0)
     cells = [
         Cell(
             round(left + column * wide, 1),
@@ -131,8 +136,9 @@ def heat_map(title: str, kinds: Mapping[str, Mapping[int, float]], whole: bool =
         title=title,
         about=f"{title} of {len(kinds)} kinds of matrices in {len(depths)} blocks, from {spelled(min(finite))} to "
         f"{spelled(max(finite))}. The largest is that of {where}.",
-        width=round(left + len(kinds) * wide + 2, 1),
+        width=round(left + len(kinds) * wide + beyond, 1),
         height=round(bottom + 36, 1),
+        top=round(top - 5, 1),
         cell=(round(wide - 1, 1), round(tall - 1, 1)),
         cells=cells,
         columns=[(round(left + (i + 0.5) * wide, 1), names[kind]) for i, kind in enumerate(kinds)],

@@ -157,7 +157,7 @@ def made_by(report: RunReport) -> list[tuple[str, str]]:
     rows += [("Command", without_folders(str(told["command"])))] if told.get("command") else []
     rows += [("Python", str(told["python"]))] if told.get("python") else []
     rows += [("Versions", ", ".join(f"{name} {version}" for name, version in told.get("versions", {}).items()))]
-    rows += [("Hardware", f"{told['hardware']}, {told.get('threads', '?')} threads")] if told.get("hardware") else []
+    rows += [("Hardware", f"{told['hardware']}, threads: {told.get('threads', '?')}")] if told.get("hardware") else []
     rows += [("Date", report.created)] if report.created else []
     if report.model and report.model.fingerprint:
         rows.append(("Parameters", f"fingerprint {report.model.fingerprint}"))

@@ -1,6 +1,7 @@
 """Which pictures a report has: heat maps by layer and depth, stages, regions, and values over time."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .charts import BarChart, HeatMap, LineChart, bar_chart, heat_map, line_chart
@@ -11,7 +12,7 @@ from .schema import RunReport
 
 
 # Sparsities that differ by less are one number and no picture.
-SAME = 5e-4
+SAME = 0.01
 # The values of a log history that are drawn: key, title of the picture, name of the line.
 _LOGGED = (
     ("loss", "loss", "training"),
@@ -43,29 +44,40 @@ def of_stages(report: RunReport) -> list[BarChart]:
 
 def of_matrices(report: RunReport) -> list[HeatMap]:
     """Return sparsity and output errors of all matrices, one picture for each stack of blocks."""
-    values: dict[str, list[tuple[str, float | None]]] = {}
+    found: list[HeatMap | None] = []
     if report.pruning:
         weights = report.pruning.weights
         shares = [weight.sparsity for weight in weights]
         if shares and max(shares) - min(shares) > SAME:
-            values["sparsity"] = [(weight.name, weight.sparsity) for weight in weights]
+            found += _maps({"sparsity": [(weight.name, weight.sparsity) for weight in weights]})
         selected = [(weight.name, weight.error_selected) for weight in weights]
-        values["output error before refinement and update"] = selected
-        values["output error"] = [(weight.name, weight.error) for weight in weights]
+        errors = [(weight.name, weight.error) for weight in weights]
+        found += _maps({"output error before refinement and update": selected, "output error": errors})
     if report.residual:
         corrected = report.residual.weights
-        values["output error without the correction"] = [(weight.name, weight.error_pruned) for weight in corrected]
-        values["output error with the correction"] = [(weight.name, weight.error) for weight in corrected]
+        without = [(weight.name, weight.error_pruned) for weight in corrected]
+        errors = [(weight.name, weight.error) for weight in corrected]
+        found += _maps({"output error without the correction": without, "output error with the correction": errors})
     if report.structured:
         layers = report.structured.layers
-        values["fraction of units removed"] = [(layer.name, 1 - layer.kept / layer.units) for layer in layers]
-    found = []
-    for title, pairs in values.items():
-        stacks = by_place(pairs)
-        for stack, kinds in stacks.items():
-            of = f", {stack}" if len(stacks) > 1 and stack else ""
-            found.append(heat_map(f"{title}{of}", kinds, whole=title.startswith(("sparsity", "fraction"))))
+        removed = [(layer.name, 1 - layer.kept / layer.units) for layer in layers]
+        found += _maps({"fraction of units removed": removed}, (0.0, 1.0))
     return [each for each in found if each is not None]
+
+
+def _maps(
+    values: Mapping[str, Sequence[tuple[str, float | None]]], bounds: tuple[float, float] | None = None
+) -> list[HeatMap | None]:
+    """Return one picture per title and stack. Those of one stack have the same colours, so that they compare."""
+    places = {title: by_place(pairs) for title, pairs in values.items()}
+    found = []
+    for title, stacks in places.items():
+        for stack, kinds in stacks.items():
+            all_kinds = [each for other in places.values() for each in other.get(stack, {}).values()]
+            finite = [value for each in all_kinds for value in each.values() if math.isfinite(value)]
+            common = bounds or ((min(finite), max(finite)) if finite else None)
+            found.append(heat_map(f"{title}, {stack}" if len(stacks) > 1 and stack else title, kinds, common))
+    return found
 
 
 def of_regions(report: RunReport) -> LineChart | None:

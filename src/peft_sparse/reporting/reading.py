@@ -121,7 +121,7 @@ def _made(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _made(next(each for each in inner if each is not type(None)), value, where)
     if kind is Any:
         return value
-    expected = {tuple: list, float: (int, float, str)}.get(origin or kind, origin or kind)
+    expected: Any = {tuple: list, float: (int, float, str)}.get(origin or kind, origin or kind)
     if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(
             f"Expected `{where}` as {getattr(kind, '__name__', kind)}, got {value!r:.50}. Give a report as it was "

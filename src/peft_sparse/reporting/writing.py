@@ -1,9 +1,13 @@
 """Writes the report of a run: `report.json`, and the page `report.html` beside it."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
+from torch import nn
+
+from .facts import describe_model, describe_saved
 from .page import report_page
 from .reading import AnyReport, as_run_report
 
@@ -12,7 +16,9 @@ from .reading import AnyReport, as_run_report
 JSON, PAGE = "report.json", "report.html"
 
 
-def write_report(report: AnyReport, folder: str | Path) -> list[Path]:
+def write_report(
+    report: AnyReport, folder: str | Path, *, model: nn.Module | None = None, saved: str | None = None
+) -> list[Path]:
     """Write the report of a run as `report.json` and as `report.html`.
 
     The page needs no network and no other file. It can be opened, sent and printed.
@@ -21,14 +27,23 @@ def write_report(report: AnyReport, folder: str | Path) -> list[Path]:
         report: what `prune`, `prune_checkpoint`, `reconstruct`, `prune_structured`, `residual_lora` or `compress`
             returned, or the `RunReport` that `SparseTrainer` or `read_report` made.
         folder: the folder to write to. It is made if it does not exist, and older reports in it are replaced.
+        model: the model, of which the report then tells name, size and fingerprint. None leaves them as they are.
+        saved: the folder to which `model` was saved, relative to `folder`. The report then tells how it is loaded.
 
     Returns:
         The paths of the two files.
 
     Raises:
         TypeError: `report` is something else.
+        ValueError: `saved` is given without `model`.
     """
     run = as_run_report(report)
+    if model is not None:
+        run = dataclasses.replace(run, model=describe_model(model))
+    if saved is not None:
+        if model is None:
+            raise ValueError("`saved` is the folder of `model`, which is not given. Give the model that was saved.")
+        run = dataclasses.replace(run, saved=(*run.saved, describe_saved(folder, saved, model)))
     content = {
         JSON: json.dumps(run.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n",
         PAGE: report_page(run),

@@ -89,7 +89,7 @@ class RunReportCallback(TrainerCallback):
             logger.warning("The run is finished, and its report could not be written.", exc_info=True)
 
     def _saved(self, trainer: Any) -> tuple[SavedModel, ...]:
-        """Return the last checkpoint if it is a whole model. That of an adapter needs the base that was pruned here."""
+        """Return the last checkpoint, if it is a whole model. That of an adapter needs the base pruned here."""
         output = str(trainer.args.output_dir)
         if self._checkpoint is None or not (Path(output) / self._checkpoint / CONFIG_NAME).exists():
             return ()
@@ -115,16 +115,6 @@ class RunReportCallback(TrainerCallback):
         return found
 
 
-def report_of(trainer: Any) -> RunReport:
-    """Return the report of the run that a `SparseTrainer` has finished.
-
-    Args:
-        trainer: the `SparseTrainer`.
-    """
-    kept = [each for each in trainer.callback_handler.callbacks if isinstance(each, RunReportCallback)]
-    return (kept[0] if kept else RunReportCallback()).report(trainer)
-
-
 def changed_arguments(*parts: Any) -> dict[str, Any]:
     """Return the arguments that differ from their defaults, without folders and without tokens, which are secrets.
 
@@ -138,8 +128,9 @@ def changed_arguments(*parts: Any) -> dict[str, Any]:
             default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
             value = getattr(own, each.name)
             hidden = each.name.endswith(("_dir", "_token")) or each.name in _FILLED or not each.init
-            # An empty list or dict stands for None or "none" after the arguments were read.
-            if not hidden and value != default and value not in ([], {}):
+            # An empty list or dict stands for "none", and False for None, after the arguments were read.
+            unset = value in ([], {}) or (value is False and default is None)
+            if not hidden and not unset and value != default:
                 plain = isinstance(value, (str, int, float, bool, list, dict)) and not isinstance(value, Enum)
                 found[each.name] = value if plain else str(getattr(value, "value", value))
     return found

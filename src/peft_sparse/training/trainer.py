@@ -37,6 +37,7 @@ from ..pruning.prune import sparsity
 from ..pruning.report import PruningReport
 from ..reconstruction import ReconstructionReport
 from ..reconstruction.progress import fingerprint_of_model
+from ..reporting import RunReport
 from ..tuners.card import describe_plain_model
 from .added_adapters import check_added_adapters, load_added_adapter
 from .arguments import SparseTrainingArguments
@@ -75,7 +76,7 @@ class SparseTrainer(Trainer):
     kept or checked, and training logs no sparsity.
 
     At its end, `train` writes `report.json` and `report.html` into `output_dir`, unless
-    `trainer.remove_callback(RunReportCallback)` was called.
+    `trainer.remove_callback(RunReportCallback)` was called. Prunings are handed on to the loggers of `report_to`.
 
     If the arguments set `retraining_schedule`, the learning rates are those of the function `retraining_schedule`. The
     original schedule η is the one that `learning_rate`, `lr_scheduler_type` and the warm-up describe, over
@@ -296,6 +297,14 @@ class SparseTrainer(Trainer):
         for report in reports if trial is None else ():
             report.write(self)
         return output
+
+    def run_report(self) -> RunReport:
+        """Return the report of the last run, which `train` has written. It can be completed and written again.
+
+        For example, `write_report(dataclasses.replace(trainer.run_report(), stages=...), folder)`.
+        """
+        kept = [each for each in self.callback_handler.callbacks if isinstance(each, RunReportCallback)]
+        return (kept[0] if kept else RunReportCallback()).report(self)
 
     def _train(
         self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
