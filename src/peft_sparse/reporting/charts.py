@@ -113,7 +113,7 @@ def heat_map(
     low, high = bounds or (min(finite), max(finite))
     depths = sorted({depth for blocks in kinds.values() for depth in blocks})
     names = short_names(kinds)
-    left, top = 34.0, 18.0 + 4.6 * max(len(name) for name in names.values())
+    left, top = 40.0, 18.0 + 4.6 * max(len(name) for name in names.values())
     # Names are written at an angle, and the last one reaches beyond its column.
     beyond = max(2.0, 3.9 * len([*names.values()][-1]) - 10)
     wide, tall = max(22.0, (WIDTH - left - beyond) / len(kinds)), (16.0 if len(depths) <= 16 else 9.0)

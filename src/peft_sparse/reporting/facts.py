@@ -1,9 +1,8 @@
 """What a report tells about a model and about the files that were saved."""
 
 import hashlib
-import re
 from collections import Counter
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,13 +12,8 @@ from ..model.blocks import base_model, prunable_weights
 from ..model.sharding import has_shards, whole_shape
 from ..model.tree import base_layer, has_adapters, loaded_from, walk
 from ..reconstruction.progress import fingerprint_of_model
-from ..tuners.card import is_hub_name
+from .names import public_name
 from .schema import ModelFacts, SavedModel
-
-
-# An absolute folder, on Linux, macOS or Windows. What follows it is the name of a file. It is no address of the web.
-_FOLDERS = re.compile(r"""(?<![\w.:/~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\"'=,:]+[/\\]+)*(?=[^\s/\\])""")
-_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+?)[/\\]snapshots[/\\]")
 
 
 def describe_model(model: nn.Module) -> ModelFacts:
@@ -84,23 +78,6 @@ def auto_class_of(model: nn.Module) -> str:
         if type(base) in auto._model_mapping.values():
             return str(auto.__name__)
     return type(base).__name__
-
-
-def public_name(name: str | None) -> str | None:
-    """Return the name of a model without the folders of this machine.
-
-    Args:
-        name: a name on the Hub, or a folder. A folder of the Hub's cache has the name of its model.
-    """
-    if not name or is_hub_name(name):
-        return name or None
-    cached = _CACHED.search(f"{name}/")
-    return f"{cached[1]}/{cached[2]}" if cached else PureWindowsPath(name).name or None
-
-
-def without_folders(text: str) -> str:
-    """Return `text` without the absolute folders of a machine. The names of files stay."""
-    return _FOLDERS.sub("", text)
 
 
 def _count(parameter: Any) -> int:

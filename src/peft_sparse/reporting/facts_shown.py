@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from .facts import without_folders
+from .names import without_folders
 from .scales import of_size, of_time, spelled
 from .schema import RunReport, SavedModel, Stage
 

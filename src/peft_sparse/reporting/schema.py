@@ -10,6 +10,7 @@ from ..pruning.report import PruningReport
 from ..reconstruction.report import ReconstructionReport
 from ..reconstruction.residual_report import ResidualReport
 from ..structured.report import StructuredReport
+from .names import without_folders
 
 
 # The version that this package writes. Any change of the fields below raises it.
@@ -111,7 +112,7 @@ class RunReport:
         saved: what the run saved.
         resumed: whether the run was stopped and continued. Times and memory are then those of the last part.
         created: when the report was made, in UTC.
-        environment: command, versions and hardware.
+        environment: command without folders, versions and hardware.
     """
 
     task: str
@@ -130,7 +131,7 @@ class RunReport:
     saved: tuple[SavedModel, ...] = ()
     resumed: bool = False
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    environment: dict[str, Any] = field(default_factory=environment)
+    environment: dict[str, Any] = field(default_factory=lambda: _environment())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON, with the version of the schema first.
@@ -165,6 +166,11 @@ class RunReport:
         ]
         rule = ["---", *("---:" for _ in head[1:])]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def _environment() -> dict[str, Any]:
+    told = environment()
+    return told | {"command": without_folders(told["command"])}
 
 
 def _plain(value: Any) -> Any:

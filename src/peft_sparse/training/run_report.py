@@ -12,6 +12,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..model.environment import peak_memory
 from ..reporting import RunReport, SavedModel, Stage, describe_model, describe_saved, write_report
+from ..reporting.names import without_folders
 
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class RunReportCallback(TrainerCallback):
 
 
 def changed_arguments(*parts: Any) -> dict[str, Any]:
-    """Return the arguments that differ from their defaults, without folders and without tokens, which are secrets.
+    """Return the arguments that differ from their defaults, without the folders and tokens of a machine.
 
     Args:
         parts: dataclasses of arguments.
@@ -131,8 +132,8 @@ def changed_arguments(*parts: Any) -> dict[str, Any]:
             # An empty list or dict stands for "none", and False for None, after the arguments were read.
             unset = value in ([], {}) or (value is False and default is None)
             if not hidden and not unset and value != default:
-                plain = isinstance(value, (str, int, float, bool, list, dict)) and not isinstance(value, Enum)
-                found[each.name] = value if plain else str(getattr(value, "value", value))
+                plain = isinstance(value, (int, float, bool, list, dict)) and not isinstance(value, Enum)
+                found[each.name] = value if plain else without_folders(str(getattr(value, "value", value)))
     return found
 
 
