@@ -40,7 +40,7 @@ from .pruning.prune import prune, sparsity
 from .pruning.report import PruningReport
 from .pruning.sparsegpt import SparseGPT
 from .pruning.swap import Swap
-from .recipes import CompressionReport, Recipe, compress, load_recipe
+from .recipes import Recipe, compress, load_recipe
 from .reconstruction import (
     Fit,
     ReconstructionObserver,
@@ -53,6 +53,7 @@ from .reconstruction import (
     reconstruct_checkpoint,
     residual_lora,
 )
+from .reporting import RunReport, Stage, read_report, report_page, write_report
 from .structured import compact, prune_structured
 from .training.arguments import SparseTrainingArguments
 from .training.freezing import FreezingCallback
@@ -77,7 +78,6 @@ __all__ = [
     "OWL",
     "RIA",
     "Comparison",
-    "CompressionReport",
     "Criterion",
     "CubicSchedule",
     "DSnoT",
@@ -100,11 +100,13 @@ __all__ = [
     "RegionReport",
     "ResidualReport",
     "ResidualWeightReport",
+    "RunReport",
     "ScaledLoRAConfig",
     "SemiStructured",
     "SparseGPT",
     "SparseTrainer",
     "SparseTrainingArguments",
+    "Stage",
     "Statistics",
     "Step",
     "Swap",
@@ -138,14 +140,17 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "prune_structured",
+    "read_report",
     "reconstruct",
     "reconstruct_checkpoint",
+    "report_page",
     "residual_lora",
     "retraining_schedule",
     "sample_sequences",
     "sparsity",
     "text_perplexity",
     "trainable_shares",
+    "write_report",
 ]
 
 __version__ = "0.1.0.dev0"

@@ -14,8 +14,8 @@ from ..calibration.text import pack_sequences
 from ..pruning.prune import sparsity
 from ..recipes import RECIPES, AdapterArguments, Recipe, TextArguments, compress
 from ..recipes.compression import MODEL as FOLDER
-from ..recipes.compression import REPORT
 from ..recipes.recipe import read_recipe
+from ..reporting.writing import JSON, PAGE
 from ..training.arguments import SparseTrainingArguments
 from . import groups
 from .arguments import add_fields, parsed
@@ -104,9 +104,10 @@ def run(args: argparse.Namespace) -> list[str]:
             processing_class=tokenizer,
             resume=chosen.resume,
         )
-    say(f"\n{report}\n\npeak memory {report.peak_memory_bytes / 2**30:.1f} GiB")
+    say(f"\n{report}\n\npeak memory {(report.peak_memory_bytes or 0) / 2**30:.1f} GiB")
     output = Path(str(recipe.args.output_dir))
-    return [f"{output / FOLDER} (load it by AutoModelForCausalLM.from_pretrained)", str(output / REPORT)]
+    files = [str(output / name) for name in (JSON, PAGE)]
+    return [f"{output / FOLDER} (load it by AutoModelForCausalLM.from_pretrained)", *files]
 
 
 @contextlib.contextmanager

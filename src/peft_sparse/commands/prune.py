@@ -1,7 +1,6 @@
 """`peft-sparse prune`: writes zeros into a model and saves it."""
 
 import argparse
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ..pruning.checkpoint import prune_checkpoint
 from ..pruning.criteria import find_criterion
 from ..pruning.prune import prune
 from ..recipes import TextArguments
+from ..reporting import write_report
 from ..training.arguments import SparseTrainingArguments
 from . import groups
 from .arguments import add_fields, check_pruned, parsed
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> list[str]:
     check_pruned(options)
     output, source = Path(options.output_dir), own_model(sources)
     prepare()
+    model: Any = None
     if memory.stream:
         calibration = _calibration(sources, options, text, load_tokenizer(source))
         say(f"pruning {source} block by block to {options.pruning_pattern()} by {options.criterion}")
@@ -90,11 +91,11 @@ def run(args: argparse.Namespace) -> list[str]:
             model.save_pretrained(output / "sparse")
             tokenizer.save_pretrained(output / "sparse")
     say(f"\n{report}\n")
+    written = []
     if options.should_save:
-        text_of_report = json.dumps(report.to_dict(), indent=2) + "\n"
-        (output / "report.json").write_text(text_of_report, encoding="utf-8")
-    loading = "load it by AutoModelForCausalLM.from_pretrained"
-    return [f"{output / 'sparse'} ({loading})", str(output / "report.json")]
+        known = {} if model is None else {"model": model, "saved": "sparse"}
+        written = [str(path) for path in write_report(report, output, **known)]
+    return [f"{output / 'sparse'} (load it by AutoModelForCausalLM.from_pretrained)", *written]
 
 
 def _calibration(sources: SourceArguments, options: Any, text: TextArguments, tokenizer: Any) -> Tensor | None:

@@ -63,5 +63,4 @@ def run(args: argparse.Namespace) -> list[str]:
     trainer.save_merged_model(folder)
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(options.device)
     work.measure("saved", reloaded)
-    report = work.finish(bool(options.resume_from_checkpoint))
-    return [f"{folder} (load it by AutoModelForCausalLM.from_pretrained)", report]
+    return [f"{folder} (load it by AutoModelForCausalLM.from_pretrained)", *work.finish("sparse")]

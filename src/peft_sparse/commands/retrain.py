@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> list[str]:
     begin_work()
     _add_stages(work, result)
     written = _save(work, Path(str(options.output_dir)))
-    return [*written, work.finish(bool(options.resume_from_checkpoint))]
+    if work.recipe.adapter.adapter == "none":
+        return [*written, *work.finish("sparse")]
+    return [*written, *work.finish("sparse", adapter="adapter", base="pruned")]
 
 
 def _add_stages(work: Run, result: Any) -> None:

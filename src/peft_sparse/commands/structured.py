@@ -1,7 +1,6 @@
 """`peft-sparse structured`: removes whole heads, neurons or experts, and saves the smaller model."""
 
 import argparse
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..calibration.text import pack_sequences
 from ..recipes import TextArguments
+from ..reporting import write_report
 from ..structured import compact, prune_structured
 from ..structured.metrics import METRICS
 from ..training.arguments import SparseTrainingArguments
@@ -95,15 +95,15 @@ def run(args: argparse.Namespace) -> list[str]:
         compact(model, None if calibration is None else calibration[:1])
     say(f"\n{report}\n")
     output = Path(str(options.output_dir))
+    files: list[str] = []
     if options.should_save:
         model.save_pretrained(output / "compact")
         tokenizer.save_pretrained(output / "compact")
-        words = json.dumps(report.to_dict(), indent=2) + "\n"
-        (output / "report.json").write_text(words, encoding="utf-8")
+        files = [str(path) for path in write_report(report, output, model=model, saved="compact")]
     # Layers of unequal width need a class of this package, see `compact`.
     first = "" if type(model).__module__.startswith("transformers.") else ", after `import peft_sparse`"
     loading = f"load it by AutoModelForCausalLM.from_pretrained{first}"
-    return [f"{output / 'compact'} ({loading})", str(output / "report.json")]
+    return [f"{output / 'compact'} ({loading})", *files]
 
 
 def _calibration(sources: SourceArguments, options: Any, text: TextArguments, tokenizer: Any) -> Tensor | None:

@@ -1,6 +1,7 @@
 """What `retrain` and `reconstruct` share: the arguments, the trainer, the measured stages and the report."""
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,12 @@ from ..calibration.text import pack_sequences
 from ..evaluation.perplexity import perplexity
 from ..model.environment import peak_memory
 from ..pruning.prune import sparsity
-from ..recipes import AdapterArguments, CompressionReport, Recipe, Stage, TextArguments
-from ..recipes.compression import Sequences, changed_arguments, described_tokens
+from ..recipes import AdapterArguments, Recipe, TextArguments
+from ..recipes.compression import Sequences, described_tokens
+from ..reporting import Stage, describe_saved, write_report
 from ..training.arguments import SparseTrainingArguments
 from ..training.one_bar import show_one_bar
+from ..training.run_report import changed_arguments
 from ..training.trainer import SparseTrainer
 from .arguments import check_pruned, parsed
 from .outcome import begin_work
@@ -76,27 +79,34 @@ class Run:
 
     def add(self, name: str, value: float, zeros: float, tokens: int = 0, seconds: float = 0.0) -> None:
         """Add what was measured after the stage `name`, and tell it."""
-        self.stages.append(Stage(name, {self.text_name: value}, zeros, seconds, 0.0, tokens))
+        self.stages.append(Stage(name, {self.text_name: value}, zeros, seconds, 0.0, tokens, peak_memory()))
         say(f"{name}: perplexity {value:.2f}, sparsity {zeros:.4f}")
 
-    def finish(self, resumed: bool) -> str:
-        """Write the report, print it, and return its path."""
-        trainer = self.trainer
-        report = CompressionReport(
-            recipe=self.recipe.name,
-            arguments=changed_arguments(self.recipe),
-            stages=self.stages,
-            peak_memory_bytes=peak_memory(),
-            pruning=None if trainer.pruning_report is None else trainer.pruning_report.to_dict(),
-            reconstruction=None if trainer.reconstruction_report is None else trainer.reconstruction_report.to_dict(),
-            texts={name: described_tokens(tokens) for name, tokens in self.texts.items()},
-            resumed=resumed,
-        )
-        path = Path(str(self.recipe.args.output_dir)) / "report.json"
-        if self.recipe.args.should_save:
-            report.save(path)
-        say(f"\n{report}\n\npeak memory {report.peak_memory_bytes / 2**30:.1f} GiB")
-        return str(path)
+    def finish(self, *saved: str, adapter: str | None = None, base: str | None = None) -> list[str]:
+        """Write the report, print it, and return the paths of its files.
+
+        Args:
+            saved: folders of models in `output_dir`.
+            adapter: the folder of the adapter, if there is one.
+            base: the folder of its base model.
+        """
+        recipe, output = self.recipe, Path(str(self.recipe.args.output_dir))
+        written: list[str] = []
+        if recipe.args.should_save:
+            model: Any = self.trainer.model
+            found = [describe_saved(output, folder, model) for folder in saved]
+            if adapter is not None:
+                found.append(describe_saved(output, adapter, model, kind="adapter", base=base))
+            report = dataclasses.replace(
+                self.trainer.run_report(),
+                arguments=changed_arguments(recipe.text, recipe.adapter, recipe.args),
+                stages=tuple(self.stages),
+                texts={name: described_tokens(tokens) for name, tokens in self.texts.items()},
+                saved=tuple(found),
+            )
+            written = [str(path) for path in write_report(report, output)]
+            say(f"\n{report}\n\npeak memory {(report.peak_memory_bytes or 0) / 2**30:.1f} GiB")
+        return written
 
 
 def start(args: argparse.Namespace, recovery: str, defaults: Mapping[str, Any]) -> Run:

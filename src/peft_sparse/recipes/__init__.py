@@ -2,15 +2,12 @@
 
 from .compression import compress
 from .recipe import RECIPES, AdapterArguments, Recipe, TextArguments, load_recipe
-from .report import CompressionReport, Stage
 
 
 __all__ = [
     "RECIPES",
     "AdapterArguments",
-    "CompressionReport",
     "Recipe",
-    "Stage",
     "TextArguments",
     "compress",
     "load_recipe",

@@ -27,14 +27,13 @@ from ..evaluation.perplexity import perplexity
 from ..model.environment import peak_memory
 from ..pruning.prune import sparsity
 from ..reconstruction.progress import foreign_files, is_progress
-from ..reporting import Stage, describe_saved, write_report
+from ..reporting import RunReport, Stage, describe_saved, write_report
 from ..training.arguments import SparseTrainingArguments
 from ..training.one_bar import show_one_bar
 from ..training.reconstruction_run import FOLDER
 from ..training.run_report import changed_arguments
 from ..training.trainer import SparseTrainer
 from .recipe import Recipe, load_recipe
-from .report import CompressionReport
 
 
 # The folder of the compressed model in `output_dir`. The report is written beside it.
@@ -52,7 +51,7 @@ def compress(
     output_dir: str | Path = "compressed",
     resume: bool = False,
     **changes: Any,
-) -> CompressionReport:
+) -> RunReport:
     """Prune a language model, recover its quality, merge, save, and measure it after each stage. One run.
 
     The stages are those of `recovery` in the recipe: pruning alone; pruning and retraining; or reconstruction, which

@@ -23,7 +23,7 @@ LINES = 10
 class OneBar(TrainerCallback):
     """One bar with the loss and the remaining time for a training; ten lines where standard error is no terminal.
 
-    A reconstruction has a bar of its own on a terminal, and the lines elsewhere.
+    A reconstruction has a bar of its own on a terminal, and the lines elsewhere. `disable_tqdm` shows nothing.
 
     Args:
         stages: what the trainings are, in their order. The last name is that of all further ones.
@@ -41,7 +41,7 @@ class OneBar(TrainerCallback):
         self.stage = self.stages.pop(0) if len(self.stages) > 1 else self.stages[0]
         self.begun, self.first, self.loss = time.perf_counter(), state.global_step, ""
         terminal = sys.stderr.isatty() and not args.disable_tqdm
-        self.tells = state.is_world_process_zero and not terminal
+        self.tells = state.is_world_process_zero and not terminal and not args.disable_tqdm
         if state.is_world_process_zero and terminal and self.stage == "retraining":
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step")
 

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # Arguments that `TrainingArguments` fills with objects of its own.
 _FILLED = ("accelerator_config",)
+# A checkpoint is a folder of one machine.
+_PLACES = ("resume_from_checkpoint",)
 
 
 class RunReportCallback(TrainerCallback):
@@ -128,7 +130,7 @@ def changed_arguments(*parts: Any) -> dict[str, Any]:
             # No object of defaults is made: to make `TrainingArguments` sets up devices and DeepSpeed.
             default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
             value = getattr(own, each.name)
-            hidden = each.name.endswith(("_dir", "_token")) or each.name in _FILLED or not each.init
+            hidden = each.name.endswith(("_dir", "_token")) or each.name in _FILLED + _PLACES or not each.init
             # An empty list or dict stands for "none", and False for None, after the arguments were read.
             unset = value in ([], {}) or (value is False and default is None)
             if not hidden and not unset and value != default:
