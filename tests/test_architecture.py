@@ -16,7 +16,7 @@ ORDER = [
     {"calibration", "tuners"},
     {"pruning", "structured", "evaluation"},
     {"reconstruction"},
-    {"reporting"},
+    {"reporting", "sharing"},
     {"training"},
     {"planning"},
     {"recipes"},
