@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_sparse.sharing import packed_weight
 from peft_sparse.sharing.codec import Stream, decode_mask
+from peft_sparse.sharing.inspection import inspect_checkpoint
 from peft_sparse.sharing.packed_file import MARK, PackedFile, pack_file, unpack_file
 from peft_sparse.sharing.packed_quantizer import PackedConfig, PackedQuantizer
 from peft_sparse.sharing.packed_weight import Description, PackedWeight, write_packed
@@ -140,6 +141,13 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-2000])
 
 
+def lose_a_shard(folder):
+    path = folder / "plain" / "model.safetensors"
+    path.rename(folder / "plain" / "model-00001-of-00002.safetensors")
+    places = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "plain" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 def miscounted(config):
     if "quantization_config" in config:
         config["quantization_config"]["tensors"] += 1
@@ -232,6 +240,27 @@ REFUSALS = [
         ),
         ValueError,
         "`PackedConfig` describes packed checkpoints, and this one is plain",
+    ),
+    (
+        lambda: checkpoint(
+            lambda folder: (folder / "plain" / "model.safetensors").unlink(),
+            lambda folder: inspect_checkpoint(folder / "plain"),
+        ),
+        ValueError,
+        "Expected weights in .*plain'.* Found none. Give the folder of a saved model or adapter",
+    ),
+    (
+        lambda: checkpoint(lose_a_shard, lambda folder: inspect_checkpoint(folder / "plain")),
+        ValueError,
+        "lacks 'model-00002-of-00002.safetensors', which its index names",
+    ),
+    (
+        lambda: checkpoint(
+            lambda folder: (folder / "plain" / "adapter_config.json").write_text("{}"),
+            lambda folder: inspect_checkpoint(folder / "plain"),
+        ),
+        ValueError,
+        "has adapter_config.json and lacks adapter_model.safetensors. Save the adapter again",
     ),
     (
         lambda: PackedQuantizer(PackedConfig()).update_attn_implementation(SimpleNamespace(distributed_config=1)),
