@@ -230,6 +230,14 @@ REFUSALS = [
         ValueError,
         "Expected config.json and safetensors in .*`save_pretrained`",
     ),
+    (
+        lambda: checkpoint(
+            lambda folder: (folder / "packed" / "model.safetensors").unlink(),
+            lambda folder: unpack_checkpoint(folder / "packed", folder / "new"),
+        ),
+        ValueError,
+        r"Expected \d+ tensors .* found 0",
+    ),
     (lambda: checkpoint(cut, load), ValueError, "'model.safetensors' is cut off .*'model"),
     (lambda: checkpoint(of_config(miscounted), load), ValueError, r"Expected \d+ tensors .* found \d+\. Copy"),
     (

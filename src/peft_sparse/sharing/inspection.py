@@ -20,7 +20,7 @@ from transformers.utils import (
 from .folders import check_hub_id
 from .inspection_report import AdapterInspection, CheckpointInspection, MatrixInspection, in_order
 from .mask_summary import summary_of
-from .packing import is_packed
+from .packing import is_packed, unmarked
 from .stored_tensors import StoredTensor, stored_tensors
 
 
@@ -88,9 +88,7 @@ def _finder(source: str | Path) -> Find:
 def _weights(source: str, config: dict[str, Any], find: Find) -> list[str]:
     """Return the names of the files with the weights."""
     names: tuple[str, ...] = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-    named = config.get("transformers_weights")
-    if is_packed(config):
-        named = config["quantization_config"]["replaced"]["transformers_weights"]
+    named = (unmarked(config) if is_packed(config) else config).get("transformers_weights")
     for name in (named,) if named else names:
         if (path := find(name)) is not None:
             if not name.endswith(".json"):

@@ -20,8 +20,8 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .packed_file import PackedFile
-from .packed_weight import PackedError, PackedWeight
-from .packing import METHOD
+from .packed_weight import PackedWeight
+from .packing import METHOD, check_count
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -95,11 +95,7 @@ class PackedQuantizer(HfQuantizer):
             with PackedFile(Path(path)) as file:
                 file.verify()
                 found += len(file.plain)
-        if found != self.quantization_config.tensors:
-            raise PackedError(
-                f"Expected {self.quantization_config.tensors} tensors in the files of the packed checkpoint, found "
-                f"{found}. Copy or download all of its files again."
-            )
+        check_count(found, self.quantization_config.tensors)
         return model
 
     def update_weight_conversions(

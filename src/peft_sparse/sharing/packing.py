@@ -16,6 +16,7 @@ from ..pruning.checkpoint_files import files_beside
 from .codec import CODEC, VERSION
 from .folders import finished_folder, local_folder, read_config, weight_names
 from .packed_file import MARK, pack_file, unpack_file
+from .packed_weight import PackedError
 from .tensor_files import TensorFile
 
 
@@ -23,7 +24,10 @@ from .tensor_files import TensorFile
 METHOD = MARK
 # Stands where the name of the file with the weights may stand. Transformers shows it in a ValueError, unless the
 # import has told it how to read the weights.
-IMPORT_FIRST = "packed by peft_sparse. Run `import peft_sparse` before `from_pretrained` (pip install peft_sparse)."
+IMPORT_FIRST = (
+    "packed by peft_sparse. Run `import peft_sparse` before `from_pretrained` (pip install peft_sparse), or write a "
+    "plain model with `peft-sparse unpack`"
+)
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,10 @@ def unpack_checkpoint(source: str | Path, target: str | Path) -> PackingReport:
             f"Expected a checkpoint that `pack_checkpoint` wrote, but config.json in {str(folder)!r} does not say "
             f"quant_method {METHOD!r}. It needs no unpacking."
         )
-    for key, value in config.pop("quantization_config")["replaced"].items():
-        if value is None:
-            config.pop(key, None)
-        else:
-            config[key] = value
+    expected = config["quantization_config"].get("tensors")
+    config = unmarked(config)
     files = weight_names(folder, config.get("transformers_weights"))
+    check_count(_count(_tensor_files(folder, files)), expected)
     with finished_folder(target) as scratch:
         _each_tensor_file(folder, scratch, files, unpack_file)
         _write_config(scratch, config)
@@ -126,6 +128,26 @@ def unpack_checkpoint(source: str | Path, target: str | Path) -> PackingReport:
 def is_packed(config: dict[str, Any]) -> bool:
     """Return whether the configuration of a checkpoint says that it is packed."""
     return (config.get("quantization_config") or {}).get("quant_method") == METHOD
+
+
+def check_count(found: int, expected: int | None) -> None:
+    """Check that the files of a packed checkpoint hold all of its tensors.
+
+    Raises:
+        PackedError: they do not.
+    """
+    if found != expected:
+        raise PackedError(
+            f"Expected {expected} tensors in the files of the packed checkpoint, found {found}. Copy or download all "
+            "of its files again."
+        )
+
+
+def unmarked(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the plain checkpoint, of that of a packed one."""
+    replaced = {"transformers_weights": None} | config["quantization_config"].get("replaced", {})
+    plain = {key: value for key, value in config.items() if key != "quantization_config" and key not in replaced}
+    return plain | {key: value for key, value in replaced.items() if value is not None}
 
 
 def _check_packable(folder: Path, config: dict[str, Any], files: list[str]) -> None:
