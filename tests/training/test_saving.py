@@ -197,7 +197,7 @@ class Saving(Classifier):
 
 def test_a_model_with_a_way_of_saving_of_its_own_is_saved_by_it(tmp_path):
     adapted = inject_adapter_in_model(MaskLoRAConfig(target_modules=["inner"], init_weights=False), Saving())
-    with mock.patch("peft_sparse.training.saving.describe_plain_model"):
+    with mock.patch("peft_sparse.training.saving.complete_card"):
         save_plain_model(adapted, str(tmp_path / "file"), merge=True, write=True, sparsity=0.5)
     fresh, x = Classifier(), torch.randn(3, 8)
     fresh.load_state_dict(torch.load(tmp_path / "file"))

@@ -1,15 +1,22 @@
-"""Command, versions, hardware and peak memory of this process, for reports."""
+"""Command, versions, hardware and peak memory of this process, and what it did to a model, for reports and cards."""
 
 import importlib.metadata
 import platform
 import resource
 import sys
+import weakref
 from typing import Any
 
 import torch
+from torch import nn
+
+from .tree import base_model
 
 
 PACKAGES = ("peft_sparse", "torch", "transformers", "peft", "accelerate")
+
+# By the base model, which stays the same object when adapters are attached and merged.
+_DONE: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 def environment() -> dict[str, Any]:
@@ -33,6 +40,22 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def remember(model: nn.Module, **done: Any) -> None:
+    """Note what was done to a model, for its model card. The notes go when the model does.
+
+    Args:
+        model: the model, with or without adapters.
+        done: the reports as plain values, by what was done: `pruning`, `reconstruction`, `retraining`. A
+            later report replaces an earlier one of its kind.
+    """
+    _DONE.setdefault(base_model(model), {}).update(done)
+
+
+def remembered(model: nn.Module) -> dict[str, Any]:
+    """Return what `remember` noted about a model. Empty for a model that was loaded and not changed."""
+    return dict(_DONE.get(base_model(model), {}))
 
 
 def _hardware() -> str:

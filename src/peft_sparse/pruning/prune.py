@@ -18,6 +18,7 @@ from ..calibration.proof import prove
 from ..calibration.residence import Residence, on_device
 from ..calibration.runner import BlockRunner, stack_runners
 from ..model.blocks import Targets, check_packed, prunable_weights
+from ..model.environment import remember
 from ..model.kinds import count_zeros
 from ..model.processes import agree, stopping_together
 from ..model.settings import ordinary_settings
@@ -140,7 +141,9 @@ def prune(
         check_finite(task.weights)
         inputs = None if calibration is None else as_inputs(model, calibration, batch_size)
         _run(model, task, inputs, activations, checked_when_loaded(on_device(device), task.inside))
-    return task.report(time.perf_counter() - started)
+    report = task.report(time.perf_counter() - started)
+    remember(model, pruning=report.to_dict() | {"calibration_sequences": task.sequences})
+    return report
 
 
 def _run(

@@ -16,6 +16,7 @@ from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, finger
 from ..calibration.proof import prove
 from ..calibration.residence import on_device
 from ..model.blocks import Targets
+from ..model.environment import remember
 from ..model.offload import is_offloaded
 from ..model.processes import agree, place, stopping_together
 from ..model.settings import ordinary_settings
@@ -181,7 +182,12 @@ def reconstruct(
         )
         agree(_in_words(work, inputs))
         _run(work, inputs, state_dir)
-    return work.report(time.perf_counter() - started)
+    report = work.report(time.perf_counter() - started)
+    values = report.to_dict()
+    remember(model, reconstruction=values)
+    if values["pruning"] is not None:
+        remember(model, pruning=values["pruning"] | {"calibration_sequences": count_sequences(inputs)})
+    return report
 
 
 @ordinary_settings()

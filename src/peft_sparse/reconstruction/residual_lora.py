@@ -27,10 +27,9 @@ from ..model.settings import ordinary_settings
 from ..model.tree import without_adapters
 from ..model.weights import to_host
 from ..pruning.one_weight import noting
-from ..tuners.hub import mark_residual
 from .low_rank import low_rank_residual, squares
 from .residual_checks import ResidualTask, residual_task
-from .residual_report import ResidualReport, ResidualWeightReport
+from .residual_report import ResidualReport, ResidualWeightReport, mark
 
 
 @ordinary_settings()
@@ -138,10 +137,11 @@ def residual_lora(
                     proof=proof,
                 )
                 weights = _correct(model, task, runners, proof.sight, damping, adapter_name)
-    mark_residual(config, task.sparsity)
     entries = sum(p.numel() for name, p in adapted.named_parameters() if ".lora_" in name)
     seconds = time.perf_counter() - started
-    return adapted, ResidualReport(r, damping, entries, seconds, peak_memory(), weights, task.left_out)
+    report = ResidualReport(r, damping, entries, seconds, peak_memory(), weights, task.left_out)
+    mark(config, report, task.sparsity)
+    return adapted, report
 
 
 def _config(

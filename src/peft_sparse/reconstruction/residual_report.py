@@ -4,6 +4,8 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from peft import LoraConfig, PeftConfig
+
 
 @dataclass(frozen=True)
 class ResidualWeightReport:
@@ -84,6 +86,26 @@ class ResidualReport:
                 *rows,
             ]
         )
+
+
+# The attribute by which the configuration of an adapter says that it corrects a pruned base. PEFT does not save it.
+_REPORT = "_residual_report"
+
+
+def mark(config: LoraConfig, report: ResidualReport, sparsity: float) -> None:
+    """Let the cards of an adapter say that it corrects a pruned model.
+
+    Args:
+        config: the configuration of the adapter.
+        report: what was done.
+        sparsity: the fraction of zeros in the corrected weights.
+    """
+    setattr(config, _REPORT, report.to_dict() | {"sparsity": sparsity})
+
+
+def marked(config: PeftConfig) -> dict[str, Any] | None:
+    """Return the report that `mark` noted, as plain values. None if the adapter corrects no pruned model."""
+    return getattr(config, _REPORT, None)
 
 
 def _mean(values: list[float]) -> float:

@@ -11,12 +11,15 @@ from peft.utils import CONFIG_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..model.blocks import base_model
+from ..model.blocks import Targets, base_model
+from ..model.environment import remembered
 from ..model.sharding import has_shards
-from ..model.tree import loaded_from
-from ..tuners.card import describe_plain_model
+from ..model.tree import has_adapters, loaded_from
+from ..sharing.card import complete_card
+from ..sharing.card_facts import facts_of_model
 from ..tuners.merging import merged_state_dict, plain_model
 from ..tuners.ties import give_own_weights, settle_ties
 
@@ -28,6 +31,7 @@ def save_plain_model(
     merge: bool,
     write: bool,
     sparsity: float,
+    targets: tuple[Targets, Targets] = (None, None),
     processors: tuple[Any, ...] = (),
 ) -> None:
     """Save the base model of `model`, with its model card. The model stays as it is, also if saving fails.
@@ -42,6 +46,7 @@ def save_plain_model(
         merge: True merges the active adapters. False saves the base model without its adapters.
         write: whether this process writes. Every process must call the function.
         sparsity: the fraction of zeros that the model card tells.
+        targets: which layers are counted for the card, and which are not, as in `sparsity`.
         processors: what is saved with the model, such as the tokeniser.
 
     Raises:
@@ -68,8 +73,30 @@ def save_plain_model(
     _write(plain, state, output_dir)
     for processor in processors:
         processor.save_pretrained(output_dir)
-    base = loaded_from(model)
-    describe_plain_model(output_dir, sparsity, base)
+    known: dict[str, Any] = {"done": remembered(model), "base": loaded_from(model)}
+    # What one process holds of sharded weights does not tell the sparsity of each.
+    known |= {"sparsity": sparsity} if sharded else {"targets": targets}
+    complete_card(output_dir, facts_of_model(plain, output_dir, **known))
+
+
+def what_was_trained(trainer: Any, output: TrainOutput) -> dict[str, Any]:
+    """Return what a training did, for the model card.
+
+    Args:
+        trainer: the trainer, after its training.
+        output: what the training returned.
+    """
+    args, state = trainer.args, trainer.state
+    evaluated = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    return {
+        "steps": state.global_step,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "learning_rate": args.learning_rate,
+        "distillation": args.distillation,
+        "seconds": output.metrics.get("train_runtime"),
+        "eval_loss": evaluated[-1] if evaluated else None,
+        "trained": "adapter" if has_adapters(trainer.model) else "all weights",
+    }
 
 
 def _write(plain: nn.Module, state: dict[str, Tensor] | None, output_dir: str) -> None:

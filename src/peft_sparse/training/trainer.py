@@ -30,15 +30,18 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from ..calibration.inputs import evaluation_mode
 from ..calibration.label_positions import label_offset
 from ..model.blocks import base_model
+from ..model.environment import remember
 from ..model.sharding import FSDP1, has_shards
-from ..model.tree import has_adapters, loaded_from
+from ..model.tree import has_adapters
 from ..pruning.criteria import find_criterion
 from ..pruning.prune import sparsity
 from ..pruning.report import PruningReport
 from ..reconstruction import ReconstructionReport
 from ..reconstruction.progress import fingerprint_of_model
 from ..reporting import RunReport
-from ..tuners.card import describe_plain_model
+from ..sharing.card import card_in, complete_card
+from ..sharing.card_facts import facts_of_model
+from ..sharing.hub import repo_of
 from .added_adapters import check_added_adapters, load_added_adapter
 from .arguments import SparseTrainingArguments
 from .calibration_samples import first_samples
@@ -53,7 +56,7 @@ from .pruning_log import PruningLog
 from .rate_search import RateSearch, recorded_rate
 from .reconstruction_run import ReconstructionRun
 from .run_report import RunReportCallback
-from .saving import save_plain_model
+from .saving import save_plain_model, what_was_trained
 from .termination import TerminationCallback
 from .zero_guard import ZeroGuardCallback
 
@@ -339,7 +342,9 @@ class SparseTrainer(Trainer):
             trainer.optimizer = None
         makes = trainer.optimizer is None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            remember(self.model, retraining=what_was_trained(self, output))
+            return output
         finally:
             self._made = trainer.optimizer if makes else None
             # `Trainer` leaves this after an error.
@@ -628,6 +633,7 @@ class SparseTrainer(Trainer):
             merge=merge,
             write=self.args.should_save,
             sparsity=sparsity(self.model, self.args.target_modules, self.args.exclude_modules),
+            targets=(self.args.target_modules, self.args.exclude_modules),
             processors=() if beside is None else (beside,),
         )
         self.accelerator.wait_for_everyone()
@@ -638,13 +644,14 @@ class SparseTrainer(Trainer):
         Args:
             args, kwargs: as in `Trainer.create_model_card`.
         """
+        before = card_in(str(self.args.output_dir))
         super().create_model_card(*args, **kwargs)
         adapted = has_adapters(self.model)
         # One process writes the card, and cannot gather weights that are sharded.
         if not adapted and self.is_world_process_zero() and not has_shards(self.model):
-            base = loaded_from(self.model)
-            share = sparsity(self.model, self.args.target_modules, self.args.exclude_modules)
-            describe_plain_model(str(self.args.output_dir), share, base)
+            targets = (self.args.target_modules, self.args.exclude_modules)
+            facts = facts_of_model(self.model, str(self.args.output_dir), targets=targets, repo_id=repo_of(self))
+            complete_card(str(self.args.output_dir), facts, before=before)
 
     def _prunes(self) -> list[PruningCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, PruningCallback)]

@@ -5,7 +5,6 @@ Importing this package registers them with PEFT. Of the other folders it imports
 
 from .config import MaskLoRAConfig, ScaledLoRAConfig
 from .groups import trainable_shares
-from .hub import enable_cards
 from .kept_weight import keep_effective_weights
 from .lora_extras import enable_lora_extras
 from .mask_lora import MaskLoraConv2d, MaskLoraLayer, MaskLoraLinear, MaskLoraModel
@@ -35,4 +34,3 @@ __all__ = [
 register("mask_lora", MaskLoRAConfig, MaskLoraModel)
 register("scaled_lora", ScaledLoRAConfig, ScaledLoraModel)
 enable_lora_extras({MaskLoRAConfig: MaskLoraModel, ScaledLoRAConfig: ScaledLoraModel})
-enable_cards()

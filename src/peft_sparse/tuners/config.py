@@ -5,17 +5,13 @@ The models of `mask_lora` and `scaled_lora` read the configurations. PEFT saves 
 """
 
 import math
-import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..model.masks import sparsity_of_fingerprint
-from .card import describe_adapter
 from .registration import add_peft_type
 
 
@@ -24,6 +20,9 @@ SCALED_LORA = add_peft_type("SCALED_LORA")
 
 # Increased when the meaning of a saved adapter changes, so that an older package refuses the adapter.
 FORMAT_VERSION = 2
+
+# Called with the folder and the configuration of an adapter that was saved. `sharing`, which writes cards, adds to it.
+CARD_WRITERS: list[Callable[[str, "SparseLoraConfig"], None]] = []
 
 
 @dataclass
@@ -63,6 +62,8 @@ class SparseLoraConfig(PeftConfig):
         # The fingerprints to save, and those that were compared when the adapter was attached.
         self._proof: dict[str, str] = {}
         self._compared: dict[str, str] = {}
+        # What was done to the model, for the model card.
+        self._done: dict[str, Any] = {}
         # PEFT looks names up in sets, and JSON gives lists.
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -93,48 +94,20 @@ class SparseLoraConfig(PeftConfig):
         """Save the configuration, with the fingerprints of the masks, and write into the model card how to load.
 
         Args:
-            save_directory: folder of the adapter. PEFT writes `adapter_config.json` into it. Its model card gets
-                instructions for loading the adapter. If it is a checkpoint of a Trainer, the card in the folder of
-                the run gets them too, because that is the card which the Trainer pushes to the Hub.
+            save_directory: folder of the adapter. PEFT writes `adapter_config.json` into it. Its model card tells how
+                the adapter is loaded and how it was made. If it is a checkpoint of a Trainer, the card in the folder
+                of the run tells it too, because that is the card which the Trainer pushes to the Hub.
             kwargs: passed on to `PeftConfig.save_pretrained`.
         """
         own = self.mask_fingerprints
         self.mask_fingerprints = self._proof or own
         try:
             super().save_pretrained(save_directory, **kwargs)
-            self.describe(save_directory)
-            folder = Path(save_directory).absolute()
-            if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
-                self.describe(str(folder.parent))
+            for write_card in CARD_WRITERS:
+                write_card(save_directory, self)
         finally:
             # The fingerprints belong to the file. The object may be used for another model next.
             self.mask_fingerprints = own
-
-    def describe(self, folder: str, sparsity: float | None = None, base: str | None = None) -> None:
-        """Write into the model card in `folder` how the adapter is loaded. A folder without a card gets one.
-
-        Args:
-            folder: folder of the card.
-            sparsity: mean sparsity of the adapted weights. None takes that of the fingerprints.
-            base: name or folder of the base model. None takes `base_model_name_or_path`.
-        """
-        describe_adapter(
-            folder,
-            self.peft_type.value,
-            self.sparsity if sparsity is None else sparsity,
-            save_mask=self.save_mask,
-            task_type=self.task_type,
-            base=self.base_model_name_or_path or base,
-        )
-
-    @property
-    def sparsity(self) -> float | None:
-        """Mean sparsity of the adapted weights, a fraction, from the fingerprints. None if there are no fingerprints.
-
-        Large and small weights count equally in the mean.
-        """
-        shares = [sparsity_of_fingerprint(proof) for proof in self.mask_fingerprints.values()]
-        return sum(shares) / len(shares) if shares else None
 
     def _check(self) -> None:
         if self.format_version > FORMAT_VERSION:

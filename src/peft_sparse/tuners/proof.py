@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..model.blocks import base_layer
 from ..model.cpu_packing import undo_cpu_packing
+from ..model.environment import remembered
 from ..model.masks import (
     count_kept,
     decode_proof,
@@ -80,6 +81,7 @@ def proof_to_save(
         key: f"{paths[id(module)]}.{module.prefix}proof.{adapter_name}"
         for key, module in layers_with(model, adapter_name).items()
     }
+    config._done = remembered(model)
     if not has_shards(model):
         # `state_dict` of the layers has computed them. It is empty for a weight that cannot be read.
         told = {key: decode_proof(state_dict[proof]) for key, proof in keys.items() if proof in state_dict}

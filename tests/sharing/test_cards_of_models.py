@@ -19,8 +19,9 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, SparseTrainer, SparseTrainingArguments, prune
-from peft_sparse.tuners.card import describe_adapter, describe_plain_model, is_hub_name
-from peft_sparse.tuners.hub import enable_cards
+from peft_sparse.sharing import enable_cards, write_card
+from peft_sparse.sharing.card import complete_card
+from peft_sparse.sharing.card_facts import Facts, is_hub_name
 
 from conftest import Samples, tiny
 from trainers import arguments
@@ -87,7 +88,8 @@ def assert_tells(text, heading="## How to load this adapter"):
     card = ModelCard(text)
     assert text.count(heading) == 1
     assert text.count("import peft_sparse") == 1
-    assert "a mean sparsity of 50.0%" in text
+    assert "50.0% of the entries of the adapted weights are zero" in text
+    assert "ore information needed" not in text.lower()
     assert set(card.data.tags) >= TAGS
     assert len(set(card.data.tags)) == len(card.data.tags)
 
@@ -200,7 +202,7 @@ def test_the_card_follows_the_sparsity_of_the_base(tmp_path):
     model.save_pretrained(tmp_path)
     prune(model, 0.75)
     model.save_pretrained(tmp_path)
-    assert "a mean sparsity of 75.0%" in read(tmp_path)
+    assert "75.0% of the entries" in read(tmp_path)
     assert "50.0%" not in read(tmp_path)
 
 
@@ -219,7 +221,7 @@ def test_the_base_model_is_named_and_a_folder_of_this_machine_is_not(tmp_path):
         trainer = trained_by(Trainer, adapted, folder)
         for card in (read(folder), (trainer.create_model_card(), read(folder))[1]):
             assert str(tmp_path) not in card
-            assert "share the pruned base model and name it here" in card
+            assert "share the pruned base model too" in card
             assert ModelCard(card).data.base_model is None
         saved = json.loads((folder / "adapter_config.json").read_text())
         assert saved["base_model_name_or_path"] == str(tmp_path / "base")
@@ -234,7 +236,7 @@ def test_the_base_model_is_named_and_a_folder_of_this_machine_is_not(tmp_path):
 def test_a_folder_that_is_gone_is_not_told_either(tmp_path):
     link = "[/home/me/llama](https://huggingface.co//home/me/llama)"
     (tmp_path / "README.md").write_text(f"---\nbase_model: /home/me/llama\n---\nA version of {link}.\n")
-    describe_adapter(str(tmp_path), "MASK_LORA", None, save_mask=False, base="/home/me/llama")
+    complete_card(tmp_path, Facts("adapter", base="/home/me/llama"))
     assert "home" not in read(tmp_path)
     assert "A version of the pruned base model." in read(tmp_path)
 
@@ -266,22 +268,33 @@ def test_a_folder_with_a_name_of_the_hub_is_a_folder(tmp_path, monkeypatch):
 def test_the_task_chooses_the_class_that_loads_the_base(tmp_path):
     get_peft_model(pruned(), config(task_type=None)).save_pretrained(tmp_path / "none")
     assert "AutoModelForCausalLM.from_pretrained" in read(tmp_path / "none")
-    describe_adapter(str(tmp_path), "MASK_LORA", 0.5, save_mask=True, task_type="SEQ_2_SEQ_LM")
-    assert "AutoModelForSeq2SeqLM.from_pretrained" in read(tmp_path)
-    assert "It holds the mask" in read(tmp_path)
+    get_peft_model(pruned(), config(task_type="SEQ_CLS", save_mask=True)).save_pretrained(tmp_path / "classes")
+    assert "AutoModelForSequenceClassification.from_pretrained" in read(tmp_path / "classes")
+    assert "It can be loaded onto the dense base model" in read(tmp_path / "classes")
 
 
-def test_what_is_written_around_the_section_stays(tmp_path):
-    (tmp_path / "README.md").write_text("---\ntags:\n- mine\n---\n# Mine\n\nWords.\n")
-    describe_plain_model(str(tmp_path), 0.25)
-    (tmp_path / "README.md").write_text(read(tmp_path) + "\n## Notes\n\nMore words.\n")
-    describe_plain_model(str(tmp_path), 0.75)
+def test_what_is_written_around_the_part_stays(tmp_path):
+    model = pruned()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: mit\ntags:\n- mine\n---\n# Mine\n\nWords.\n\n## Notes\n\nMore.\n"
+    )
+    write_card(tmp_path, model=model)
+    prune(model, 0.75)
+    write_card(tmp_path, model=model)
     text = read(tmp_path)
-    assert text.index("# Mine") < text.index("## Sparsity") < text.index("75.0%") < text.index("## Notes")
-    assert "25.0%" not in text
-    assert "More words." in text
-    assert ModelCard(text).data.tags == ["mine", "peft_sparse", "sparse", "pruned"]
-    describe_plain_model(str(tmp_path), 0.75)
+    assert (
+        text.index("# Mine")
+        < text.index("Words.")
+        < text.index("75.0%")
+        < text.index("## Notes")
+        < text.index("More.")
+    )
+    assert "50.0%" not in text
+    card = ModelCard(text)
+    assert card.data.tags == ["mine", "peft_sparse", "sparse", "pruned"]
+    assert card.data.license == "mit"
+    write_card(tmp_path, model=model)
     assert read(tmp_path) == text
 
 
