@@ -216,7 +216,9 @@ class Handler(BaseHTTPRequestHandler):
         found = re.match(r"---\n(.*?)\n---\n", files.get("README.md", b"").decode(), flags=re.DOTALL)
         metadata = yaml.safe_load(found[1]) if found else {}
         siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
-        known = {name: metadata[name] for name in ("tags", "library_name", "pipeline_tag") if name in metadata}
+        known = {"tags": []} | {
+            name: metadata[name] for name in ("tags", "library_name", "pipeline_tag") if name in metadata
+        }
         sha = self.hub.commit_of(repo, revision)
         self._json({"id": repo, "sha": sha, "private": False, "siblings": siblings, "cardData": metadata} | known)
 

@@ -20,6 +20,7 @@ ORDER = [
     {"training"},
     {"planning"},
     {"recipes"},
+    {"commands"},
     {"__init__"},
     {"commands"},
     {"__main__"},

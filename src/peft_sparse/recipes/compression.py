@@ -28,6 +28,7 @@ from ..model.environment import peak_memory
 from ..pruning.prune import sparsity
 from ..reconstruction.progress import foreign_files, is_progress
 from ..reporting import RunReport, Stage, describe_saved, write_report
+from ..sharing import write_card
 from ..training.arguments import SparseTrainingArguments
 from ..training.one_bar import show_one_bar
 from ..training.reconstruction_run import FOLDER
@@ -126,6 +127,7 @@ def compress(
     )
     if args.should_save:
         write_report(report, output)
+        write_card(output / MODEL, report=report, model=saved)
         if not foreign_files(output / FOLDER):
             shutil.rmtree(output / FOLDER, ignore_errors=True)
     return report

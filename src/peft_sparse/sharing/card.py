@@ -70,7 +70,9 @@ def write_card(
     facts = facts_of_folder(folder)
     if model is not None and facts.kind in ("plain", "packed"):
         in_memory = facts_of_model(model, folder)
-        facts = replace(facts, weights=in_memory.weights, base=in_memory.base, done=in_memory.done)
+        facts = replace(facts, weights=in_memory.weights, sparsity=in_memory.sparsity, done=in_memory.done)
+        if in_memory.base and Path(in_memory.base).resolve() != Path(folder).resolve():
+            facts = replace(facts, base=in_memory.base)
     facts = replace(facts, done=facts.done | done, base=base_model or facts.base, repo_id=repo_id)
     if not facts.weights:
         facts = replace(facts, weights=zeros_in_report(done.get("pruning")))
