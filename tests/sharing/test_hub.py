@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from conftest import tiny
 from hub_server import hub_server
+
+from conftest import tiny
 
 
 PRELUDE = f"""
@@ -62,6 +63,9 @@ found["masked"] = outputs(masked)
 merged = masked.merge_and_unload()
 merged.push_to_hub("user/merged")
 found["merged"] = outputs(merged)
+
+# A model that this package has not changed.
+AutoModelForCausalLM.from_pretrained("user/dense").push_to_hub("user/copy")
 
 # By Trainer: the adapter, and the merged model as a folder.
 args = arguments("trained", max_steps=2, push_to_hub=True, hub_model_id="user/trained", hub_strategy="every_save")
@@ -203,9 +207,17 @@ def test_a_compression_tells_its_recipe_perplexity_and_results(hub, name):
     assert "- **Calibration:** 4 sequences of 12 tokens" in card.text
     assert "| model | perplexity, random tokens | sparsity |" in card.text
     assert "random tokens: 4 sequences of 12 tokens" in card.text
+    assert card.data.model_name == name
+    assert f"# {name}\n" in card.text
     (result,) = card.data.eval_results
     assert (result.metric_type, result.dataset_name) == ("perplexity", "random tokens")
     assert f"| saved | {result.metric_value:.2f} |" in card.text
+
+
+def test_the_card_of_a_model_that_was_not_changed_is_left_alone(hub):
+    text = hub.files("user/copy")["README.md"].decode()
+    assert "peft_sparse" not in text
+    assert "[More Information Needed]" in text
 
 
 def test_no_file_on_the_hub_names_a_folder_of_the_machine(hub):

@@ -111,6 +111,7 @@ def complete_card(folder: str | Path, facts: Facts, *, base_model: str | None = 
     facts = _with_base(card, facts, base_model)
     name = (facts.repo_id or Path(folder).absolute().name).rpartition("/")[2]
     _set_metadata(card, facts, name)
+    _rename(card, Path(folder).absolute().name, name)
     text = without_unfilled(_without_folder(card.text, source), name)
     text = keep_filled(without_unfilled(_OURS.sub("", old.text), name), text) if before else text
     card.text = _with_part(text, card_text(facts))
@@ -124,10 +125,29 @@ def card_in(folder: str | Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def name_repository(folder: str | Path, repo_id: str) -> None:
-    """Let the lines of a card that load the model name the repository instead of a folder."""
-    path = Path(folder) / CARD
-    path.write_text(card_in(folder).replace(f'"{HERE}"', f'"{repo_id}"'), encoding="utf-8")
+def name_repository(folder: str | Path, repo_id: str, name: str | None = None) -> None:
+    """Let a card name the repository, in its title and in the lines that load the model, instead of a folder.
+
+    Args:
+        folder: the folder of the card.
+        repo_id: the name on the Hub.
+        name: the name of the folder that the card was written for. None takes that of `folder`.
+    """
+    card = _loaded(card_in(folder))
+    card.text = card.text.replace(f'"{HERE}"', f'"{repo_id}"')
+    _rename(card, name or Path(folder).absolute().name, repo_id.rpartition("/")[2])
+    card.save(Path(folder) / CARD)
+
+
+def _rename(card: ModelCard, old: str, new: str) -> None:
+    data: Any = card.data
+    parts = sections(card.text)
+    for part in parts:
+        if part.level == 1 and part.title == old:
+            part.title = new
+    card.text = joined(parts)
+    if data.model_name == old:
+        data.model_name = new
 
 
 def part_of(folder: str | Path) -> str | None:

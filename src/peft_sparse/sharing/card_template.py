@@ -70,7 +70,7 @@ def without_unfilled(text: str, name: str) -> str:
         if not _is_written_by_user(part):
             part.lines = [line for line in part.lines if not _is_boilerplate(line)]
         else:
-            part.lines = [line for line in part.lines if not _is_unfilled(line)]
+            part.lines = _without_gaps(part.lines)
         if not "".join(part.lines).strip():
             part.lines = []
     kept = [part for index, part in enumerate(parts) if not _is_empty(parts, index)]
@@ -99,6 +99,19 @@ def _template_lines() -> frozenset[str]:
 
 def _is_boilerplate(line: str) -> bool:
     return line.strip() in _template_lines() or bool(_UNFILLED.search(line))
+
+
+def _without_gaps(lines: list[str]) -> list[str]:
+    """Return the lines that say something. Where one was left out, the empty lines around it become one."""
+    kept: list[str] = []
+    left_out = False
+    for line in lines:
+        if _is_unfilled(line):
+            left_out = True
+        elif line.strip() or not (left_out and kept and not kept[-1].strip()):
+            kept.append(line)
+            left_out = left_out and not line.strip()
+    return kept
 
 
 def _is_unfilled(line: str) -> bool:

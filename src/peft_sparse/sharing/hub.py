@@ -148,7 +148,7 @@ def _describe_pushed(pushed: Any, working_dir: str, repo_id: str, *args: Any, **
     elif part_of(source) and _same_weights(source, working_dir):
         # It was loaded from a folder with a card of ours, which knows more than the model does.
         (Path(working_dir) / CARD).write_text(card_in(source), encoding="utf-8")
-        name_repository(working_dir, repo_id)
+        name_repository(working_dir, repo_id, Path(source).absolute().name)
 
 
 def _same_weights(source: str, folder: str) -> bool:
