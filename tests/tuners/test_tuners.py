@@ -328,7 +328,7 @@ def test_the_model_card_tells_a_stranger_how_to_load(sparse_llama, tmp_path):
     wrapped.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.text.count("import peft_sparse") == 1
-    assert "a mean sparsity of 50.0%" in card.text
+    assert "50.0% of the entries of the adapted weights are zero" in card.text
     assert {"peft_sparse", "sparse"} <= set(card.data.tags)
     assert card.data.library_name == "peft"
     assert json.loads((tmp_path / "adapter_config.json").read_text())["requires"] == "peft_sparse"

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from ..model.masks import sparsity_of_fingerprint
 from .registration import add_peft_type
 
 
@@ -108,6 +109,15 @@ class SparseLoraConfig(PeftConfig):
         finally:
             # The fingerprints belong to the file. The object may be used for another model next.
             self.mask_fingerprints = own
+
+    @property
+    def sparsity(self) -> float | None:
+        """Mean sparsity of the adapted weights, a fraction, from the fingerprints. None if there are no fingerprints.
+
+        Large and small weights count equally in the mean.
+        """
+        shares = [sparsity_of_fingerprint(proof) for proof in self.mask_fingerprints.values()]
+        return sum(shares) / len(shares) if shares else None
 
     def _check(self) -> None:
         if self.format_version > FORMAT_VERSION:
