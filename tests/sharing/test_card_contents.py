@@ -172,6 +172,20 @@ def test_numbers_that_json_does_not_know_are_told(tmp_path):
     assert "Mean relative output error of the weights nan" in read(tmp_path)
 
 
+def test_a_folder_of_others_is_read(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    text = write_card(tmp_path).read_text()
+    assert "0.0% of the entries of the matrices inside the blocks are zero." in text
+    assert "pruned" not in ModelCard(text).data.tags
+    model = tiny("llama")
+    prune(model, 0.5)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="10kB")
+    text = write_card(tmp_path / "shards").read_text()
+    assert "50.0% of the entries of the matrices inside the blocks are zero." in text
+    assert "| mlp.down_proj | 3 | 16 × 24 | 0.5000 |" in text
+    assert "## How it was made" not in text
+
+
 def test_what_is_remembered_of_a_model_goes_with_it():
     model = tiny("llama")
     prune(model, 0.5)

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from torch import nn
 
-from .card_facts import Facts, facts_of_folder, facts_of_model, is_hub_name, origin_of, zeros_in_report
+from .card_facts import Facts, facts_of_folder, facts_of_model, is_hub_name, origin_of, zeros_in_files, zeros_in_report
 from .card_reports import done_in
 from .card_results import results
 from .card_template import Section, joined, keep_filled, sections, without_unfilled
@@ -50,8 +50,8 @@ def write_card(
         folder: the folder of the saved model or adapter. The card is its `README.md`.
         report: what `prune`, `reconstruct`, `residual_lora`, `perplexity_by_domain` or `compress` returned; or its
             `to_dict()`; or the path of its JSON. A list gives several of them.
-        model: the saved model in memory, to count its zeros by layer. None takes the counts from the report, or from
-            the fingerprints of an adapter.
+        model: the saved model in memory, to count its zeros by layer. None takes the counts from the report, from the
+            fingerprints of an adapter, or from the files of a plain model.
         base_model: the Hub id of the base model. None takes the one that the card or the configuration names.
         repo_id: the name on the Hub, for the lines that load the model. None leaves a gap in them.
         sizes: further sizes in bytes, by name, such as `{"packed": 123456}`.
@@ -76,6 +76,8 @@ def write_card(
     facts = replace(facts, done=facts.done | done, base=base_model or facts.base, repo_id=repo_id)
     if not facts.weights:
         facts = replace(facts, weights=zeros_in_report(done.get("pruning")))
+    if not facts.weights and facts.kind == "plain" and facts.sparsity is None:
+        facts = replace(facts, weights=zeros_in_files(folder), counted="entries of the matrices inside the blocks")
     facts.sizes.update(sizes or {})
     return complete_card(folder, facts, base_model=base_model)
 
@@ -197,7 +199,7 @@ def _set_metadata(card: ModelCard, facts: Facts, name: str) -> None:
     if library is None or (is_adapter and library == "transformers"):
         data["library_name"] = "peft" if is_adapter else "transformers"
     tags = [tag for tag in _listed(data.get("tags")) if not _names_a_folder(tag)]
-    pruned = facts.share is None or facts.share > PRUNED
+    pruned = facts.kind != "plain" if facts.share is None else facts.share > PRUNED
     data["tags"] = list(dict.fromkeys([*tags, *(TAGS if pruned else TAGS[:1])]))
     if data.get("pipeline_tag") is None and facts.auto_class in _PIPELINES:
         data["pipeline_tag"] = _PIPELINES[facts.auto_class]

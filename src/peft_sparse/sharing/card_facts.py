@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from safetensors import safe_open
 from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.utils import CONFIG_NAME
@@ -73,6 +74,7 @@ class Facts:
     Args:
         kind: "adapter" of this package, "residual" for a LoRA adapter of `residual_lora`, "plain", or "packed".
         weights: the zeros of each pruned or adapted weight. Empty if they are not known.
+        counted: what `weights` are.
         sparsity: the fraction of zeros, where it is known without those of each weight.
         done: reports as plain values, by what was done: `pruning`, `reconstruction`, `retraining`, `stages`, `texts`.
         base: the name or folder of the base model.
@@ -85,6 +87,7 @@ class Facts:
 
     kind: Kind
     weights: tuple[WeightZeros, ...] = ()
+    counted: str = "prunable weights of this model"
     sparsity: float | None = None
     done: dict[str, Any] = field(default_factory=dict)
     base: str | None = None
@@ -119,12 +122,12 @@ def _zeros_of_model(model: nn.Module, targets: tuple[Targets, Targets]) -> dict[
     """Return the zeros of each prunable weight, or of all together where a weight is computed or quantised."""
     try:
         weights = prunable_weights(model, *targets)
+        if any(obstacle(weight) for weight in weights.values()):
+            zeros, entries = count_zeros(weights)
+            return {"sparsity": zeros / entries} if entries else {}
     except ValueError:
-        # It has no blocks that this package knows.
+        # It has no blocks that this package knows, or weights that cannot be read.
         return {}
-    if any(obstacle(weight) for weight in weights.values()):
-        zeros, entries = count_zeros(weights)
-        return {"sparsity": zeros / entries}
     counts = zero_counts(weights)
     return {"weights": tuple(WeightZeros(name, weights[name].shape, zeros) for name, (zeros, _) in counts.items())}
 
@@ -159,6 +162,23 @@ def zeros_in_report(pruning: Mapping[str, Any] | None) -> tuple[WeightZeros, ...
         for weight in (pruning or {}).get("weights", ())
         for rows, columns in [weight["shape"]]
     )
+
+
+def zeros_in_files(folder: str | Path) -> tuple[WeightZeros, ...]:
+    """Return the zeros of the matrices inside the blocks of a saved model, one matrix in memory at a time.
+
+    Names inside blocks have a number. Embeddings and output heads have none.
+    """
+    found = []
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, the file is no dict
+                shape = file.get_slice(name).get_shape()
+                if len(shape) == 2 and re.search(r"\.\d+\.", name):
+                    matrix = file.get_tensor(name)
+                    zeros = matrix.numel() - int(matrix.count_nonzero())
+                    found.append(WeightZeros(name.removesuffix(".weight"), (shape[0], shape[1]), zeros))
+    return tuple(found)
 
 
 def class_of_task(task_type: Any) -> str:

@@ -86,10 +86,10 @@ def _summary(facts: Facts) -> str:
         return f"This is a {method(facts)} adapter of a pruned model{base}.{zeros}"
     named = facts.base if is_hub_name(facts.base) else origin_of(facts.base)
     of = f" It was made from [{named}](https://huggingface.co/{named})." if named else ""
-    zeros = f"{share} of the prunable weights of this model are zero." if share else "This model was pruned."
+    zeros = f"{share} of the {facts.counted} are zero. " if share else ""
     if facts.kind == "packed":
-        return f"{zeros} The zeros are not stored: the files are packed without loss.{of}"
-    return f"{zeros}{of} It is a plain checkpoint: loading it needs no package but its own library, and no adapter."
+        return f"{zeros}The zeros are not stored: the files are packed without loss.{of}"
+    return f"{zeros}This is a plain checkpoint: loading it needs no package but its own library, and no adapter.{of}"
 
 
 def _peft_type(facts: Facts) -> str:
@@ -173,7 +173,7 @@ def _by_kind(weights: tuple[WeightZeros, ...]) -> str:
         kind = re.sub(r"\.\d+$", "", weight.name)
         kinds.setdefault(re.split(r"(?:^|\.)\d+\.", kind)[-1], []).append(weight)
     rows = [[kind, str(len(found)), _shapes(found), _range(found)] for kind, found in kinds.items()]
-    return table(["layers", "weights", "out × in", "sparsity"], [*rows, _total(weights)])
+    return table(["layers", "weights", "shape", "sparsity"], [*rows, _total(weights)])
 
 
 def _total(weights: tuple[WeightZeros, ...]) -> list[str]:
