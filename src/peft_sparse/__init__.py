@@ -54,6 +54,7 @@ from .reconstruction import (
     residual_lora,
 )
 from .reporting import RunReport, Stage, read_report, report_page, write_report
+from .sharing import inspect_checkpoint, pack_checkpoint, push_folder, unpack_checkpoint, write_card
 from .structured import compact, prune_structured
 from .training.arguments import SparseTrainingArguments
 from .training.freezing import FreezingCallback
@@ -124,12 +125,14 @@ __all__ = [
     "evaluate_tasks",
     "generate_sequences",
     "generation_speeds",
+    "inspect_checkpoint",
     "keep_effective_weights",
     "kernel_speed",
     "load_model",
     "load_recipe",
     "merged_state_dict",
     "metric_path",
+    "pack_checkpoint",
     "pack_sequences",
     "peak_memory",
     "perplexity",
@@ -140,6 +143,7 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "prune_structured",
+    "push_folder",
     "read_report",
     "reconstruct",
     "reconstruct_checkpoint",
@@ -150,6 +154,8 @@ __all__ = [
     "sparsity",
     "text_perplexity",
     "trainable_shares",
+    "unpack_checkpoint",
+    "write_card",
     "write_report",
 ]
 

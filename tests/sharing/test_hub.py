@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hub_server import hub_server
-
 from conftest import tiny
+from hub_server import hub_server
 
 
 PRELUDE = f"""

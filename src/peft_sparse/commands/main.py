@@ -16,7 +16,20 @@ from .outcome import DONE, FAILED, BadArguments, forget_work, tell
 
 
 # The modules of the commands, in the order of the help. A module is imported when its command runs.
-COMMANDS = ("compress", "prune", "reconstruct", "retrain", "evaluate", "merge", "structured", "plan")
+COMMANDS = (
+    "compress",
+    "prune",
+    "reconstruct",
+    "retrain",
+    "evaluate",
+    "inspect",
+    "merge",
+    "pack",
+    "unpack",
+    "push",
+    "structured",
+    "plan",
+)
 EPILOG = """
 exit codes: 0 done, 1 failed, 2 bad arguments, 3 refused before anything was changed
 
