@@ -19,9 +19,10 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, SparseTrainer, SparseTrainingArguments, prune
+from peft_sparse.model.tree import is_hub_name
 from peft_sparse.sharing import enable_cards, write_card
 from peft_sparse.sharing.card import complete_card
-from peft_sparse.sharing.card_facts import Facts, is_hub_name
+from peft_sparse.sharing.card_facts import Facts
 
 from conftest import Samples, tiny
 from trainers import arguments

@@ -1,6 +1,8 @@
 """Walks the tree of modules, and sees through what wraps a module: PEFT's layers, DDP and `torch.compile`."""
 
 import contextlib
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -82,6 +84,11 @@ def _with_switches(model: nn.Module) -> list[Any]:
 def loaded_from(model: nn.Module) -> str | None:
     """Return the name or folder from which the base model was loaded, as its configuration tells it."""
     return getattr(getattr(base_model(model), "config", None), "_name_or_path", None)
+
+
+def is_hub_name(name: str | None) -> bool:
+    """Return whether `name` can be that of a model on the Hub. A folder that exists is none."""
+    return bool(name and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII)) and not os.path.isdir(str(name))
 
 
 def without_adapters(model: nn.Module) -> nn.Module:

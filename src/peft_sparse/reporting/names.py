@@ -3,7 +3,7 @@
 import re
 from pathlib import PureWindowsPath
 
-from ..tuners.card import is_hub_name
+from ..model.tree import is_hub_name
 
 
 # An absolute folder, on Linux, macOS or Windows. What follows it is the name of a file. It is no address of the web.

@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from torch import nn
 
-from .card_facts import Facts, facts_of_folder, facts_of_model, is_hub_name, origin_of, zeros_in_files, zeros_in_report
+from ..model.tree import is_hub_name
+from .card_facts import Facts, facts_of_folder, facts_of_model, origin_of, zeros_in_files, zeros_in_report
 from .card_reports import done_in
 from .card_results import results
 from .card_template import Section, joined, keep_filled, sections, without_unfilled

@@ -19,7 +19,7 @@ from ..model.blocks import Targets, base_model, prunable_weights
 from ..model.environment import remembered
 from ..model.kinds import count_zeros, obstacle
 from ..model.masks import mask_of
-from ..model.tree import loaded_from
+from ..model.tree import is_hub_name, loaded_from
 from ..model.weights import zero_counts
 from ..tuners.layer import SparseLoraLayer
 
@@ -102,11 +102,6 @@ class Facts:
         """The fraction of zeros in all weights. None if it is not known."""
         entries = sum(weight.shape[0] * weight.shape[1] for weight in self.weights)
         return sum(weight.zeros for weight in self.weights) / entries if entries else self.sparsity
-
-
-def is_hub_name(name: str | None) -> bool:
-    """Return whether `name` can be that of a model on the Hub. A folder that exists is none."""
-    return bool(name and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII)) and not os.path.isdir(str(name))
 
 
 def origin_of(base: str | None) -> str | None:

@@ -3,7 +3,8 @@
 import re
 from typing import Any
 
-from .card_facts import Facts, WeightZeros, is_hub_name, origin_of
+from ..model.tree import is_hub_name
+from .card_facts import Facts, WeightZeros, origin_of
 from .card_made import how_made, method, papers
 from .card_results import perplexity_section, table
 

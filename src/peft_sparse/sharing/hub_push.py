@@ -9,8 +9,9 @@ from huggingface_hub import HfApi
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..model.tree import is_hub_name
 from .card import check_base, name_repository, part_of, write_card
-from .card_facts import facts_of_folder, is_hub_name
+from .card_facts import facts_of_folder
 
 
 # What training leaves beside a model, and nobody loads.
