@@ -51,6 +51,7 @@ class SparseLoraConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    gradient_dtype: Literal["int8", "fp8"] | None = None
     save_mask: bool = False
     mask_fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
     on_mask_mismatch: Literal["error", "warn", "ignore"] = "error"
@@ -78,6 +79,7 @@ class SparseLoraConfig(PeftConfig):
             "train_head": ("none", "adapter", "full"),
             "on_mask_mismatch": ("error", "warn", "ignore"),
             "init_weights": (True, False),
+            "gradient_dtype": (None, "int8", "fp8"),
         }
 
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
@@ -197,6 +199,11 @@ class MaskLoRAConfig(SparseLoraConfig):
         alpha_pattern: values that differ from `lora_alpha`, by keys of the same kind as those of `rank_pattern`.
         fan_in_fan_out: accepted because `LoraConfig` has it, and not used. The layer itself tells how it stores its
             weight.
+        gradient_dtype: "int8" or "fp8" computes dL/dW, from which the gradients of A and B follow, of numbers of eight
+            bits, and keeps the inputs of adapted layers for backward in eight bits. None computes it in the dtype of
+            the activations. Forward, the gradients of the inputs and the merged weight stay as they are. It has no
+            effect on convolutions, `target_parameters`, unfrozen base weights and layers that need no dL/dW. Where the
+            hardware cannot multiply such numbers, only the memory of the inputs is saved.
         save_mask: save the mask of every adapted weight with the adapter, at 1 bit for each entry. Such an adapter can
             be loaded onto the dense base model. It then writes the zeros into it.
         mask_fingerprints: a fingerprint of the mask of every adapted weight, by layer name. Written when the adapter
@@ -300,6 +307,11 @@ class ScaledLoRAConfig(SparseLoraConfig):
         alpha_pattern: values that differ from `lora_alpha`, by keys of the same kind as those of `rank_pattern`.
         fan_in_fan_out: accepted because `LoraConfig` has it, and not used. The layer itself tells how it stores its
             weight.
+        gradient_dtype: "int8" or "fp8" computes dL/dW, from which the gradients of A and B follow, of numbers of eight
+            bits, and keeps the inputs of adapted layers for backward in eight bits. None computes it in the dtype of
+            the activations. Forward, the gradients of the inputs and the merged weight stay as they are. It has no
+            effect on convolutions, `target_parameters`, unfrozen base weights and layers that need no dL/dW. Where the
+            hardware cannot multiply such numbers, only the memory of the inputs is saved.
         save_mask: save the mask of every adapted weight with the adapter, at 1 bit for each entry. Such an adapter can
             be loaded onto the dense base model. It then writes the zeros into it.
         mask_fingerprints: a fingerprint of the mask of every adapted weight, by layer name. Written when the adapter

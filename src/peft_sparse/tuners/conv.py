@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.weights import stored_weight
-from .functional import Convolution, Operation, Weight
+from .functional import Convolution, Operation
 from .layer import SparseLoraLayer
 
 
@@ -40,11 +40,11 @@ class Conv2dMixin(SparseLoraLayer):
     def _product(
         self,
         x: Tensor,
-        weight: Weight,
+        names: list[str],
         factors: tuple[Tensor, Tensor, float, float],
         bias: Tensor | None,
     ) -> Tensor:
-        return super()._product(self._prepared(x), weight, factors, bias)
+        return super()._product(self._prepared(x), names, factors, bias)
 
     def _low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return self._operation().apply(self._cast_input_dtype(self._prepared(x), A.dtype), B @ A, None)

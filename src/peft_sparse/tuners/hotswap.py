@@ -72,7 +72,9 @@ def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: 
             _write(layer, adapter_name, *padded(A, B, experts_of(layer), layer.r[adapter_name]))
         _set_mask(layer, adapter_name, mask, config)
     if own is not None:
-        for field in ("use_rslora", "save_mask", "mask_fingerprints", "masking", "residual", "init_weights"):
+        for field in (
+            "use_rslora", "save_mask", "mask_fingerprints", "masking", "residual", "init_weights", "gradient_dtype",
+        ):  # fmt: skip
             if hasattr(own, field):
                 setattr(own, field, getattr(config, field))
         _write_config(own, {name: layer for name, (layer, *_) in arriving.items()}, adapter_name)
@@ -230,6 +232,7 @@ def _set_formula(layer: SparseLoraLayer, adapter_name: str, name: str, config: S
     layer.masking[adapter_name] = getattr(config, "masking", "always")
     layer.residual[adapter_name] = getattr(config, "residual", True)
     layer.init_weights[adapter_name] = config.init_weights or True
+    layer.gradient_dtype[adapter_name] = config.gradient_dtype
 
 
 def _set_mask(layer: SparseLoraLayer, adapter_name: str, mask: Tensor | None, config: SparseLoraConfig) -> None:

@@ -22,13 +22,16 @@ from ..model.sharding import is_partitioned
 from ..model.weights import stored_weight
 from .base_weight import runs_alone
 from .config import SparseLoraConfig
-from .functional import LINEAR, Operation, Weight, effective_weight, sparse_lora
+from .eight_bit import GradientDtype
+from .functional import LINEAR, Operation, effective_weight, sparse_lora
 from .kept_weight import KeepsWeight, KeptWeight, autocast_dtype, can_keep
 from .saved_masks import SavedMasks
 
 
 # The attributes that map names of adapters to plain values. PEFT deletes the entries of an adapter with the adapter.
-STATE_NAMES = ("r", "lora_alpha", "scaling", "trained_scaling", "masking", "residual", "init_weights")
+STATE_NAMES = (
+    "r", "lora_alpha", "scaling", "trained_scaling", "masking", "residual", "init_weights", "gradient_dtype",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -83,6 +86,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         self.masking: dict[str, Literal["always", "merge"]] = {}
         self.residual: dict[str, bool] = {}
         self.init_weights: dict[str, bool | Literal["paper"]] = {}
+        self.gradient_dtype: dict[str, GradientDtype | None] = {}
         for name in ("A", "B", "dropout"):
             setattr(self, self.prefix + name, nn.ModuleDict())
         self._disable_adapters = False
@@ -118,6 +122,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         self.trained_scaling[adapter_name] = self.scaling[adapter_name]
         self.masking[adapter_name] = getattr(config, "masking", "always")
         self.residual[adapter_name] = getattr(config, "residual", True)
+        self.gradient_dtype[adapter_name] = config.gradient_dtype
         # False is for tests. A restart begins at the function that was merged.
         self.init_weights[adapter_name] = config.init_weights or True
         columns, rows = self._factor_features(r)
@@ -428,7 +433,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         elif (rank_one := self._forward_rank_one(x, fused)) is not None:
             y = rank_one
         else:
-            y = self._product(x, self._weight_source(fused), self._factors(fused), self.bias)
+            y = self._product(x, fused, self._factors(fused), self.bias)
         for name in separate:
             y = y + self._delta(x, name).to(y.dtype)
         return y
@@ -473,7 +478,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         A, B, c, s = self._factors([name])
         if self.masking[name] == "merge":
             return self._low_rank(x, A, B) * s
-        return self._product(x, self._weight_source([name]), (A, B, c - 1, s), None)
+        return self._product(x, [name], (A, B, c - 1, s), None)
 
     def _low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
@@ -483,12 +488,16 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
     def _product(
         self,
         x: Tensor,
-        weight: Weight,
+        names: list[str],
         factors: tuple[Tensor, Tensor, float, float],
         bias: Tensor | None,
     ) -> Tensor:
         A, B, c, s = factors
-        return sparse_lora(x, weight, A, B, bias, factor=self.factor, c=c, s=s, operation=self._operation())
+        chosen = {self.gradient_dtype[name] for name in names}
+        return sparse_lora(
+            x, self._weight_source(names), A, B, bias, factor=self.factor, c=c, s=s, operation=self._operation(),
+            gradient_dtype=chosen.pop() if len(chosen) == 1 else None,
+        )  # fmt: skip
 
     def _operation(self) -> Operation:
         return LINEAR

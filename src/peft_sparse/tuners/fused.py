@@ -1,0 +1,182 @@
+"""Decides how effective weights and masked gradients are computed: by Triton kernels, or by PyTorch's operations.
+
+Both compute the same up to rounding, in training and in merging alike:
+
+| where | how |
+| --- | --- |
+| an NVIDIA GPU of compute capability 8.0 or higher, with Triton | the kernels of `triton_kernels`: one pass over each matrix |
+| elsewhere, and for tensors that the kernels do not serve | PyTorch's operations |
+
+The environment variable `PEFT_SPARSE_FUSED=0` leaves everything to PyTorch's operations. The kernels are operators of
+PyTorch, so `torch.compile` puts them into its graphs, and profilers and fake tensors know them.
+"""  # fmt: skip
+
+import contextlib
+import importlib.util
+import os
+
+import torch
+from torch import Tensor, nn
+
+from ..model.masks import mask_
+
+
+# Kernels hold operands of this rank in registers and shared memory.
+LARGEST_RANK = 64
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_TRITON = importlib.util.find_spec("triton") is not None and torch.version.hip is None
+# It must live as long as its operators are called.
+_LIBRARY = torch.library.Library("peft_sparse", "DEF")
+_LIBRARY.define("effective_weight(Tensor weight, Tensor A, Tensor B, bool mask, float c, float s) -> Tensor")
+_LIBRARY.define(
+    "masked_gradients(Tensor G, Tensor weight, Tensor A, Tensor B, bool mask, float s) -> (Tensor, Tensor)"
+)
+_LIBRARY.define("eight_bits(Tensor x, Tensor scale, ScalarType dtype, int padded) -> Tensor")
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Return whether Triton kernels run on `device`, and are not switched off."""
+    return (
+        _TRITON
+        and device.type == "cuda"
+        and os.environ.get("PEFT_SPARSE_FUSED", "1") != "0"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def effective_weight(weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float) -> Tensor:
+    """Return c · W + s · H ⊙ (BA), computed in A's dtype and rounded once to W's dtype. H is the mask of W, or W.
+
+    Args:
+        weight: W (out, in), or (experts, out, in).
+        A: (r, in), or (experts, r, in).
+        B: (out, r), or (experts, out, r).
+        mask: whether H is the mask of W.
+        c: factor of W.
+        s: factor of H ⊙ (BA).
+    """
+    if not _serves(weight, A, B):
+        return _plain_effective_weight(weight, A, B, mask, c, s)
+    if weight.is_contiguous():
+        return torch.ops.peft_sparse.effective_weight(weight, A, B, mask, c, s)
+    return torch.ops.peft_sparse.effective_weight(weight.mT, B.mT, A.mT, mask, c, s).mT
+
+
+def masked_gradients(G: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: bool, s: float) -> tuple[Tensor, Tensor]:
+    """Return dA = s B^T (H ⊙ G) and dB = s (H ⊙ G) A^T. H is the mask of W, or W. G may be overwritten.
+
+    Args:
+        G: (out, in), or (experts, out, in): floating-point numbers, or integers of 32 bits.
+        weight: W, of the same shape.
+        A: (r, in), or (experts, r, in).
+        B: (out, r), or (experts, out, r).
+        mask: whether H is the mask of W.
+        s: the factor.
+    """
+    if not _serves(weight, A, B) or G.dtype not in (*DTYPES, torch.int32):
+        return _plain_masked_gradients(G, weight, A, B, mask, s)
+    if weight.is_contiguous():
+        return torch.ops.peft_sparse.masked_gradients(G.contiguous(), weight, A, B, mask, s)
+    grad_B, grad_A = torch.ops.peft_sparse.masked_gradients(G.mT.contiguous(), weight.mT, B.mT, A.mT, mask, s)
+    return grad_A.mT, grad_B.mT
+
+
+def eight_bits(x: Tensor, scale: Tensor, dtype: torch.dtype, padded: int) -> Tensor:
+    """Return x / scale in eight bits, transposed to (columns, padded). Tokens that x does not have are zeros.
+
+    Args:
+        x: (tokens, columns).
+        scale: (columns,), float32.
+        dtype: `torch.int8`, to which numbers are rounded, or a floating-point dtype of eight bits.
+        padded: number of tokens in the result, not less than those of x.
+    """
+    if has_kernels(x.device) and type(x) in (Tensor, nn.Parameter) and x.dtype in DTYPES and x.is_contiguous():
+        return torch.ops.peft_sparse.eight_bits(x, scale, dtype, padded)
+    scaled = x / scale
+    result = (scaled.round_() if dtype == torch.int8 else scaled).to(dtype).T
+    missing = padded - len(x)
+    if not missing:
+        return result.contiguous()
+    return torch.cat([result, torch.zeros(len(result), missing, device=x.device).to(dtype)], 1)
+
+
+def _serves(weight: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Return whether the kernels compute with these tensors."""
+    return (
+        has_kernels(weight.device)
+        # Not DTensor, nor another class whose values are elsewhere.
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (weight, A, B))
+        and A.device == B.device == weight.device
+        and weight.dtype in DTYPES
+        and A.dtype == B.dtype
+        and A.dtype in (torch.float32, weight.dtype)
+        and A.shape[-2] <= LARGEST_RANK
+        and 0 not in (*weight.shape, *A.shape)
+        and (weight.is_contiguous() or weight.mT.is_contiguous())
+    )
+
+
+def _plain_effective_weight(weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float) -> Tensor:
+    exact = weight.to(A.dtype)
+    add_product = torch.addmm if exact.dim() == 2 else torch.baddbmm
+    # Autocast would round the product to its own dtype. `torch.autocast` refuses some devices, such as "meta".
+    known = torch.amp.is_autocast_available(weight.device.type)
+    with torch.autocast(weight.device.type, enabled=False) if known else contextlib.nullcontext():
+        if mask:
+            return mask_(add_product(exact, B, A, beta=c, alpha=s), exact).to(weight.dtype)
+        multiplier = add_product(exact, B, A, beta=0, alpha=s)
+        if c == 1:
+            # One pass over the matrix, where adding c and multiplying takes two.
+            return torch.addcmul(exact, exact, multiplier, out=multiplier).to(weight.dtype)
+        if c:
+            multiplier.add_(c)
+        return multiplier.mul_(exact).to(weight.dtype)
+
+
+def _plain_masked_gradients(
+    G: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: bool, s: float
+) -> tuple[Tensor, Tensor]:
+    G = G if G.is_floating_point() else G.to(A.dtype)
+    G = (mask_(G, weight) if mask else G.mul_(weight)).to(A.dtype)
+    # (G^T B)^T and not B^T G: the products are equal, and CPUs take up to 1.7 times as long for the second.
+    return (G.mT @ B).mT.mul_(s), (G @ A.mT).mul_(s)
+
+
+@torch.library.impl(_LIBRARY, "effective_weight", "CUDA")
+def _(weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float) -> Tensor:
+    from . import triton_kernels
+
+    with torch.cuda.device(weight.device):
+        return triton_kernels.effective_weight(weight, A, B, mask, c, s)
+
+
+@torch.library.impl(_LIBRARY, "masked_gradients", "CUDA")
+def _(G: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: bool, s: float) -> tuple[Tensor, Tensor]:
+    from . import triton_kernels
+
+    with torch.cuda.device(weight.device):
+        return triton_kernels.masked_gradients(G, weight, A, B, mask, s)
+
+
+@torch.library.impl(_LIBRARY, "eight_bits", "CUDA")
+def _(x: Tensor, scale: Tensor, dtype: torch.dtype, padded: int) -> Tensor:
+    from . import triton_kernels
+
+    with torch.cuda.device(x.device):
+        return triton_kernels.eight_bits(x, scale, dtype, padded)
+
+
+@torch.library.register_fake("peft_sparse::effective_weight", lib=_LIBRARY)
+def _(weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float) -> Tensor:
+    return torch.empty_like(weight)
+
+
+@torch.library.register_fake("peft_sparse::masked_gradients", lib=_LIBRARY)
+def _(G: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: bool, s: float) -> tuple[Tensor, Tensor]:
+    return A.new_empty(A.shape), B.new_empty(B.shape)
+
+
+@torch.library.register_fake("peft_sparse::eight_bits", lib=_LIBRARY)
+def _(x: Tensor, scale: Tensor, dtype: torch.dtype, padded: int) -> Tensor:
+    return x.new_empty((x.shape[1], padded), dtype=dtype)
