@@ -26,6 +26,9 @@ LEAST_SCALE = 1e-30
 MOST_TOKENS = (2**31 - 1) // 127**2
 MULTIPLE = 16
 
+# Read once, because `torch.compile` does not trace the question.
+_ONEDNN = torch.backends.mkldnn.is_available()
+
 
 def quantised(x: Tensor, name: GradientDtype) -> tuple[Tensor, Tensor]:
     """Return x in eight bits, transposed and padded to a multiple of 16 tokens, and its scales.
@@ -91,7 +94,7 @@ def _multiplies(values: Tensor, D: Tensor) -> bool:
     cuda = D.device.type == "cuda" and torch.version.hip is None
     if values.dtype != torch.int8:
         return cuda and torch.cuda.get_device_capability(D.device) >= (8, 9)
-    fast = cuda or (D.device.type == "cpu" and torch.backends.mkldnn.is_available())
+    fast = cuda or (D.device.type == "cpu" and _ONEDNN)
     return fast and values.shape[1] <= MOST_TOKENS
 
 

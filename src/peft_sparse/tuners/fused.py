@@ -4,12 +4,12 @@ Both compute the same up to rounding, in training and in merging alike:
 
 | where | how |
 | --- | --- |
-| an NVIDIA GPU of compute capability 8.0 or higher, with Triton | the kernels of `triton_kernels`: one pass over each matrix |
-| elsewhere, and for tensors that the kernels do not serve | PyTorch's operations |
+| an NVIDIA GPU of compute capability 8.0 or higher, with Triton | the kernels of `triton_kernels` |
+| elsewhere, and for tensors that the kernels do not serve       | PyTorch's operations            |
 
 The environment variable `PEFT_SPARSE_FUSED=0` leaves everything to PyTorch's operations. The kernels are operators of
 PyTorch, so `torch.compile` puts them into its graphs, and profilers and fake tensors know them.
-"""  # fmt: skip
+"""
 
 import contextlib
 import importlib.util

@@ -1,8 +1,10 @@
-"""Triton kernels: the effective weight, the masked gradients, and eight-bit columns, each in one pass over its matrix.
+"""Triton kernels: the effective weight, the masked gradients and eight-bit columns, each in one pass over its matrix.
 
-`fused` decides where they run, and says what they compute. This module is imported only there, because it needs Triton.
-Products of rank r are computed from float32 operands in three steps of TF32, which loses about 2^-21 of a product.
+`fused` decides where they run, and imports this module only there, because it needs Triton. Products of rank r are
+computed from float32 operands in three steps of TF32, which loses about 2^-21 of a product.
 """
+
+# mypy: disable-error-code="no-untyped-def, import-untyped, import-not-found"
 
 from typing import Any
 
