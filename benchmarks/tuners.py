@@ -67,6 +67,9 @@ class _ExactGradient(torch.autograd.Function):
 
 def products_alone(x: Tensor, weight: Tensor, A: Tensor, *_: Any, **__: Any) -> Tensor:
     """Compute only the large products of MaskLoRA. This is a lower bound of its time; nothing is trained."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
     return _ExactGradient.apply(x, weight, A)
 
 
