@@ -18,6 +18,7 @@ from peft_sparse import (
     prune_structured,
     reconstruct,
 )
+from peft_sparse.tuners import eight_bit, fused
 
 from checks import assert_same_zeros, assert_zeros_kept, zeros_of
 from conftest import FAMILIES, VOCABULARY, Samples, inputs_of, tiny
@@ -173,3 +174,114 @@ def test_recovery_by_reconstruction(tmp_path):
     assert sum(int(zeros.sum()) for zeros in zeros_of(trainer.model).values()) == sum(
         int(zeros.sum()) for zeros in zeros_of(expected).values()
     )
+
+
+def factors(shape, r, dtype, adapter_dtype):
+    """W with half of its entries zero, A, B and G, on the GPU."""
+    weight = torch.randn(shape).masked_fill_(torch.rand(shape) < 0.5, 0).to("cuda", dtype)
+    A = torch.randn(*shape[:-2], r, shape[-1]).to("cuda", adapter_dtype)
+    B = torch.randn(*shape[:-1], r).to("cuda", adapter_dtype)
+    return weight, A, B, torch.randn(shape).to("cuda", dtype)
+
+
+def relative_error(found, exact):
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize(("shape", "r"), [((300, 1000), 5), ((1024, 512), 64), ((3, 130, 72), 16), ((16, 16), 1)])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float16, torch.float16),
+    ],
+)
+def test_kernels_are_as_exact_as_the_operations(dtype, adapter_dtype, shape, r, layout, monkeypatch):
+    weight, A, B, G = factors(shape, r, dtype, adapter_dtype)
+    if layout == "columns":
+        weight = weight.mT.contiguous().mT
+    wide = [t.double() for t in (weight, A, B)]
+    for mask, c in ((True, 1.0), (True, 0.0), (False, 1.0), (False, 0.4)):
+        exact = fused.effective_weight(*wide, mask, c, 1.7), *fused.masked_gradients(G.double(), *wide, mask, 1.7)
+        errors = []
+        for switch in ("1", "0"):
+            monkeypatch.setenv("PEFT_SPARSE_FUSED", switch)
+            assert fused.has_kernels(weight.device) == (switch == "1")
+            found = (
+                fused.effective_weight(weight, A, B, mask, c, 1.7),
+                *fused.masked_gradients(G.clone(), weight, A, B, mask, 1.7),
+            )
+            assert [t.dtype for t in found] == [dtype, adapter_dtype, adapter_dtype]
+            assert found[0][weight == 0].eq(0).all()
+            errors.append([relative_error(*pair) for pair in zip(found, exact, strict=True)])
+        for kernel, operations in zip(*errors, strict=True):
+            assert kernel <= 1.5 * operations + 1e-6
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gradients_of_eight_bits(dtype, kind):
+    weight, A, B, _ = factors((512, 256), 16, dtype, torch.float32)
+    x, D = (torch.randn(1000, size, device="cuda", dtype=dtype) for size in (256, 512))
+    x[:, 3] = D[:, 5] = 0
+    kept = eight_bit.quantised(x, kind)
+    assert eight_bit._multiplies(kept[0], D)
+    found = eight_bit.factor_gradients(D, *kept, weight, A, B, True, 1.7)
+    exact = fused.masked_gradients(D.double().T @ x.double(), weight.double(), A.double(), B.double(), True, 1.7)
+    for one, other in zip(found, exact, strict=True):
+        assert relative_error(one, other) < (0.02 if kind == "int8" else 0.05)
+
+
+def adapted(config, dtype=torch.bfloat16):
+    model = tiny("llama")
+    prune(model, 0.5)
+    return get_peft_model(model.to("cuda", dtype), copy.deepcopy(config))
+
+
+def step(run, model, ids):
+    model.zero_grad()
+    loss = run(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+LIVELY = {"r": 4, "init_weights": False, "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "fp8"])
+@pytest.mark.parametrize("config_class", [MaskLoRAConfig, ScaledLoRAConfig])
+def test_a_step_makes_the_host_wait_for_nothing_and_can_be_repeated(config_class, kind, tokens):
+    model, ids = adapted(config_class(**LIVELY, gradient_dtype=kind)), tokens.cuda()
+    x = torch.randn(2, 16, model.config.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    layer = next(module for module in model.modules() if hasattr(module, "gradient_dtype"))
+    first = step(model, model, ids)
+    layer(x).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(first, step(model, model, ids), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_a_compiled_model_is_one_graph(kind, tokens):
+    model, ids = adapted(MaskLoRAConfig(**LIVELY, gradient_dtype=kind)), tokens.cuda()
+    plain = step(model, model, ids)
+    compiled = step(torch.compile(model, fullgraph=True), model, ids)
+    for one, other in zip(compiled, plain, strict=True):
+        assert relative_error(one, other.double()) < 5e-2
+
+
+@pytest.mark.parametrize("config_class", [MaskLoRAConfig, ScaledLoRAConfig])
+def test_a_merged_model_computes_the_same_bits(config_class, tokens):
+    model, ids = adapted(config_class(**LIVELY)), tokens.cuda()
+    with torch.no_grad():
+        before = model.train()(input_ids=ids).logits
+        assert torch.equal(model.merge_and_unload()(input_ids=ids).logits, before)
