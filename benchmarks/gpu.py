@@ -198,10 +198,10 @@ def tasks(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
     toy_ids = torch.randint(0, TOY.vocabulary, (TOY.sequences, TOY.length))
     yield f"steps, 1 block, all-linear, {first} tokens", partial(steps, sizes, 1, first, "all-linear", False)
     yield f"steps, autocast, {first} tokens", partial(steps, sizes, 1, first, "all-linear", True)
-    yield "correctness of pruning", partial(pruned_alike, model_of(TOY, 2, torch.float32), toy_ids, PRUNING)
     for tokens in others:
         yield f"steps, 1 block, all-linear, {tokens} tokens", partial(steps, sizes, 1, tokens, "all-linear", False)
     yield "bytes per weight", partial(bytes_per_weight, sizes.hidden, sizes.rank, DEVICE, DTYPE)
+    yield "correctness of pruning", partial(pruned_alike, model_of(TOY, 2, torch.float32), toy_ids, PRUNING)
     for name in PRUNING:
         yield f"pruning, {name}", partial(pruning, name, sizes)
     for tokens in sizes.tokens:

@@ -59,8 +59,9 @@ def effective_weight(weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float,
     if not _serves(weight, A, B):
         return _plain_effective_weight(weight, A, B, mask, c, s)
     if weight.is_contiguous():
-        return torch.ops.peft_sparse.effective_weight(weight, A, B, mask, c, s)
-    return torch.ops.peft_sparse.effective_weight(weight.mT, B.mT, A.mT, mask, c, s).mT
+        return torch.ops.peft_sparse.effective_weight(weight, A.contiguous(), B.contiguous(), mask, c, s)
+    left, right = A.mT.contiguous(), B.mT.contiguous()
+    return torch.ops.peft_sparse.effective_weight(weight.mT, right, left, mask, c, s).mT
 
 
 def masked_gradients(G: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: bool, s: float) -> tuple[Tensor, Tensor]:
@@ -77,8 +78,9 @@ def masked_gradients(G: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: bool
     if not _serves(weight, A, B) or G.dtype not in (*DTYPES, torch.int32):
         return _plain_masked_gradients(G, weight, A, B, mask, s)
     if weight.is_contiguous():
-        return torch.ops.peft_sparse.masked_gradients(G.contiguous(), weight, A, B, mask, s)
-    grad_B, grad_A = torch.ops.peft_sparse.masked_gradients(G.mT.contiguous(), weight.mT, B.mT, A.mT, mask, s)
+        return torch.ops.peft_sparse.masked_gradients(G.contiguous(), weight, A.contiguous(), B.contiguous(), mask, s)
+    left, right = A.mT.contiguous(), B.mT.contiguous()
+    grad_B, grad_A = torch.ops.peft_sparse.masked_gradients(G.mT.contiguous(), weight.mT, right, left, mask, s)
     return grad_A.mT, grad_B.mT
 
 
