@@ -186,12 +186,12 @@ class OneLayer(nn.Module):
         return self.linear(x)
 
 
-def measure_layers(tokens: int, rounds: int) -> list[dict[str, Any]]:
+def measure_layers(tokens: int, ranks: list[int], rounds: int) -> list[dict[str, Any]]:
     rows = []
     for shape in SHAPES:
         base = OneLayer(*shape).to(DEVICE, DTYPE)
         x = torch.randn(tokens, shape[1], device=DEVICE, dtype=DTYPE, requires_grad=True)
-        for rank in RANKS:
+        for rank in ranks:
             found = measure(base, lambda model, x=x: model(x).square().mean(), rank, rounds)  # type: ignore[misc]
             rows += [{"shape": shape, "rank": rank} | row for row in found]
     return rows
@@ -203,6 +203,7 @@ def main() -> None:
     options.add_argument("--llama-blocks", type=int, help="so many random blocks of Llama 3.1 8B instead of SmolLM2")
     options.add_argument("--autocast", action="store_true", help="of a whole model: run the forward pass in bfloat16")
     options.add_argument("--tokens", type=int, default=512)
+    options.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="of the adapters of single layers")
     options.add_argument("--rank", type=int, default=16, help="of the whole model's adapters")
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--output", type=Path)
@@ -210,7 +211,7 @@ def main() -> None:
     torch.manual_seed(0)
     name = "SmolLM2-135M"
     if arguments.layers:
-        rows = measure_layers(arguments.tokens, arguments.rounds)
+        rows = measure_layers(arguments.tokens, arguments.ranks, arguments.rounds)
     else:
         if arguments.llama_blocks:
             name = f"{arguments.llama_blocks} random blocks of Llama 3.1 8B"

@@ -252,6 +252,7 @@ def step(run, model, ids):
 LIVELY = {"r": 4, "init_weights": False, "target_modules": "all-linear"}
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("kind", [None, "int8", "fp8"])
 @pytest.mark.parametrize("config_class", [MaskLoRAConfig, ScaledLoRAConfig])
 def test_a_step_makes_the_host_wait_for_nothing_and_can_be_repeated(config_class, kind, tokens):
@@ -270,6 +271,8 @@ def test_a_step_makes_the_host_wait_for_nothing_and_can_be_repeated(config_class
         assert torch.equal(one, other)
 
 
+# Inductor of torch 2.11 imports what is deprecated.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.parametrize("kind", [None, "int8"])
 def test_a_compiled_model_is_one_graph(kind, tokens):
     model, ids = adapted(MaskLoRAConfig(**LIVELY, gradient_dtype=kind)), tokens.cuda()

@@ -14,6 +14,7 @@ PyTorch, so `torch.compile` puts them into its graphs, and profilers and fake te
 import contextlib
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,11 +146,16 @@ def _plain_masked_gradients(
     return (G.mT @ B).mT.mul_(s), (G @ A.mT).mul_(s)
 
 
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Let Triton launch on `device`. Entering a context takes time, and it is rarely another device."""
+    return contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
 @torch.library.impl(_LIBRARY, "effective_weight", "CUDA")
 def _(weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float) -> Tensor:
     from . import triton_kernels
 
-    with torch.cuda.device(weight.device):
+    with _on(weight.device):
         return triton_kernels.effective_weight(weight, A, B, mask, c, s)
 
 
@@ -157,7 +163,7 @@ def _(weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float) -> T
 def _(G: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: bool, s: float) -> tuple[Tensor, Tensor]:
     from . import triton_kernels
 
-    with torch.cuda.device(weight.device):
+    with _on(weight.device):
         return triton_kernels.masked_gradients(G, weight, A, B, mask, s)
 
 
@@ -165,7 +171,7 @@ def _(G: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: bool, s: float) -> 
 def _(x: Tensor, scale: Tensor, dtype: torch.dtype, padded: int) -> Tensor:
     from . import triton_kernels
 
-    with torch.cuda.device(x.device):
+    with _on(x.device):
         return triton_kernels.eight_bits(x, scale, dtype, padded)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 
 # Tiles of the matrix (rows, columns) and warps for each of them, as they were fastest on an H200 (docs/speed.md).
-TILE, WARPS = (64, 128), 4
-GRADIENT_TILE, GRADIENT_WARPS = (64, 128), 4
+TILE, WARPS = (32, 128), 4
+GRADIENT_TILE, GRADIENT_WARPS = (64, 64), 4
 # Whether the gradients' products split float32 operands into two summands in bfloat16.
 SPLIT = True
 # Tensor cores multiply no fewer components than these.
