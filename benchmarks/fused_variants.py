@@ -1,7 +1,8 @@
-"""The effective weight, and dA and dB from G, computed in several ways: microseconds and relative errors.
+r"""The effective weight, and dA and dB from G, computed in several ways: microseconds and relative errors.
 
     python benchmarks/fused_variants.py --output benchmarks/results/fused-variants-h200.json
-    python benchmarks/fused_variants.py --shapes 576x576 1536x576 2048x2048 --output benchmarks/results/fused-variants-cpu.json
+    python benchmarks/fused_variants.py --shapes 576x576 1536x576 576x1536 2048x2048 \
+        --output benchmarks/results/fused-variants-cpu.json
 
 The ways are PyTorch's operations, the formula under `torch.compile` with dynamic shapes, and the Triton kernels with
 several tiles, if there is a GPU. W and G are in bfloat16 on a GPU and in float32 on a CPU, A and B in float32, and the

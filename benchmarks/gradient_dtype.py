@@ -1,7 +1,7 @@
-"""What eight bits for dL/dW change in retraining: loss by step and perplexity with each `gradient_dtype`.
+r"""What eight bits for dL/dW change in retraining: loss by step and perplexity with each `gradient_dtype`.
 
     python benchmarks/gradient_dtype.py --model FOLDER --text-file tinystories-sample.txt.gz --batch_size 4 \
-        --steps 200 --seeds 5 --output benchmarks/results/gradient-dtype-stories260k-cpu.json
+        --steps 100 --seeds 5 --output benchmarks/results/gradient-dtype-stories260k-cpu.json
     python benchmarks/gradient_dtype.py --calibration-file c4.jsonl.gz --evaluation-file wikitext2-test.raw.gz \
         --rank 16 --length 256 --batch_size 1 --windows 4 --window 1024 --rate 0.002 --seeds 3 \
         --output benchmarks/results/gradient-dtype-smollm2-cpu.json
