@@ -8,12 +8,12 @@ r"""Time and memory of one training step of each tuner, as ratios to PEFT's LoRA
 
 The first command measures forward and backward of SmolLM2-135M-Instruct on one sequence. The model is pruned to 50 %
 by magnitude, and every linear layer of its blocks is adapted. The second command measures one linear layer at several
-shapes and ranks. The third does so in the time of the
-process. The fourth measures blocks of the shapes of Llama 3.1 8B with random weights, and needs no
-download. LoRA takes a step right before each step of another tuner. A ratio compares these two steps, so a machine
-that becomes slower slows both. Memory is what autograd keeps from forward to backward, without the parameters.
-The base weights are float32 on a CPU and bfloat16 on a GPU. PEFT keeps adapters in float32. With `--autocast` the
-forward pass runs under autocast to bfloat16, as with `bf16=True` in `TrainingArguments`.
+shapes and ranks. The third does so in the time of the process. The fourth measures blocks of the shapes of Llama 3.1
+8B with random weights, and needs no download. LoRA takes a step right before each step of another tuner. A ratio
+compares these two steps, so a machine that becomes slower slows both. Memory is what autograd keeps from forward to
+backward, without the parameters. The base weights are float32 on a CPU and bfloat16 on a GPU. PEFT keeps adapters in
+float32. With `--autocast` the forward pass runs under autocast to bfloat16, as with `bf16=True` in
+`TrainingArguments`.
 """
 
 import contextlib
@@ -145,14 +145,14 @@ def measure(base: nn.Module, loss: Callable[[nn.Module], Tensor], rank: int, rou
             before = seconds_of_both_passes(steps[reference][1])
             with context():
                 found.append((before, seconds_of_both_passes(step)))
-    ratios = {name: statistics.median(own / before for before, own in found) for name, found in pairs.items()}
     pairs = {reference: [(before, before) for found in pairs.values() for before, _ in found]} | pairs
+    seconds = {name: statistics.median(own for _, own in found) for name, found in pairs.items()}
     return [
         {
             "tuner": name,
-            "seconds": statistics.median(own for _, own in found),
+            "seconds": seconds[name],
             "time_ratio": statistics.median(own / before for before, own in found),
-            "ratio_to_products": ratios.get(name, 1) / ratios["large products alone"],
+            "ratio_to_products": seconds[name] / seconds["large products alone"],
             "time_ratio_quartiles": statistics.quantiles((own / before for before, own in found), n=4)[::2],
             "bytes_kept": kept[name],
             "memory_ratio": kept[name] / kept[reference],
