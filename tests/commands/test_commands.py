@@ -48,10 +48,10 @@ def test_prune_writes_a_sparse_model_and_its_report(folder, capsys):
     assert sparsity(model) == 0.5
     assert AutoTokenizer.from_pretrained("pruned/sparse")("A")["input_ids"]
     report, _ = report_of(folder / "pruned")
-    assert (report["pattern"], report["criterion"]) == ("2:4", "wanda")
+    assert (report["pruning"]["pattern"], report["pruning"]["criterion"]) == ("2:4", "wanda")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2] == "written: pruned/sparse (load it by AutoModelForCausalLM.from_pretrained)"
-    assert lines[-1] == "written: pruned/report.json"
+    assert lines[-3] == "written: pruned/sparse (load it by AutoModelForCausalLM.from_pretrained)"
+    assert lines[-2:] == ["written: pruned/report.json", "written: pruned/report.html"]
 
 
 def test_prune_from_disk_gives_the_same_model():
@@ -80,7 +80,8 @@ def test_retrain_keeps_the_zeros_of_a_pruned_model(folder, capsys):
     report, stages = report_of(folder / "retrained")
     assert list(stages) == ["pruned", "retrained"]
     assert stages["retrained"]["sparsity"] == sparsity(merged)
-    assert (report["recipe"], report["pruning"]) == ("retrain", None)
+    assert (report["task"], report["pruning"]) == ("train", None)
+    assert {saved["folder"]: saved["base"] for saved in report["saved"]} == {"sparse": None, "adapter": "pruned"}
     assert "| retrained |" in capsys.readouterr().out
 
 
@@ -132,7 +133,7 @@ def test_structured_writes_a_smaller_model(folder):
     zeros = AutoModelForCausalLM.from_pretrained("zeros/compact")
     assert zeros.model.layers[0].mlp.up_proj.out_features == tiny("llama").model.layers[0].mlp.up_proj.out_features
     report, _ = report_of(folder / "compact")
-    assert report["ratio"] == 0.3
+    assert report["structured"]["ratio"] == 0.3
 
 
 def test_merge_writes_a_plain_model_with_the_zeros_of_its_base(capsys):
