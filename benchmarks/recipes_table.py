@@ -101,15 +101,17 @@ def plot(result: dict[str, Any], path: str) -> None:
     from matplotlib.figure import Figure
 
     text = next(iter(result["windows"]))
-    patterns = list(dict.fromkeys(row["pattern"] for row in result["rows"] if "pattern" in row))
-    figure = Figure(figsize=(5 * len(patterns), 4), layout="constrained")
-    for axis, pattern in zip(figure.subplots(1, len(patterns), squeeze=False)[0], patterns, strict=True):
-        points = []
+    timed: dict[str, list[tuple[float, float, str, bool]]] = {}
+    for pattern in dict.fromkeys(row["pattern"] for row in result["rows"] if "pattern" in row):
         for name, rows in of_pattern(result, pattern).items():
             time = time_of(result, pattern, name)
             if time is not None and "pattern" in rows[0]:
                 value = sum(row["perplexity"][text] for row in rows) / len(rows)
-                points.append((time, value, name, rows[0]["way"] in OURS))
+                timed.setdefault(pattern, []).append((time, value, name, rows[0]["way"] in OURS))
+    rows_of_axes, columns = -(-len(timed) // 2), min(len(timed), 2)
+    figure = Figure(figsize=(6 * columns, 4.5 * rows_of_axes), layout="constrained")
+    axes = figure.subplots(rows_of_axes, columns, squeeze=False).flat
+    for axis, (pattern, points) in zip(axes, timed.items(), strict=False):
         best = float("inf")
         front = [(x, best := y) for x, y, *_ in sorted(points) if y < best]
         axis.step(*zip(*front, strict=True), where="post", color="grey", linewidth=1)
