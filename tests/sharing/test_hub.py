@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, pipeline
 PUSH = """
 from conftest import Samples
 from peft import get_peft_model
-from peft_sparse import MaskLoRAConfig, SparseTrainer, compress, perplexity, prune
+from peft_sparse import MaskLoRAConfig, SparseTrainer, compress, pack_checkpoint, perplexity, prune
 from peft_sparse.commands import push
 from peft_sparse.sharing import push_folder
 from texts import character_tokenizer
@@ -88,6 +88,10 @@ again = AutoModelForCausalLM.from_pretrained("compressed/sparse")
 again.push_to_hub("user/again")
 found["again"] = outputs(again)
 
+# Packed, as a folder.
+pack_checkpoint("compressed/sparse", "packed")
+push_folder("packed", "user/packed")
+
 # By command.
 parser = argparse.ArgumentParser()
 push.add_arguments(parser)
@@ -113,6 +117,8 @@ import peft_sparse
 check("adapter", PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("user/pruned"), "user/adapter"))
 check("adapter", AutoPeftModelForCausalLM.from_pretrained("user/adapter"))
 check("adapter", AutoModelForCausalLM.from_pretrained("user/adapter"))
+expected["packed"] = expected["again"]
+check("packed", AutoModelForCausalLM.from_pretrained("user/packed"))
 check("masked", PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("user/dense"), "user/masked"))
 check("masked", AutoPeftModelForCausalLM.from_pretrained("user/masked"))
 check("trained", AutoPeftModelForCausalLM.from_pretrained("user/trained"))
@@ -211,6 +217,15 @@ def test_a_compression_tells_its_recipe_perplexity_and_results(hub, name):
     (result,) = card.data.eval_results
     assert (result.metric_type, result.dataset_name) == ("perplexity", "random tokens")
     assert f"| saved | {result.metric_value:.2f} |" in card.text
+
+
+def test_a_packed_model_has_a_card_of_its_own(hub):
+    card = card_of(hub, "packed")
+    assert card.data.base_model == "user/dense"
+    assert "import peft_sparse  # registers the packed format with Transformers" in card.text
+    assert "- **Recipe:** `fast`" in card.text  # of the report beside the folder that was packed
+    assert "Size of the weights: on disk" in card.text
+    assert ", plain " in card.text
 
 
 def test_the_card_of_a_model_that_was_not_changed_is_left_alone(hub):

@@ -1,5 +1,6 @@
 """Packs a checkpoint on disk, and unpacks it. One tensor is read at a time, in pieces."""
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -13,6 +14,8 @@ from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 from transformers.utils import CONFIG_NAME
 
 from ..pruning.checkpoint_files import files_beside
+from .card import write_card
+from .card_reports import done_in
 from .codec import CODEC, VERSION
 from .folders import finished_folder, local_folder, read_config, weight_names
 from .packed_file import MARK, pack_file, unpack_file
@@ -56,7 +59,7 @@ class PackingReport:
         )
 
 
-def pack_checkpoint(source: str | Path, target: str | Path) -> PackingReport:
+def pack_checkpoint(source: str | Path, target: str | Path, *, report: Any = None) -> PackingReport:
     """Write a saved model in fewer bytes. Nothing is lost: loading and unpacking give the same bits.
 
     Zeros take at most one bit each, and of the kept entries the bytes with the exponents are deflated. A model in
@@ -65,19 +68,24 @@ def pack_checkpoint(source: str | Path, target: str | Path) -> PackingReport:
     memory as before. Without the import Transformers refuses it. `unpack_checkpoint` is the way back.
 
     Each weight is unpacked again and compared before it is written. `target` appears when it is complete. The files
-    that are known to belong to a model are copied, as `prune_checkpoint` does, and a warning names the others.
+    that are known to belong to a model are copied, as `prune_checkpoint` does, and a warning names the others. The
+    model card tells how the packed model is loaded, and both sizes.
 
     Args:
         source: a folder that `save_pretrained` wrote, or the id of a repository on the Hub.
         target: a folder that does not exist or is empty.
+        report: what `write_card` takes as its report. None takes the `report.json` beside `source`, if it is that of
+            the run that saved these weights.
 
     Returns:
         The sizes before and after.
 
     Raises:
-        ValueError: `source` is no folder, holds no config.json or no safetensors, an adapter, a quantised or a packed
-            model; a file is damaged; `target` holds files.
+        TypeError, ValueError: `source` is no folder, holds no config.json or no safetensors, an adapter, a quantised
+            or a packed model; a file is damaged; `target` holds files; `report` is no report.
     """
+    if report is not None:
+        done_in(report)  # refuses what is no report, before any work
     folder = local_folder(source)
     config = read_config(folder)
     files = weight_names(folder, config.get("transformers_weights"))
@@ -87,10 +95,12 @@ def pack_checkpoint(source: str | Path, target: str | Path) -> PackingReport:
         _write_config(scratch, _marked(config, folder, files))
         _copy_others(folder, scratch, files)
         plain, packed = _bytes(folder, files), _bytes(scratch, files)
+    known = report if report is not None else _report_beside(folder, files)
+    write_card(target, report=known, sizes={"plain": plain})
     return PackingReport(str(target), plain, packed)
 
 
-def unpack_checkpoint(source: str | Path, target: str | Path) -> PackingReport:
+def unpack_checkpoint(source: str | Path, target: str | Path, *, report: Any = None) -> PackingReport:
     """Write the plain checkpoint that was packed, for programs that do not know packed ones.
 
     Its safetensors files are those that `pack_checkpoint` was given, byte for byte, which is checked by SHA-256.
@@ -99,13 +109,17 @@ def unpack_checkpoint(source: str | Path, target: str | Path) -> PackingReport:
     Args:
         source: a folder that `pack_checkpoint` wrote, or the id of such a repository on the Hub.
         target: a folder that does not exist or is empty.
+        report: what `write_card` takes as its report. None leaves what was done to the model out of the card.
 
     Returns:
         The sizes before and after.
 
     Raises:
-        ValueError: `source` is no folder, or is not packed; a file is damaged; `target` holds files.
+        TypeError, ValueError: `source` is no folder, or is not packed; a file is damaged; `target` holds files;
+            `report` is no report.
     """
+    if report is not None:
+        done_in(report)  # refuses what is no report, before any work
     folder = local_folder(source)
     config = read_config(folder)
     if not is_packed(config):
@@ -122,7 +136,24 @@ def unpack_checkpoint(source: str | Path, target: str | Path) -> PackingReport:
         _write_config(scratch, config)
         _copy_others(folder, scratch, files)
         plain, packed = _bytes(scratch, files), _bytes(folder, files)
+    write_card(target, report=report)
     return PackingReport(str(target), plain, packed)
+
+
+def _report_beside(folder: Path, files: list[str]) -> Path | None:
+    """Return the report of the run that saved the weights in `folder`, if it stands in the folder above."""
+    path = folder.absolute().parent / "report.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8")).get("saved", [])
+    except (OSError, ValueError, AttributeError):
+        return None
+    here = {file.name: _sha256(file) for file in _tensor_files(folder, files)}
+    return path if any(each.get("sha256") == here for each in saved) else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_packed(config: dict[str, Any]) -> bool:
