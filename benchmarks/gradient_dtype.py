@@ -3,7 +3,7 @@ r"""What eight bits for dL/dW change in retraining: loss by step and perplexity 
     python benchmarks/gradient_dtype.py --model FOLDER --text-file tinystories-sample.txt.gz --batch_size 4 \
         --steps 100 --seeds 5 --output benchmarks/results/gradient-dtype-stories260k-cpu.json
     python benchmarks/gradient_dtype.py --calibration-file c4.jsonl.gz --evaluation-file wikitext2-test.raw.gz \
-        --rank 16 --length 256 --batch_size 1 --windows 4 --window 1024 --rate 0.002 --seeds 1 \
+        --rank 16 --length 256 --batch_size 1 --windows 4 --window 1024 --rate 0.002 --seeds 3 --kinds none int8 \
         --output benchmarks/results/gradient-dtype-smollm2-cpu.json
 
 Half of the weights are pruned by magnitude, and MaskLoRA adapters alone are trained with AdamW. After 10 % of warm-up

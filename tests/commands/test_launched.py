@@ -47,12 +47,14 @@ def test_the_list_of_commands_needs_no_import_of_the_package(asked):
     assert run.stdout.splitlines()[-1] == "[False, False, False]"
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_the_code_of_its_command():
     refused = ended(*ALONE, "prune", "--model", "./nowhere", "--sparsity", "0.5", *SMALL)
     assert refused.returncode == 3
     assert refused.stderr.splitlines()[-1].startswith("peft-sparse prune: refused: There is no folder './nowhere'.")
 
 
+@pytest.mark.slow
 def test_two_processes_retrain_one_model_and_one_of_them_tells_it():
     asked = ["--model", "model", "--text_file", "text.txt", "--sparsity", "0.5", "--criterion", "wanda", *SMALL]
     run = ended(*IN_TWO, "retrain", *asked, "--max_steps", "3", "--sequence_length", "16", "--evaluation_length", "32")
