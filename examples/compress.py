@@ -16,5 +16,4 @@ from peft_sparse.commands.main import start
 
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "compress")
-    start()
+    start(["compress", *sys.argv[1:]])

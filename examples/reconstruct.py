@@ -16,5 +16,4 @@ from peft_sparse.commands.main import start
 
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "reconstruct")
-    start()
+    start(["reconstruct", *sys.argv[1:]])

@@ -72,7 +72,7 @@ def test_numbers_that_are_not_finite_survive_json(tmp_path):
     assert read_report(path).logs["training"][0]["loss"] == "nan"
 
 
-def test_a_report_from_before_the_schema_is_read(tmp_path):
+def test_the_report_of_the_demonstration_is_read(tmp_path):
     read = read_report(ROOT / "benchmarks" / "results" / "compress-smollm2-cpu.json")
     assert [stage.name for stage in read.stages] == ["dense", "reconstructed", "retrained", "saved"]
     assert (len(read.pruning.weights), len(read.reconstruction.regions)) == (210, 30)

@@ -64,9 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def start() -> None:
-    """Run the command of this process, and end the process with its exit code."""
-    code = main()
+def start(arguments: Sequence[str] | None = None) -> None:
+    """Run the command of this process, and end the process with its exit code.
+
+    Args:
+        arguments: what follows `peft-sparse` on the command line. Default: that of this process.
+    """
+    code = main(arguments)
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
         sys.exit(code)

@@ -26,7 +26,6 @@ AnyReport = RunReport | PruningReport | ReconstructionReport | StructuredReport 
 def read_report(path: str | Path) -> RunReport:
     """Read a report that `write_report` wrote.
 
-    Reports of `compress` from before there was a schema are read as well.
 
     Args:
         path: the file `report.json`, or the folder that holds it.
@@ -44,15 +43,13 @@ def read_report(path: str | Path) -> RunReport:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"Expected {str(path)!r} to hold the JSON of a report. It is no JSON: {error}.") from error
-    if not isinstance(plain, dict) or not {"schema", "stages"} & plain.keys():
+    if not isinstance(plain, dict) or not {"schema", "stages"} <= plain.keys():
         raise ValueError(
             f"Expected {str(path)!r} to hold a report of this package, which has `schema` and `stages`. Give the "
             "`report.json` of a run."
         )
-    version = plain.pop("schema", None)
-    if version is None:
-        plain = _from_before(plain)
-    elif version != SCHEMA:
+    version = plain.pop("schema")
+    if version != SCHEMA:
         raise ValueError(
             f"{str(path)!r} has the schema {version!r}, and this version of peft_sparse reads the schema {SCHEMA}. "
             "Read it with the version that wrote it, which the file names under `environment`, or with a later one."
@@ -95,13 +92,6 @@ def as_run_report(report: AnyReport) -> RunReport:
         f"Expected a report of `prune`, `reconstruct`, `prune_structured`, `residual_lora` or `compress`, got "
         f"{type(report).__name__}."
     )
-
-
-def _from_before(plain: dict[str, Any]) -> dict[str, Any]:
-    """Return what `compress` wrote before there was a schema with the names of the schema."""
-    if plain.get("reconstruction"):
-        plain["reconstruction"].pop("pruning", None)
-    return {"task": "compress", "created": ""} | plain
 
 
 def _with_pruning(report: RunReport) -> RunReport:
