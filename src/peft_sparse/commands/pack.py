@@ -18,4 +18,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[str]:
     """Pack, print both sizes, and return the folder that was written."""
     print(pack_checkpoint(args.source, args.target))
-    return [args.target]
+    return [f"{args.target} (load it by from_pretrained, after `import peft_sparse`)"]
