@@ -26,7 +26,8 @@ def plain(tmp_path):
 
 
 def test_pack_and_unpack_name_what_they_wrote(tmp_path, plain, capsys):
-    assert call(pack, plain, tmp_path / "packed") == [str(tmp_path / "packed")]
+    (written,) = call(pack, plain, tmp_path / "packed")
+    assert written == f"{tmp_path / 'packed'} (load it by from_pretrained, after `import peft_sparse`)"
     assert "MB packed" in capsys.readouterr().out
     assert call(unpack, tmp_path / "packed", tmp_path / "again") == [str(tmp_path / "again")]
     for path in plain.iterdir():
