@@ -22,12 +22,11 @@ from ..model.masks import mask_of
 from ..model.tree import is_hub_name, loaded_from
 from ..model.weights import zero_counts
 from ..tuners.layer import SparseLoraLayer
+from .packed_file import MARK
 
 
 Kind = Literal["adapter", "residual", "plain", "packed"]
 
-# What config.json of a packed model has as its `quant_method`.
-PACKED = "peft_sparse_packed"
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 # The classes that load a model, with Transformers' tables of the models that each of them loads.
@@ -239,7 +238,7 @@ def facts_of_folder(folder: str | Path, **others: Any) -> Facts:
         found["weights"] = zeros_in_fingerprints(adapter.get("mask_fingerprints") or {})
     elif (folder / CONFIG_NAME).exists():
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        packed = (config.get("quantization_config") or {}).get("quant_method") == PACKED
+        packed = (config.get("quantization_config") or {}).get("quant_method") == MARK
         found["kind"] = "packed" if packed else "plain"
         found["auto_class"] = class_of_architecture(next(iter(config.get("architectures") or [None])))
     else:

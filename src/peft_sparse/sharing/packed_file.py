@@ -125,8 +125,8 @@ class PackedFile(TensorFile):
         return header, digest, checksums, plain
 
 
-def pack_file(source: Path, target: Path, done: Done) -> None:
-    """Write `source`, a safetensors file, packed as `target`.
+def pack_file(source: Path, target: Path, done: Done) -> str:
+    """Write `source`, a safetensors file, packed as `target`, and return the SHA-256 of `source`.
 
     Args:
         source: the file to read.
@@ -157,6 +157,7 @@ def pack_file(source: Path, target: Path, done: Done) -> None:
         checksums = {name: _checksum(plain, entry) for name, entry in kept.items()}
         file.seek(0)
         file.write(room.to_bytes(HEADER_LENGTH, "little") + header(tensors, checksums).ljust(room))
+    return digest
 
 
 def unpack_file(source: Path, target: Path, done: Done) -> None:

@@ -1,6 +1,5 @@
 """Packs a checkpoint on disk, and unpacks it. One tensor is read at a time, in pieces."""
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -91,11 +90,11 @@ def pack_checkpoint(source: str | Path, target: str | Path, *, report: Any = Non
     files = weight_names(folder, config.get("transformers_weights"))
     _check_packable(folder, config, files)
     with finished_folder(target) as scratch:
-        _each_tensor_file(folder, scratch, files, pack_file)
+        digests = _each_tensor_file(folder, scratch, files, pack_file)
         _write_config(scratch, _marked(config, folder, files))
         _copy_others(folder, scratch, files)
         plain, packed = _bytes(folder, files), _bytes(scratch, files)
-    known = report if report is not None else _report_beside(folder, files)
+    known = report if report is not None else _report_beside(folder, digests)
     write_card(target, report=known, sizes={"plain": plain})
     return PackingReport(str(target), plain, packed)
 
@@ -140,20 +139,14 @@ def unpack_checkpoint(source: str | Path, target: str | Path, *, report: Any = N
     return PackingReport(str(target), plain, packed)
 
 
-def _report_beside(folder: Path, files: list[str]) -> Path | None:
-    """Return the report of the run that saved the weights in `folder`, if it stands in the folder above."""
+def _report_beside(folder: Path, digests: dict[str, str]) -> Path | None:
+    """Return the report of the run that saved files with these SHA-256 in `folder`, if it is in the folder above."""
     path = folder.absolute().parent / "report.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8")).get("saved", [])
     except (OSError, ValueError, AttributeError):
         return None
-    here = {file.name: _sha256(file) for file in _tensor_files(folder, files)}
-    return path if any(each.get("sha256") == here for each in saved) else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return path if any(each.get("sha256") == digests for each in saved) else None
 
 
 def is_packed(config: dict[str, Any]) -> bool:
@@ -226,16 +219,21 @@ def _tensor_files(folder: Path, files: list[str]) -> list[Path]:
 
 
 def _each_tensor_file(
-    folder: Path, target: Path, files: list[str], step: Callable[[Path, Path, Callable[[int], object]], None]
-) -> None:
-    """Call `step` for each file with tensors: (source, target, function that is told how many bytes were read)."""
+    folder: Path, target: Path, files: list[str], step: Callable[[Path, Path, Callable[[int], object]], Any]
+) -> dict[str, Any]:
+    """Call `step` for each file with tensors, and return what it returned, by the name of the file.
+
+    `step` takes the source, the target, and a function that is told how many bytes were read.
+    """
     paths = _tensor_files(folder, files)
     total = sum(path.stat().st_size for path in paths)
+    returned = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc=step.__name__.partition("_")[0]) as progress:
         for path in paths:
             place = target / path.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
-            step(path, place, progress.update)
+            returned[path.name] = step(path, place, progress.update)
+    return returned
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:
