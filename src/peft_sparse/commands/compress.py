@@ -26,12 +26,10 @@ from .sources import (
     TEXT,
     SourceArguments,
     held_out,
-    in_turn,
-    load_documents,
-    load_model,
-    model_source,
+    load_all,
     shuffled,
     tell_model,
+    tell_text,
 )
 from .story import prepare, say
 
@@ -83,14 +81,12 @@ def run(args: argparse.Namespace) -> list[str]:
     (chosen,) = parsed(given, RecipeArguments)
     sources, recipe = parsed(given, SourceArguments)[0], recipe_of(chosen.recipe, given)
     prepare()
-    say("reading the text and the model")
-    documents = in_turn(lambda: load_documents(sources))
-    model, tokenizer = load_model(in_turn(lambda: model_source(sources)))
+    documents, model, tokenizer = load_all(sources)
     train = pack_sequences(documents.train, tokenizer, recipe.text.sequence_length)
     calibration = pack_sequences(documents.train, tokenizer, recipe.text.calibration_length)
     evaluation = held_out(documents, tokenizer, sources)
     tell_model(sources, model, recipe.args.device)
-    say(f"text: {documents.name}; {train.numel():,} tokens to train on, {evaluation.numel():,} others to measure")
+    tell_text(documents, train, evaluation)
     say(f"recipe {recipe.name}, {_stages(recipe)}")
     if sources.model_name_or_path is None and recipe.name == "balanced":
         say("This takes about six minutes on two CPU cores.")

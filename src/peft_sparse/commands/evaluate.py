@@ -18,7 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `peft-sparse evaluate`."""
+    """Add to `parser` which models are compared, on which text and tasks, and what else is measured."""
     parser.add_argument(
         "models",
         nargs="+",

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration.text import pack_sequences
 from ..pruning.checkpoint import prune_checkpoint
 from ..pruning.criteria import find_criterion
 from ..pruning.prune import prune
@@ -21,12 +20,12 @@ from .sources import (
     MODEL,
     TEXT,
     SourceArguments,
+    calibration_sequences,
     in_turn,
     load_documents,
     load_model,
     load_tokenizer,
     own_model,
-    shuffled,
     tell_model,
 )
 from .story import prepare, say
@@ -104,7 +103,6 @@ def _calibration(sources: SourceArguments, options: Any, text: TextArguments, to
     if not (sources.has_text or needs or options.allocation or options.refinement or options.update):
         return None
     documents = in_turn(lambda: load_documents(sources))
-    sequences = pack_sequences(documents.train, tokenizer, text.calibration_length)
-    chosen = shuffled(sequences, options.seed)[: options.calibration_samples]
+    chosen = calibration_sequences(documents, tokenizer, text, options)
     say(f"calibration: {documents.name}, {len(chosen)} sequences of {text.calibration_length} tokens")
     return chosen

@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `peft-sparse retrain`."""
+    """Add to `parser` which model is retrained, on which text, by which adapter, and whether it is pruned first."""
     training = SparseTrainingArguments
     add_fields(parser, SourceArguments, {"the model (default: SmolLM2-135M-Instruct, from PyPI)": MODEL})
     add_fields(parser, SourceArguments, {"the text (default: the documentation of Python)": TEXT})

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..calibration.text import pack_sequences
+from ..recipes import TextArguments
+from ..training.arguments import SparseTrainingArguments
 from . import demonstration
 from .outcome import BadArguments
 from .story import say
@@ -161,10 +163,30 @@ def shuffled(sequences: Tensor, seed: int) -> Tensor:
     return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))]
 
 
+def calibration_sequences(
+    documents: Documents, tokenizer: Any, text: TextArguments, options: SparseTrainingArguments
+) -> Tensor:
+    """Return `calibration_samples` sequences of the text, drawn at random, (sequences, tokens)."""
+    sequences = pack_sequences(documents.train, tokenizer, text.calibration_length)
+    return shuffled(sequences, options.seed)[: options.calibration_samples]
+
+
+def load_all(sources: SourceArguments) -> tuple[Documents, Any, Any]:
+    """Return the documents, the model and its tokenizer. Without a model, these are the embedded default."""
+    say("reading the text and the model")
+    documents = in_turn(lambda: load_documents(sources))
+    return documents, *load_model(in_turn(lambda: model_source(sources)))
+
+
 def held_out(documents: Documents, tokenizer: Any, sources: SourceArguments) -> Tensor:
     """Return the sequences on which perplexity is measured, (sequences, tokens)."""
     sequences = pack_sequences(documents.evaluation, tokenizer, sources.evaluation_length)
     return sequences[: sources.evaluation_sequences]
+
+
+def tell_text(documents: Documents, train: Tensor, evaluation: Tensor) -> None:
+    """Say how much of which text a training reads, and how much is held out."""
+    say(f"text: {documents.name}; {train.numel():,} tokens to train on, {evaluation.numel():,} others to measure")
 
 
 def tell_model(sources: SourceArguments, model: Any, device: Any) -> None:

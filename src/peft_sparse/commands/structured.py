@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration.text import pack_sequences
 from ..recipes import TextArguments
 from ..reporting import write_report
 from ..structured import compact, prune_structured
@@ -20,11 +19,11 @@ from .sources import (
     MODEL,
     TEXT,
     SourceArguments,
+    calibration_sequences,
     in_turn,
     load_documents,
     load_model,
     own_model,
-    shuffled,
     tell_model,
 )
 from .story import prepare, say
@@ -109,6 +108,4 @@ def run(args: argparse.Namespace) -> list[str]:
 def _calibration(sources: SourceArguments, options: Any, text: TextArguments, tokenizer: Any) -> Tensor | None:
     if not sources.has_text:
         return None
-    documents = in_turn(lambda: load_documents(sources))
-    sequences = pack_sequences(documents.train, tokenizer, text.calibration_length)
-    return shuffled(sequences, options.seed)[: options.calibration_samples]
+    return calibration_sequences(in_turn(lambda: load_documents(sources)), tokenizer, text, options)

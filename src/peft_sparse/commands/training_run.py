@@ -27,12 +27,10 @@ from .outcome import begin_work
 from .sources import (
     SourceArguments,
     held_out,
-    in_turn,
-    load_documents,
-    load_model,
-    model_source,
+    load_all,
     shuffled,
     tell_model,
+    tell_text,
 )
 from .story import prepare, say
 
@@ -129,15 +127,13 @@ def start(args: argparse.Namespace, recovery: str, defaults: Mapping[str, Any]) 
     if recovery == "reconstruct":
         check_pruned(options)
     prepare()
-    say("reading the text and the model")
-    documents = in_turn(lambda: load_documents(sources))
-    model, tokenizer = load_model(in_turn(lambda: model_source(sources)))
+    documents, model, tokenizer = load_all(sources)
     _check_sparsity(options, model)
     train = pack_sequences(documents.train, tokenizer, text.sequence_length)
     calibration = shuffled(pack_sequences(documents.train, tokenizer, text.calibration_length), options.seed)
     evaluation = held_out(documents, tokenizer, sources)
     tell_model(sources, model, options.device)
-    say(f"text: {documents.name}; {train.numel():,} tokens to train on, {evaluation.numel():,} others to measure")
+    tell_text(documents, train, evaluation)
     trainer = SparseTrainer(
         model,
         options,

@@ -134,9 +134,9 @@ class RunReport:
     environment: dict[str, Any] = field(default_factory=lambda: _environment())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values for JSON, with the version of the schema first.
+        """Return the report as values that JSON can hold. The first of them is the version of the schema.
 
-        Numbers that are not finite, which JSON does not know, become the strings "nan", "inf" and "-inf".
+        JSON has no infinity and no "not a number". Such numbers become the strings "inf", "-inf" and "nan".
         """
         plain: dict[str, Any] = _plain({"schema": SCHEMA} | asdict(self))
         if self.reconstruction is not None:
