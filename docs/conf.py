@@ -1,0 +1,33 @@
+"""The site of the documentation, built by Sphinx. `python3 make.py docs` builds it into `.site`.
+
+The pages are plain Markdown, so that they can also be read on a code host. A link to a file outside `docs/`, such as a
+benchmark, becomes a download.
+"""
+
+from importlib.metadata import version as version_of
+
+
+project = "peft_sparse"
+author = "the developers of peft_sparse"
+copyright = author
+release = version_of("peft_sparse")
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["conf.py"]
+
+# Headings are targets of links, as on code hosts.
+myst_heading_anchors = 4
+# The notebook is stored with its outputs. tests/test_tour.py runs it.
+nb_execution_mode = "off"
+
+# Docstrings write code in single backticks.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+autodoc_preserve_defaults = True
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = "peft_sparse"
+html_show_sphinx = False
+html_theme_options = {"navigation_with_keys": True}
