@@ -2,7 +2,8 @@
 """Set up an environment and run something in it. Needs Python 3.11 or newer, and PyPI.
 
 python3 make.py demo [arguments of examples/compress.py]  compress a real model by a recipe, about six minutes
-python3 make.py test [arguments of pytest]                everything CI runs: format, lint, types, all tests
+python3 make.py test [arguments of pytest]                everything CI runs: format, lint, types, the site, all tests
+python3 make.py docs [arguments of sphinx-build]          the documentation as a site, .site/index.html
 """
 
 import hashlib
@@ -21,10 +22,10 @@ BIN = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
 def main() -> int:
     if sys.version_info < (3, 11):
         sys.exit(f"peft_sparse needs Python 3.11 or newer, this is {sys.version.split()[0]}.")
-    commands = {"demo": demo, "test": test}
+    commands = {"demo": demo, "docs": docs, "test": test}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
-    set_up("dev" if sys.argv[1] == "test" else "examples")
+    set_up({"demo": "examples", "docs": "docs", "test": "dev"}[sys.argv[1]])
     return commands[sys.argv[1]](sys.argv[2:])
 
 
@@ -33,14 +34,20 @@ def demo(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    # All four commands run even if one fails, so that one report shows every failure.
+    # All commands run even if one fails, so that one report shows every failure.
     codes = [
         run("ruff", "format", "--check", "."),
         run("ruff", "check", "."),
         run("mypy"),
+        docs([]),
         run("pytest", "-n", "auto", "--maxprocesses", "4", *(arguments or ["-m", "not atlas"])),
     ]
     return max(codes)
+
+
+def docs(arguments: list[str]) -> int:
+    # A broken link or a docstring that cannot be read is an error.
+    return run("sphinx-build", "--fail-on-warning", "--keep-going", "--quiet", *arguments, "docs", ".site")
 
 
 def set_up(extra: str) -> None:

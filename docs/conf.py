@@ -5,6 +5,7 @@ benchmark, becomes a download.
 """
 
 from importlib.metadata import version as version_of
+from typing import Any
 
 
 project = "peft_sparse"
@@ -20,6 +21,9 @@ myst_heading_anchors = 4
 # The notebook is stored with its outputs. tests/test_tour.py runs it.
 nb_execution_mode = "off"
 
+# Quotation marks stay those that Python reads.
+smartquotes = False
+
 # Docstrings write code in single backticks.
 default_role = "code"
 autodoc_member_order = "bysource"
@@ -31,3 +35,15 @@ html_theme = "furo"
 html_title = "peft_sparse"
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
+
+
+def escape_bars(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Escape the bars of |W| in a docstring, outside of its code. reStructuredText reads |W| as a substitution."""
+    for number, line in enumerate(lines):
+        parts = line.split("`")
+        parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
+        lines[number] = "`".join(parts)
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", escape_bars)
