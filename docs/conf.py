@@ -4,6 +4,8 @@ The pages are plain Markdown, so that they can also be read on a code host. A li
 benchmark, becomes a download.
 """
 
+import re
+import shutil
 from importlib.metadata import version as version_of
 from typing import Any
 
@@ -45,5 +47,13 @@ def escape_bars(app: Any, what: str, name: str, thing: Any, options: Any, lines:
         lines[number] = "`".join(parts)
 
 
+def link_to_the_tour(app: Any, page: str, source: list[str]) -> None:
+    """Let links to the notebook lead to its page of the site."""
+    source[0] = re.sub(r"\]\((\.\./)+examples/tour\.ipynb\)", "](/start/tour.ipynb)", source[0])
+
+
 def setup(app: Any) -> None:
+    # The notebook is an example too, and stands with the other examples.
+    shutil.copyfile(app.srcdir.parent / "examples" / "tour.ipynb", app.srcdir / "start" / "tour.ipynb")
     app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("source-read", link_to_the_tour)

@@ -1,5 +1,7 @@
 """Every python block of the documents runs; those of one document share their names, as a reader's session would."""
 
+import importlib
+import json
 import re
 from pathlib import Path
 
@@ -37,11 +39,18 @@ def test_links_lead_somewhere():
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_the_tree_in_the_readme_is_the_tree():
-    text = (ROOT / "README.md").read_text()
+def test_the_tree_in_the_guide_for_contributors_is_the_tree():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     listed = set(re.findall(r"^      (\w+)/  ", text, flags=re.MULTILINE))
     package = ROOT / "src" / "peft_sparse"
     assert listed == {path.parent.name for path in package.glob("*/__init__.py")}
+
+
+def test_the_picture_of_the_chain_is_that_of_the_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    chain = importlib.import_module("chain")
+    stages = json.loads(chain.REPORT.read_text())["stages"]
+    assert (ROOT / "docs" / "chain.svg").read_text(encoding="utf-8") == chain.picture(stages)
 
 
 def test_the_commands_in_the_readme_exist():
