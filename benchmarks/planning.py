@@ -4,7 +4,7 @@
 
 The models have the public configurations that are written out below. Nothing is downloaded, and no weight is made. The
 plans are for bfloat16, AdamW, one sequence of 2048 tokens per device, and activation checkpointing. The script prints
-the table of docs/planning.md.
+the table of docs/numbers/planning.md.
 """
 
 import time

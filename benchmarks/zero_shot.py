@@ -1,7 +1,7 @@
 """Measures SmolLM2-135M-Instruct, dense and pruned by Wanda, on the seven zero-shot tasks of the papers.
 
 The tasks are evaluated by lm-eval. Perplexity is measured on the evaluation text of the demonstration. The rows come
-from a folder with one file for each task, see docs/evaluation.md.
+from a folder with one file for each task, see docs/guides/evaluate.md.
 
     python benchmarks/zero_shot.py --data-dir DIR --json benchmarks/results/zero-shot-smollm2-cpu.json
 """

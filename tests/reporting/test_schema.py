@@ -88,7 +88,7 @@ def test_writing_replaces_an_older_report(tmp_path):
 
 
 def test_the_schema_is_documented_field_by_field():
-    text = (ROOT / "docs" / "report.md").read_text()
+    text = (ROOT / "docs" / "details" / "report.md").read_text()
     for kind in (RunReport, Stage, SavedModel):
         assert [each.name for each in dataclasses.fields(kind) if f"`{each.name}`" not in text] == []
 
