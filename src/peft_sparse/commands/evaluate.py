@@ -35,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_argument_group("zero-shot tasks, by lm-eval")
     _add(tasks, "--tasks", nargs="+", metavar="TASK", help="perp for the seven tasks of the papers, or lm-eval names.")
     _add(tasks, "--limit", type=int, metavar="N", help="Evaluate N rows of each task, drawn at random. Default: all.")
-    _add(tasks, "--data_dir", metavar="DIR", help="Folder with the rows of the seven tasks, see docs/guides/evaluate.md.")
+    _add(
+        tasks,
+        "--data_dir",
+        metavar="DIR",
+        help="Folder with the rows of the seven tasks, see docs/guides/evaluate.md.",
+    )
     speed = parser.add_argument_group("speed")
     together = "Rounds of generation. All models are then in memory together. 0 measures none. Default: 5."
     _add(speed, "--rounds", type=int, metavar="N", default=5, help=together)

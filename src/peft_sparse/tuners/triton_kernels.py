@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 
-# Tiles of the matrix (rows, columns) and warps for each of them, as they were fastest on an H200 (docs/numbers/speed.md).
+# Tiles of the matrix (rows, columns) and warps for each of them, as they were fastest on an H200
+# (docs/numbers/speed.md).
 TILE, WARPS = (32, 128), 4
 GRADIENT_TILE, GRADIENT_WARPS = (64, 64), 4
 # Whether the gradients' products split float32 operands into two summands in bfloat16.
