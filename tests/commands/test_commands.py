@@ -1,6 +1,7 @@
 """Every command on a tiny saved model, as a user calls it: what it writes, and what it says."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -109,6 +110,18 @@ def test_reconstruct_fits_every_region(folder, capsys):
     assert sparsity(saved) == stages["saved"]["sparsity"] == 0.5
     assert stages["saved"]["perplexity"] == stages["reconstructed"]["perplexity"]
     assert "| saved |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["retrain", "reconstruct"])
+def test_a_run_is_continued_by_the_word_true(folder, command):
+    options = [*source(), *(TRAINED if command == "retrain" else SMALL), *MEASURED, "--sparsity", 0.5]
+    options += ["--save_strategy", "steps", "--save_steps", 2]
+    assert call(command, *options) == 0
+    saved = AutoModelForCausalLM.from_pretrained(f"{command}ed/sparse")
+    shutil.rmtree(folder / f"{command}ed" / ("checkpoint-4" if command == "retrain" else "sparse"))
+    assert call(command, *options, "--resume_from_checkpoint", "true") == 0
+    assert report_of(folder / f"{command}ed")[0]["resumed"]
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(f"{command}ed/sparse"), saved)
 
 
 def test_compress_runs_a_recipe_with_the_values_that_are_given(folder, capsys):

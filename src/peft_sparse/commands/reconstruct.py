@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> list[str]:
     # Reconstruction would move its blocks only, and leave the rest of the model where it is.
     model.to(options.device)
     work.measure("dense", model)
-    result = trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=work.resume_from())
     begin_work()
     passes = options.length_of_regions()["epochs"] or 1
     tokens = round(options.calibration_samples * work.texts["calibration"].shape[1] * passes)

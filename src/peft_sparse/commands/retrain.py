@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> list[str]:
     # With ZeRO-3 the model is sharded when it is loaded, and such a model can run only during training.
     if not is_deepspeed_zero3_enabled() and options.pruning_pattern() is not None:
         work.measure("dense", trainer.model)
-    result = trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=work.resume_from())
     begin_work()
     _add_stages(work, result)
     written = _save(work, Path(str(options.output_dir)))

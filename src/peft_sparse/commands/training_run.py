@@ -80,6 +80,13 @@ class Run:
         self.stages.append(Stage(name, {self.text_name: value}, zeros, seconds, 0.0, tokens, peak_memory()))
         say(f"{name}: perplexity {value:.2f}, sparsity {zeros:.4f}")
 
+    def resume_from(self) -> str | bool | None:
+        """Return where training resumes: a folder, or True for the last checkpoint of `output_dir`."""
+        given = self.recipe.args.resume_from_checkpoint
+        # A command line has no bools here, because `TrainingArguments` declares a text.
+        words: dict[str, bool | None] = {"true": True, "false": None}
+        return words.get(str(given).lower(), given)
+
     def finish(self, *saved: str, adapter: str | None = None, base: str | None = None) -> list[str]:
         """Write the report, print it, and return the paths of its files.
 
