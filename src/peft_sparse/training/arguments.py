@@ -25,7 +25,7 @@ from .pruning_schedules import CubicSchedule, PruningCycles, PruningSchedule
 
 # What `recovery` may be. Regions are fitted to dense outputs before adapters are trained, never after.
 RECOVERIES = ("retrain", "reconstruct", "reconstruct,retrain", "none")
-# The learning rate of regions before retraining: the best of three in docs/reconstruction.md.
+# The learning rate of regions before retraining: the best of three in docs/numbers/reconstruction.md.
 REGION_RATE = 1e-3
 PRUNING_SCHEDULES = ("cubic", "cycles")
 # The choices that have options, and the table of each.

@@ -261,7 +261,7 @@ class ScaledLoRAConfig(SparseLoraConfig):
 
     Merging computes the effective weight in the dtype of A and B and rounds it once to the dtype of W. A linear layer
     of rank 1 rounds at other places when it runs unmerged, so merging changes its outputs by the rounding error of the
-    dtype: in bfloat16 visibly, see docs/tuners.md.
+    dtype: in bfloat16 visibly, see docs/numbers/tuners.md.
 
     Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
 
