@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import peft_sparse.tuners.base_weight
 import peft_sparse.tuners.model
 import peft_sparse.tuners.proof
-from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune
+from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, SparseTrainer, SparseTrainingArguments, prune
 from peft_sparse.tuners.functional import effective_weight
 from peft_sparse.tuners.layer import SparseLoraLayer
 
@@ -306,6 +306,15 @@ def test_an_adapter_is_loaded_onto_the_same_quantised_base_and_refused_by_anothe
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="trained on other zeros .* 14 of 14 layers"):
         PeftModel.from_pretrained(quantised(tmp_path / "other"), tmp_path / "unmerged")
+
+
+@pytest.mark.parametrize("quantised", ["nf4", "bnb-int8"], indirect=True)
+def test_a_trainer_that_is_to_prune_a_quantised_base_says_what_to_do(quantised, tokens, tmp_path):
+    args = SparseTrainingArguments(str(tmp_path), sparsity=0.6, max_steps=1, use_cpu=True, report_to="none")
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    trainer = SparseTrainer(adapted(quantised(), config(MaskLoRAConfig)), args, train_dataset=data)
+    with pytest.raises(ValueError, match="is quantised .* Prune the model before it is quantised"):
+        trainer.train()
 
 
 # PEFT's preparation makes norms, and with them the inputs of quantised layers, float32.

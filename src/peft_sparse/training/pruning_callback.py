@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..calibration.activations import Activations
 from ..calibration.inputs import Calibration
 from ..model.blocks import Targets, base_model, prunable_weights
+from ..model.kinds import obstacle
 from ..model.masks import count_kept, mask_of
 from ..model.sharding import has_shards, uses_deepspeed, whole
 from ..model.tree import adapters_off, has_adapters
@@ -358,7 +359,9 @@ class PruningCallback(TrainerCallback):
 
     def _norm(self, model: nn.Module) -> tuple[float, float]:
         """Return (‖W‖², number of nonzero entries) of the prunable weights."""
-        matrices = [weight.matrix() for weight in prunable_weights(model, *self._targets()).values()]
+        weights = prunable_weights(model, *self._targets()).values()
+        # `prune` refuses the others, and says what to do.
+        matrices = [weight.matrix() for weight in weights if obstacle(weight) is None]
         norms = to_host([torch.linalg.vector_norm(matrix, dtype=torch.float32) for matrix in matrices])
         return sum(norm**2 for norm in norms), float(sum(to_host([count_kept(matrix) for matrix in matrices])))
 
