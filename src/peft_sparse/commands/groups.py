@@ -62,5 +62,5 @@ WORDS = {
     "bf16": "Compute in bfloat16.",
     "activations": 'Where hidden states wait between blocks: "device", "cpu" or "disk".',
     "calibration_samples": "How many sequences calibration and reconstruction read.",
-    "resume_from_checkpoint": "true continues the run in `output_dir` that was stopped; or the folder of a checkpoint.",
+    "resume_from_checkpoint": "true, to continue the run in `output_dir` that was stopped; or a checkpoint.",
 }
