@@ -2,8 +2,7 @@ r"""QLoRA on a sparse base: MaskLoRA trained on NF4 weights of bitsandbytes, and
 
     python benchmarks/qlora.py --model FOLDER --text-file tinystories-sample.txt.gz \
         --output benchmarks/results/qlora-stories260k-cpu.json
-    python benchmarks/qlora.py --patterns 0.5 --seeds 0 --steps 40 --batch_size 1 --windows 8 --window 512 \
-        --output benchmarks/results/qlora-smollm2-cpu.json
+    python benchmarks/qlora.py --patterns 0.5 --seeds 0 --steps 40 --batch_size 1 --windows 8 --output FILE
 
 The model is pruned by Wanda in float32, saved, and loaded in NF4 with a compute type of float32. An adapter with its
 saved mask is trained there, with AdamW, 10 % of warm-up and a rate that falls linearly. Then it is measured on the
