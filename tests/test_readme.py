@@ -39,6 +39,12 @@ def test_links_lead_somewhere():
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
+def test_no_line_is_a_comment_for_the_site():
+    for document in DOCUMENTS:
+        lines = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL).splitlines()
+        assert not [line for line in lines if line.startswith("% ")], document.name
+
+
 def test_the_tree_in_the_guide_for_contributors_is_the_tree():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     listed = set(re.findall(r"^      (\w+)/  ", text, flags=re.MULTILINE))
