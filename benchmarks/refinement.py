@@ -1,6 +1,7 @@
-"""What swaps and the least-squares update cost beside SparseGPT, and the error and perplexity that they reach.
+"""What each criterion, allocation and refinement costs beside SparseGPT, and the error and perplexity that it reaches.
 
     python benchmarks/refinement.py --output benchmarks/results/refinement-cost-smollm2-cpu.json
+    python benchmarks/refinement.py --patterns 0.5 --output benchmarks/results/pruning-cost-smollm2-cpu.json
 
 The model is SmolLM2-135M-Instruct from PyPI. The text is that of examples/demo.py, unless files are named. Each row
 is a whole `prune` of the first blocks (`--blocks`): calibration, the proof, and the report of errors are included.
@@ -27,7 +28,12 @@ from common import Rows, add_text_arguments, described, documents, parser, smoll
 
 WAYS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"criterion": "sparsegpt"},
+    "magnitude, no text": {"criterion": "magnitude", "calibration": None},
     "wanda": {"criterion": "wanda"},
+    "ria": {"criterion": "ria"},
+    "gblm": {"criterion": "gblm"},
+    "wanda, owl": {"criterion": "wanda", "allocation": "owl"},
+    "wanda, dsnot": {"criterion": "wanda", "refinement": "dsnot"},
     "wanda, swap": {"criterion": "wanda", "refinement": "swap"},
     "wanda, update": {"criterion": "wanda", "update": True},
     "wanda, swap, update": {"criterion": "wanda", "refinement": "swap", "update": True},
@@ -67,7 +73,8 @@ def measured(model: Any, pattern: str, calibration: Tensor, blocks: int, options
     """Prune the first blocks of `model`. Return the seconds of the processor and the mean error of the weights."""
     targets = rf".*layers\.({'|'.join(map(str, range(blocks)))})\..*"
     started = time.process_time()
-    report = prune(model, pattern, calibration, batch_size=8, target_modules=targets, **options)
+    call = {"calibration": calibration, "batch_size": 8, "target_modules": targets} | options
+    report = prune(model, pattern, **call)
     return {"seconds": time.process_time() - started, "error": report.error, "threads": torch.get_num_threads()}
 
 

@@ -1,7 +1,7 @@
 r"""Structured pruning of one pretrained model: parameters, perplexity and generation speed of the compact model.
 
     python benchmarks/structured.py --output benchmarks/results/structured-smollm2-cpu.json
-    python benchmarks/structured.py plot --result (that file) --output docs/structured.png
+    python benchmarks/structured.py plot --result (that file) --output docs/numbers/structured.png
 
 The script removes 20, 30 and 50 % of the parameters of the heads and neurons of SmolLM2-135M-Instruct. It compares
 FLAP's metric with and without bias compensation, Wanda-sp, and FLAP with compensation and reconstruction (submodules,

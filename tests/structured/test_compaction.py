@@ -56,7 +56,7 @@ def test_outputs_stay_and_the_model_shrinks_and_reloads(family, tokens, tmp_path
     assert torch.equal(cached, model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False))
 
 
-# The table of docs/structured.md: what loads layers of equal width.
+# The table of docs/details/structured.md: what loads layers of equal width.
 PLAIN, BIASES, OWN = "Transformers alone", "`import peft_sparse` for biases", "`import peft_sparse`"
 DOCUMENTED = {
     "llama": PLAIN,

@@ -36,7 +36,7 @@ LATENT = {
     "v_head_dim": 4,
 }
 HEADS = {"head_dim": 4}
-# The list of docs/structured.md. The first are tested in every run, the others with the slow tests.
+# The list of docs/details/structured.md. The first are tested in every run, the others with the slow tests.
 SUPPORTED = {
     "Mixtral": LOCAL,
     "Qwen2Moe": EIGHT | {"shared_expert_intermediate_size": 12},
