@@ -64,7 +64,7 @@ def test_prune_from_disk_gives_the_same_model():
 
 
 def test_prune_needs_no_text_without_calibration():
-    assert call("prune", "--model", "model", "--sparsity", 0.5, "--use_cpu") == 0
+    assert call("prune", "--model", "model", "--sparsity", 0.5, "--allocation", "lamp", "--use_cpu") == 0
 
 
 def test_retrain_keeps_the_zeros_of_a_pruned_model(folder, capsys):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..pruning.allocation import find_allocation
 from ..pruning.checkpoint import prune_checkpoint
 from ..pruning.criteria import find_criterion
 from ..pruning.prune import prune
@@ -100,7 +101,9 @@ def run(args: argparse.Namespace) -> list[str]:
 def _calibration(sources: SourceArguments, options: Any, text: TextArguments, tokenizer: Any) -> Tensor | None:
     """Return the sequences of calibration; None if no text is given, and none is needed."""
     needs = find_criterion(options.criterion)[1].needs
-    if not (sources.has_text or needs or options.allocation or options.refinement or options.update):
+    if options.allocation:
+        needs += find_allocation(options.allocation)[1].needs
+    if not (sources.has_text or needs or options.refinement or options.update):
         return None
     documents = in_turn(lambda: load_documents(sources))
     chosen = calibration_sequences(documents, tokenizer, text, options)
