@@ -73,7 +73,7 @@ def measured(model: Any, pattern: str, calibration: Tensor, blocks: int, options
     """Prune the first blocks of `model`. Return the seconds of the processor and the mean error of the weights."""
     targets = rf".*layers\.({'|'.join(map(str, range(blocks)))})\..*"
     started = time.process_time()
-    call = {"calibration": calibration, "batch_size": 8, "target_modules": targets} | options
+    call: dict[str, Any] = {"calibration": calibration, "batch_size": 8, "target_modules": targets} | options
     report = prune(model, pattern, **call)
     return {"seconds": time.process_time() - started, "error": report.error, "threads": torch.get_num_threads()}
 
