@@ -3,243 +3,244 @@ r"""Accuracy of a pruned ResNet, and what recovers it.
     python benchmarks/vision.py --weights resnet20-12fca82f.th --images cifar10_lossless_part.npz \
         --output benchmarks/results/vision-resnet20-cpu.json
     python benchmarks/vision.py --table --output (that file)
+    python benchmarks/vision.py --plot docs/numbers/vision.png --output (that file)
 
-The model is the CIFAR-10 ResNet-20 with BatchNorm of github.com/akamaster/pytorch_resnet_cifar10 (He et al. 2015,
-arXiv:1512.03385, section 4.2, shortcuts of type A). Accuracy is measured on 1,000 test images. Each criterion prunes
-the model to 70 and 90 %, with statistics of 256 training images. Each model is evaluated as it is, and again after
-`torch.optim.swa_utils.update_bn` has measured the statistics of its BatchNorms on the training images. One model is
-pruned by magnitude across all weights, as in PERP (Zimmer et al. 2023, arXiv:2312.15230, section 3.1). It is also
-retrained: norms and biases alone, norms and biases with MaskLoRA or ScaledLoRA, and all weights. All of these take the
-same number of epochs, with random flips and shifts.
+The model is a CIFAR-10 ResNet-20, see benchmarks/vision_model.py. Accuracy is measured on 1,000 test images. All but
+the last part prune by magnitude every convolution and the head, with one threshold for all of them, as PERP does
+(Zimmer et al. 2023, arXiv:2312.15230, section 3.1). New statistics of the BatchNorms are then measured on the training
+images, and retraining begins there. It trains in bfloat16 on the 4,000 training images with random flips and shifts.
 
-`--images` names an .npz of x_train, y_train, x_test, y_test, with images as uint8 (n, 32, 32, 3).
+The parts of the measurement:
+
+- rates: the learning rate of each way of retraining, at 90 %, with the first seed. The other parts use the best.
+- ways: each way of retraining, for all sparsities.
+- allocations: what divides 90 % among the layers.
+- cycles: pruning once and in cycles, with the same number of epochs. SGD and the learning rates of "allr".
+- freezing: two cycles in which blocks are frozen or unfrozen one after another, as in PERP's table 12.
+- criteria: the convolutions of the blocks, pruned by each criterion with statistics of 256 training images.
+
+Each row is written when it is measured, and a second run continues. `--images` names an .npz of x_train, y_train,
+x_test, y_test, with images as uint8 (n, 32, 32, 3).
 """
 
 import argparse
 import copy
-import json
-import tempfile
+import math
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from peft import get_peft_model
-from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
-from torch.utils.data import Dataset
+from torch import nn
 
-from peft_sparse import (
-    MaskLoRAConfig,
-    ScaledLoRAConfig,
-    SparseTrainer,
-    SparseTrainingArguments,
-    environment,
-    prune,
-    reconstruct,
-    sparsity,
-)
+from peft_sparse import FreezingCallback, prune, reconstruct, sparsity
 from peft_sparse.reconstruction import Fit
+from vision_model import (
+    BATCH,
+    PRUNED,
+    TRAINED,
+    Augmented,
+    accuracy,
+    load,
+    normalised,
+    retrained,
+    with_new_statistics,
+)
+from vision_table import plot, tables
 
-from common import parser, write_json
-
-
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BATCH = 128
-# The best of three or four rates, a factor of three apart, for each way at 90 % after one epoch.
-RATES = {"norms and biases": 3e-2, "MaskLoRA": 1e-2, "ScaledLoRA": 3e-2, "all weights": 1e-2}
-
-
-class BasicBlock(nn.Module):
-    def __init__(self, width_in: int, width: int) -> None:
-        super().__init__()
-        self.stride = width // width_in
-        self.conv1 = nn.Conv2d(width_in, width, 3, self.stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride > 1:
-            added = y.shape[1] - x.shape[1]
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, added // 2, added // 2))
-        return F.relu(y + x)
+from common import Rows, parser
 
 
-class ResNet20(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        widths = [16] * 4 + [32] * 3 + [64] * 3
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.blocks = nn.ModuleList(BasicBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        x = F.relu(self.bn1(self.conv1(pixel_values)))
-        for block in self.blocks:
-            x = block(x)
-        logits = self.linear(x.mean((2, 3)))
-        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
-
-def load(path: Path) -> ResNet20:
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    model = ResNet20()
-    # The file has three stages of three blocks each. This class has one list of nine blocks.
-    named = {}
-    for name, value in state.items():
-        parts = name.removeprefix("module.").split(".")
-        if parts[0].startswith("layer"):
-            parts = ["blocks", str(3 * (int(parts[0][5:]) - 1) + int(parts[1])), *parts[2:]]
-        named[".".join(parts)] = value
-    model.load_state_dict(named)
-    return model.eval()
-
-
-def normalised(images: np.ndarray) -> Tensor:
-    values = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return (values - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(DEVIATION).view(3, 1, 1)
+# The learning rates that are tried for each way.
+GRIDS = {
+    "biases": (3e-2, 1e-1, 3e-1),
+    "BN parameters": (1e-2, 3e-2, 1e-1),
+    "head": (1e-2, 3e-2, 1e-1),
+    "BN parameters and head": (1e-2, 3e-2, 1e-1),
+    "MaskLoRA": (3e-3, 1e-2, 3e-2),
+    "ScaledLoRA": (1e-2, 3e-2, 1e-1),
+    "LoRA, not merged": (3e-3, 1e-2, 3e-2),
+    "all weights": (3e-3, 1e-2, 3e-2),
+}
+RATES_AT = 0.9
+# The original training of the model: 200 epochs of 391 steps, with SGD from 0.1. PERP retrains with SGD too.
+ORIGINAL = {
+    "learning_rate": 0.1, "optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 1e-4, "max_grad_norm": 0.0,
+    "lr_scheduler_type": "constant", "warmup_steps": 0, "original_steps": 200 * 391,
+}  # fmt: skip
+CALIBRATION = 256
+PRUNED_NAMES = ["conv1", "conv2", "linear"]
+# What prunes the convolutions of the blocks in the part "criteria", and its arguments.
+CRITERIA: dict[str, dict[str, Any]] = {
+    "magnitude, of each matrix": {},
+    "magnitude, of the model": {"group": "model"},
+    **{name: {"criterion": name} for name in ("wanda", "ria", "gblm", "sparsegpt")},
+    "wanda, reconstructed": {"criterion": "wanda", "region": "block", "fit": Fit(learning_rate=1e-3, epochs=20)},
+}
+SETTINGS = {
+    "model": "CIFAR-10 ResNet-20 of github.com/akamaster/pytorch_resnet_cifar10",
+    "training": "AdamW, batches of 128, bfloat16, warm-up of 10 %, then linear decay",
+}
 
 
-class Augmented(Dataset[dict[str, Tensor]]):
-    """Training images with random flips and random shifts of up to four pixels."""
+class Laboratory:
+    """The images, the dense model and the rows. Each of the methods named in `PARTS` measures one part with one seed.
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = F.pad(images, (4, 4, 4, 4)), labels
+    Args:
+        args: the arguments of the command.
+    """
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        with np.load(args.images) as file:
+            self.images, self.test = normalised(file["x_train"]), normalised(file["x_test"])
+            self.labels, self.test_labels = (torch.from_numpy(file[key]).long() for key in ("y_train", "y_test"))
+        self.data = Augmented(self.images, self.labels)
+        self.dense = load(args.weights)
+        counts = {"train": len(self.images), "test": len(self.test), "calibration": CALIBRATION}
+        self.rows = Rows(args.output, {**SETTINGS, "images": counts, "epochs": args.epochs})
+        # Several rows begin at the same model.
+        self.pruned, self.renewed, self.by = cache(self._pruned), cache(self._renewed), cache(self._by)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        top, left, flip = torch.randint(0, 9, (3,)).tolist()
-        image = self.images[index, :, top : top + 32, left : left + 32]
-        return {"pixel_values": image.flip(-1) if flip % 2 else image, "labels": self.labels[index]}
+    def add(self, case: dict[str, Any], work: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        """Measure the model that `work` returns, unless there is a row of this case. It may return facts beside it."""
+        if self.rows.find(**case):
+            return
+        started = time.process_time()
+        result = work(*arguments, **options)
+        seconds = time.process_time() - started
+        model, facts = result if isinstance(result, tuple) else (result, {})
+        found = {"accuracy": accuracy(model, self.test, self.test_labels), **facts, "cpu_seconds": seconds}
+        self.rows.add({**case, **found, "reached": sparsity(model, PRUNED)})
 
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the fraction of `images` that the model classifies correctly, in evaluation mode."""
-    model.eval()
-    guesses = torch.cat([model(pixel_values=batch)["logits"].argmax(-1) for batch in images.split(BATCH)])
-    return float((guesses == labels).float().mean())
-
-
-def with_new_statistics(model: nn.Module, images: Tensor) -> nn.Module:
-    """Return a copy of `model` whose BatchNorm statistics are measured anew on `images`."""
-    model = copy.deepcopy(model)
-    update_bn(images.split(BATCH), model)
-    return model
-
-
-def retrained(model: nn.Module, way: str, data: Augmented, epochs: float, seed: int) -> nn.Module:
-    """Retrain the pruned model in one of PERP's ways. Return the model, with adapters merged."""
-    tuned: Any = model
-    if way in ("MaskLoRA", "ScaledLoRA"):
-        config: Any = MaskLoRAConfig if way == "MaskLoRA" else ScaledLoRAConfig
-        tuned = get_peft_model(
-            model, config(r=4, target_modules=r"blocks\..*conv\d|linear", train_norms=True, bias="all")
-        )  # fmt: skip
-    if way == "norms and biases":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("bn" in name or name.endswith("bias"))
-    with tempfile.TemporaryDirectory() as folder:
-        args = SparseTrainingArguments(
-            folder, num_train_epochs=epochs, per_device_train_batch_size=BATCH, learning_rate=RATES[way],
-            warmup_steps=0.1, report_to="none", save_strategy="no", seed=seed, logging_steps=1000,
-            use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, label_names=["labels"],
-        )  # fmt: skip
-        SparseTrainer(tuned, args, train_dataset=data).train()
-    return tuned.merge_and_unload() if tuned is not model else model
-
-
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    with np.load(args.images) as file:
-        train, test = normalised(file["x_train"]), normalised(file["x_test"])
-        train_labels, test_labels = (torch.from_numpy(file[key]).long() for key in ("y_train", "y_test"))
-    dense = load(args.weights)
-    data = Augmented(train, train_labels)
-    calibration = [
-        {"pixel_values": images, "labels": labels}
-        for images, labels in zip(train[:256].split(64), train_labels[:256].split(64), strict=True)
-    ]
-    rows: list[dict[str, Any]] = [{"pruned by": "", "accuracy": accuracy(dense, test, test_labels)}]
-
-    def add(
-        share: float, by: str, recovery: str, start: nn.Module, work: Callable[..., Any], **options: Any
-    ) -> nn.Module:
-        """Apply `work` to a copy of `start`, add a row for the model that results, and return that model."""
-        torch.manual_seed(args.seed)
-        model = copy.deepcopy(start)
-        started = time.perf_counter()
-        returned = work(model, **options)
-        model = returned if isinstance(returned, nn.Module) else model
-        row = {"pruned by": by, "sparsity": sparsity(model), "recovery": recovery, "wanted": share}
-        row["seconds"] = time.perf_counter() - started
-        row["accuracy"] = accuracy(model, test, test_labels)
-        row["new statistics"] = accuracy(with_new_statistics(model, train), test, test_labels)
-        rows.append(row)
-        print(row, flush=True)
+    def _pruned(self, share: float, **options: Any) -> nn.Module:
+        """Return the model, pruned by magnitude, with the statistics of the dense model."""
+        model = copy.deepcopy(self.dense)
+        prune(model, share, target_modules=PRUNED, **(options or {"group": "model"}))
         return model
 
-    for share in args.sparsities:
-        add(share, "magnitude, of each matrix", "", dense, prune, pattern=share)
-        for criterion in ("wanda", "ria", "gblm", "sparsegpt"):
-            add(share, criterion, "", dense, prune, pattern=share, criterion=criterion, calibration=calibration)
-        add(
-            share, "wanda", "reconstructed", dense, reconstruct, pattern=share, criterion="wanda",
-            calibration=calibration, region="block", fit=Fit(learning_rate=1e-3, epochs=20),
+    def _renewed(self, share: float, **options: Any) -> nn.Module:
+        """Return the model, pruned by magnitude, with new statistics."""
+        return with_new_statistics(self.pruned(share, **options), self.images)
+
+    def _by(self, criterion: str, share: float, seed: int) -> nn.Module:
+        """Return the model whose blocks are pruned as a name of `CRITERIA` says, with the statistics of the dense."""
+        model = copy.deepcopy(self.dense)
+        torch.manual_seed(seed)
+        options = dict(CRITERIA[criterion])
+        if "criterion" in options:
+            batches = zip(self.images[:CALIBRATION].split(64), self.labels[:CALIBRATION].split(64), strict=True)
+            options["calibration"] = [{"pixel_values": images, "labels": labels} for images, labels in batches]
+        (reconstruct if "fit" in options else prune)(model, pattern=share, **options)
+        return model
+
+    def retrained(self, start: nn.Module, way: str, seed: int, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+        options = {"num_train_epochs": self.args.epochs, **options}
+        if "learning_rate" not in options:
+            options["learning_rate"] = self.rate(way)
+        result = retrained(start, way, self.data, seed=seed, **options)
+        return result.model, {"trained_share": result.trained_share, "learning_rate": options["learning_rate"]}
+
+    def rate(self, way: str) -> float:
+        """Return the best learning rate of a way."""
+        tried = [row for row in self.rows if row["part"] == "rates" and row["way"] == way]
+        return float(max(tried, key=lambda row: row["accuracy"])["rate"])
+
+    def rates(self, seed: int) -> None:
+        for way, grid in GRIDS.items() if seed == self.args.seeds[0] else ():
+            for rate in grid:
+                case = {"part": "rates", "sparsity": RATES_AT, "way": way, "rate": rate}
+                options = {"learning_rate": rate, "num_train_epochs": 1}
+                self.add(case, self.retrained, self.renewed(RATES_AT), way, seed, **options)
+
+    def ways(self, seed: int) -> None:
+        self.add({"part": "ways", "sparsity": 0.0, "way": "dense"}, lambda: self.dense)
+        for share in self.args.sparsities:
+            case = {"part": "ways", "sparsity": share}
+            self.add({**case, "way": "pruned"}, self.pruned, share)
+            self.add({**case, "way": "new statistics"}, self.renewed, share)
+            for way in TRAINED:
+                # This one gives no sparse model, and shows what the mask of the update costs.
+                if way != "LoRA, not merged" or seed == 0:
+                    self.add({**case, "way": way, "seed": seed}, self.retrained, self.renewed(share), way, seed)
+
+    def allocations(self, seed: int) -> None:
+        for name in ("uniform", "uniform+", "erk", "lamp", "global"):
+            case = {"part": "allocations", "sparsity": 0.9, "allocation": name}
+            self.add({**case, "way": "pruned"}, self.pruned, 0.9, allocation=name)
+            self.add({**case, "way": "new statistics"}, self.renewed, 0.9, allocation=name)
+            start = self.renewed(0.9, allocation=name)
+            self.add({**case, "way": "MaskLoRA", "seed": seed}, self.retrained, start, "MaskLoRA", seed)
+
+    def in_cycles(
+        self, cycles: int, schedule: str, seed: int, freezing: FreezingCallback | None = None
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """Prune and retrain all weights in cycles, with twice the epochs of the other parts together."""
+        model, facts = self.retrained(
+            self.dense, "all weights", seed, num_train_epochs=2 * self.args.epochs, sparsity=0.9, group="model",
+            target_modules=PRUNED_NAMES, pruning_schedule="cycles", pruning_rounds=cycles,
+            retraining_schedule=schedule, callbacks=[freezing] if freezing else None, **ORIGINAL,
         )  # fmt: skip
-        base = add(share, "magnitude, of the model", "", dense, prune, pattern=share, group="model")
-        for way in RATES:
-            options = {"way": way, "data": data, "epochs": args.epochs, "seed": args.seed}
-            add(share, "magnitude, of the model", way, base, retrained, **options)
-    return {
-        "rows": rows,
-        "model": "CIFAR-10 ResNet-20 of github.com/akamaster/pytorch_resnet_cifar10",
-        "images": {"train": len(train), "test": len(test), "calibration": 256},
-        "epochs": args.epochs,
-        "learning_rates": RATES,
-        "seed": args.seed,
-        "environment": environment(),
-    }
+        if freezing:
+            steps = int(2 * self.args.epochs * math.ceil(len(self.data) / BATCH))
+            facts["aggregated_share"] = trained_on_average(self.dense, freezing, steps)
+        return model, facts
+
+    def cycles(self, seed: int) -> None:
+        for cycles, schedule in ((1, "llr"), (1, "allr"), (2, "allr"), (4, "allr")):
+            case = {"part": "cycles", "sparsity": 0.9, "cycles": cycles, "schedule": schedule, "seed": seed}
+            self.add(case, self.in_cycles, cycles, schedule, seed)
+
+    def freezing(self, seed: int) -> None:
+        for mode, reverse in (("unfreeze", True), ("freeze", False), ("unfreeze", False), ("freeze", True)):
+            case = {"part": "freezing", "sparsity": 0.9, "mode": mode, "reverse": reverse, "seed": seed}
+            callback = FreezingCallback(mode, reverse=reverse, rounds=2)  # type: ignore[arg-type]
+            self.add(case, self.in_cycles, 2, "allr", seed, callback)
+
+    def criteria(self, seed: int) -> None:
+        for share in (0.7, 0.9) if seed == self.args.seeds[0] else ():
+            for name in CRITERIA:
+                case = {"part": "criteria", "sparsity": share, "pruned_by": name}
+                self.add({**case, "way": "pruned"}, self.by, name, share, seed)
+                start = self.by(name, share, seed)
+                self.add({**case, "way": "new statistics"}, with_new_statistics, start, self.images)
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the rows of `measure` as the table of docs/vision.md."""
-    rows = result["rows"]
-    shares = sorted({row["wanted"] for row in rows if "wanted" in row})
-    head = [f"{share:.0%} | new statistics" for share in shares]
-    lines = ["| pruned by | recovered by | " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * 2 * len(shares)]
-    kinds = dict.fromkeys((row["pruned by"], row["recovery"]) for row in rows if "wanted" in row)
-    for kind in kinds:
-        cells = []
-        for share in shares:
-            row = next(
-                r for r in rows if "wanted" in r and (r["pruned by"], r["recovery"], r["wanted"]) == (*kind, share)
-            )
-            cells += [f"{row['accuracy']:.1%}", f"{row['new statistics']:.1%}"]
-        lines.append("| " + " | ".join([*kind, *cells]).replace("%", " %") + " |")
-    return "\n".join(lines)
+def trained_on_average(model: Any, callback: FreezingCallback, steps: int) -> float:
+    """Return the trained share of the parameters, as a mean over the steps of a run."""
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
+    entries = sum(parameter.numel() for parameter in model.parameters())
+    frozen = [sum(sizes[i] for i in callback.frozen(step, steps, len(sizes))) for step in range(steps)]
+    return 1 - sum(frozen) / steps / entries
+
+
+PARTS = ("rates", "ways", "allocations", "cycles", "freezing", "criteria")
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--weights", type=Path)
     options.add_argument("--images", type=Path)
-    options.add_argument("--sparsities", type=float, nargs="+", default=[0.7, 0.9])
-    options.add_argument("--epochs", type=float, default=3)
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    options.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9, 0.95])
+    options.add_argument("--epochs", type=float, default=2)
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--output", type=Path, required=True)
-    options.add_argument("--table", action="store_true", help="print the table of an earlier run")
+    options.add_argument("--table", action="store_true", help="print the tables of an earlier run")
+    options.add_argument("--plot", type=Path, help="draw the ways of an earlier run into this PNG")
     args = options.parse_args()
-    if not args.table:
-        write_json(args.output, measure(args))
-    print(table(json.loads(args.output.read_text())))
+    if args.plot:
+        plot(args.output, args.plot)
+    elif args.table:
+        print(tables(args.output))
+    else:
+        laboratory = Laboratory(args)
+        for seed in args.seeds:
+            for part in args.parts:
+                getattr(laboratory, part)(seed)
 
 
 if __name__ == "__main__":
