@@ -12,7 +12,7 @@ images, and retraining begins there. It trains in bfloat16 on the 4,000 training
 
 The parts of the measurement:
 
-- rates: the learning rate of each way of retraining, at 90 %, with the first seed. The other parts use the best.
+- rates: the learning rate that `find_learning_rate` finds for each way of retraining, at 90 %, with seed 0.
 - ways: each way of retraining, for all sparsities.
 - allocations: what divides 90 % among the layers.
 - cycles: pruning once and in cycles, with the same number of epochs. SGD and the learning rates of "allr".
@@ -54,21 +54,11 @@ from vision_table import plot, tables
 from common import Rows, parser
 
 
-# The learning rates that are tried for each way.
-GRIDS = {
-    "biases": (3e-2, 1e-1, 3e-1),
-    "BN parameters": (1e-2, 3e-2, 1e-1),
-    "head": (1e-2, 3e-2, 1e-1),
-    "MaskLoRA": (3e-3, 1e-2, 3e-2),
-    "ScaledLoRA": (1e-2, 3e-2, 1e-1),
-    "all weights": (3e-3, 1e-2, 3e-2),
-}
 RATES_AT = 0.9
-# These ways train at the rate of another one.
-RATE_OF = {"BN parameters and head": "BN parameters", "LoRA, not merged": "MaskLoRA"}
-# The original training of the model: 200 epochs of 391 steps, with SGD from 0.1. PERP retrains with SGD too.
+# The original training of the model: 200 epochs of 391 steps of 128 images, with SGD from 0.1. PERP retrains with SGD
+# too. The rate is divided by 4, because the batches are.
 ORIGINAL = {
-    "learning_rate": 0.1, "optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 1e-4, "max_grad_norm": 0.0,
+    "learning_rate": 0.025, "optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 1e-4, "max_grad_norm": 0.0,
     "lr_scheduler_type": "constant", "warmup_steps": 0, "original_steps": 200 * 391,
 }  # fmt: skip
 CALIBRATION = 256
@@ -82,7 +72,7 @@ CRITERIA: dict[str, dict[str, Any]] = {
 }
 SETTINGS = {
     "model": "CIFAR-10 ResNet-20 of github.com/akamaster/pytorch_resnet_cifar10",
-    "training": "AdamW, batches of 128, bfloat16, warm-up of 10 %, then linear decay",
+    "training": "AdamW, batches of 32, bfloat16, warm-up of 10 %, then linear decay",
 }
 
 
@@ -145,17 +135,22 @@ class Laboratory:
         return result.model, {"trained_share": result.trained_share, "learning_rate": options["learning_rate"]}
 
     def rate(self, way: str) -> float:
-        """Return the learning rate of a way: the best that was tried."""
-        of = RATE_OF.get(way, way)
-        tried = [row for row in self.rows if row["part"] == "rates" and row["way"] == of]
-        return float(max(tried, key=lambda row: row["accuracy"])["rate"])
+        """Return the learning rate that was found for a way."""
+        row = self.rows.find(part="rates", way=way)
+        if row is None:
+            raise SystemExit(f"No learning rate for {way!r} in {self.args.output}. Measure the part rates first.")
+        return float(row["learning_rate"])
 
     def rates(self, seed: int) -> None:
-        for way, grid in GRIDS.items() if seed == self.args.seeds[0] else ():
-            for rate in grid:
-                case = {"part": "rates", "sparsity": RATES_AT, "way": way, "rate": rate}
-                options = {"learning_rate": rate, "num_train_epochs": 1}
-                self.add(case, self.retrained, self.renewed(RATES_AT), way, seed, **options)
+        for way in TRAINED if seed == 0 else ():
+            if not self.rows.find(part="rates", way=way):
+                options = {"max_steps": 1, "learning_rate": 1e-2, "find_learning_rate": True}
+                history = retrained(
+                    self.renewed(RATES_AT), way, self.data, seed=seed, **options
+                ).trainer.state.log_history
+                found = next(entry for entry in history if "found_learning_rate" in entry)
+                facts = {"learning_rate": found["found_learning_rate"], "search_steps": found["search_steps"]}
+                self.rows.add({"part": "rates", "sparsity": RATES_AT, "way": way, **facts})
 
     def ways(self, seed: int) -> None:
         self.add({"part": "ways", "sparsity": 0.0, "way": "dense"}, lambda: self.dense)
@@ -227,7 +222,7 @@ def main() -> None:
     options.add_argument("--images", type=Path)
     options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9, 0.95])
-    options.add_argument("--epochs", type=float, default=2)
+    options.add_argument("--epochs", type=float, default=1)
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--output", type=Path, required=True)
     options.add_argument("--table", action="store_true", help="print the tables of an earlier run")

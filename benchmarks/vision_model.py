@@ -23,7 +23,7 @@ from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, SparseTrainer, SparseT
 
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BATCH = 128
+BATCH = 32
 CONVOLUTIONS = r"(blocks\.\d+\.)?conv\d"
 # PERP prunes every convolution and the head.
 PRUNED = rf"{CONVOLUTIONS}|linear"
@@ -115,14 +115,14 @@ class Augmented(Dataset[dict[str, Tensor]]):
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the fraction of `images` that the model classifies correctly, in evaluation mode."""
     model.eval()
-    guesses = torch.cat([model(pixel_values=batch)["logits"].argmax(-1) for batch in images.split(BATCH)])
+    guesses = torch.cat([model(pixel_values=batch)["logits"].argmax(-1) for batch in images.split(128)])
     return int((guesses == labels).sum()) / len(labels)
 
 
 def with_new_statistics(model: nn.Module, images: Tensor) -> nn.Module:
     """Return a copy of `model` whose BatchNorm statistics are measured anew on `images`."""
     model = copy.deepcopy(model)
-    update_bn(images.split(BATCH), model)
+    update_bn(images.split(128), model)
     return model.eval()
 
 

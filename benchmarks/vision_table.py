@@ -83,13 +83,8 @@ def criteria(rows: list[Row]) -> str:
 
 
 def rates(rows: list[Row]) -> str:
-    lines = []
-    for way in dict.fromkeys(row["way"] for row in rows):
-        own = of(rows, way=way)
-        best = max(own, key=lambda row: row["accuracy"])
-        tried = ", ".join(f"{row['rate']:g}: {100 * row['accuracy']:.1f}" for row in own)
-        lines.append([way, f"{best['rate']:g}", tried])
-    return markdown(["way", "best", "accuracy at each"], lines)
+    lines = [[row["way"], f"{row['learning_rate']:.1e}", str(row["search_steps"])] for row in rows]
+    return markdown(["way", "learning rate", "steps of the search"], lines)
 
 
 def plot(result: Path, output: Path) -> None:
