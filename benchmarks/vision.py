@@ -144,11 +144,9 @@ class Laboratory:
     def rates(self, seed: int) -> None:
         for way in TRAINED if seed == 0 else ():
             if not self.rows.find(part="rates", way=way):
-                options = {"max_steps": 1, "learning_rate": 1e-2, "find_learning_rate": True}
-                history = retrained(
-                    self.renewed(RATES_AT), way, self.data, seed=seed, **options
-                ).trainer.state.log_history
-                found = next(entry for entry in history if "found_learning_rate" in entry)
+                options: dict[str, Any] = {"max_steps": 1, "learning_rate": 1e-2, "find_learning_rate": True}
+                trainer = retrained(self.renewed(RATES_AT), way, self.data, seed=seed, **options).trainer
+                found = next(entry for entry in trainer.state.log_history if "found_learning_rate" in entry)
                 facts = {"learning_rate": found["found_learning_rate"], "search_steps": found["search_steps"]}
                 self.rows.add({"part": "rates", "sparsity": RATES_AT, "way": way, **facts})
 
