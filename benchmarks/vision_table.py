@@ -83,8 +83,13 @@ def criteria(rows: list[Row]) -> str:
 
 
 def rates(rows: list[Row]) -> str:
-    lines = [[row["way"], f"{row['learning_rate']:.1e}", str(row["search_steps"])] for row in rows]
-    return markdown(["way", "learning rate", "steps of the search"], lines)
+    lines = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        own = sorted(of(rows, way=way), key=lambda row: row["factor"])
+        best = max(own, key=lambda row: row["accuracy"])
+        tried = [f"{100 * row['accuracy']:.1f}" for row in own]
+        lines.append([way, f"{own[1]['learning_rate']:.1e}", *tried, f"{best['learning_rate']:.1e}"])
+    return markdown(["way", "found", "at a third", "at the rate found", "at three times", "used"], lines)
 
 
 def plot(result: Path, output: Path) -> None:
