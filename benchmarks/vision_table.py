@@ -3,8 +3,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
+
+from vision_model import TRAINED
 
 
 Row = dict[str, Any]
@@ -29,7 +31,7 @@ def cell(rows: list[Row], of: Callable[[Row], float] = lambda row: row["accuracy
     text = f"{mean(values):.1f}"
     if len(values) > 1:
         text += f" ± {stdev(values):.1f}"
-    return text if len(values) == 3 or not any("seed" in row for row in rows) else f"{text} ({len(values)})"
+    return text if len(values) >= 3 or not any("seed" in row for row in rows) else f"{text} ({len(values)})"
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -44,11 +46,12 @@ def of(rows: list[Row], **wanted: Any) -> list[Row]:
 def ways(rows: list[Row]) -> str:
     shares = sorted({row["sparsity"] for row in rows} - {0.0})
     lines = []
-    for way in dict.fromkeys(row["way"] for row in rows if row["sparsity"]):
-        trained = next((row["trained_share"] for row in of(rows, way=way) if "trained_share" in row), 0.0)
-        lines.append([way, f"{trained:.3%}".replace("%", " %")])
+    for way in ("pruned", "new statistics", *TRAINED):
+        own = [row for row in of(rows, way=way) if "trained_share" in row]
+        trained = f"{own[0]['trained_share']:.3%}".replace("%", " %") if own else ""
+        lines.append([way, trained, f"{median(row['cpu_seconds'] for row in own):.1f} s" if own else ""])
         lines[-1] += [cell(of(rows, way=way, sparsity=share)) for share in shares]
-    return markdown(["way", "trained", *(f"{share:.0%}".replace("%", " %") for share in shares)], lines)
+    return markdown(["way", "trained", "time", *(f"{share:.0%}".replace("%", " %") for share in shares)], lines)
 
 
 def allocations(rows: list[Row]) -> str:
@@ -102,7 +105,7 @@ def plot(result: Path, output: Path) -> None:
     dense = 100 * of(rows, way="dense")[0]["accuracy"]
     axes.axhline(dense, color="grey", linestyle=":", label="dense")
     shares = sorted({row["sparsity"] for row in rows} - {0.0})
-    for way in dict.fromkeys(row["way"] for row in rows if row["sparsity"]):
+    for way in ("pruned", "new statistics", *TRAINED):
         values = [[100 * row["accuracy"] for row in of(rows, way=way, sparsity=share)] for share in shares]
         there = [(share, own) for share, own in zip(shares, values, strict=True) if own]
         axes.errorbar(
