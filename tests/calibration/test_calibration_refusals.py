@@ -8,6 +8,7 @@ from transformers import AutoModel, DynamicCache
 
 from peft_sparse import pack_sequences, perplexity, prune, sample_sequences
 from peft_sparse.calibration.label_positions import label_offset
+from peft_sparse.calibration.norms import recalibrate_norms
 from peft_sparse.calibration.own_text import generate_sequences
 from peft_sparse.training.distillation import ADVICE
 
@@ -192,7 +193,43 @@ def pooled_padding():
     prune(Pools().eval(), 0.5, [{"input_ids": ids, "attention_mask": mask}], criterion="wanda")
 
 
+class Normed(nn.Module):
+    """A model with two norms, of which some batches reach one."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        x = self.one(x)
+        return x if len(x) < 3 else self.two(x)
+
+
+def sharded_norms():
+    model = Normed()
+    model.two.weight.ds_tensor = model.two.weight.detach()
+    return model
+
+
 REFUSALS = [
+    (lambda: recalibrate_norms(llama(), TOKENS), ValueError, "such as BatchNorm, and Llama.* has none. Other norms"),
+    (lambda: recalibrate_norms(Normed(), []), ValueError, "`batches` holds no batch. Give at least one sequence"),
+    (
+        lambda: recalibrate_norms(Normed(), torch.ones(2, 4)),
+        ValueError,
+        "No batch reaches 1 of the 2 layers with running statistics, such as 'two'. Give batches",
+    ),
+    (
+        lambda: recalibrate_norms(Normed(), torch.ones(3, 4) * torch.nan),
+        ValueError,
+        "statistics of 'one' are not finite. Expected inputs that are finite, and at least two values",
+    ),
+    (lambda: recalibrate_norms(sharded_norms(), torch.ones(3, 4)), ValueError, "its weights are sharded. Call"),
+    (
+        lambda: recalibrate_norms(Normed().to("meta"), torch.ones(3, 4)),
+        ValueError,
+        "statistics of 'one' are on the meta device, where nothing can be written. Load the model",
+    ),
     (
         labels_without_effect,
         ValueError,
