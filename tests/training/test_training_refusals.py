@@ -43,6 +43,7 @@ from peft_sparse.training.learning_rates import norm_drop, retraining_schedule
 from peft_sparse.training.midway_evaluation import MidwayEvaluation
 from peft_sparse.training.protected import check_fingerprints
 from peft_sparse.training.rate_search import RateSearch, best_rate
+from peft_sparse.training.recalibration import Recalibration
 from peft_sparse.training.saving import save_plain_model
 from peft_sparse.training.zero_guard import ZeroGuardCallback
 
@@ -457,6 +458,11 @@ REFUSALS = [
         "`optim='adalomo'` updates the weights during backward, .* Choose another optimiser",
     ),
     (with_schedule, ValueError, "`optimizers` gives one. Pass `optimizers=\\(optimizer, None\\)`"),
+    (
+        lambda: Recalibration(SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)),
+        ValueError,
+        "`recalibrate_norms` runs the whole model in each process, .* Train in one process or with DDP, or set",
+    ),
     (
         lambda: RateSearch(SimpleNamespace(lr_scheduler=None, is_fsdp_enabled=False, is_deepspeed_enabled=True)),
         ValueError,

@@ -74,6 +74,9 @@ class SparseTrainingArguments(TrainingArguments):
         exclude_modules: names or name endings of layers not to prune and not to guard. Default None.
         calibration_samples: how many samples of the training set, from the first on, calibration uses. It is needed by
             criteria, allocations, refinements and updates that measure the model, and by reconstruction. Default 128.
+        recalibrate_norms: measure the running statistics of BatchNorms anew by the function `recalibrate_norms`: after
+            each pruning, after reconstruction, and after retraining, with the adapters merged. The data are
+            `calibration_samples` samples, evenly spaced over the calibration set or training set. Default False.
 
         > When to prune
 
@@ -178,6 +181,10 @@ class SparseTrainingArguments(TrainingArguments):
     )
     calibration_samples: int = field(
         default=128, metadata={"help": "How many samples of the training set, from the first on, calibration uses."}
+    )
+    recalibrate_norms: bool = field(
+        default=False,
+        metadata={"help": "Measure the statistics of BatchNorms anew, after pruning and after the recovery."},
     )
 
     pruning_schedule: str | None = field(

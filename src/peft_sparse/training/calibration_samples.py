@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -12,12 +12,14 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from ..calibration.collation import TOKEN_MASKS
 
 
-def first_samples(trainer: Trainer, batch_size: int) -> "FirstSamples":
+def first_samples(trainer: Trainer, batch_size: int, spread: bool = False) -> "Samples":
     """Return the first `calibration_samples` samples of the calibration set, else of the training set.
 
     Args:
         trainer: the trainer, with its data collator.
         batch_size: samples in a batch.
+        spread: return as many samples that are evenly spaced over the data set, instead of the first ones. Where a
+            data set is sorted by class, the first ones are of one class. A set that is a stream gives its first ones.
 
     Raises:
         ValueError: there is no data set, or it has fewer samples.
@@ -39,7 +41,8 @@ def first_samples(trainer: Trainer, batch_size: int) -> "FirstSamples":
             f"`calibration_samples={count}` needs as many {what} samples, and `{name}` has only {len(dataset)}. Lower "
             "`calibration_samples`, or pass a larger data set."
         )
-    return FirstSamples(dataset, _collator(own, dataset[0]), count, batch_size)
+    indices = [i * len(dataset) // count for i in range(count)] if spread else range(count)
+    return Samples(dataset, _collator(own, dataset[0]), indices, batch_size)
 
 
 def _collator(trainer: Any, sample: Any) -> Any:
@@ -55,19 +58,19 @@ def _collator(trainer: Any, sample: Any) -> Any:
     return collator
 
 
-class FirstSamples:
-    """The first samples of a data set, collated in batches, in the same order in every process.
+class Samples:
+    """Samples of a data set, collated in batches, in the same order in every process.
 
     Args:
         dataset: the samples, by index.
         collator: makes a batch of a list of samples.
-        count: how many samples.
+        indices: which samples.
         batch_size: samples in a batch.
     """
 
-    def __init__(self, dataset: Any, collator: Any, count: int, batch_size: int) -> None:
-        self.dataset, self.collator, self.count, self.batch_size = dataset, collator, count, batch_size
+    def __init__(self, dataset: Any, collator: Any, indices: Sequence[int], batch_size: int) -> None:
+        self.dataset, self.collator, self.indices, self.batch_size = dataset, collator, indices, batch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for start in range(0, self.count, self.batch_size):
-            yield self.collator([self.dataset[i] for i in range(start, min(start + self.batch_size, self.count))])
+        for start in range(0, len(self.indices), self.batch_size):
+            yield self.collator([self.dataset[i] for i in self.indices[start : start + self.batch_size]])

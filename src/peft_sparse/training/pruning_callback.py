@@ -2,7 +2,7 @@
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,8 @@ class PruningCallback(TrainerCallback):
         self._unlogged = False
         self._drops: dict[int, float] = {}
         self._due: dict[int, float] = {}
+        # Called with the model after each pruning, if the trainer sets it.
+        self.after_pruning: Callable[[nn.Module], None] | None = None
         # The checkpoint that is resumed, if the trainer tells it.
         self.resumed_from: Path | None = None
         self._saved_in: tuple[Path, int] | None = None
@@ -328,6 +330,8 @@ class PruningCallback(TrainerCallback):
         # A weak reference, so that a model of an earlier `model_init` can be freed.
         self._pruned = weakref.ref(base_model(model))
         note_pruning(model)
+        if self.after_pruning is not None:
+            self.after_pruning(model)
 
     def _prune_copies(self, model: nn.Module) -> None:
         """Write the zeros of pruned layers into their copies in `modules_to_save`, also of inactive adapters."""

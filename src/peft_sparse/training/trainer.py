@@ -29,6 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..calibration.inputs import evaluation_mode
 from ..calibration.label_positions import label_offset
+from ..calibration.norms import NormsReport
 from ..model.blocks import base_model
 from ..model.environment import remember
 from ..model.sharding import FSDP1, has_shards
@@ -54,6 +55,7 @@ from .learning_rates import norm_drop, retraining_schedule
 from .pruning_callback import PruningCallback
 from .pruning_log import PruningLog
 from .rate_search import RateSearch, recorded_rate
+from .recalibration import Recalibration
 from .reconstruction_run import ReconstructionRun
 from .run_report import RunReportCallback
 from .saving import save_plain_model, what_was_trained
@@ -105,6 +107,11 @@ class SparseTrainer(Trainer):
     the reconstructed model and retrained, or without `peft_config` all weights. The arguments `reconstruction_...` are
     those of the first half. `train(resume_from_checkpoint=True)` continues where the run was stopped, in either half.
 
+    If the arguments set `recalibrate_norms`, the running statistics of BatchNorms are measured anew after each
+    pruning, after reconstruction, and after retraining with the adapters merged, so that the merged model has them.
+    The attribute `norms_report` tells what was measured last. Checkpoints that are written during training have the
+    statistics of the training.
+
     If the arguments set `distillation`, the training loss is (1 - α) · L_task + α · L_distillation with
     α = `distillation_weight`. Both losses are means over the predictions that have a label. L_distillation is
     T² · KL(p_t ‖ p_s) of the teacher's and the model's probabilities at temperature T = `distillation_temperature`, or
@@ -146,7 +153,8 @@ class SparseTrainer(Trainer):
             reconstruction has no dense model, or one that does not fit; a `teacher` is given, and neither distillation
             nor reconstruction; `optimizers` are given for a reconstruction; distillation runs with several GPUs in one
             process; the training is parallel by FSDP1; `find_learning_rate` is set, and a learning rate schedule is
-            given, or the training is parallel by FSDP or DeepSpeed.
+            given, or the training is parallel by FSDP or DeepSpeed; `recalibrate_norms` is set, and the model has no
+            BatchNorm, or the training is parallel by FSDP or DeepSpeed.
     """
 
     args: SparseTrainingArguments
@@ -222,9 +230,11 @@ class SparseTrainer(Trainer):
             raise ValueError(FSDP1)
         self.reconstruction_report: ReconstructionReport | None = None
         self._asked = args.pruning_options()
+        self._recalibration = Recalibration(self) if args.recalibrate_norms else None
         if args.pruning_pattern() is not None and not args.reconstructs:
             calibration = first_samples(self, 1) if self._measures() else None
             self._pruning = PruningCallback(calibration=calibration, schedule=args.pruning_times(), **self._asked)
+            self._pruning.after_pruning = self._recalibration
             self.add_callback(self._pruning)
         self.add_callback(ZeroGuardCallback(args.target_modules, args.exclude_modules))
         if args.save_on_sigterm:
@@ -266,6 +276,11 @@ class SparseTrainer(Trainer):
         if self.reconstruction_report is not None:
             return self.reconstruction_report.pruning
         return self._pruning.report if self._pruning else None
+
+    @property
+    def norms_report(self) -> NormsReport | None:
+        """What `recalibrate_norms` measured last. None if nothing was measured."""
+        return self._recalibration.report if self._recalibration else None
 
     def train(
         self,
@@ -324,6 +339,7 @@ class SparseTrainer(Trainer):
             if self.args.retrains:
                 resume_regions, checkpoint = where_to_resume(self.args, resume_from_checkpoint)
             output = self._reconstruct(resume_regions, ignore_keys_for_eval)
+            self._recalibrate()
             if not self.args.retrains:
                 return output
             self._go_on_to_retraining(output)
@@ -343,12 +359,17 @@ class SparseTrainer(Trainer):
         makes = trainer.optimizer is None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         try:
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            self._recalibrate()
             remember(self.model, retraining=what_was_trained(self, output))
             return output
         finally:
             self._made = trainer.optimizer if makes else None
             # `Trainer` leaves this after an error.
             self.is_in_train = False
+
+    def _recalibrate(self) -> None:
+        if self._recalibration is not None:
+            self._recalibration(self.model)
 
     def _renew_model(self) -> None:
         """Make a new model by `model_init`, if there is one, as `Trainer.train` does before it trains."""
