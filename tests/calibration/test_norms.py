@@ -131,6 +131,14 @@ def test_a_norm_that_runs_twice_is_measured_in_both_calls(images):
     torch.testing.assert_close(model.bn.running_var, seen.var(1))
 
 
+def test_a_norm_that_only_training_uses_can_keep_its_statistics(net, images):
+    net.auxiliary = nn.BatchNorm2d(3)
+    report = recalibrate_norms(net, images, keep_unreached=True)
+    assert report.norms == tuple(NORMS)
+    assert torch.equal(net.auxiliary.running_mean, torch.zeros(3))
+    assert_exact(net, images)
+
+
 def test_after_an_error_the_statistics_are_as_before(net, images):
     before = {name: b.clone() for name, b in net.named_buffers()}
     net.fc.weight.data[0, 0] = torch.nan

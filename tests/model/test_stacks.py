@@ -215,3 +215,129 @@ def test_stages_are_measured_behind_the_pruned_stages_before_them():
     with model.get_submodule(first).register_forward_pre_hook(lambda layer, args: seen.append(args[0])):
         model(tokens)
     torch.testing.assert_close(found[names.index(first)], seen[0].detach().flatten(0, -2).norm(dim=0))
+
+
+class ConvBlock(nn.Module):
+    """Computes what two convolutions compute, with norms, beside a shortcut."""
+
+    def __init__(self, channels, width, stride=1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.downsample = None
+        if stride > 1 or channels != width:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + (x if self.downsample is None else self.downsample(x))).relu()
+
+
+class TorchResNet(nn.Module):
+    """The layout of torchvision's and timm's ResNets: stages by name, each an `nn.Sequential` of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.maxpool = nn.Conv2d(3, 4, 7, 2, 3), nn.BatchNorm2d(4), nn.MaxPool2d(3, 2, 1)
+        self.layer1 = nn.Sequential(ConvBlock(4, 4), ConvBlock(4, 4))
+        self.layer2 = nn.Sequential(ConvBlock(4, 8, 2), ConvBlock(8, 8))
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.layer2(self.layer1(self.maxpool(self.bn1(self.conv1(x)).relu())))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+class NamedStage(nn.Module):
+    """Has its blocks by name, as the stages of timm's RegNet have."""
+
+    def __init__(self, channels, width, depth):
+        super().__init__()
+        for i in range(depth):
+            self.add_module(f"b{i + 1}", ConvBlock(width if i else channels, width, 1 if i else 2))
+
+    def forward(self, x):
+        for block in self.children():
+            x = block(x)
+        return x
+
+
+class RegNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.s1, self.s2 = NamedStage(4, 4, 1), NamedStage(4, 8, 2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.s2(self.s1(self.stem(x))).mean((2, 3)))
+
+
+class Inception(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch1 = nn.Conv2d(4, 2, 1)
+        self.branch2, self.branch3 = (
+            nn.Sequential(ConvBlock(4, 1), ConvBlock(1, 1)) for _ in range(2)
+        )  # fmt: skip
+
+    def forward(self, x):
+        return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x)], 1)
+
+
+class GoogLeNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3)
+        self.inception3a, self.inception3b, self.maxpool1 = Inception(), Inception(), nn.MaxPool2d(2)
+        self.inception4a = Inception()
+
+    def forward(self, x):
+        return self.inception4a(self.maxpool1(self.inception3b(self.inception3a(self.conv1(x)))))
+
+
+class SqueezeNet(nn.Module):
+    """A pooling stands between the blocks of one `nn.Sequential`."""
+
+    def __init__(self):
+        super().__init__()
+        blocks = ConvBlock(4, 4), nn.MaxPool2d(2), ConvBlock(4, 8)
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *blocks, nn.Dropout(), nn.Conv2d(8, 5, 1))
+
+    def forward(self, x):
+        return self.features(x).mean((2, 3))
+
+
+VISION = {
+    TorchResNet: [["layer1.0", "layer1.1"], ["layer2.0", "layer2.1"]],
+    SqueezeNet: [["features.2", "features.3", "features.4"]],
+    RegNet: [["s1.b1"], ["s2.b1", "s2.b2"]],
+    GoogLeNet: [["inception3a", "inception3b", "maxpool1", "inception4a"]],
+}
+
+
+@pytest.mark.parametrize("kind", VISION)
+def test_the_blocks_of_torch_style_vision_models_are_found_and_pruned_with_calibration(kind):
+    model, images = kind().eval(), torch.randn(4, 3, 32, 32)
+    assert [list(stack) for stack in find_stacks(model)] == VISION[kind]
+    report = prune(model, 0.5, images, criterion="wanda")
+    assert sparsity(model) == report.sparsity == pytest.approx(0.5, abs=0.03)
+    assert not report.left_out
+
+
+def test_stages_by_name_that_compute_more_than_their_blocks_are_blocks_themselves():
+    model = RegNet()
+    model.s2.add_module("shortcut", nn.Conv2d(4, 8, 1))
+    assert [list(stack) for stack in find_stacks(model)] == [["s1", "s2"]]
+
+
+def test_layers_with_numbers_in_their_names_are_no_blocks():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2, self.fc1, self.fc2 = (
+                *(nn.Conv2d(3, 3, 3) for _ in "12"),
+                *(nn.Linear(3, 3) for _ in "12"),
+            )
+
+    assert find_stacks(Net()) == []

@@ -106,6 +106,7 @@ KINDS = {
     "mlp": Kind(mlp, {"input": images()["inputs"]["input"].flatten()[:24].view(4, 6)}, {"target_modules": ["0", "2"]}),
     "conv": Kind(cnn, **images()),
     "conv-grouped": Kind(lambda: cnn(groups=2, bias=False), **images()),
+    "conv-depthwise": Kind(lambda: cnn(groups=4, stride=2, dilation=2, padding=3), **images()),
     "conv-same": Kind(lambda: cnn(padding="same", dilation=2), **images()),
     "conv-reflect": Kind(lambda: cnn(padding=2, padding_mode="reflect"), **images()),
     "conv-channels-last": Kind(lambda: cnn().to(**CHANNELS_LAST), **images(**CHANNELS_LAST)),

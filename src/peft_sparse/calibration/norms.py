@@ -44,7 +44,9 @@ class NormsReport:
 
 
 @ordinary_settings()
-def recalibrate_norms(model: nn.Module, batches: Calibration, *, batch_size: int = 32) -> NormsReport:
+def recalibrate_norms(
+    model: nn.Module, batches: Calibration, *, batch_size: int = 32, keep_unreached: bool = False
+) -> NormsReport:
     """Measure the running statistics of normalisation layers anew. In place.
 
     Pruning changes the inputs of a BatchNorm, so that its running mean and variance no longer fit them. This function
@@ -79,6 +81,8 @@ def recalibrate_norms(model: nn.Module, batches: Calibration, *, batch_size: int
         batches: model inputs in the forms of the `calibration` of `prune`: such as dicts with `pixel_values`, tensors
             (samples, channels, height, width), or a `DataLoader` of images, or of images and labels.
         batch_size: how many sequences run together, where they do not come in batches.
+        keep_unreached: whether a layer that no batch reaches keeps its statistics, such as one of a head that only
+            training uses. False refuses such a model.
 
     Returns:
         Which layers were measured, on how many samples, and how long it took.
@@ -100,7 +104,7 @@ def recalibrate_norms(model: nn.Module, batches: Calibration, *, batch_size: int
         undo.enter_context(evaluation_mode(model))
         undo.enter_context(_put_back_after_an_error(norms))
         passes = _Passes(model, share_of(inputs))
-        order = passes.order_of(norms)
+        order = passes.order_of(norms, keep_unreached)
         for name in order:
             _write(name, norms[name], passes.moments(name, norms[name]))
     return NormsReport(tuple(order), sum(map(sequences_in, inputs)), time.perf_counter() - started)
@@ -151,7 +155,7 @@ class _Passes:
         # A hook or a replaced forward may wait for its module to return.
         self.may_stop = not any(m._forward_hooks or "forward" in m.__dict__ for m in self.model.modules())
 
-    def order_of(self, norms: dict[str, _NormBase]) -> list[str]:
+    def order_of(self, norms: dict[str, _NormBase], keep_unreached: bool) -> list[str]:
         """Return the names of `norms` in the order of their first calls, and note how often each batch calls them."""
         with contextlib.ExitStack() as undo:
             for name, norm in norms.items():
@@ -162,10 +166,11 @@ class _Passes:
         own = list(dict.fromkeys(name for calls in self.calls for name in calls))
         order = list(dict.fromkeys(name for names in exchange(own) for name in names))
         missing = [name for name in norms if name not in order]
-        if missing:
+        if missing and not keep_unreached:
             raise ValueError(
                 f"No batch reaches {len(missing)} of the {len(norms)} layers with running statistics, such as "
-                f"{missing[0]!r}. Give batches that run all of them. Nothing was changed."
+                f"{missing[0]!r}. Give batches that run all of them, or let these layers keep their statistics with "
+                "`keep_unreached=True`. Nothing was changed."
             )
         return order
 

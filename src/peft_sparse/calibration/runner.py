@@ -172,7 +172,9 @@ class BlockRunner:
     def filled(self, batch: Batch, number: int, passing: dict[Link, Tensor]) -> tuple[Call, list[Tensor]]:
         """Return a call with all values, on the device of its block, and the tensors in it that are constants."""
         call = batch.calls[number]
-        device = next(self.blocks[call.block].parameters()).device
+        # A block without parameters, such as a pooling between two others, runs where one of the others is.
+        holders = (self.blocks[call.block], *self.blocks)
+        device = next(parameter.device for block in holders for parameter in block.parameters())
         trait = self.traits.get(call.block)
 
         def value_of(link: Link) -> Tensor:

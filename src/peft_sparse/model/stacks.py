@@ -27,6 +27,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
       blocks.
     - An `nn.Sequential` with an entry that holds a prunable layer and is no `nn.Sequential` of plain layers. What is
       called between two such entries is a block too.
+    - Modules that are registered one by one under a name with a number, such as `s1`, `s2` or `Mixed_5b`, `Mixed_5c`.
+      They are blocks in a model that has none otherwise, or if several lists lie side by side in one of them.
 
     Where lists of blocks are nested, the outermost one counts. Embeddings, heads and necks are no blocks: entries
     whose class says so or that are a projection by a single convolution with a norm, and, in a model of Transformers,
@@ -47,6 +49,9 @@ def find_stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
     place = next((name for name, module in walk("", root) if module is body), "")
     # A body without blocks is not the body: then the blocks are elsewhere.
     found = list(_stacks_below(place, body)) or list(_stacks_below("", root))
+    numbered = list(_numbered_below("", root))
+    if not found or _are_branches(found, numbered):
+        found = numbered
     known: set[int] = set()
     stacks = []
     for stack in found:
@@ -94,6 +99,50 @@ def _stages_of(blocks: dict[str, nn.Module]) -> list[dict[str, nn.Module]]:
     stages = [dict(entries) for _, entries in groupby(blocks.items(), lambda entry: entry[0].rpartition(".")[0])]
     alike = all(len({type(block) for block in stage.values()}) == 1 for stage in stages)
     return stages if alike else [blocks]
+
+
+def _numbered_below(name: str, module: nn.Module) -> Iterator[dict[str, nn.Module]]:
+    """Yield the stacks at and below `module` whose blocks are registered one by one, under names with numbers."""
+    blocks = _numbered_in(name, module)
+    if len(blocks) > 1:
+        stages = [_numbered_in(key, stage) for key, stage in blocks.items()]
+        complete = all(inner and _holds_all(blocks[key], inner) for key, inner in zip(blocks, stages, strict=True))
+        yield from stages if complete else [blocks]
+        return
+    for child_name, child in children_of(name, module):
+        yield from _numbered_below(child_name, child)
+
+
+def _numbered_in(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks among the children of `module` whose names differ in a number, with what is between them."""
+    children = children_of(name, module)
+    series: dict[str, list[int]] = {}
+    for index, (key, child) in enumerate(children):
+        numbered = re.fullmatch(r"(\D+)\d+[a-z]?", key.rpartition(".")[2])
+        if numbered and _is_more_than_plain_layers(child):
+            series.setdefault(numbered[1], []).append(index)
+    marked = max(series.values(), key=len, default=[])
+    found: dict[str, nn.Module] = {}
+    for index in range(marked[0], marked[-1] + 1) if marked else ():
+        key, child = children[index]
+        # Such as a pooling. What has parameters of its own may be called elsewhere, such as a head for training.
+        changes = next(child.parameters(), None) is None and not isinstance(child, _PASSING_ON)
+        if index in marked or changes:
+            found[key] = child
+    return found
+
+
+def _holds_all(module: nn.Module, parts: dict[str, nn.Module]) -> bool:
+    """Return whether all parameters of `module` are in `parts`."""
+    inside = {id(parameter) for part in parts.values() for parameter in part.parameters()}
+    return all(id(parameter) in inside for parameter in module.parameters())
+
+
+def _are_branches(stacks: list[dict[str, nn.Module]], numbered: list[dict[str, nn.Module]]) -> bool:
+    """Return whether the stacks are branches of numbered blocks: all lie in one of these, and several in the same."""
+    blocks = {name: block for stack in numbered for name, block in stack.items()}
+    places = [block_of(next(iter(stack)), blocks) for stack in stacks]
+    return None not in places and len(set(places)) < len(places)
 
 
 def _body(model: PreTrainedModel) -> nn.Module:
