@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+)
 
 from peft_sparse import sparsity
 
@@ -58,6 +63,30 @@ def test_an_example_is_the_command_of_its_name(examples, monkeypatch, capsys, ex
         runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
     assert end.value.code == 0
     assert f"peft-sparse {example} [arguments]" in capsys.readouterr().out
+
+
+def test_image_classification_prints_its_table_and_every_saved_model_keeps_its_zeros(examples, monkeypatch, capsys):
+    few = {"max_train_samples": 64, "max_eval_samples": 40, "calibration_samples": 40, "num_train_epochs": 1}
+    few |= {"dense_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "report_to": "none"}
+    options = [word for name, value in few.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["image_classification.py", "--use_cpu", *options])
+    run = runpy.run_path(str(EXAMPLES / "image_classification.py"))
+    rows = {row["model"]: row for row in run["main"]().rows}
+    assert list(rows) == ["dense", "pruned", "new statistics", *run["WAYS"]]
+    assert rows.pop("dense")["sparsity"] == 0
+    assert {round(row["sparsity"], 3) for row in rows.values()} == {0.95}
+    for way in run["WAYS"]:
+        assert rows[way]["filled"] == 0, way
+        assert rows[way]["accuracy"] == rows[way]["trained"], way
+    share = {way: rows[way]["share"] for way in run["WAYS"]}
+    assert 0 < share["head"] < share["biases, norms and head"] < share["MaskLoRA beside these"] < 1
+    assert share["all parameters"] == 1
+    printed = capsys.readouterr().out
+    assert printed.count("\n| ") == 12
+    assert "Layers in which a zero was filled: 0." in printed
+    classifier = AutoModelForImageClassification.from_pretrained("image-classification/masklora-beside-these")
+    assert sparsity(classifier) == pytest.approx(0.95, abs=1e-3)
+    assert AutoImageProcessor.from_pretrained("image-classification/head").size["height"] == 28
 
 
 @pytest.mark.slow
