@@ -186,12 +186,13 @@ class _Passes:
                         self._run(batch)
                 finally:
                     hook.remove()
-        counts = torch.tensor([count for count, _, _ in seen], dtype=torch.float64)
-        own = [counts, *(_stacked([found[i] for found in seen]) for i in (1, 2))] if seen else None
-        everywhere = [part for part in exchange((own, sum(calls[name] > 0 for calls in self.calls))) if part[0]]
-        return _Moments(
-            *(torch.cat([part[0][i] for part in everywhere]) for i in range(3)), sum(n for _, n in everywhere)
-        )
+        own = None
+        if seen:
+            counts = torch.tensor([count for count, _, _ in seen], dtype=torch.float64)
+            own = counts, _stacked([mean for _, mean, _ in seen]), _stacked([variance for _, _, variance in seen])
+        met = exchange((own, sum(calls[name] > 0 for calls in self.calls)))
+        counted, means, variances = (torch.cat([part[i] for part, _ in met if part]) for i in range(3))
+        return _Moments(counted, means, variances, sum(batches for _, batches in met))
 
     def _run(self, batch: dict[str, Any]) -> None:
         self.model(**arguments_there(self.model, batch))
@@ -204,10 +205,10 @@ def _observe(
     seen: list[tuple[int, Tensor, Tensor]], last: int | None, norm: _NormBase, args: Any, kwargs: dict[str, Any]
 ) -> None:
     """Note count, mean and variance of the inputs of a call. Raise `EnoughSeen` after call number `last`."""
-    inputs = (args[0] if args else kwargs["input"]).detach()
+    inputs: Tensor = (args[0] if args else kwargs["input"]).detach()
     inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
     by_sample = isinstance(norm, _InstanceNorm)
-    if by_sample and inputs.dim() == norm._get_no_batch_dim():
+    if isinstance(norm, _InstanceNorm) and inputs.dim() == norm._get_no_batch_dim():
         inputs = inputs[None]
     positions = [*range(2, inputs.dim())]
     if inputs.numel() and by_sample:
