@@ -30,6 +30,7 @@ OTHERS = {
     "target_modules": ["q_proj", "v_proj"],
     "exclude_modules": ["lm_head"],
     "calibration_samples": 4,
+    "recalibrate_norms": True,
     "pruning_schedule": "cycles",
     "pruning_rounds": 2,
     "pruning_interval": 3,

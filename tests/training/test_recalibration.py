@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from transformers import HfArgumentParser, ResNetConfig, ResNetForImageClassification
+from transformers import ResNetConfig, ResNetForImageClassification
 
-from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, sparsity
+from peft_sparse import MaskLoRAConfig, SparseTrainer, sparsity
 from peft_sparse.calibration.norms import recalibrate_norms
 
 from trainers import arguments
@@ -107,10 +107,3 @@ def test_the_order_of_training_is_the_same_with_and_without_it(resnet, images, t
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == losses[1]
-
-
-def test_the_command_line_knows_it():
-    (args,) = HfArgumentParser(SparseTrainingArguments).parse_args_into_dataclasses(
-        ["--output_dir", "out", "--recalibrate_norms", "--use_cpu", "--report_to", "none"]
-    )
-    assert args.recalibrate_norms is True
