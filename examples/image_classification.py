@@ -12,8 +12,8 @@ A folder of images has one folder for each class.
 
 The model is pruned by magnitude across all convolutions of its blocks. Each row of the table starts from the pruned
 model. After retraining, the statistics of BatchNorms are measured anew, adapters are merged, and plain
-`from_pretrained` loads the saved model, on which the row is measured. The ways of retraining are those of Zimmer et al.
-2023 (PERP), arXiv:2312.15230.
+`from_pretrained` loads the saved model, on which the row is measured. The ways of retraining are those of PERP (Zimmer
+et al. 2023, arXiv:2312.15230).
 """
 
 import copy
