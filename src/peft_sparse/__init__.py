@@ -9,6 +9,7 @@
 Importing the package registers the tuners with PEFT.
 """
 
+from .calibration.norms import NormsReport, recalibrate_norms
 from .calibration.own_text import generate_sequences
 from .calibration.statistics import Statistics
 from .calibration.text import pack_sequences, sample_sequences
@@ -90,6 +91,7 @@ __all__ = [
     "LoadedModel",
     "Magnitude",
     "MaskLoRAConfig",
+    "NormsReport",
     "PerplexityReport",
     "PruningCallback",
     "PruningCycles",
@@ -145,6 +147,7 @@ __all__ = [
     "prune_structured",
     "push_folder",
     "read_report",
+    "recalibrate_norms",
     "reconstruct",
     "reconstruct_checkpoint",
     "report_page",
