@@ -22,6 +22,8 @@ from ..model.environment import peak_memory
 from ..model.processes import working_together
 from ..model.settings import ordinary_settings
 from ..model.weights import WeightView, check_finite
+from .filter_metrics import FILTER_METRICS
+from .filter_pruning import prune_filters
 from .metrics import METRICS, unit_scores
 from .proof import prove_units
 from .reap import prune_experts
@@ -146,14 +148,17 @@ def prune_structured(
         RuntimeError: another process of the `torch.distributed` group failed.
     """
     started = time.perf_counter()
-    of_experts = metric == REAP
-    structure = structure or ("ul-um" if of_experts else "al-am")
-    compensate = not of_experts if compensate is None else compensate
+    of_experts, of_filters = metric == REAP, metric in FILTER_METRICS
+    structure = structure or ("ul-um" if of_experts or of_filters else "al-am")
+    compensate = not (of_experts or of_filters) if compensate is None else compensate
     _check_arguments(ratio, metric, structure, attention_ratio, compensate, calibration)
     check_activations(activations)
+    targets = target_modules, exclude_modules
+    if of_filters:
+        images = [] if calibration is None else as_inputs(model, calibration, batch_size)
+        return prune_filters(model, ratio, images, targets, metric, structure)
     if of_experts and calibration is not None:
         inputs = as_inputs(model, calibration, batch_size)
-        targets = target_modules, exclude_modules
         return prune_experts(model, ratio, inputs, targets, compensate, activations, on_device(device))
     sets = find_units(model, target_modules, exclude_modules)
     check_loaded(sets)
@@ -267,22 +272,42 @@ def _check_arguments(
 ) -> None:
     if not 0 <= ratio < 1:
         raise ValueError(
-            f"`ratio` must be in [0, 1), got {ratio}. Use 0.2 to remove a fifth of the heads and neurons, or of the "
-            "experts."
+            f"`ratio` must be in [0, 1), got {ratio}. Use 0.2 to remove a fifth of the heads and neurons, of the "
+            "experts, or of the filters."
         )
-    if metric not in METRICS and metric != REAP:
-        raise ValueError(f"`metric` must be one of {', '.join(map(repr, [*METRICS, REAP]))}, got {metric!r}.")
+    if metric not in METRICS and metric not in FILTER_METRICS and metric != REAP:
+        raise ValueError(
+            f"`metric` must be one of {', '.join(map(repr, METRICS))} for heads and neurons, {REAP!r} for experts, or "
+            f"one of {', '.join(map(repr, FILTER_METRICS))} for filters, got {metric!r}."
+        )
     check_structure(structure, attention_ratio)
     if metric == REAP and structure != "ul-um":
         raise ValueError(
             'Expected `structure="ul-um"` or none with `metric="reap"`, which removes equally many experts from each '
             f"mixture, got {structure!r}. Leave it out."
         )
-    needs_inputs = metric == REAP or METRICS[metric].needs_inputs
+    if metric in FILTER_METRICS:
+        _check_filter_arguments(metric, structure, compensate)
+        needs_inputs = FILTER_METRICS[metric].needs_inputs
+    else:
+        needs_inputs = metric == REAP or METRICS[metric].needs_inputs
     if calibration is None and (needs_inputs or compensate):
         reason = f"Metric {metric!r}" if needs_inputs else "`compensate=True`"
         raise ValueError(
             f"{reason} needs statistics of the inputs of each layer, and `calibration` is missing. Pass token ids of "
             "shape (sequences, tokens) or an iterable of model inputs. To remove heads and neurons, "
-            '`metric="magnitude_sp", compensate=False` needs none.'
+            '`metric="magnitude_sp", compensate=False` needs none. To remove filters, `metric="l1"` needs none.'
+        )
+
+
+def _check_filter_arguments(metric: str, structure: str, compensate: bool) -> None:
+    if structure not in ("ul-um", "al-am"):
+        raise ValueError(
+            f'Expected `structure="ul-um"` or "al-am" with `metric={metric!r}`, got {structure!r}. Filters have no '
+            'heads beside them: "ul-um" removes an equal share from each layer, "al-am" compares all layers.'
+        )
+    if compensate:
+        raise ValueError(
+            f"`compensate=True` is for heads, neurons and experts, got `metric={metric!r}`. Leave it out, and measure "
+            "the statistics of the normalisations anew after pruning."
         )

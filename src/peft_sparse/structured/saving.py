@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..model.blocks import find_blocks
 from .cutting import Cuts
 from .experts import Experts, known_experts
+from .filter_saving import narrow_layers, width_changes, widths_beside
 from .novices import ExpertsAndNovices, install
 from .units import Units, units_or_none
 
@@ -52,6 +53,9 @@ class CompactConfig(PreTrainedConfig):
             layers of the block that have a bias which the family would not give them. "experts" maps the name of each
             mixture of experts to its number of experts, and "novices" to the shape of the constants that took the
             place of other experts.
+    It may have a third:
+        filter_widths: the sizes of each convolution, linear layer and normalisation that lost channels with filters,
+            by name, such as {"out_channels": 12}.
     """
 
     model_type = MODEL_TYPE
@@ -100,6 +104,7 @@ def _model_class(dense: type[PreTrainedModel], config_class: type[PreTrainedConf
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         dense.__init__(self, config, *args, **kwargs)
         _narrow(self, config.layer_widths)
+        narrow_layers(self, getattr(config, "filter_widths", {}))
 
     namespace = {"__init__": __init__, "config_class": config_class, "dense_class": dense, "__module__": __name__}
     _CLASSES[dense] = type(f"Compact{dense.__name__}", (dense,), namespace)
@@ -130,8 +135,8 @@ def make_savable(model: PreTrainedModel) -> None:
     Where a family has biases in all layers of an attention or MLP or in none, the missing ones are added as zeros.
     """
     dense: type[PreTrainedModel] = getattr(type(model), "dense_class", type(model))
-    units, experts = units_or_none(model), known_experts(model)
-    for changes in _candidates(model, units, experts):
+    units, experts = _units_of(model), known_experts(model)
+    for changes in _candidates(model, dense, units, experts):
         if _builds(dense, model, changes):
             _become_plain(model, dense, changes)
             return
@@ -145,6 +150,16 @@ def make_savable(model: PreTrainedModel) -> None:
         # The files of some families have one tensor per expert. Those of a compact model are as the model itself.
         model.__dict__.pop("_weight_conversions", None)
     config.layer_widths = _widths(model, dense, units, experts)
+    config.__dict__.pop("filter_widths", None)
+    with torch.device("meta"):
+        built = type(model)(copy.deepcopy(config))
+    if widths := widths_beside(model, built):
+        config.filter_widths = widths
+
+
+def _units_of(model: nn.Module) -> list[Units]:
+    """Return the heads and neurons of a model. Convolutional networks may have no blocks that could hold any."""
+    return units_or_none(model) if find_blocks(model) else []
 
 
 @contextlib.contextmanager
@@ -183,7 +198,9 @@ def _parts_of(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
     return {name: part for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)}
 
 
-def _candidates(model: PreTrainedModel, units: list[Units], experts: list[Experts]) -> list[dict[str, Any]]:
+def _candidates(
+    model: PreTrainedModel, dense: type[PreTrainedModel], units: list[Units], experts: list[Experts]
+) -> list[dict[str, Any]]:
     """Return changes to the configuration that may describe the model, those with the fewest changes first."""
     config = model.config
     heads = {(u.count * u.heads_per_unit, u.count, u.head_dim) for u in units if u.kind == "attention"}
@@ -199,6 +216,9 @@ def _candidates(model: PreTrainedModel, units: list[Units], experts: list[Expert
     if {"num_attention_heads", "num_key_value_heads"} & set(changes):
         changes["head_dim"] = next(head_dim for _, _, head_dim in heads)
     changes = {config.attribute_map.get(name, name): value for name, value in changes.items()}
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        with torch.device("meta"):
+            changes |= width_changes(config, model, dense(_dense_config(model, {})))
     switches = [name for name in _SWITCHES if getattr(config, name, None) is False]
     subsets = [[], *[[name] for name in switches], switches] if len(switches) > 1 else [[], switches]
     counts = _expert_counts(config, experts)
@@ -245,7 +265,7 @@ def _dense_config(model: PreTrainedModel, changes: dict[str, Any]) -> PreTrained
         part, _, leaf = name.rpartition(".")
         (values[part] if part else values)[leaf] = value
     dense: type[PreTrainedConfig] = getattr(type(model), "dense_class", type(model)).config_class
-    for name in ("model_type", "layer_widths", "dense_model_type"):
+    for name in ("model_type", "layer_widths", "filter_widths", "dense_model_type"):
         values.pop(name, None)
     return dense.from_dict(values)
 
@@ -257,11 +277,12 @@ def _become_plain(model: PreTrainedModel, dense: type[PreTrainedModel], changes:
         config.__class__ = dense.config_class
         config.__dict__.pop("model_type", None)
         del config.layer_widths, config.dense_model_type
+        config.__dict__.pop("filter_widths", None)
     for name, value in changes.items():
         part, _, leaf = name.rpartition(".")
         setattr(getattr(config, part) if part else config, leaf, value)
     if any(name in _SWITCHES for name in changes):
-        for units in units_or_none(model):
+        for units in _units_of(model):
             for layer in units.named_layers().values():
                 wanted = changes.get("attention_bias" if units.kind == "attention" else "mlp_bias", False)
                 if wanted and layer.bias is None:
@@ -302,7 +323,7 @@ def _narrow(model: PreTrainedModel, widths: list[dict[str, Any]]) -> None:
     """Give the layers of a newly built model of the family the stored widths and biases. Loading writes the values."""
     blocks = find_blocks(model)
     entries = dict(zip(blocks, widths, strict=True))
-    for units in units_or_none(model):
+    for units in _units_of(model):
         entry = entries[units.block]
         # On the CPU: while a checkpoint is loaded the weights are on the meta device, and the mask needs values.
         kept = torch.zeros(units.count, units.heads_per_unit, dtype=torch.bool, device="cpu")

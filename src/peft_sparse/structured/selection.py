@@ -17,13 +17,13 @@ Structure = Literal["al-am", "al-mm", "ul-mm", "ul-um"]
 
 @dataclass(frozen=True)
 class ScoredUnits:
-    """The scores of the units of one attention or MLP.
+    """The scores of the units of one attention, MLP or set of convolutions.
 
     Args:
-        block: name of its block.
-        kind: "attention" or "mlp".
+        block: name of its block; for filters, of the first of their convolutions.
+        kind: "attention", "mlp" or "filters".
         scores: one score per unit, (units,); units with higher scores are kept.
-        cost: number of parameters of one unit.
+        cost: number of parameters of one unit; for filters, the number of its filters.
     """
 
     block: str
@@ -174,10 +174,11 @@ def _remove(
     if gone < target:
         limit = math.floor(1e4 * gone / total) / 1e4
         where = f" of {sets[chosen[0]].block!r}" if len({sets[i].block for i in chosen}) == 1 else ""
+        filters = sets[chosen[0]].kind == "filters"
+        what, keeps = ("filter", "layer") if filters else ("head or neuron", "attention and each MLP")
         raise ValueError(
-            f"`ratio={ratio:g}` would remove every head or neuron of a layer{where}. Each attention and each MLP "
-            f'keeps one unit, so at most {limit:g} can be removed. Use a smaller ratio, or `structure="al-am"`, which '
-            "reaches the largest ratios."
+            f"`ratio={ratio:g}` would remove every {what} of a layer{where}. Each {keeps} keeps one unit, so at most "
+            f'{limit:g} can be removed. Use a smaller ratio, or `structure="al-am"`, which reaches the largest ratios.'
         )
 
 
