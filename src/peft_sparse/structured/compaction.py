@@ -42,7 +42,7 @@ def compact(model: nn.Module, calibration: Calibration | None = None) -> nn.Modu
 
     Args:
         model: a model without adapters, with loaded floating-point weights; a model of Transformers, unless it has
-            removed filters.
+            convolutions.
         calibration: token ids (sequences, tokens), or an iterable of model inputs, of which the first batch is used.
             It is needed if the model takes none of the inputs that are made for it: token ids, an image, a sound, or
             the `dummy_inputs` of Transformers; or if these do not run a block from which something is cut out.
@@ -51,7 +51,7 @@ def compact(model: nn.Module, calibration: Calibration | None = None) -> nn.Modu
         `model` itself.
 
     Raises:
-        TypeError: `model` is not a model of Transformers and has no removed filters.
+        TypeError: `model` is not a model of Transformers and has no convolutions.
         ValueError: the model has no blocks or has adapters; its weights are quantised or not loaded; no heads, no
             neurons and no convolutions can be found in it; the compact model computes something else, or no input
             shows that it does not. The model is then as it was before.
@@ -59,7 +59,7 @@ def compact(model: nn.Module, calibration: Calibration | None = None) -> nn.Modu
     inner: Any = base_model(model)
     batches = [] if calibration is None else as_inputs(model, calibration)[:1]
     filters = removed_filters(inner, batches)
-    if filters is None and not isinstance(inner, PreTrainedModel):
+    if not isinstance(inner, PreTrainedModel) and not has_convolutions(inner):
         raise TypeError(
             f"Expected a model of Transformers, whose configuration stores the widths of its layers, got "
             f"{type(inner).__name__}. Wrap the layers in a `PreTrainedModel`, or cut out the zeros in your own code."

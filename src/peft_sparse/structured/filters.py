@@ -174,12 +174,13 @@ def chosen_filters(
     targets = None if target_modules == "all-linear" else target_modules
     chosen = set(matching_names(list(convs), targets, exclude_modules, list(modules))) if convs else set()
     units = _units(found, set(convs))
+    read = {found.labels.root(label) for labels in found.columns.values() for label in labels}
     left_out = {name: "no input reaches it" for name in convs if name not in found.rows}
     left_out |= {name: "not in `target_modules`" for name in convs if target_modules and name not in chosen}
     left_out |= dict.fromkeys(excluded_names(list(convs), exclude_modules), "excluded")
     removable: dict[tuple[tuple[str, int], ...], list[int]] = {}
     for unit, makers in units.items():
-        reason = found.labels.reason(unit) or _why_not(unit, makers, found, chosen)
+        reason = found.labels.reason(unit) or _why_not(makers, unit in read, chosen)
         if reason is None:
             removable.setdefault(tuple(makers.items()), []).append(unit)
         for name in makers if reason else ():
@@ -217,11 +218,10 @@ def _units(found: Traced, convs: set[str]) -> dict[int, Counter[str]]:
     return units
 
 
-def _why_not(unit: int, makers: Counter[str], found: Traced, chosen: set[str]) -> str | None:
+def _why_not(makers: Counter[str], read: bool, chosen: set[str]) -> str | None:
     missing = [name for name in makers if name not in chosen]
     if missing:
         return f"its filters can only be removed with those of {missing[0]!r}, which is not chosen"
-    read = any(found.labels.root(label) == unit for labels in found.columns.values() for label in labels)
     return None if read else "no layer reads them"
 
 
