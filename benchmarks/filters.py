@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace) -> None:
     with np.load(args.images) as file:
         train, test = normalised(file["x_train"]), normalised(file["x_test"])
         train_labels, test_labels = (torch.from_numpy(file[key]).long() for key in ("y_train", "y_test"))
-    dense = load(args.weights)
+    dense: nn.Module = load(args.weights)
     images = {"train": len(train), "test": len(test), "calibration": 256}
     settings = {"images": images, "epochs": args.epochs, "learning_rates": RATES, "seed": args.seed, "threads": 1}
     rows = Rows(args.output, settings)

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetFo
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, compact, prune_structured, reconstruct
 from peft_sparse.calibration.statistics import Statistics
 from peft_sparse.reconstruction import Fit
-from peft_sparse.structured.filter_metrics import FILTER_METRICS
+from peft_sparse.structured.filter_metrics import FILTER_METRICS, scores_of_units
 
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -216,6 +216,15 @@ def test_metrics_are_these():
     assert found["wanda"] == [43, 10, 3]
     assert found["fpgm"] == pytest.approx([18**0.5 + 4, 18**0.5 + 10**0.5, 4 + 10**0.5])
     assert FILTER_METRICS["bn_scale"].score(torch.tensor([[-2.0], [0.5]]), statistics).tolist() == [2, 0.5]
+
+
+def test_scores_of_coupled_filters_are_means_over_their_layers():
+    layers = [(torch.tensor([1.0, 3.0, 2.0, 9.0]), [0, 1, 1, -1]), (torch.tensor([30.0, 10.0]), [0, 1])]
+    # The first layer has 1 and 3 + 2, of mean 3; the second 30 and 10, of mean 20.
+    assert scores_of_units(layers, 2, normalised=True).tolist() == pytest.approx(
+        [(1 / 3 + 1.5) / 2, (5 / 3 + 0.5) / 2]
+    )
+    assert scores_of_units(layers, 2, normalised=False).tolist() == [15.5, 7.5]
 
 
 def test_wanda_weighs_the_inputs_of_each_group():

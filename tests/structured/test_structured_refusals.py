@@ -3,9 +3,10 @@
 import pytest
 import torch
 import transformers
+from peft import inject_adapter_in_model
 from torch import nn
 
-from peft_sparse import compact, prune_structured
+from peft_sparse import MaskLoRAConfig, compact, prune_structured
 from peft_sparse.structured import saving
 from peft_sparse.structured.saving import CompactConfig
 
@@ -189,6 +190,76 @@ LONGCAT = {
 }
 
 
+class Convolutions(nn.Module):
+    """Two convolutions, and what `between` makes of the channels of the first."""
+
+    def __init__(self, between=None, second=None):
+        super().__init__()
+        self.first, self.between, self.second = (
+            nn.Conv2d(3, 4, 3),
+            between or nn.Identity(),
+            second or nn.Conv2d(4, 2, 3),
+        )
+
+    def forward(self, pixel_values):
+        return self.second(self.between(self.first(pixel_values))).mean((2, 3))
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose filters are computed from all entries of its weight."""
+
+    def forward(self, x):
+        weight = self.weight / self.weight.std() - self.weight.mean()
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+class FixedWidth(nn.Module):
+    def forward(self, x):
+        return x.reshape(-1, 4, *x.shape[2:])
+
+
+class Divided(nn.Module):
+    """Computes with the width of a layer before it."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before = [before]
+
+    def forward(self, x):
+        return x / self.before[0].out_channels
+
+
+def filters(model=None, ratio=0.5, **options):
+    return prune_structured(model or Convolutions(), ratio, **{"metric": "l1"} | options)
+
+
+def cut_filters(model):
+    filters(model)
+    compact(model)
+
+
+def divided():
+    model = Convolutions()
+    model.between = Divided(model.first)
+    return model
+
+
+def computed():
+    model = Convolutions()
+    nn.utils.parametrizations.weight_norm(model.first)
+    return model
+
+
+def with_an_adapter():
+    model = Convolutions()
+    inject_adapter_in_model(MaskLoRAConfig(target_modules=["first"]), model)
+    return model
+
+
+def infinite_images():
+    return [{"pixel_values": torch.ones(1, 3, 8, 8)}, {"pixel_values": torch.full((1, 3, 8, 8), torch.inf)}]
+
+
 REFUSALS = [
     (
         lambda: flap(llama(tie)),
@@ -368,6 +439,58 @@ REFUSALS = [
         ValueError,
         "Expected `dense_model_type` to be a model type of Transformers, got None. Restore",
     ),
+    (
+        lambda: filters(llama()),
+        ValueError,
+        "cannot be run on images that were made for it, .*: it has no `nn.Conv2d`. Pass `calibration` with",
+    ),
+    (
+        lambda: filters(calibration=torch.ones(2, 5, 8, 8)),
+        ValueError,
+        r"cannot be run on the first batch of `calibration`, .*: on \(1, 5, 8, 8\) it fails with RuntimeError",
+    ),
+    (
+        lambda: filters(nn.Sequential(nn.Conv2d(3, 4, 3))),
+        ValueError,
+        "found none. For example, the filters of '0' stay: the model returns them. Choose other layers",
+    ),
+    (lambda: filters(exclude_modules=["first"]), ValueError, "the filters of 'first' stay: excluded. Choose other"),
+    (lambda: filters(with_an_adapter()), ValueError, "without adapters, which would not fit .* `merge_and_unload"),
+    (
+        lambda: filters(computed()),
+        ValueError,
+        "cannot be removed while the weight of 'first' is computed .* `torch.nn.utils.parametrize.remove_par",
+    ),
+    (lambda: filters(Convolutions().to("meta")), ValueError, "the weight of 'first' is on the meta device"),
+    (
+        lambda: filters(Convolutions(second=Standardised(4, 2, 3))),
+        ValueError,
+        "removed one by one, but the model computes something else .* `exclude_modules`, .* Nothing was changed.",
+    ),
+    (lambda: filters(metric="bn_scale"), ValueError, "needs a normalisation .* and 'first' has none. Leave .* \"l1\""),
+    (
+        lambda: filters(metric="wanda"),
+        ValueError,
+        "Metric 'wanda' needs statistics .* To remove filters, `metric=\"l1",
+    ),
+    (
+        lambda: filters(metric="wanda", calibration=infinite_images()),
+        ValueError,
+        "Expected finite inputs of 'first' on the calibration data, .* float32 or bfloat16",
+    ),
+    (lambda: filters(structure="al-mm"), ValueError, 'Expected `structure="ul-um"` or "al-am" .* got \'al-mm\''),
+    (lambda: filters(compensate=True), ValueError, "is for heads, neurons and experts, got `metric='l1'`. Leave it"),
+    (
+        lambda: filters(ratio=0.8),
+        ValueError,
+        "would remove every filter of a layer of 'first'. Each layer keeps one unit, so at most 0.75 .*al-am",
+    ),
+    (
+        lambda: cut_filters(Convolutions(FixedWidth())),
+        ValueError,
+        "but it fails with RuntimeError: .* as it was before: use it with its zeros, or leave out",
+    ),
+    (lambda: cut_filters(divided()), ValueError, "but it computes something else. Its widths are also used"),
 ]
 
 

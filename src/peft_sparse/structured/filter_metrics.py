@@ -54,7 +54,7 @@ class FilterMetric:
             If it needs inputs, it gets the filters of one group of a convolution at a time.
         needs_inputs: whether the function needs statistics, and therefore calibration.
         of_norms: whether W is the weight γ (filters, 1) of the normalisations that scale the filters.
-        normalised: whether S is divided by its norm over the filters of a convolution.
+        normalised: whether S is divided by its mean over the filters of a convolution.
     """
 
     score: Callable[[Tensor, Statistics], Tensor]
@@ -76,8 +76,8 @@ FILTER_METRICS = {
 def scores_of_units(scores: Iterable[tuple[Tensor, list[int]]], count: int, normalised: bool) -> Tensor:
     """Return the score of each unit of one set, (count,): the mean over the layers that its filters are in.
 
-    In each layer, a unit has the sum of the scores of its filters. If `normalised`, these are divided by
-    √(Σ_u S_u²) over the units of the layer, as in Molchanov et al. 2016, arXiv:1611.06440.
+    In each layer, a unit has the sum of the scores of its filters. If `normalised`, these are divided by their mean
+    over the units of the layer. Fang et al. 2023 (DepGraph), arXiv:2301.12900, divide by the mean of the highest ones.
 
     Args:
         scores: for each layer S (filters,), and the unit of each filter, from 0. -1 is a filter of no unit.
@@ -89,6 +89,6 @@ def scores_of_units(scores: Iterable[tuple[Tensor, list[int]]], count: int, norm
         places = torch.tensor(units, device="cpu")
         own = torch.zeros(count, dtype=torch.float64, device="cpu")
         own.index_add_(0, places[places >= 0], values.double().cpu()[places >= 0])
-        norm = own.norm()
-        per_layer.append(own / norm if normalised and norm > 0 else own)
+        mean = own.mean()
+        per_layer.append(own / mean if normalised and mean > 0 else own)
     return torch.stack(per_layer).mean(0)

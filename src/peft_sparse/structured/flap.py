@@ -53,7 +53,10 @@ def prune_structured(
     activations: Activations = "device",
     device: torch.device | str | None = None,
 ) -> StructuredReport:
-    """Write zeros over whole attention heads and MLP neurons, as FLAP does, or cut out whole experts. In place.
+    """Write zeros over whole attention heads, MLP neurons or filters, or cut out whole experts. In place.
+
+    The default is FLAP, for heads and neurons. `metric="reap"` removes experts, and `metric="l1"` and four others
+    remove filters of convolutional networks.
 
     Let W (out, in) be the output projection of an attention or MLP, X_j its input channel j over the tokens of the
     calibration data, S_j the metric of this channel, and m (in,) the mask, 1 for kept channels. Then
@@ -90,6 +93,27 @@ def prune_structured(
     small input and on the first batch, before calibration for other experts and at the end for the removed ones. If an
     output differs, the model is put back as it was.
 
+    `metric="l1"`, "l2", "fpgm", "bn_scale" or "wanda" removes whole filters of convolutions (`nn.Conv2d`). Let W
+    (filters, in · k · k) be the kernel, γ the weight of the normalisation after it, and X_j its input patches. Then
+
+        S_f = Σ_j |W_fj|                       "l1"
+        S_f = ||W_f:||_2                       "l2"
+        S_f = Σ_g ||W_f: - W_g:||_2            "fpgm": the filters nearest to the geometric median have the lowest
+        S_f = |γ_f|                            "bn_scale"
+        S_f = Σ_j |W_fj| · ||X_j||_2           "wanda", the only one that needs calibration
+
+    Filters are removed by channels. A channel has its filter, its entries in normalisations, and the input channels
+    that read it. Zeros are written into all of them, so `compact` can cut them out. Channels that are added, as in
+    residual blocks, are removed together, and so are the channels at one place of each group of a convolution with
+    groups. What belongs together is found by running the model on one batch: an image that is made for it, or the
+    first of `calibration`. Channels stay if an operation without a rule reads them, or if the model returns them.
+    `report.left_out` names the convolutions with such filters, and the reasons.
+
+    The filters of a channel are scored in each of its convolutions, S divided by its mean over the filters of the
+    convolution, except for "bn_scale". The score of the channel is the mean over its convolutions. The dense model, in
+    which only the layers that read a channel do not receive it, is compared with the model that has the zeros, for
+    every second channel. If the outputs differ, the model is refused, before anything is changed.
+
     Paper: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
     arXiv:2312.11983. The authors' code differs in these points. Here variances are taken over tokens and do not depend
     on the batch size. Heads count with their true numbers of parameters. Compensation is added to an existing bias and
@@ -99,52 +123,65 @@ def prune_structured(
     arXiv:2510.13999. Their mean outputs: Zhang et al. 2025, "MoNE: Replacing Redundant Experts with Lightweight
     Novices for Structured Pruning of MoE", arXiv:2507.00390, which chooses experts by another metric.
 
+    Filters: "l1" is from Li et al. 2016, "Pruning Filters for Efficient ConvNets", arXiv:1608.08710; "l2" from He et
+    al. 2018, arXiv:1808.06866; "fpgm" from He et al. 2018, arXiv:1811.00250; "bn_scale" from Liu et al. 2017,
+    arXiv:1708.06519; the scores of "wanda" from Sun et al. 2023, arXiv:2306.11695; coupled filters and the
+    division by a mean from Fang et al. 2023, arXiv:2301.12900, who take the mean of the highest scores.
+
     Args:
         model: a model with blocks, without adapters, with loaded floating-point weights.
         ratio: fraction of the parameters of the chosen attentions and MLPs to remove, or of the experts of each chosen
-            mixture, in [0, 1).
+            mixture, or of the filters of each convolution, in [0, 1). At least this fraction is removed.
         calibration: token ids (sequences, tokens), what a tokenizer returns, or an iterable of model inputs, such as a
             list, a `DataLoader` or a tokenised `datasets.Dataset`. Padding does not count, that is tokens whose
             `attention_mask` is 0. A batch may also hold a `token_mask` (sequences, tokens), or a `decoder_token_mask`,
             which the model does not see: only tokens where it is 1 count. It is required unless
-            `metric="magnitude_sp"` and `compensate=False`.
+            `metric="magnitude_sp"` and `compensate=False`, or filters are removed by another metric than "wanda". For
+            filters it may hold images (images, channels, height, width).
         metric: "wifv" is FLAP's, S_j = Var(X_j) · ||W_:j||². The others are "ifv", S_j = Var(X_j); "wifn",
             S_j = mean_i |W_ij| · ||X_j||; and the paper's baselines "wanda_sp", with the formula of "wifn", and
             "magnitude_sp", S_j = ||W_:j||. "wifv", "ifv" and "wifn" are squared for attention, as in the paper's code.
-            "reap" removes experts.
+            "reap" removes experts. "l1", "l2", "fpgm", "bn_scale" and "wanda" remove filters.
         structure: which units are compared with each other. "al-am", the default: all units of the model. "al-mm": all
             heads of the model with each other, and all neurons of the model with each other. "ul-mm": the heads of a
             block with each other, and the neurons of a block with each other. "ul-um": the same as "ul-mm", but
             exactly `ratio`, rounded up to whole units, is removed from each attention and from each MLP. `ratio` and
             the bound above hold for the whole model with "al-am" and "al-mm", for each block with "ul-mm", and for
             each attention and each MLP with "ul-um". With "ul-mm" and "ul-um" blocks of equal shape keep equal shapes.
-            Experts are always compared within their mixture, so mixtures of equal size keep equally many.
+            Experts are always compared within their mixture, so mixtures of equal size keep equally many. For filters
+            there are "ul-um", their default, which removes `ratio` of the channels of each convolution, or of the
+            convolutions that are removed together, and "al-am", which removes `ratio` of all filters of the model.
         attention_ratio: for "al-mm" and "ul-mm", the largest fraction of the parameters of the heads to remove, in
             [0, 1). Neurons make up the rest of `ratio`. By default it is `ratio`, and more if the neurons alone are
             too few.
         target_modules: which attentions and MLPs are pruned: None or "all-linear" for all of them, a list of names or
             name endings, or a regular expression for the whole name. An attention or MLP is chosen if its own name, as
             in the report, or the name of one of its linear layers matches. `["self_attn"]` prunes attentions alone.
-            Experts are chosen by the name of their mixture, of its router or of one of its parameters.
+            Experts are chosen by the name of their mixture, of its router or of one of its parameters. Filters are
+            chosen by the name of their convolution, and removed if all convolutions that have a part in them are.
         exclude_modules: a list of names or name endings, or a regular expression for the whole name. An attention or
             MLP is left out if its own name or the name of one of its linear layers matches. Experts are left out by
             the same names by which they are chosen.
         compensate: add the mean contribution of the removed channels to the bias of the output projection. The bias is
             created where there is none. The configuration of the model is then changed so that `save_pretrained` and
             `from_pretrained` keep it. With "reap": put the mean output in the place of each removed expert. None, the
-            default, is True for heads and neurons and False for experts.
+            default, is True for heads and neurons and False for experts and filters, which have no compensation.
         batch_size: how many sequences run together, where they do not come in batches.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
-        device: where each block is moved while it is processed. None computes where the block is.
+            Filters do not use it: the model runs as a whole.
+        device: where each block is moved while it is processed. None computes where the block is. Filters do not use
+            it either.
 
     Returns:
-        A report of what was removed from each attention, MLP or mixture of experts, in units and in parameters.
+        A report of what was removed from each attention, MLP, mixture of experts or set of convolutions, in units and
+        in parameters.
 
     Raises:
         ValueError: an argument is out of its range; a name in `target_modules` or `exclude_modules` matches nothing;
             the model has adapters, or the heads or neurons of a chosen attention or MLP cannot be found; a weight or a
             statistic is not finite; `calibration` is missing; `ratio` would remove the last unit of a layer or leave
-            fewer experts than a token is sent to; the model without some experts computes something else.
+            fewer experts than a token is sent to; the model without some experts computes something else; the model
+            has no filters that can be removed, or computes something else with zeros in them.
         RuntimeError: another process of the `torch.distributed` group failed.
     """
     started = time.perf_counter()
