@@ -14,6 +14,9 @@ from peft_sparse.calibration.statistics import Statistics
 from peft_sparse.reconstruction import Fit
 from peft_sparse.structured.filter_metrics import FILTER_METRICS, scores_of_units
 
+from conftest import tiny
+from trainers import in_two_processes
+
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 CALIBRATION = [{"pixel_values": IMAGES[:2]}, {"pixel_values": IMAGES[2:]}]
@@ -400,6 +403,16 @@ def test_the_image_is_made_for_the_network():
     assert [layer.name for layer in report.layers] == ["net.stem.0", "net.layers.last.0"]
 
 
+def test_filters_that_cannot_be_followed_do_not_keep_neurons_from_being_cut_out():
+    model = tiny("vit")
+    with torch.no_grad():
+        model.vit.embeddings.patch_embeddings.projection.weight[3] = 0
+        model.vit.layers[0].mlp.fc2.weight[:, 5:] = 0
+    compact(model)
+    assert model.vit.layers[0].mlp.fc1.out_features == 5
+    assert model.vit.embeddings.patch_embeddings.projection.out_channels == 16
+
+
 def test_half_precision_and_training_mode_stay():
     model = resnet().bfloat16().train()
     prune_structured(model, 0.25, metric="l1")
@@ -417,3 +430,25 @@ def test_a_masked_network_can_be_reconstructed_to_the_dense_one():
     for name, parameter in model.named_parameters():
         if parameter.dim() == 4:
             assert not parameter[zeros[name]].any(), name
+
+
+def run(folder):
+    """Prune in one of several processes, and write down what was removed."""
+    torch.manual_seed(0)
+    report = prune_structured(resnet().double(), 0.5, [{"pixel_values": x[None].double()} for x in IMAGES[:3]],
+                              metric="wanda")  # fmt: skip
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else "alone"
+    torch.save([layer.removed_units for layer in report.layers], f"{folder}/{rank}.pt")
+
+
+def begin_and_run(folder):
+    torch.distributed.init_process_group("gloo")
+    run(folder)
+
+
+@pytest.mark.slow
+def test_processes_share_the_images(tmp_path):
+    in_two_processes(tmp_path, __file__, f"begin_and_run({str(tmp_path)!r})")
+    run(tmp_path)
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"{rank}.pt") == torch.load(tmp_path / "alone.pt")

@@ -58,13 +58,13 @@ def compact(model: nn.Module, calibration: Calibration | None = None) -> nn.Modu
     """
     inner: Any = base_model(model)
     batches = [] if calibration is None else as_inputs(model, calibration)[:1]
-    filters = removed_filters(inner, batches)
     if not isinstance(inner, PreTrainedModel) and not has_convolutions(inner):
         raise TypeError(
             f"Expected a model of Transformers, whose configuration stores the widths of its layers, got "
             f"{type(inner).__name__}. Wrap the layers in a `PreTrainedModel`, or cut out the zeros in your own code."
         )
     found = known_units(inner) if not has_convolutions(inner) else units_or_none(inner) if find_blocks(inner) else []
+    filters = removed_filters(inner, batches, required=not found)
     check_loaded(found)
     kept = [(units, _contributing(units)) for units in found]
     cut = [(units, mask) for units, mask in kept if not mask.all()]

@@ -46,17 +46,28 @@ class RemovedFilters:
             raise ValueError(_said("computes something else"))
 
 
-def removed_filters(model: nn.Module, batches: list[dict[str, Any]]) -> RemovedFilters | None:
+def removed_filters(model: nn.Module, batches: list[dict[str, Any]], required: bool) -> RemovedFilters | None:
     """Return the filters that can be cut out of `model`; None if it has no convolution with a channel of zeros.
+
+    Args:
+        model: the model.
+        batches: model inputs of the caller.
+        required: whether the model has nothing else that could be cut out. Where it has, such as a vision transformer
+            that embeds patches by a convolution, filters that cannot be followed are left as they are.
 
     Raises:
         ValueError: the model has such channels, and has adapters, or weights that cannot be cut, or takes no input.
     """
     if not any(isinstance(module, nn.Conv2d) and _has_zero_channel(module) for module in model.modules()):
         return None
-    check_filters(model)
-    found, batch = traced_on_image(model, batches)
-    filters = chosen_filters(model, found)
+    try:
+        check_filters(model)
+        found, batch = traced_on_image(model, batches)
+        filters = chosen_filters(model, found)
+    except ValueError:
+        if required:
+            raise
+        return None
     gone = filters.unread()
     gone -= {own.units[0] for own in filters.sets if gone.issuperset(own.units)}
     return RemovedFilters(filters, gone, batch)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..model.blocks import Targets, base_model, excluded_names, matching_names
 from ..model.kinds import obstacle
+from ..model.offload import is_offloaded
 from ..model.tree import has_adapters
 from ..model.weights import WeightView, stored_weight
 from .channel_trace import Traced
@@ -205,7 +206,10 @@ def check_filters(model: nn.Module) -> None:
             "`merge_and_unload()` first, or attach the adapters afterwards."
         )
     for name, module in base_model(model).named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and (reason := obstacle(WeightView(module))) is not None:
+        reason = obstacle(WeightView(module)) if isinstance(module, (nn.Conv2d, nn.Linear)) else None
+        if is_offloaded(module) and reason is None:
+            reason = "is offloaded. Load the model into memory first."
+        if reason is not None:
             raise ValueError(f"Filters cannot be removed while the weight of {name!r} {reason}")
 
 
