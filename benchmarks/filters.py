@@ -40,7 +40,7 @@ from common import Rows, parser
 RATIOS = (0.25, 0.5)
 METRICS = ("l1", "l2", "fpgm", "bn_scale", "wanda")
 STRUCTURES = {"ul-um": "each layer", "al-am": "the model"}
-# A learning rate for each way, the better of two for one epoch.
+# Those of benchmarks/vision.py for single weights at 90 %. They were not searched again.
 RATES = {"MaskLoRA and norms": 1e-2, "all weights": 1e-2}
 # Sizes of `ResNetConfig`, and images per pass.
 SIZES: dict[str, tuple[dict[str, Any], int]] = {

@@ -12,8 +12,10 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetFo
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, compact, prune_structured, reconstruct
 from peft_sparse.calibration.statistics import Statistics
 from peft_sparse.reconstruction import Fit
+from peft_sparse.structured import channels
 from peft_sparse.structured.filter_metrics import FILTER_METRICS, scores_of_units
 
+from checks import assert_same_weights
 from conftest import tiny
 from trainers import in_two_processes
 
@@ -281,6 +283,16 @@ def test_filters_whose_channels_are_mixed_stay(name):
     assert [layer.name for layer in report.layers] == ["stem.0", "after.0"]
     masked = outputs(net)
     torch.testing.assert_close(outputs(compact(net)), masked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("operation", ["roll", "flip", "cumsum"])
+def test_a_wrong_rule_is_noticed_before_anything_is_changed(operation, monkeypatch):
+    monkeypatch.setitem(channels._RULES, operation, channels._pointwise)
+    net = settled(Net(a=conv(8, 8), b=Operation(MIXING[operation][0])))
+    before = copy.deepcopy(net)
+    with pytest.raises(ValueError, match="computes something else after zeros were written"):
+        prune_structured(net, 0.4, metric="l1")
+    assert_same_weights(net, before)
 
 
 def test_a_shortcut_of_type_a_keeps_the_width_of_its_stages():
