@@ -1,15 +1,18 @@
 r"""Accuracy and speed of a ResNet whose filters were removed.
 
-    python benchmarks/filters.py --weights resnet20-12fca82f.th --images cifar10_lossless_part.npz \
+    python benchmarks/filters.py accuracy --weights resnet20-12fca82f.th --images cifar10_lossless_part.npz \
         --output benchmarks/results/filters-resnet20-cpu.json
-    python benchmarks/filters.py --table --output (that file)
+    python benchmarks/filters.py speed --weights resnet20-12fca82f.th \
+        --output benchmarks/results/filters-speed-cpu.json
+    python benchmarks/filters.py table --output (one of these files)
 
 The model is the CIFAR-10 ResNet-20 of github.com/akamaster/pytorch_resnet_cifar10 (He et al. 2015, arXiv:1512.03385,
 section 4.2). Its shortcuts pad channels, so the first convolution of each of its nine blocks loses filters, and the
-other ten keep theirs. Accuracy is measured on 1,000 test images: as pruned, and with the statistics of BatchNorm taken
-anew on 4,000 training images. Two rows are also retrained, and compact models are measured again.
+other ten keep theirs. `accuracy` is measured on 1,000 test images: as pruned, and with the statistics of BatchNorm
+taken anew on 4,000 training images. Compact models are measured again. `retraining`, with the same arguments and
+another output, retrains the model from which half of the filters were removed by L1 norms.
 
-Speed: a dense, a masked and a compact model take turns on the same images. Each time is the processor time of one
+`speed`: a dense, a masked and a compact model take turns on the same images. Each time is the processor time of one
 pass, on one thread, and the ratio is the median over the rounds. Beside ResNet-20 it is that of
 `ResNetForImageClassification` with the sizes of ResNet-18 and ResNet-50 and random weights, which have no accuracy.
 
@@ -18,6 +21,7 @@ pass, on one thread, and the ratio is the median over the rounds. Beside ResNet-
 
 import argparse
 import copy
+import itertools
 import json
 import tempfile
 import time
@@ -32,6 +36,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from peft_sparse import MaskLoRAConfig, SparseTrainer, SparseTrainingArguments, compact, prune_structured
+from peft_sparse.structured.selection import Structure
 from vision import Augmented, accuracy, load, normalised, with_new_statistics
 
 from common import Rows, parser
@@ -39,7 +44,7 @@ from common import Rows, parser
 
 RATIOS = (0.25, 0.5)
 METRICS = ("l1", "l2", "fpgm", "bn_scale", "wanda")
-STRUCTURES = {"ul-um": "each layer", "al-am": "the model"}
+STRUCTURES: dict[Structure, str] = {"ul-um": "each layer", "al-am": "the model"}
 # Those of benchmarks/vision.py for single weights at 90 %. They were not searched again.
 RATES = {"MaskLoRA and norms": 1e-2, "all weights": 1e-2}
 # Sizes of `ResNetConfig`, and images per pass.
@@ -49,43 +54,63 @@ SIZES: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def measure(args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    with np.load(args.images) as file:
-        train, test = normalised(file["x_train"]), normalised(file["x_test"])
-        train_labels, test_labels = (torch.from_numpy(file[key]).long() for key in ("y_train", "y_test"))
-    dense: nn.Module = load(args.weights)
-    images = {"train": len(train), "test": len(test), "calibration": 256}
-    settings = {"images": images, "epochs": args.epochs, "learning_rates": RATES, "seed": args.seed, "threads": 1}
-    rows = Rows(args.output, settings)
+class Images:
+    """The images of the file, normalised."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as file:
+            self.train, self.test = normalised(file["x_train"]), normalised(file["x_test"])
+            labels = (torch.from_numpy(file[key]).long() for key in ("y_train", "y_test"))
+            self.train_labels, self.test_labels = labels
+
+    def accuracy(self, model: nn.Module) -> float:
+        return accuracy(model, self.test, self.test_labels)
+
+
+def measure_accuracy(args: argparse.Namespace) -> None:
+    images, dense = Images(args.images), load(args.weights)
+    counts = {"train": len(images.train), "test": len(images.test), "calibration": 256}
+    rows = Rows(args.output, {"images": counts, "seed": args.seed, "threads": 1})
     if not rows:
-        rows.add({"metric": "", "accuracy": accuracy(dense, test, test_labels), "parameters": size(dense)})
-    calibration = [{"pixel_values": batch} for batch in train[:256].split(64)]
-    for ratio in RATIOS:
-        for structure, compared in STRUCTURES.items():
-            for metric in METRICS:
-                if rows.find(ratio=ratio, compared=compared, metric=metric):
-                    continue
-                model = copy.deepcopy(dense)
-                report = prune_structured(model, ratio, calibration, metric=metric, structure=structure)  # type: ignore[arg-type]
-                row = {"metric": metric, "compared": compared, "ratio": ratio, "seconds": report.seconds}
-                row["accuracy"] = accuracy(model, test, test_labels)
-                model = with_new_statistics(model, train)
-                row["new statistics"] = accuracy(model, test, test_labels)
-                rows.add(row | cut(model, test, test_labels))
-    data = Augmented(train, train_labels)
+        rows.add({"metric": "", "accuracy": images.accuracy(dense), "parameters": size(dense)})
+    calibration = [{"pixel_values": batch} for batch in images.train[:256].split(64)]
+    for ratio, structure, metric in itertools.product(RATIOS, STRUCTURES, METRICS):
+        if rows.find(ratio=ratio, compared=STRUCTURES[structure], metric=metric):
+            continue
+        model: nn.Module = copy.deepcopy(dense)
+        report = prune_structured(model, ratio, calibration, metric=metric, structure=structure)
+        row = {"metric": metric, "compared": STRUCTURES[structure], "ratio": ratio, "seconds": report.seconds}
+        row["accuracy"] = images.accuracy(model)
+        model = with_new_statistics(model, images.train)
+        row["new statistics"] = images.accuracy(model)
+        compact(model)
+        rows.add(row | {"parameters": size(model), "compact": images.accuracy(model)})
+
+
+def measure_retraining(args: argparse.Namespace) -> None:
+    images = Images(args.images)
+    settings = {"epochs": args.epochs, "learning_rates": RATES, "metric": "l1", "seed": args.seed, "threads": 1}
+    rows = Rows(args.output, settings)
+    masked: nn.Module = load(args.weights)
+    prune_structured(masked, RATIOS[-1], metric="l1")
+    masked = with_new_statistics(masked, images.train)
     for way in RATES:
-        for ratio in RATIOS:
-            if not rows.find(ratio=ratio, recovery=way):
-                model = copy.deepcopy(dense)
-                prune_structured(model, ratio, metric="l1")
-                model, seconds = retrained(with_new_statistics(model, train), way, data, args)
-                row = {"metric": "l1", "ratio": ratio, "recovery": way, "seconds": seconds}
-                row["accuracy"] = accuracy(model, test, test_labels)
-                rows.add(row | cut(model, test, test_labels))
+        if not rows.find(recovery=way):
+            torch.manual_seed(args.seed)
+            data = Augmented(images.train, images.train_labels)
+            model, seconds = retrained(copy.deepcopy(masked), way, data, args)
+            row = {"ratio": RATIOS[-1], "recovery": way, "seconds": seconds, "accuracy": images.accuracy(model)}
+            compact(model)
+            rows.add(row | {"parameters": size(model), "compact": images.accuracy(model)})
+
+
+def measure_speed(args: argparse.Namespace) -> None:
+    dense: nn.Module = load(args.weights)
+    rows = Rows(args.output, {"rounds": args.rounds, "seed": args.seed, "threads": 1})
+    images = torch.randn(128, 3, 32, 32, generator=torch.Generator().manual_seed(args.seed))
     for ratio in RATIOS:
         if not rows.find(speed_of="ResNet-20", ratio=ratio):
-            rows.add({"speed_of": "ResNet-20", "ratio": ratio, **speeds(dense, ratio, test[:128], args.rounds)})
+            rows.add({"speed_of": "ResNet-20", "ratio": ratio, **speeds(dense, ratio, images, args.rounds)})
         for name, (sizes, count) in SIZES.items():
             if not rows.find(speed_of=name, ratio=ratio):
                 torch.manual_seed(args.seed)
@@ -98,15 +123,8 @@ def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def cut(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Return the number of parameters and the accuracy of the compact model."""
-    compact(model)
-    return {"parameters": size(model), "compact": accuracy(model, images, labels)}
-
-
 def retrained(model: nn.Module, way: str, data: Augmented, args: argparse.Namespace) -> tuple[nn.Module, float]:
     """Retrain the masked model. Return it, with adapters merged, and the seconds that this took."""
-    torch.manual_seed(args.seed)
     tuned: Any = model
     if way != "all weights":
         config: Any = MaskLoRAConfig(r=4, target_modules=r"blocks\..*conv\d|linear", train_norms=True, bias="all")
@@ -145,21 +163,25 @@ def speeds(dense: nn.Module, ratio: float, images: Tensor, rounds: int) -> dict[
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the rows of `measure` as the tables of docs/methods/filters.md."""
+    """Return the rows of a result as a table of docs/methods/filters.md."""
     rows = result["rows"]
+    if "speed_of" in rows[0]:
+        return speed_table(rows)
+    if "recovery" in rows[0]:
+        cells = [f"| {row['recovery']} | {100 * row['accuracy']:.1f} % |" for row in rows]
+        return "\n".join(["| retrained | accuracy |", "| --- | ---: |", *cells])
     lines = ["| metric | compared | 25 % | new statistics | 50 % | new statistics |", "| --- | --- |" + " ---: |" * 4]
     for compared in STRUCTURES.values():
         for metric in METRICS:
             own = [row for row in rows if row.get("compared") == compared and row["metric"] == metric]
             cells = [f"{100 * row[key]:.1f} %" for row in own for key in ("accuracy", "new statistics")]
             lines.append(f"| `{metric}` | {compared} | {' | '.join(cells)} |")
-    for way in RATES:
-        own = [row for row in rows if row.get("recovery") == way]
-        lines.append(
-            f"| `l1`, retrained: {way} | each layer | " + "".join(f"| {100 * r['accuracy']:.1f} % |" for r in own)
-        )
-    lines += ["", "| model | filters removed | parameters | masked | compact |", "| --- |" + " ---: |" * 4]
-    for row in (row for row in rows if "speed_of" in row):
+    return "\n".join(lines)
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| model | filters removed | parameters | masked | compact |", "| --- |" + " ---: |" * 4]
+    for row in rows:
         counts = f"{row['parameters'] / 1e6:.2f} M → {row['compact, parameters'] / 1e6:.2f} M"
         ratios = f"{row['masked, times faster']:.2f} | {row['compact, times faster']:.2f}"
         lines.append(f"| {row['speed_of']} | {row['ratio']:.0%} | {counts} | {ratios} |".replace("% |", " % |", 1))
@@ -168,16 +190,18 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("part", choices=("accuracy", "retraining", "speed", "table"))
     options.add_argument("--weights", type=Path)
     options.add_argument("--images", type=Path)
     options.add_argument("--epochs", type=float, default=1)
     options.add_argument("--rounds", type=int, default=7, help="of the measurement of speed")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--output", type=Path, required=True)
-    options.add_argument("--table", action="store_true", help="print the tables of an earlier run")
     args = options.parse_args()
-    if not args.table:
-        measure(args)
+    torch.set_num_threads(1)
+    parts = {"accuracy": measure_accuracy, "retraining": measure_retraining, "speed": measure_speed}
+    if args.part in parts:
+        parts[args.part](args)
     print(table(json.loads(args.output.read_text())))
 
 
