@@ -235,7 +235,7 @@ def published_run(model: Any, tokens: Tensor, criterion: str) -> None:
             name: torch.zeros(m.in_features, m.in_features) if criterion == "sparsegpt" else torch.zeros(m.in_features)
             for name, m in layers.items()
         }
-        hooks = [m.register_forward_hook(_published_hook(sums[name], len(tokens))) for name, m in layers.items()]
+        hooks = [m.register_forward_hook(published_hook(sums[name], len(tokens))) for name, m in layers.items()]
         for x in hidden:
             block(x, **call)
         for hook in hooks:
@@ -248,7 +248,7 @@ def published_run(model: Any, tokens: Tensor, criterion: str) -> None:
         hidden = [block(x, **call) for x in hidden]
 
 
-def _published_hook(total: Tensor, count: int) -> Callable[..., None]:
+def published_hook(total: Tensor, count: int) -> Callable[..., None]:
     def hook(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0].flatten(0, -2).T
         total.add_(x @ x.T if total.dim() == 2 else torch.norm(x, p=2, dim=1) ** 2, alpha=1 / count)

@@ -51,7 +51,8 @@ def states_by_the_engine(model, batches, **options):
             into, out_of = [], []
 
             def before(module, args, kwargs, into=into):
-                into.append((args or [kwargs.get("hidden_states")])[0])
+                # What waits is overwritten by what the block returns for good.
+                into.append((args or [kwargs.get("hidden_states")])[0].clone())
 
             def after(module, args, output, out_of=out_of):
                 out_of.append(output if isinstance(output, torch.Tensor) else output[0])
@@ -206,6 +207,30 @@ def test_files_of_hidden_states_are_removed(llama, tokens, tmp_path, monkeypatch
     prune(llama, 0.5, criterion="wanda", calibration=tokens, activations="disk")
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_hidden_states_wait_in_the_same_memory_at_every_block(llama, tokens):
+    batches = [{"input_ids": tokens[:1]}, {"input_ids": tokens[1:2, :7]}, {"input_ids": tokens[2:3]}]
+    runner = next(stack_runners(llama, batches))
+
+    def places():
+        return [value.data_ptr() for batch in runner.batches for value in batch.values.values()]
+
+    first = places()
+    # Those of one shape lie side by side.
+    assert first[2] - first[0] == 4 * tokens.shape[1] * llama.config.hidden_size
+    for index in range(2):
+        runner.advance(index)
+        assert places() == first
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_logits_are_not_computed_where_nobody_reads_them(llama, tokens, labels):
+    shapes = []
+    llama.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    batch = {"input_ids": tokens} | ({"labels": tokens} if labels else {})
+    prune(llama, 0.5, criterion="wanda", calibration=[batch])
+    assert {shape[1] for shape in shapes} == {tokens.shape[1] if labels else 1}
 
 
 # -- residence -------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def measured_bytes(model, calibration, needs):
             inside = {name: weight for name, weight in weights.items() if name.startswith(f"{block}.")}
             inputs = measure(model, runner, index, inside, needs).inputs.values()
             unique = {id(one): one for one in inputs}.values()
-            tensors = [t for one in unique for t in (one.norm_squared, one.hessian, *one.sampled) if t is not None]
+            tensors = [t for one in unique for t in (one.norm_squared, one.hessian, *one.rooms) if t is not None]
             measured = max(measured, sum(tensor.nbytes for tensor in tensors))
             runner.advance(index)
     return waiting, measured

@@ -6,11 +6,17 @@ import weakref
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
 Activations = Literal["device", "cpu", "disk"]
+
+
+# The bytes of memory that are taken together. The C library returns blocks of 32 MiB and more to the system when they
+# are freed.
+_SLAB = 1 << 26
 
 
 class ActivationStore:
@@ -24,6 +30,7 @@ class ActivationStore:
 
     def __init__(self, activations: Activations) -> None:
         self.offload = activations != "device"
+        self._free: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="peft_sparse-")) if activations == "disk" else None
         if self._folder is not None:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -35,6 +42,32 @@ class ActivationStore:
         path = self._folder / f"{key}.safetensors"
         save_file({"value": value.cpu().contiguous()}, path)
         return path
+
+    def copy(self, key: str, value: Tensor, room: Tensor | None = None, alike: int = 1) -> Tensor | Path:
+        """Keep a copy of `value` and return what `get` takes. On disk, this is what `put` does.
+
+        Copies of one shape lie side by side. Memory then has no gaps between them that are too small for what is
+        computed next, and a copy that replaces another one takes no new memory.
+
+        Args:
+            key: the name of the file on disk.
+            value: the tensor.
+            room: a copy that nobody needs any more. It is overwritten if `value` fits.
+            alike: how many copies of this shape will follow, this one included. Memory is taken for all of them.
+        """
+        if self._folder is not None:
+            return self.put(key, value)
+        device = torch.device("cpu") if self.offload else value.device
+        layout = value.shape, value.dtype, device
+        if room is None or (room.shape, room.dtype, room.device) != layout:
+            free = self._free.pop(layout, [])
+            if not free:
+                count = max(1, min(alike, _SLAB // max(1, value.nbytes)))
+                free = list(torch.empty(count, *value.shape, dtype=value.dtype, device=device).unbind())
+            room = free.pop(0)
+            if free:
+                self._free[layout] = free
+        return room.copy_(value)
 
     def get(self, kept: Tensor | Path) -> Tensor:
         """Return the tensor that was kept. It is on the device or, if it was offloaded, in CPU memory."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ class Capture:
         self.links = Links()
         self.prefix: Any = None
         self.ends_early = False
+        # How many batches of the shape of this one are left, this one included.
+        self.alike = 1
 
     @torch.no_grad()
     def run(self, inputs: list[dict[str, Any]]) -> list[Batch]:
@@ -88,7 +91,10 @@ class Capture:
         with contextlib.ExitStack() as replaced:
             self._replace_blocks(replaced)
             replaced.enter_context(self.masks.watching())
+            left = Counter(map(_shape_of, inputs))
             for number, inputs_of_batch in enumerate(inputs):
+                self.alike = left[_shape_of(inputs_of_batch)]
+                left[_shape_of(inputs_of_batch)] -= 1
                 self._record(number, inputs_of_batch)
                 if self.batch.calls:
                     self._end(batches[0] if batches else None)
@@ -203,9 +209,14 @@ class Capture:
             source = None if call.links else _source_of(call, self.stack.traits.get(call.block))
             if source is not None and used[id(source)] == 1:
                 link = Link(-1, sum(known.call < 0 for known in self.batch.values))
-                self.batch.values[link] = self.stack.store.put(f"{self.batch.number}-source-{link.leaf}", source)
+                key = f"{self.batch.number}-source-{link.leaf}"
+                self.batch.values[link] = self.stack.store.copy(key, source, alike=self.alike)
                 replaced = partial(_replaced, source, link)
                 call.args, call.kwargs = map_leaves(replaced, (call.args, call.kwargs))
+
+
+def _shape_of(inputs: dict[str, Any]) -> tuple[tuple[str, torch.Size], ...]:
+    return tuple((name, value.shape) for name, value in inputs.items() if isinstance(value, Tensor))
 
 
 def _source_of(call: Call, trait: Trait | None) -> Tensor | None:

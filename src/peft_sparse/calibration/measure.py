@@ -146,7 +146,7 @@ def measure_inputs(
         statistics.finish()
     _check(weights, leaders, measured, experts)
     # Where the block was left early, the outputs of its last layers are not known for every batch.
-    seen = {n: torch.stack(found).sum() for n, found in squares.items() if len(found) == measured[leaders[n]].updates}
+    seen = {n: total for n, (total, calls) in squares.items() if calls == measured[leaders[n]].updates}
     # The order is that in which the inputs came. Weights with the same inputs follow each other.
     inputs = {n: measured[leader] for leader in measured for n in weights if leaders.get(n) == leader}
     return BlockStatistics(inputs, seen, shared)
@@ -165,14 +165,15 @@ def _summed(
     stopping: nn.Module | None,
     sight: Sight | None,
     sharing: bool,
-) -> tuple[dict[str, str], dict[str, InputStatistics], dict[str, list[Tensor]]]:
+) -> tuple[dict[str, str], dict[str, InputStatistics], dict[str, tuple[Tensor, int]]]:
     """Run all batches. Return the leader of each weight, the sums of each leader, and ||W X||² of some weights.
 
+    Beside ||W X||² stands the number of calls that it is the sum over.
     A leader is the first of the weights that share their input; without `sharing`, each weight is its own.
     """
     leaders: dict[str, str] = {}
     measured: dict[str, InputStatistics] = {}
-    squares: dict[str, list[Tensor]] = {}
+    squares: dict[str, tuple[Tensor, int]] = {}
     quota = sampled_per_batch(batches)
     calls = dict.fromkeys(weights, 0)
 
@@ -186,7 +187,9 @@ def _summed(
             measured[name].update(rows())
 
     def record_outputs(name: str, rows: Callable[[], Tensor]) -> None:
-        squares.setdefault(name, []).append(_square_of_product(weights[name], spread_rows(rows(), quota)))
+        square = _square_of_product(weights[name], spread_rows(rows(), quota))
+        total, calls = squares.get(name, (None, 0))
+        squares[name] = square if total is None else total.add_(square), calls + 1
 
     observer = InputObserver(model, weights, record, record_outputs, stopping, sight)
     with observer.hooks():

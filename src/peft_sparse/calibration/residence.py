@@ -1,6 +1,7 @@
 """Where a block computes: on the device of its weights, which may be another one than that of its caller."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import find_blocks
+from ..model.blocks import base_model, find_blocks
 from ..model.offload import execution_device, has_hooks, resident_through_hooks
 from .inputs import model_arguments
 from .recording import Returned, give_back, leaves_of, map_leaves, returned_by
@@ -86,8 +87,15 @@ def run_there(
 
 
 def arguments_there(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments with which `model` is called on a batch, on the device on which it takes them."""
-    arguments: dict[str, Any] = map_leaves(partial(to_device, execution_device(model)), model_arguments(model, batch))
+    """Return the arguments with which `model` is called on a batch to run its blocks, on the device that takes them.
+
+    What the model makes of the states after its last block is not asked for. Without labels, a language model
+    therefore computes the logits of the last token alone, which saves the largest tensor of the pass.
+    """
+    given = model_arguments(model, batch)
+    if given.get("labels") is None and "logits_to_keep" in inspect.signature(base_model(model).forward).parameters:
+        given = {"logits_to_keep": 1} | given
+    arguments: dict[str, Any] = map_leaves(partial(to_device, execution_device(model)), given)
     return arguments
 
 

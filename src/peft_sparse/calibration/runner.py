@@ -9,6 +9,7 @@ import contextlib
 import copy
 import heapq
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,7 +123,8 @@ class BlockRunner:
     def advance(self, index: int) -> None:
         """Make the calls of block `index` for good, and replace what waits for them by what they return.
 
-        Calls of blocks that have been advanced earlier are made as soon as what they take is there.
+        Calls of blocks that have been advanced earlier are made as soon as what they take is there. What a call
+        returns is written over what it alone has waited for, so that memory does not grow.
         """
         self._advanced.add(index)
         for batch in self.batches:
@@ -131,23 +133,44 @@ class BlockRunner:
             while ready:
                 number = heapq.heappop(ready)
                 if batch.is_ready(number) and batch.calls[number].block in self._advanced:
-                    self._make(batch, number, index)
-                    for follower in batch.finish(number):
+                    for follower in self._make(batch, number, index):
                         heapq.heappush(ready, follower)
 
-    def _make(self, batch: Batch, number: int, resident: int) -> None:
-        if not batch.is_taken(number):
-            return
+    def _make(self, batch: Batch, number: int, resident: int) -> list[int]:
+        """Make a call for good. Return the calls that may be ready now."""
         block = batch.calls[number].block
-        with contextlib.nullcontext() if block == resident else self.resident(block):
-            returned = self.call(batch, number, {})
-        for link, tensor in batch.taken(number, returned.tensors).items():
+        taken: dict[Link, Tensor] = {}
+        if batch.is_taken(number):
+            with contextlib.nullcontext() if block == resident else self.resident(block):
+                taken = batch.taken(number, self.call(batch, number, {}).tensors)
+        waited = {link: batch.values.get(link) for link in batch.calls[number].links}
+        followers = batch.finish(number)
+        rooms = self._rooms({link: value for link, value in waited.items() if link not in batch.values}, batch, taken)
+        for link, tensor in taken.items():
             if link.leaf in self.traits[block].states:
-                batch.values[link] = self.store.put(f"{batch.number}-{link.call}-{link.leaf}", tensor)
+                key = f"{batch.number}-{link.call}-{link.leaf}"
+                batch.values[link] = self.store.copy(key, tensor, rooms.pop() if rooms else None)
             else:
                 # What does not depend on hidden states is mostly equal in all batches, and is held once.
                 known = iter([self.batches[0].values.get(link)])
                 batch.values[link] = placed_once(known, {}, self.store.offload, tensor)
+        return followers
+
+    def _rooms(
+        self, dropped: dict[Link, Tensor | Path | None], batch: Batch, taken: dict[Link, Tensor]
+    ) -> list[Tensor]:
+        """Return those of the values that no call takes any more which are copies of this runner's own.
+
+        A value in whose memory something lies that a call returned is left out.
+        """
+        in_use = {tensor.untyped_storage().data_ptr() for tensor in taken.values()}
+        return [
+            value
+            for link, value in dropped.items()
+            if isinstance(value, Tensor)
+            and (link.call < 0 or link.leaf in self.traits[batch.calls[link.call].block].states)
+            and value.untyped_storage().data_ptr() not in in_use
+        ]
 
     def call(
         self,

@@ -39,13 +39,31 @@ class Statistics:
     input_variance: Tensor | None = None
 
 
-# Number of rows of X that a relative output error is estimated on.
+# Number of rows of X that a relative output error is estimated on, and the number that is allocated together.
 SAMPLED_TOKENS = 1024
+_ROOM = 256
 
 
 def sampled_per_batch(batches: int) -> int:
     """Return the number of rows of X that are kept of each batch. A batch with fewer rows is kept whole."""
     return -(-SAMPLED_TOKENS // batches)
+
+
+def rows_taken(batches: list[int]) -> int:
+    """Return for how many rows of X memory is taken, for batches of these numbers of rows."""
+    taken = free = 0
+    for rows in batches:
+        count = min(rows, sampled_per_batch(len(batches)))
+        if count > free:
+            free = _rows_of_room(count)
+            taken += free
+        free -= count
+    return taken
+
+
+def _rows_of_room(count: int) -> int:
+    """Return for how many rows memory is taken together, if batches give `count` of them each."""
+    return count * max(1, _ROOM // max(count, 1))
 
 
 @dataclass
@@ -62,9 +80,9 @@ class InputStatistics:
         norm_squared: ||X_j||² so far, (in,). With a Hessian it is its diagonal, and is set by `finish`.
         total: Σ X_j so far, (in,).
         hessian: XᵀX so far, (in, in). Before `finish`, only panels on and above its diagonal are valid.
-        sampled: the rows that are kept, one tensor (rows, in) per batch.
         tokens: number of rows so far.
         updates: number of batches so far.
+        rooms: the memory of the rows that are kept. The last tensor may have rows that are not used yet.
     """
 
     hessian_wanted: bool = False
@@ -73,14 +91,15 @@ class InputStatistics:
     norm_squared: Tensor | None = None
     total: Tensor | None = None
     hessian: Tensor | None = None
-    sampled: list[Tensor] = field(default_factory=list)
     tokens: int = 0
     updates: int = 0
+    rooms: list[Tensor] = field(default_factory=list)
+    _used: int = 0
 
     def update(self, rows: Tensor) -> None:
         """Add `rows` (tokens, in), or (groups, tokens, in), to all sums."""
         dtype = torch.promote_types(rows.dtype, torch.float32)
-        self.sampled.append(spread_rows(rows, self.rows_per_batch))
+        self._keep(spread_rows(rows, self.rows_per_batch))
         self.tokens += rows.shape[-2]
         self.updates += 1
         self.start((*rows.shape[:-2], rows.shape[-1]), dtype, rows.device)
@@ -91,6 +110,22 @@ class InputStatistics:
         elif self.norm_squared is not None:
             # Not `vector_norm`: over the first dimension it takes seven times as long on CPUs.
             self.norm_squared += rows.to(dtype).square().sum(-2)
+
+    def _keep(self, rows: Tensor) -> None:
+        # Not one tensor for each batch: many small tensors between those of the block leave gaps in memory, which are
+        # too small for what the block allocates next.
+        count = rows.shape[-2]
+        if not self.rooms or self._used + count > self.rooms[-1].shape[-2]:
+            self.rooms = self.sampled
+            self.rooms.append(rows.new_empty(*rows.shape[:-2], _rows_of_room(count), rows.shape[-1]))
+            self._used = 0
+        self.rooms[-1].narrow(-2, self._used, count).copy_(rows)
+        self._used += count
+
+    @property
+    def sampled(self) -> list[Tensor]:
+        """The rows that are kept, in the order in which they came, as tensors (rows, in)."""
+        return [*self.rooms[:-1], *(room.narrow(-2, 0, self._used) for room in self.rooms[-1:])]
 
     def start(self, columns: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """Set each sum that is wanted to zero, unless it has been started. `columns` is (in,) or (groups, in)."""
@@ -174,13 +209,12 @@ class BlockStatistics:
             measured.variance,
         )
 
-    def sample(self, name: str) -> Tensor:
-        """Return some rows of X of the weight `name`, (rows, in), or (groups, rows, in).
+    def sample(self, name: str) -> list[Tensor]:
+        """Return some rows of X of the weight `name`, as tensors (rows, in), or (groups, rows, in).
 
         There are none if this process measured none.
         """
-        norms, sampled = self.inputs[name].input_norm, self.inputs[name].sampled
-        return torch.cat(sampled, -2) if sampled else norms.new_zeros(*norms.shape[:-1], 0, norms.shape[-1])
+        return self.inputs[name].sampled
 
 
 def by_group(statistics: Statistics, matrix: Tensor) -> list[tuple[Tensor, Statistics]]:

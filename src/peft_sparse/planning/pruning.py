@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from ..calibration.activations import Activations, check_activations
-from ..calibration.statistics import Need, sampled_per_batch
+from ..calibration.statistics import Need, rows_taken
 from ..calibration.text import SEQUENCE_LENGTH
 from ..model.blocks import Targets, active_experts, find_blocks, hidden_size, prunable_weights
 from ..model.empty import empty_model
@@ -218,7 +218,7 @@ def measured_bytes(
         item: the number of bytes of one entry of an activation.
     """
     shapes = [weight.shape for weight in weights.values()]
-    sampled = sum(min(rows, sampled_per_batch(len(batches))) for rows in batches)
+    sampled = rows_taken(batches)
     sums = max(4, item) * sum(n * n + n if "hessian" in needs else n for _, n in shapes)
     moments = 8 * sum(n for _, n in shapes) if "moments" in needs else 0
     return sums + moments + item * sampled * sum(n for _, n in shapes), batches[0] * item * sum(m for m, _ in shapes)

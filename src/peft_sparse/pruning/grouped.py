@@ -16,7 +16,7 @@ from ..model.weights import to_host
 from .least_squares import LeastSquares
 from .patterns import Pattern, Unstructured, number_to_prune
 from .refinement import Refinement
-from .rows import row_error
+from .rows import row_error, rows_of_chunk
 from .sparsegpt import SparseGPT
 
 
@@ -76,12 +76,33 @@ def row_errors(matrix: Tensor, pruned: Tensor, statistics: Statistics) -> Tensor
     return torch.cat([row_error(r, other, _hessian(own)) for (r, own), other in zip(parts, others, strict=True)])
 
 
-def output_square(matrix: Tensor, rows: Tensor) -> Tensor:
-    """Return ‖X Wᵀ‖² of W (out, in) and X (rows, in), or (groups, rows, in) if the rows of W have groups."""
-    matrix = matrix.float()
-    if rows.dim() == 3:
-        matrix = matrix.unflatten(0, (len(rows), -1))
-    return (rows @ matrix.mT).square_().sum()
+def lost_square(matrix: Tensor, pruned: Tensor | None, sample: list[Tensor]) -> Tensor:
+    """Return ‖X(W - W')ᵀ‖² as a tensor without dimensions, float32, computed in parts without a copy of W.
+
+    Args:
+        matrix: W, (out, in).
+        pruned: W', (out, in); or a mask M of dtype bool, which stands for W' = W ⊙ M; or None for W' = 0.
+        sample: rows of X as tensors (rows, in), or (groups, rows, in) if the rows of W have groups.
+    """
+    grouped = any(rows.dim() == 3 for rows in sample)
+    count = len(matrix) if grouped else rows_of_chunk(matrix, max(matrix.shape[1], *map(len, sample), 1))
+    total = torch.zeros((), device=matrix.device)
+    for start in range(0, len(matrix), count):
+        own = slice(start, start + count)
+        lost = _difference(matrix[own], None if pruned is None else pruned[own])
+        for rows in sample:
+            of_groups = lost.unflatten(0, (len(rows), -1)) if grouped else lost
+            total += (rows.float() @ of_groups.mT).square_().sum()
+    return total
+
+
+def _difference(matrix: Tensor, pruned: Tensor | None) -> Tensor:
+    """Return W - W' in float32."""
+    if pruned is None:
+        return matrix.float()
+    if pruned.dtype == torch.bool:
+        return matrix.masked_fill(pruned, 0).float()
+    return matrix.float() - pruned.float()
 
 
 def _shares(parts: list[tuple[Tensor, Statistics]], pattern: Pattern) -> list[Pattern]:

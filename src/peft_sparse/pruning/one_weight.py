@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..calibration.measure import BlockStatistics, relative_error, warn_of_few_tokens
-from ..calibration.statistics import InputStatistics, Statistics, by_group
+from ..calibration.statistics import Statistics, by_group
 from ..model.masks import mask_of
 from ..model.processes import add_up
 from ..model.weights import WeightView, zero_counts
 from .criteria import CRITERIA, Magnitude, ScoringCriterion
-from .grouped import output_square, refined, solved, updated
+from .grouped import lost_square, refined, solved, updated
 from .patterns import select
 from .sparsegpt import SparseGPT
 from .task import PruningTask
@@ -40,19 +40,19 @@ def prune_weights(weights: dict[str, WeightView], task: PruningTask, measured: B
                 task.warned = task.warned or warn_of_few_tokens(name, statistics)
             solution, mask = _selected(name, matrix, task, statistics)
             if (task.refinement or task.update) and errors is not None:
-                errors.selected(matrix * mask if solution is None else solution)
+                errors.selected(mask if solution is None else solution)
             if task.refinement is not None:
                 mask = refined(task.refinement[1], matrix, mask, statistics, pattern)
             if task.update is not None:
                 # A mask may keep entries that are zero already, if the weight has more zeros than the pattern needs.
                 mask &= mask_of(matrix)
                 solution = updated(task.update, matrix, mask, statistics, start=solution)
+            if errors is not None:
+                errors.final(mask if solution is None else solution.to(matrix.dtype))
             if solution is None:
                 weight.write_zeros(mask)
             else:
                 weight.write(solution)
-        if errors is not None:
-            errors.after(weight.matrix())
     if errors is not None and weights:
         errors.note(task)
     # Counted here, because a streamed weight is in memory only now.
@@ -80,35 +80,33 @@ class _OutputErrors:
         self.whole: dict[str, Tensor] = {}
         self.lost: dict[str, Tensor] = {}
         self.lost_selected: dict[str, Tensor] = {}
-        self.inputs: InputStatistics | None = None
 
     def before(self, name: str, matrix: Tensor) -> None:
-        self.name, self.dense = name, matrix.to(torch.float32, copy=True)
-        inputs = self.measured.inputs[name]
-        if inputs is not self.inputs:
-            # Weights that share inputs mostly follow each other, so the rows are converted once.
-            self.inputs, self.rows = inputs, self.measured.sample(name).float()
+        """Start with the weight `name`, whose entries are still those of W."""
+        self.name, self.dense = name, matrix
         known = self.measured.output_squares.get(name)
-        self.whole[name] = self._square(self.dense) if known is None else known.to(matrix.device)
+        self.whole[name] = self._square(None) if known is None else known.to(matrix.device)
 
-    def selected(self, matrix: Tensor) -> None:
-        self.lost_selected[self.name] = self._square(self.dense - matrix)
+    def selected(self, pruned: Tensor) -> None:
+        """Note the error of what was selected: W', or a mask that stands for W' = W ⊙ M. W is not written yet."""
+        self.lost_selected[self.name] = self._square(pruned)
 
-    def after(self, matrix: Tensor) -> None:
-        self.lost[self.name] = self._square(self.dense.sub_(matrix))
+    def final(self, pruned: Tensor) -> None:
+        """Note the error of what will be written, in the form of `selected`."""
+        self.lost[self.name] = self._square(pruned)
 
     def note(self, task: PruningTask) -> None:
         """Write the errors of all weights into `task`, over the rows of all processes."""
         parts = (self.whole, self.lost, self.lost_selected)
-        squares = [torch.stack([s.to(self.rows.device) for s in part.values()]) for part in parts if part]
+        squares = [torch.stack([s.to(self.dense.device) for s in part.values()]) for part in parts if part]
         if self.measured.shared:
             add_up(squares)
         whole = dict(zip(self.whole, squares[0], strict=True))
         for found, sums, errors in zip(parts[1:], squares[1:], (task.errors, task.errors_selected), strict=False):
             errors |= {name: relative_error(lost, whole[name]) for name, lost in zip(found, sums, strict=True)}
 
-    def _square(self, matrix: Tensor) -> Tensor:
-        return output_square(matrix, self.rows)
+    def _square(self, pruned: Tensor | None) -> Tensor:
+        return lost_square(self.dense, pruned, self.measured.sample(self.name))
 
 
 def _selected(name: str, matrix: Tensor, task: PruningTask, statistics: Statistics) -> tuple[Tensor | None, Tensor]:
@@ -136,7 +134,11 @@ def scores_of(name: str, matrix: Tensor, rule: ScoringCriterion, statistics: Sta
                 "criterion returns one score per entry of the weight (out, in)."
             )
     scores = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if not isinstance(rule, tuple(CRITERIA.values())) and not scores.isfinite().all():
+    del parts
+    if isinstance(rule, tuple(CRITERIA.values())):
+        # What the criteria of this package return is nowhere else.
+        return scores.masked_fill_(mask_of(matrix).logical_not_(), -torch.inf)
+    if not scores.isfinite().all():
         raise ValueError(
             f"Expected finite scores for {name!r}, got NaN or infinity. Correct the criterion, or clamp what it "
             "returns."
