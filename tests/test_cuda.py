@@ -18,6 +18,7 @@ from peft_sparse import (
     prune_structured,
     reconstruct,
 )
+from peft_sparse.calibration.activations import ActivationStore
 from peft_sparse.tuners import eight_bit, fused
 
 from checks import assert_same_zeros, assert_zeros_kept, zeros_of
@@ -93,6 +94,24 @@ def test_blocks_take_turns_on_the_gpu(name, criterion, activations):
     prune(other, 0.5, criterion=criterion, calibration=[batch], device="cuda", activations=activations)
     assert {p.device.type for p in other.parameters()} == {"cpu"}
     assert_same(other, cpu)
+
+
+def test_hidden_states_go_to_the_cpu_and_back_without_a_wait():
+    store = ActivationStore("cpu")
+    value = torch.randn(3, 1000, 1000, device="cuda")
+    first = store.copy("a", value, alike=2)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        back = store.get(first, value.device)
+        second = store.copy("a", 2 * back, first)
+        again = store.get(second, value.device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert second is first and first.is_pinned()
+    assert torch.equal(back, value) and torch.equal(again, 2 * value)
+    # The host waits for the copy where it reads it.
+    assert torch.equal(store.get(store.copy("a", 3 * value, second)), 3 * value.cpu())
 
 
 def test_a_checkpoint_is_pruned_on_the_gpu(tmp_path, tokens):

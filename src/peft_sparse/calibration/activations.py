@@ -30,7 +30,9 @@ class ActivationStore:
 
     def __init__(self, activations: Activations) -> None:
         self.offload = activations != "device"
-        self._free: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
+        # The last copy from each GPU to the CPU.
+        self._written: dict[torch.device, torch.cuda.Event] = {}
+        self._free: dict[tuple[torch.Size, torch.dtype, torch.device, bool], list[Tensor]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="peft_sparse-")) if activations == "disk" else None
         if self._folder is not None:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -58,20 +60,41 @@ class ActivationStore:
         if self._folder is not None:
             return self.put(key, value)
         device = torch.device("cpu") if self.offload else value.device
-        layout = value.shape, value.dtype, device
-        if room is None or (room.shape, room.dtype, room.device) != layout:
+        # From and into memory that is pinned, a GPU copies without making the host wait.
+        pinned = self.offload and value.is_cuda
+        layout = value.shape, value.dtype, device, pinned
+        if room is None or (room.shape, room.dtype, room.device, pinned and room.is_pinned()) != layout:
             free = self._free.pop(layout, [])
             if not free:
                 count = max(1, min(alike, _SLAB // max(1, value.nbytes)))
-                free = list(torch.empty(count, *value.shape, dtype=value.dtype, device=device).unbind())
+                slab = torch.empty(count, *value.shape, dtype=value.dtype, device=device, pin_memory=pinned)
+                free = list(slab.unbind())
             room = free.pop(0)
             if free:
                 self._free[layout] = free
-        return room.copy_(value)
+        if not pinned:
+            return room.copy_(value)
+        room.copy_(value, non_blocking=True)
+        self._written[value.device] = torch.cuda.current_stream(value.device).record_event()
+        return room
 
-    def get(self, kept: Tensor | Path) -> Tensor:
-        """Return the tensor that was kept. It is on the device or, if it was offloaded, in CPU memory."""
-        return kept if isinstance(kept, Tensor) else load_file(kept)["value"]
+    def get(self, kept: Tensor | Path, device: torch.device | None = None) -> Tensor:
+        """Return the tensor that was kept. It is on the device or, if it was offloaded, in CPU memory.
+
+        Args:
+            kept: what `put` or `copy` returned.
+            device: the device on which the caller wants it. Without one, it stays where it was kept.
+        """
+        there = kept if isinstance(kept, Tensor) else load_file(kept)["value"]
+        if device is not None and device.type == "cuda" and there.device.type == "cpu":
+            # Copies of one GPU are made in their order. Those of another GPU must have arrived first.
+            for written in self._written.values():
+                torch.cuda.current_stream(device).wait_event(written)
+            return there.to(device, non_blocking=there.is_pinned())
+        for written in self._written.values():
+            # The host reads, or may read, what a GPU is still writing.
+            written.synchronize()
+        return there if device is None else there.to(device)
 
 
 def check_activations(activations: str) -> None:

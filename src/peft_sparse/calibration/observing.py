@@ -152,12 +152,14 @@ class InputObserver:
             return self._traced(name, rows)
         shape = shape if shape.numel() == rows.shape[-2] else torch.Size((shape[0], rows.shape[-2] // shape[0]))
         try:
-            keep = self.padding.of_rows(shape, self.from_context[name], name in self.sight.tokens_first)
+            places = self.padding.places_of_rows(
+                shape, self.from_context[name], name in self.sight.tokens_first, rows.device
+            )
         except RowsUnknown:
             if name not in self.sight.unpadded:
                 refuse_rows(name, rows.shape[-2])
-            keep = None
-        return rows if keep is None else rows[..., keep.to(rows.device), :]
+            places = None
+        return rows if places is None else rows.index_select(-2, places)
 
     def _on_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep = self.padding.keep

@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,22 @@ class Padding:
     keep_context: Tensor | None = None
     found: bool = False
     context_is_own: bool = True
+    _places: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def places_of_rows(
+        self, shape: torch.Size, from_context: bool, tokens_first: bool, device: torch.device
+    ) -> Tensor | None:
+        """Return the indices of the rows that count, on `device`; None if all do. See `of_rows`.
+
+        They are found once and kept, because the host waits for the device to learn how many there are.
+        """
+        key = shape, from_context, tokens_first, device
+        if key not in self._places:
+            keep = self.of_rows(shape, from_context, tokens_first)
+            if keep is None:
+                return None
+            self._places[key] = keep.to(device).nonzero().squeeze(1)
+        return self._places[key]
 
     def of_rows(self, shape: torch.Size, from_context: bool, tokens_first: bool = False) -> Tensor | None:
         """Return which rows of inputs (..., in) count, flat; None if all do.

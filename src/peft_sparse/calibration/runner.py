@@ -201,8 +201,8 @@ class BlockRunner:
         trait = self.traits.get(call.block)
 
         def value_of(link: Link) -> Tensor:
-            value = passing[link] if link in passing else self.store.get(batch.values[link])
-            there = value.to(device)
+            value = passing[link] if link in passing else batch.values[link]
+            there = value.to(device) if link in passing else self.store.get(value, device)
             # What waits must stay as it is, also if the block writes into it.
             return there.clone() if there is value and (trait is None or trait.writes) else there
 
@@ -210,7 +210,7 @@ class BlockRunner:
 
         def placed(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
-                constants.append(leaf.to(device))
+                constants.append(leaf.to(device, non_blocking=leaf.device.type == "cpu"))
                 return constants[-1]
             return copy.deepcopy(leaf) if is_cache(leaf) else leaf
 

@@ -185,12 +185,19 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     threshold = _kth_lowest(scores, count)
     chosen = scores <= threshold
     surplus = _count_by_row(chosen) - count
+    if scores.device.type != "cpu" and scores.numel() <= _FEW:
+        # To ask whether there are ties, the host would wait for the device, which takes longer than these operations.
+        return chosen.logical_and_(_without_surplus(scores == threshold, surplus))
     rows = surplus.nonzero().squeeze(1)
     if len(rows):
-        ties = scores[rows] == threshold[rows]
-        wanted = _count_by_row(ties) - surplus[rows]
-        chosen[rows] &= ~ties | (ties.cumsum(1, dtype=torch.int32) <= wanted[:, None])
+        chosen[rows] &= _without_surplus(scores[rows] == threshold[rows], surplus[rows])
     return chosen
+
+
+def _without_surplus(ties: Tensor, surplus: Tensor) -> Tensor:
+    """Return False at the last `surplus` entries of each row of `ties`, and True everywhere else."""
+    wanted = _count_by_row(ties) - surplus
+    return ~ties | (ties.cumsum(1, dtype=torch.int32) <= wanted[:, None])
 
 
 def _lowest_by_rows(scores: Tensor, count: int) -> Tensor:
@@ -203,6 +210,8 @@ def _lowest_by_rows(scores: Tensor, count: int) -> Tensor:
     return chosen
 
 
+# Ties among this many scores are always looked for on accelerators, with 4 bytes for each of them.
+_FEW = 1 << 24
 # On CPUs, numpy with one thread selects and counts faster than torch with several threads.
 
 

@@ -155,7 +155,8 @@ def _reversed_factor(hessian: Tensor, active: Tensor, damping: float) -> Tensor:
         # LAPACK works on the transpose. The factor overwrites the matrix, so no second one is allocated.
         info = torch.empty((), dtype=torch.int32, device=factor.device)
         torch.linalg.cholesky_ex(factor.mT, out=(factor.mT, info))
-        if info == 0 and mean > 0:
+        # The host waits for the device here, once.
+        if bool((info == 0) & (mean > 0)):
             return factor.mT
     raise ValueError(
         f"Expected a positive definite Hessian, but X^T X is not one even with damping {10**attempt * damping:g}. "

@@ -169,7 +169,8 @@ class _Search(ABC):
         while len(live):
             going = self.round(rounds) & (self.swaps < max_swaps)
             # The host waits for the device here, once in a round.
-            stay, done = going.nonzero().squeeze(1), (~going).nonzero().squeeze(1)
+            count, order = int(going.sum()), going.logical_not_().byte().sort(stable=True).indices
+            stay, done = order[:count], order[count:]
             if len(done):
                 steps[live[done]], swaps[live[done]] = self.step[done], self.swaps[done]
                 live = live[stay]

@@ -229,13 +229,17 @@ def region_loss(outputs: Tensor, target: Tensor, keep: Tensor | None, loss: Loss
         loss: "mse": mean of (f(x) - t)² over tokens and features. "relative_mse": Σ (f(x) - t)² / Σ t². "cosine":
             mean over tokens of 1 - cos(f(x), t).
     """
-    if keep is not None and keep.shape == outputs.shape[:-1]:
-        outputs, target = outputs[keep], target[keep]
+    tokens = outputs.new_full((), math.prod(outputs.shape[:-1]))
+    own = keep if keep is not None and keep.shape == outputs.shape[:-1] else None
+    if own is not None:
+        # Zeros in place of tokens. If tokens were picked, the host would wait for the device to know how many.
+        tokens = own.sum().to(tokens)
+        outputs, target = outputs.where(own[..., None], 0), target.where(own[..., None], 0)
     if loss == "cosine":
         apart = 1 - nn.functional.cosine_similarity(outputs, target, dim=-1)
-        return apart.sum(), apart.new_tensor(apart.numel())
+        return (apart if own is None else apart.where(own, 0)).sum(), tokens
     squared = (outputs - target).square().sum()
-    return squared, target.square().sum() if loss == "relative_mse" else squared.new_tensor(target.numel())
+    return squared, target.square().sum() if loss == "relative_mse" else tokens * target.shape[-1]
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..model.blocks import find_stacks, prunable_weights
 from ..model.environment import peak_memory
 from ..model.masks import mask_of
 from ..model.processes import exchange, place, spread
-from ..model.weights import WeightView
+from ..model.weights import WeightView, to_host
 from ..pruning.one_weight import prune_weights
 from ..pruning.task import PruningTask
 from .checks import Mode
@@ -356,10 +356,9 @@ class Reconstruction:
         return {
             "reports": [asdict(report) for report in self.reports[number]],
             "counts": {name: task.counts[name] for name in weights if name in task.counts},
-            "errors": {name: float(task.errors[name]) for name in weights if name in task.errors},
-            "errors_selected": {name: float(task.errors_selected[name]) for name in weights
-                                if name in task.errors_selected},
-        }  # fmt: skip
+            "errors": _on_host(task.errors, weights),
+            "errors_selected": _on_host(task.errors_selected, weights),
+        }
 
     def _restore(self, number: int, region: Region, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """Put the result of an earlier run, or of another process, into a region."""
@@ -432,8 +431,14 @@ class LossOnBar:
         self.on_step(step)
 
 
+def _on_host(errors: dict[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    there = {name: errors[name] for name in names if name in errors}
+    return dict(zip(there, to_host(list(there.values())), strict=True))
+
+
 def _check_zeros(weights: dict[str, WeightView], zeros: dict[str, Tensor]) -> None:
-    filled = [name for name, zero in zeros.items() if bool(weights[name].matrix()[zero].any())]
+    found = to_host([(mask_of(weights[name].matrix()) & zero).any() for name, zero in zeros.items()])
+    filled = [name for name, is_filled in zip(zeros, found, strict=True) if is_filled]
     if filled:
         raise ValueError(
             f"The tuner filled zeros of {filled[0]!r} ({len(filled)} such weights). Use a tuner that keeps them, such "
