@@ -12,8 +12,8 @@ same tokens, the same loaded model and one sequence at a time.
 
 Memory above the model is the peak of resident memory during pruning, less the resident memory after a forward pass of
 the loaded model. Both are what Linux says of the process. The C library keeps up to 64 MiB of freed memory, by chance
-more or less of it, so rows give the median of several processes. Seconds are those of the processor. The model is cut
-after some blocks, because memory does not depend on their number.
+more or less of it, so rows give the median of several processes and what they range from and to. Seconds are those of
+the processor. The model is cut after some blocks, because memory does not depend on their number.
 
 - memory: both sides, for Wanda and SparseGPT.
 - batches: `prune` with Wanda for several numbers of sequences that run together.
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_sparse import prune, sample_sequences
+from peft_sparse.calibration.memory import give_back_freed
 from pruning import HALF, published_hook, published_rows, published_sparsegpt
 
 from common import Rows, parser, peak_resident, python_documents, reset_peak, smollm2_dir
@@ -90,6 +91,8 @@ def run_one(arguments: argparse.Namespace) -> dict[str, Any]:
         for parameter in model.parameters():
             parameter.mul_(1)
         model(tokens[:1, :8])
+    # What the C library still holds of the loading counts for neither side.
+    give_back_freed()
     reset_peak()
     loaded, started = resident(), time.process_time()
     if arguments.side == "published":
@@ -119,7 +122,7 @@ def main() -> None:
     options.add_argument("--lengths", type=int, nargs="+")
     options.add_argument("--criteria", nargs="+", default=["wanda", "sparsegpt"])
     options.add_argument("--repeats", type=int, default=3)
-    options.add_argument("--blocks", type=int, default=6)
+    options.add_argument("--blocks", type=int, default=3)
     options.add_argument("--output", type=Path)
     options.add_argument("--side", choices=["ours", "published"], default="ours", help="of one run")
     options.add_argument("--criterion", default="wanda", help="of one run")

@@ -55,7 +55,9 @@ def waits(work, batches, blocks, padding):
 
 WORKS = {
     "wanda": lambda model, batches: prune(model, 0.5, batches, criterion="wanda"),
-    "update": lambda model, batches: prune(model, 0.5, batches, criterion="sparsegpt", update=LeastSquares(max_iterations=2)),
+    "update": lambda model, batches: prune(
+        model, 0.5, batches, criterion="sparsegpt", update=LeastSquares(max_iterations=2)
+    ),
     "reconstruct": lambda model, batches: reconstruct(model, pattern=0.5, calibration=batches, criterion="wanda"),
 }
 

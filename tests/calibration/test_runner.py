@@ -1,5 +1,7 @@
 import contextlib
 import gc
+import mmap
+import sys
 import tempfile
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 
 from peft_sparse import prune
 from peft_sparse.calibration.inputs import as_inputs, evaluation_mode
+from peft_sparse.calibration.memory import empty_apart
 from peft_sparse.calibration.recording import tensors_of
 from peft_sparse.calibration.residence import on_device
 from peft_sparse.calibration.runner import BlockRunner, stack_runners
@@ -222,6 +225,19 @@ def test_hidden_states_wait_in_the_same_memory_at_every_block(llama, tokens):
     for index in range(2):
         runner.advance(index)
         assert places() == first
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads what Linux says of a process")
+def test_memory_apart_is_given_back_at_once():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before, size = resident(), 8 << 20
+    tensor = empty_apart((2, size // 8), torch.ones(1), torch.device("cpu")).fill_(1)
+    held = resident() - before
+    del tensor
+    assert held > size // 2
+    assert resident() - before < size // 2
 
 
 @pytest.mark.parametrize("labels", [False, True])

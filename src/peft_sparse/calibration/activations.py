@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .memory import empty_apart
+
 
 Activations = Literal["device", "cpu", "disk"]
 
 
-# The bytes of memory that are taken together. The C library returns blocks of 32 MiB and more to the system when they
-# are freed.
+# The bytes of memory that are taken together at most.
 _SLAB = 1 << 26
 
 
@@ -48,8 +49,8 @@ class ActivationStore:
     def copy(self, key: str, value: Tensor, room: Tensor | None = None, alike: int = 1) -> Tensor | Path:
         """Keep a copy of `value` and return what `get` takes. On disk, this is what `put` does.
 
-        Copies of one shape lie side by side. Memory then has no gaps between them that are too small for what is
-        computed next, and a copy that replaces another one takes no new memory.
+        Copies of one shape lie side by side, apart from what is computed. A copy that replaces another one takes no
+        new memory.
 
         Args:
             key: the name of the file on disk.
@@ -67,8 +68,7 @@ class ActivationStore:
             free = self._free.pop(layout, [])
             if not free:
                 count = max(1, min(alike, _SLAB // max(1, value.nbytes)))
-                slab = torch.empty(count, *value.shape, dtype=value.dtype, device=device, pin_memory=pinned)
-                free = list(slab.unbind())
+                free = list(empty_apart((count, *value.shape), value, device, pinned).unbind())
             room = free.pop(0)
             if free:
                 self._free[layout] = free

@@ -20,6 +20,7 @@ from ..model.processes import place, share_of
 from .activations import Activations, ActivationStore
 from .batch import Batch, EnoughSeen, Order, Trait
 from .capture import Capture, Stack, placed_once
+from .memory import give_back_freed
 from .recording import Call, Link, Returned, is_cache, map_leaves, needed_for, returned_by
 from .residence import Residence
 
@@ -110,6 +111,7 @@ class BlockRunner:
             before_call: called before each call of the block with the batch, and with the tensors among the arguments
                 that do not come from the stack.
         """
+        give_back_freed()
         for batch in self.batches:
             passing: dict[Link, Tensor] = {}
             for number in needed_for(batch.calls, batch.calls_of(index), batch.finished):
@@ -127,6 +129,7 @@ class BlockRunner:
         returns is written over what it alone has waited for, so that memory does not grow.
         """
         self._advanced.add(index)
+        give_back_freed()
         for batch in self.batches:
             ready = [number for number in batch.calls_of(index) if batch.is_ready(number)]
             heapq.heapify(ready)
@@ -201,8 +204,9 @@ class BlockRunner:
         trait = self.traits.get(call.block)
 
         def value_of(link: Link) -> Tensor:
-            value = passing[link] if link in passing else batch.values[link]
-            there = value.to(device) if link in passing else self.store.get(value, device)
+            value = passing.get(link, batch.values.get(link))
+            assert value is not None, "each link of a call is taken from what waits or from what passes"
+            there = self.store.get(value, device)
             # What waits must stay as it is, also if the block writes into it.
             return there.clone() if there is value and (trait is None or trait.writes) else there
 

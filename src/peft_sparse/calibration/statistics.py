@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .memory import empty_apart
+
 
 Need = Literal["inputs", "moments", "hessian", "gradients"]
 
@@ -112,12 +114,10 @@ class InputStatistics:
             self.norm_squared += rows.to(dtype).square().sum(-2)
 
     def _keep(self, rows: Tensor) -> None:
-        # Not one tensor for each batch: many small tensors between those of the block leave gaps in memory, which are
-        # too small for what the block allocates next.
         count = rows.shape[-2]
         if not self.rooms or self._used + count > self.rooms[-1].shape[-2]:
             self.rooms = self.sampled
-            self.rooms.append(rows.new_empty(*rows.shape[:-2], _rows_of_room(count), rows.shape[-1]))
+            self.rooms.append(empty_apart((*rows.shape[:-2], _rows_of_room(count), rows.shape[-1]), rows, rows.device))
             self._used = 0
         self.rooms[-1].narrow(-2, self._used, count).copy_(rows)
         self._used += count
