@@ -49,6 +49,9 @@ class Conv2dMixin(SparseLoraLayer):
     def _low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return self._operation().apply(self._cast_input_dtype(self._prepared(x), A.dtype), B @ A, None)
 
+    def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._operation().apply(self._prepared(x), weight, self._own_bias())
+
     def _pads_apart(self) -> bool:
         """Return whether the input is padded before the convolution, as for padding "same" or modes without zeros."""
         conv: Any = self.get_base_layer()

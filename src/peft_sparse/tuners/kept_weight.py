@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 
-# How many entries of a base weight on the CPU are compared, at most about twice as many.
-SAMPLED = 512
-# Values are compared for single rows too if a weight has no more entries than this.
+# How many entries of W, of A and of B are compared on the CPU, at most about twice as many each. Comparing all of them
+# would take a tenth of the time of a product with 32 rows of inputs.
+SAMPLED = 256
+# Values are compared for single rows too if the effective weight has no more entries than this.
 SMALL = 2**16
 
 
@@ -35,23 +36,30 @@ class KeptWeight:
     active: str | list[str]
     scalings: dict[str, float]
     dtype: torch.dtype | None
-    _states: list[tuple[int, Tensor]] = field(init=False)
-    _copies: list[tuple[Tensor, Tensor]] = field(init=False)
+    _states: list[tuple[dict[str, Any], str, Tensor, int, int]] = field(init=False)
+    _held: list[Tensor] = field(init=False)
+    _samples: list[tuple[Tensor, Tensor]] = field(init=False)
+    _scalings: list[tuple[str, float]] = field(init=False)
+    _device: str = field(init=False)
+    _columns: int = field(init=False)
 
     def __post_init__(self) -> None:
-        tensors = [tensor for _, _, tensor in self.sources]
+        self._device = self.weight.device.type
         # Held as well, because memory that is freed may be given to the next tensor, which then has the old pointer.
-        held = [tensor.detach() for tensor in tensors]
-        self._states = [(tensor._version, alias) for tensor, alias in zip(tensors, held, strict=True)]
-        # A write through `.data` does not change the version of a tensor. On the CPU values are compared too: all of
-        # the small factors, and some of W, because comparing all of it would take as long as the product.
-        compared = [_sample(held[0]), *held[1:]] if held[0].device.type == "cpu" else []
-        self._copies = [(tensor, tensor.clone()) for tensor in compared]
+        self._held = [tensor.detach() for _, _, tensor in self.sources]
+        self._states = [(*source, source[2]._version, source[2].data_ptr()) for source in self.sources]
+        # A write through `.data` does not change the version of a tensor. On the CPU some values are compared too.
+        samples = map(_sample, self._held) if self._device == "cpu" else ()
+        self._samples = [(sample, sample.clone()) for sample in samples]
+        self._scalings = list(self.scalings.items())
+        # How many entries a single row of inputs has, or -1 if values are compared for single rows too.
+        self._columns = self.weight.shape[-1] if self.weight.numel() > SMALL else -1
 
     def serves(self, layer: Any, x: Tensor) -> bool:
         """Return whether `layer` would compute the same weight again, and no gradient of it or of `x` is needed.
 
-        Every call of every layer asks this, so it looks into the dicts of modules, which is faster than attributes.
+        Every call of every layer asks this, so it looks into the dicts of modules, which is faster than attributes,
+        and calls as few functions as it can.
         """
         state = vars(layer)
         if (
@@ -65,25 +73,34 @@ class KeptWeight:
             # A replica of `torch.nn.DataParallel` has modules of its own.
             or state["_modules"] is not self.places[0][0]
             or type(x) is not Tensor
-            or autocast_dtype(x) != self.dtype
-            or is_capturing(x)
+            or self._differs(x)
         ):
             return False
         for place, key, module in self.places:
             if place.get(key) is not module:
                 return False
-        for (place, key, tensor), (version, held) in zip(self.sources, self._states, strict=True):
-            if place.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != held.data_ptr():
+        for place, key, tensor, version, pointer in self._states:
+            if place.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
                 return False
         scaling = state["scaling"]
-        if any(scaling.get(name) != value for name, value in self.scalings.items()):
-            return False
-        if torch.is_grad_enabled() and needs_gradient(x, [tensor for _, _, tensor in self.sources]):
-            return False
+        for name, value in self._scalings:
+            if scaling.get(name) != value:
+                return False
         # Tokens are generated one row at a time, after a prompt whose rows were compared. Comparing values there would
-        # take a tenth of the time of a large product.
-        single = x.numel() == x.shape[-1] and self.weight.numel() > SMALL
-        return single or all(torch.equal(tensor, copy) for tensor, copy in self._copies)
+        # take several hundredths of the time of a large product.
+        if x.numel() == self._columns:
+            return True
+        return all(torch.equal(tensor, copy) for tensor, copy in self._samples)
+
+    def _differs(self, x: Tensor) -> bool:
+        """Return whether autocast is another than before, a CUDA graph is captured, or a gradient is needed."""
+        device = self._device
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return (
+            dtype != self.dtype
+            or (device == "cuda" and torch.cuda.is_current_stream_capturing())
+            or (torch.is_grad_enabled() and needs_gradient(x, [tensor for _, _, tensor in self.sources]))
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -151,7 +168,7 @@ def keep_effective_weights(model: nn.Module, keep: bool = True) -> None:
     weights. Training drops the copies. Quantised weights and weights that are split among processes are not kept.
 
     On a GPU a write into the memory of W, A or B through `.data` is not seen. On a CPU it is seen when the layer is
-    next called with more than one row of inputs, unless it changes only few entries of W. Write to the parameter
+    next called with more than one row of inputs, unless it changes only few entries. Write to the parameter
     within `torch.no_grad()` instead, or call this function again afterwards: it drops what was kept.
 
     Args:

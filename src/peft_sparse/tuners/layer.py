@@ -316,7 +316,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         """
         kept = self._kept
         if kept is not None and adapter_names is None and kept.serves(self, x) and runs_alone(kept.places[0][2]):
-            return self._operation().apply(self._prepared(x), kept.weight, self._own_bias())
+            return self._with_weight(x, kept.weight)
         if self._unsettled or self._unproved:
             self.settle_masks()
         if adapter_names is not None:
@@ -333,13 +333,21 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
                     loading.enter_context(loaded_layer(module))
                 return self._forward_active(x, names, *args, **kwargs)
         if (kept := self._keep_weight(x, names)) is not None:
-            return self._operation().apply(self._prepared(x), kept.weight, self._own_bias())
+            return self._with_weight(x, kept.weight)
         return self._forward_active(x, names, *args, **kwargs)
+
+    def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the output of the layer with this effective weight, where nothing else wraps the base layer."""
+        return F.linear(x, weight, self._own_bias())
 
     def _own_bias(self) -> Tensor | None:
         """Return the bias of the base layer, which nothing wraps. PEFT's property `bias` takes longer."""
         base: Any = self._modules["base_layer"]
-        bias: Tensor | None = base.bias
+        try:
+            bias: Tensor | None = base._parameters["bias"]
+        except KeyError:
+            # A parametrisation computes it.
+            bias = base.bias
         return bias
 
     def _offloaded(self, names: list[str], x: Tensor) -> list[nn.Module]:
