@@ -158,7 +158,7 @@ class MaskLoRAConfig(SparseLoraConfig):
 
     Merging computes this weight in the dtype of A and B and rounds it once to the dtype of W. Every zero stays zero.
 
-    Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
+    Zimmer et al. 2023 (PERP), arXiv:2312.15230v3 (https://arxiv.org/abs/2312.15230).
 
     Args:
         r: rank of A and B.
@@ -263,7 +263,7 @@ class ScaledLoRAConfig(SparseLoraConfig):
     of rank 1 rounds at other places when it runs unmerged, so merging changes its outputs by the rounding error of the
     dtype: in bfloat16 visibly, see docs/numbers/tuners.md.
 
-    Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
+    Zimmer et al. 2023 (PERP), arXiv:2312.15230v3 (https://arxiv.org/abs/2312.15230).
 
     Args:
         r: rank of A and B.

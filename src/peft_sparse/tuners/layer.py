@@ -320,7 +320,7 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         if self._unsettled or self._unproved:
             self.settle_masks()
         if adapter_names is not None:
-            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = self._present(self.active_adapters)
@@ -510,8 +510,11 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
     def _operation(self) -> Operation:
         return LINEAR
 
-    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output where each entry of the batch has its own adapter, and "__base__" means none."""
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """Return the output where each entry of the batch has its own adapter, and "__base__" means none.
+
+        PEFT's table of capabilities looks for this name.
+        """
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "

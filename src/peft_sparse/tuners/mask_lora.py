@@ -23,6 +23,7 @@ class MaskLoraLinear(MaskLoraLayer):
     """MaskLoRA around an `nn.Linear`, a transformers `Conv1D` or a quantised linear layer.
 
     Computes y = x (W + s · M ⊙ (BA))^T + bias for x (..., in), W and its mask M (out, in), A (r, in), B (out, r).
+    The quantised layers are those for which `peft.utils.resolve_quantization_backend` finds a backend.
     Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
     """
 
@@ -46,7 +47,8 @@ class ParamWrapper(ParameterMixin, MaskLoraLayer):
 class MaskLoraModel(SparseLoraModel):
     """A model whose layers have MaskLoRA adapters.
 
-    `peft.get_peft_model(model, MaskLoRAConfig(...))` makes it.
+    `peft.get_peft_model(model, MaskLoRAConfig(...))` makes it. Zimmer et al. 2023 (PERP), arXiv:2312.15230v3
+    (https://arxiv.org/abs/2312.15230).
 
     Args:
         model: the pruned base model.

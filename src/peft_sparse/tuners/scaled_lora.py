@@ -77,7 +77,8 @@ class ScaledLoraLinear(ScaledLoraLayer):
     Computes y = x (W ⊙ (1 + s · BA))^T + bias for x (..., in), W (out, in), A (r, in), B (out, r), with BA - 1 in the
     place of BA if `residual=False`. With one active adapter of r = 1, s = 1 and `residual=False` it computes
     y = ((x ⊙ a) W^T) ⊙ b + bias instead, without a matrix of W's size. A quantised base, a base layer with hooks, and
-    training with dropout use the first formula.
+    training with dropout use the first formula. The quantised layers are those for which
+    `peft.utils.resolve_quantization_backend` finds a backend.
     Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
     """
 
@@ -117,7 +118,8 @@ class ParamWrapper(ParameterMixin, ScaledLoraLayer):
 class ScaledLoraModel(SparseLoraModel):
     """A model whose layers have ScaledLoRA adapters.
 
-    `peft.get_peft_model(model, ScaledLoRAConfig(...))` makes it.
+    `peft.get_peft_model(model, ScaledLoRAConfig(...))` makes it. Zimmer et al. 2023 (PERP), arXiv:2312.15230v3
+    (https://arxiv.org/abs/2312.15230).
 
     Args:
         model: the pruned base model.
