@@ -216,3 +216,103 @@ def test_a_merge_for_good_copies_no_base_weight(wrapped, monkeypatch):
         monkeypatch.setattr(type(layer), "_keep_unmerged", refuse)
     expected = logits(wrapped)
     torch.testing.assert_close(logits(wrapped.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+def gradients(model, micro_steps=1):
+    model.zero_grad()
+    for part in TOKENS.chunk(micro_steps):
+        model(input_ids=part, labels=part).loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def kept_in_training(model):
+    return [layer._kept_in_training.weight for layer in layers(model) if layer._kept_in_training is not None]
+
+
+@pytest.fixture(params=[MaskLoRAConfig, ScaledLoRAConfig], ids=["MaskLoRA", "ScaledLoRA"])
+def trained(request):
+    model = tiny("llama")
+    prune(model, 0.5)
+    return get_peft_model(model, request.param(r=3, init_weights=False, target_modules="all-linear")).train()
+
+
+def test_weights_that_are_kept_in_training_change_no_gradient(trained):
+    expected = gradients(trained, 2)
+    keep_effective_weights(trained, training_bytes=2**30)
+    assert all(map(torch.equal, gradients(trained, 2), expected))
+    # Both micro-steps computed with the same weights, and so does `Trainer`, which calls `train()` before each.
+    before = kept_in_training(trained)
+    assert len(before) == len(layers(trained))
+    trained.train()
+    gradients(trained)
+    assert all(a is b for a, b in zip(kept_in_training(trained), before, strict=True))
+    trained.eval()
+    assert not kept_in_training(trained)
+
+
+OPTIMISERS = {
+    "in place": lambda tensor, grad: tensor.add_(grad, alpha=-0.1),
+    "through data": lambda tensor, grad: tensor.data.add_(grad, alpha=-0.1),
+}
+
+
+@pytest.mark.parametrize("how", OPTIMISERS)
+@torch.no_grad()
+def test_a_step_of_an_optimiser_is_seen(trained, how):
+    other = copy.deepcopy(trained)
+    keep_effective_weights(trained, training_bytes=2**30)
+    for model in (trained, other):
+        for _ in range(3):
+            with torch.enable_grad():
+                gradients(model)
+            for tensor in factors(model):
+                OPTIMISERS[how](tensor, tensor.grad)
+    for found, expected in zip(factors(trained), factors(other), strict=True):
+        assert torch.equal(found, expected)
+    with torch.enable_grad():
+        assert all(map(torch.equal, gradients(trained), gradients(other)))
+
+
+def test_kept_weights_take_no_more_bytes_in_training_than_allowed(trained):
+    sizes = [layer.get_base_layer().weight.numel() * 4 for layer in layers(trained)]
+    keep_effective_weights(trained, training_bytes=sum(sizes[:3]))
+    gradients(trained)
+    found = kept_in_training(trained)
+    assert sum(weight.numel() * 4 for weight in found) <= sum(sizes[:3])
+    assert len(found) >= 3
+    keep_effective_weights(trained)
+    gradients(trained)
+    assert not kept_in_training(trained)
+
+
+def test_dropout_keeps_no_weights_in_training():
+    model = tiny("llama")
+    prune(model, 0.5)
+    config = MaskLoRAConfig(r=3, init_weights=False, target_modules="all-linear", lora_dropout=0.5)
+    model = get_peft_model(model, config).train()
+    keep_effective_weights(model, training_bytes=2**30)
+    # Base layer and adapter run apart, because only the input of the adapter is dropped.
+    assert gradients(model)
+    assert not kept_in_training(model)
+
+
+@pytest.mark.parametrize("how", ["autocast", "checkpointing", "eight bits", "unfrozen"])
+def test_other_ways_to_train_use_kept_weights(how):
+    model = tiny("llama")
+    prune(model, 0.5)
+    config = MaskLoRAConfig(
+        r=3, init_weights=False, target_modules="all-linear", gradient_dtype="int8" if how == "eight bits" else None
+    )
+    model = get_peft_model(model, config).train()
+    if how == "checkpointing":
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    if how == "unfrozen":
+        for tensor in bases(model):
+            tensor.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        expected = gradients(model)
+        keep_effective_weights(model, training_bytes=2**30)
+        found = gradients(model)
+    assert len(kept_in_training(model)) == len(layers(model))
+    assert all(map(torch.equal, found, expected))

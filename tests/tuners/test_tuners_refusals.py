@@ -22,7 +22,7 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, MambaConfig
 
-from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune
+from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, keep_effective_weights, prune
 from peft_sparse.model.masks import pack
 from peft_sparse.tuners import MaskLoraModel, merged_state_dict
 from peft_sparse.tuners.proof import check_masks
@@ -208,6 +208,11 @@ def combined(
 
 
 REFUSALS = [
+    (
+        lambda: keep_effective_weights(adapted(), training_bytes=-1),
+        ValueError,
+        r"`training_bytes` must not be negative, got -1. Use 0",
+    ),
     (arrow, TypeError, "Arrow routes among LoRA adapters, got one with layers of type MaskLoraLinear. Train"),
     (
         lambda: adapted().subtract_mutated_init({}, "default"),

@@ -43,8 +43,9 @@ class Conv2dMixin(SparseLoraLayer):
         names: list[str],
         factors: tuple[Tensor, Tensor, float, float],
         bias: Tensor | None,
+        effective: Tensor | None = None,
     ) -> Tensor:
-        return super()._product(self._prepared(x), names, factors, bias)
+        return super()._product(self._prepared(x), names, factors, bias, effective)
 
     def _low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return self._operation().apply(self._cast_input_dtype(self._prepared(x), A.dtype), B @ A, None)

@@ -141,6 +141,7 @@ def sparse_lora(
     s: float,
     operation: Operation = LINEAR,
     gradient_dtype: GradientDtype | None = None,
+    effective: Tensor | None = None,
 ) -> Tensor:
     """Return x (c · W + s · H ⊙ (BA))^T + bias, the output of MaskLoRA and ScaledLoRA, or the same for a convolution.
 
@@ -165,6 +166,8 @@ def sparse_lora(
         operation: the linear product or the convolution.
         gradient_dtype: numbers of eight bits for G: "int8" or "fp8". Until backward x is kept in eight bits too. None
             computes G in the dtype of x. Convolutions, and weights that require a gradient, compute G as with None.
+        effective: the effective weight of these arguments, if the caller has it, in the dtype of W. It is kept until
+            backward, which then does not compute it again.
 
     Returns:
         (..., out), or for a convolution (batch, out, height, width).
@@ -180,10 +183,10 @@ def sparse_lora(
         # Quantisation schemes dequantise to dtypes of their own, which may differ from that of the activations.
         dtype = x.dtype
     else:
-        return _SparseLora.apply(x, weight, A, B, bias, factor, c, s, operation, None, *kept)
+        return _SparseLora.apply(x, weight, A, B, bias, factor, c, s, operation, None, *kept, effective)
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        return _SparseLora.apply(x, weight, A, B, bias, factor, c, s, operation, dtype, *kept)
+        return _SparseLora.apply(x, weight, A, B, bias, factor, c, s, operation, dtype, *kept, effective)
 
 
 def scale_rows_and_columns(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -268,13 +271,16 @@ class _SparseLora(torch.autograd.Function):
         dtype: torch.dtype | None,
         values: Tensor | None,
         scale: Tensor | None,
+        effective: Tensor | None,
     ) -> Tensor:
-        W = weight if isinstance(weight, Tensor) else weight()
-        return operation.apply(x, effective_weight(W, A, B, factor, c, s).to(dtype or W.dtype), bias)
+        if effective is None:
+            effective = effective_weight(weight if isinstance(weight, Tensor) else weight(), A, B, factor, c, s)
+        return operation.apply(x, effective.to(dtype or effective.dtype), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, A, B, _, ctx.factor, ctx.c, ctx.s, ctx.operation, _, values, scale = inputs
+        x, weight, A, B, _, ctx.factor, ctx.c, ctx.s, ctx.operation, _, values, scale, effective = inputs
+        ctx.effective = effective
         ctx.weight = None if isinstance(weight, Tensor) else weight
         ctx.save_for_backward(
             x if values is None else values, scale, A, B, *([weight] if isinstance(weight, Tensor) else [])
@@ -289,8 +295,10 @@ class _SparseLora(torch.autograd.Function):
         operation, mask = ctx.operation, ctx.factor == "mask"
         grad_x = grad_W = grad_A = grad_B = None
         if needs_x:
-            effective = effective_weight(W, A, B, ctx.factor, ctx.c, ctx.s).to(grad.dtype)
-            grad_x = operation.grad_input(grad, x, effective)
+            effective = ctx.effective
+            if effective is None:
+                effective = effective_weight(W, A, B, ctx.factor, ctx.c, ctx.s)
+            grad_x = operation.grad_input(grad, x, effective.to(grad.dtype))
             del effective
         if scale is not None:
             grad_A, grad_B = eight_bit.factor_gradients(grad, x, scale, W, A, B, mask, ctx.s)
@@ -299,4 +307,4 @@ class _SparseLora(torch.autograd.Function):
             grad_W = _weight_gradient(G, W, A, B, ctx.factor, ctx.c, ctx.s) if needs_W else None
             grad_A, grad_B = fused.masked_gradients(G, W, A, B, mask, ctx.s)
         grad_bias = operation.grad_bias(grad) if needs_bias else None
-        return grad_x, grad_W, grad_A, grad_B, grad_bias, *[None] * 7
+        return grad_x, grad_W, grad_A, grad_B, grad_bias, *[None] * 8

@@ -1,4 +1,4 @@
-"""The effective weight that a layer keeps between calls while nothing needs a gradient.
+"""The effective weight that a layer keeps between calls: in evaluation, and on request in training on a CPU.
 
 Without it, every token that is generated would compute the effective weight of every layer anew.
 """
@@ -62,18 +62,24 @@ class KeptWeight:
         and calls as few functions as it can.
         """
         state = vars(layer)
+        if torch.compiler.is_compiling() or state["training"] or type(x) is not Tensor or self._differs(x):
+            return False
+        # Tokens are generated one row at a time, after a prompt whose rows were compared. Comparing values there would
+        # take several hundredths of the time of a large product.
+        return self._is_of(state) and (x.numel() == self._columns or self._has_same_values())
+
+    def trains(self, layer: Any, names: list[str]) -> bool:
+        """Return whether `layer` would compute the same weight of the adapters `names` again, in training."""
+        return list(self.scalings) == names and self._is_of(vars(layer)) and self._has_same_values()
+
+    def _is_of(self, state: dict[str, Any]) -> bool:
+        """Return whether a layer with this `__dict__` has the modules, tensors and scalings of the weight."""
         if (
-            torch.compiler.is_compiling()
-            or state["training"]
-            or state["_disable_adapters"]
+            state["_disable_adapters"]
             or state["merged_adapters"]
             or state["_unsettled"]
             or state["_unproved"]
             or state["_active_adapter"] != self.active
-            # A replica of `torch.nn.DataParallel` has modules of its own.
-            or state["_modules"] is not self.places[0][0]
-            or type(x) is not Tensor
-            or self._differs(x)
         ):
             return False
         for place, key, module in self.places:
@@ -86,10 +92,10 @@ class KeptWeight:
         for name, value in self._scalings:
             if scaling.get(name) != value:
                 return False
-        # Tokens are generated one row at a time, after a prompt whose rows were compared. Comparing values there would
-        # take several hundredths of the time of a large product.
-        if x.numel() == self._columns:
-            return True
+        # A replica of `torch.nn.DataParallel` has modules of its own.
+        return state["_modules"] is self.places[0][0]
+
+    def _has_same_values(self) -> bool:
         return all(torch.equal(tensor, copy) for tensor, copy in self._samples)
 
     def _differs(self, x: Tensor) -> bool:
@@ -138,28 +144,35 @@ class KeepsWeight:
 
     # Set by `keep_effective_weights`.
     keeps_effective_weight: bool = True
+    keeps_in_training: bool = False
     _kept: KeptWeight | None = None
+    # A weight of its own, because `Trainer` calls `train()` before each step.
+    _kept_in_training: KeptWeight | None = None
 
     def drop_kept_weight(self) -> None:
         """Free the effective weight that the layer keeps between calls. The next call computes it anew."""
         if self._kept is not None:
             self._kept = None
+        if self._kept_in_training is not None:
+            self._kept_in_training = None
+
+    def bytes_in_training(self) -> int:
+        """Return the bytes of an effective weight that the layer can keep in training. 0 means that it cannot."""
+        return 0
 
 
 def can_keep(x: Tensor, sources: list[Tensor]) -> bool:
     """Return whether an effective weight of `sources` can be kept for the input `x`.
 
-    It cannot while a gradient is needed, while code is compiled or a CUDA graph is captured, and for tensors that are
-    sharded, that functional transforms have wrapped, or that have no version by which a change is seen.
+    It cannot while code is compiled or a CUDA graph is captured, and for tensors that are sharded, that functional
+    transforms have wrapped, or that have no version by which a change is seen.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta or is_capturing(x):
-        return False
-    if torch.is_grad_enabled() and needs_gradient(x, sources):
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in sources)
 
 
-def keep_effective_weights(model: nn.Module, keep: bool = True) -> None:
+def keep_effective_weights(model: nn.Module, keep: bool = True, training_bytes: int = 0) -> None:
     """Choose whether the MaskLoRA and ScaledLoRA layers of `model` keep their effective weights between calls.
 
     By default they do. A layer in evaluation mode then computes its effective weight once, and again when W, A, B, the
@@ -171,11 +184,28 @@ def keep_effective_weights(model: nn.Module, keep: bool = True) -> None:
     next called with more than one row of inputs, unless it changes only few entries. Write to the parameter
     within `torch.no_grad()` instead, or call this function again afterwards: it drops what was kept.
 
+    On a CPU the effective weights may be kept in training too, which `training_bytes` allows. Then backward does not
+    compute them again, nor do the further forward passes until the next optimiser step: gradient accumulation,
+    checkpointing. Gradients stay the same.
+
     Args:
         model: a model with adapters.
-        keep: False computes the effective weight in every call.
+        keep: False computes the effective weight in every call in evaluation mode.
+        training_bytes: the most bytes of effective weights that are kept in training. Layers are taken in their order
+            in the model, as long as they fit. Weights on a GPU, quantised ones, weights that are split among
+            processes, and `target_parameters` are left out.
+
+    Raises:
+        ValueError: `training_bytes` is negative.
     """
+    if training_bytes < 0:
+        raise ValueError(
+            f"`training_bytes` must not be negative, got {training_bytes}. Use 0 to keep nothing in training."
+        )
     for module in model.modules():
         if isinstance(module, KeepsWeight):
             module.keeps_effective_weight = keep
             module.drop_kept_weight()
+            needed = module.bytes_in_training() if training_bytes else 0
+            module.keeps_in_training = 0 < needed <= training_bytes
+            training_bytes -= needed if module.keeps_in_training else 0

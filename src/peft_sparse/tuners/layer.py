@@ -24,7 +24,7 @@ from .base_weight import runs_alone
 from .config import SparseLoraConfig
 from .eight_bit import GradientDtype
 from .functional import LINEAR, Operation, effective_weight, sparse_lora
-from .kept_weight import KeepsWeight, KeptWeight, autocast_dtype, can_keep
+from .kept_weight import KeepsWeight, KeptWeight, autocast_dtype, can_keep, needs_gradient
 from .saved_masks import SavedMasks
 
 
@@ -377,19 +377,28 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         Return None if it must not be kept: in training, if the call with the input `x` needs a gradient, if
         `keep_effective_weights` has switched it off, or if the base weight is quantised or split among processes.
         """
-        self.drop_kept_weight()
+        self._kept = None
         if self.training or not self.keeps_effective_weight or not self._is_one_product(names):
             return None
+        self._kept = self._kept_for(x, names, self._dtype_of_autocast(x))
+        return self._kept
+
+    def _kept_for(self, x: Tensor, names: list[str], dtype: torch.dtype | None) -> KeptWeight | None:
+        """Return the effective weight of the adapters `names`, cast to `dtype` unless that is None.
+
+        Return None if it must not be kept, whatever the mode: the base weight is quantised or split among processes,
+        or a gradient of A, B or `x` is needed in evaluation mode.
+        """
         base, layer = self.stored_parameter(), self.get_base_layer()
         if base is None or self.quantization_backend is not None or is_partitioned(base):
             return None
         factors = [(pair._modules, name, pair[name]) for name in names for pair in (self.A, self.B)]
         tensors = [(module._parameters, "weight", stored_weight(module)) for _, _, module in factors]
-        if not can_keep(x, [base, *(tensor for _, _, tensor in tensors)]):
+        sources = [base, *(tensor for _, _, tensor in tensors)]
+        if not can_keep(x, sources) or (not self.training and torch.is_grad_enabled() and needs_gradient(x, sources)):
             return None
-        dtype = self._dtype_of_autocast(x)
         weight = self._effective_weight(names)
-        self._kept = KeptWeight(
+        return KeptWeight(
             weight.to(dtype or weight.dtype),
             [(self._modules, "base_layer", self.base_layer), *factors],
             [(layer._parameters, getattr(self, "parameter_name", "weight"), base), *tensors],
@@ -397,7 +406,22 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
             {name: self.scaling[name] for name in names},
             autocast_dtype(x),
         )
-        return self._kept
+
+    def _weight_in_training(self, x: Tensor, names: list[str]) -> Tensor | None:
+        """Return the effective weight that the layer keeps in training. None if it keeps none."""
+        if not (self.keeps_in_training and self.training and x.device.type == "cpu") or torch.compiler.is_compiling():
+            return None
+        kept = self._kept_in_training
+        if kept is None or not kept.trains(self, names):
+            kept = self._kept_in_training = self._kept_for(x, names, None)
+        return None if kept is None else kept.weight
+
+    def bytes_in_training(self) -> int:
+        """Return the bytes of an effective weight that the layer can keep in training. 0 means that it cannot."""
+        base = self.stored_parameter()
+        if base is None or self.quantization_backend is not None or is_partitioned(base) or base.device.type != "cpu":
+            return 0
+        return base.numel() * base.element_size()
 
     def _dtype_of_autocast(self, x: Tensor) -> torch.dtype | None:
         """Return the dtype to which autocast would cast the effective weight in each call, or None."""
@@ -413,9 +437,11 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         return all(self._fuses(name) for name in names)
 
     def train(self, mode: bool = True) -> "SparseLoraLayer":
-        """Set training mode, as `nn.Module.train` does. Training drops the effective weight that is kept."""
+        """Set training mode, as `nn.Module.train` does. Each mode drops the effective weight kept in the other."""
         if mode:
-            self.drop_kept_weight()
+            self._kept = None
+        else:
+            self._kept_in_training = None
         super().train(mode)
         return self
 
@@ -441,7 +467,8 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         elif (rank_one := self._forward_rank_one(x, fused)) is not None:
             y = rank_one
         else:
-            y = self._product(x, fused, self._factors(fused), self.bias)
+            effective = self._weight_in_training(x, fused)
+            y = self._product(x, fused, self._factors(fused), self.bias, effective)
         for name in separate:
             y = y + self._delta(x, name).to(y.dtype)
         return y
@@ -499,12 +526,13 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         names: list[str],
         factors: tuple[Tensor, Tensor, float, float],
         bias: Tensor | None,
+        effective: Tensor | None = None,
     ) -> Tensor:
         A, B, c, s = factors
         chosen = {self.gradient_dtype[name] for name in names}
         return sparse_lora(
             x, self._weight_source(names), A, B, bias, factor=self.factor, c=c, s=s, operation=self._operation(),
-            gradient_dtype=chosen.pop() if len(chosen) == 1 else None,
+            gradient_dtype=chosen.pop() if len(chosen) == 1 else None, effective=effective,
         )  # fmt: skip
 
     def _operation(self) -> Operation:

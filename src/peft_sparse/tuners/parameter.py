@@ -146,6 +146,10 @@ class ParameterMixin(SparseLoraLayer):
     def _effective_weight(self, names: list[str]) -> Tensor:
         return _EffectiveParameter(self, names)(self.read_weight()).contiguous()
 
+    def bytes_in_training(self) -> int:
+        """Return 0: the module that owns the parameter may compute anything with the effective weight."""
+        return 0
+
     def stored_parameter(self) -> Tensor | None:
         """Return the parameter, or None if another wrapper computes it."""
         return self.get_base_layer()._parameters.get(self.parameter_name)
