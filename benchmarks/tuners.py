@@ -10,10 +10,10 @@ The first command measures forward and backward of SmolLM2-135M-Instruct on one 
 by magnitude, and every linear layer of its blocks is adapted. The second command measures one linear layer at several
 shapes and ranks. The third does so in the time of the process. The fourth measures blocks of the shapes of Llama 3.1
 8B with random weights, and needs no download. LoRA takes a step right before each step of another tuner. A ratio
-compares these two steps, so a machine that becomes slower slows both. Memory is what autograd keeps from forward to
-backward, without the parameters. The base weights are float32 on a CPU and bfloat16 on a GPU. PEFT keeps adapters in
-float32. With `--autocast` the forward pass runs under autocast to bfloat16, as with `bf16=True` in
-`TrainingArguments`.
+compares these two steps, so a machine that becomes slower slows both. Memory is what is kept from forward to
+backward, without the parameters. The rows named "kept" keep the effective weights in training, until A and B change.
+The base weights are float32 on a CPU and bfloat16 on a GPU. PEFT keeps adapters in float32. With `--autocast` the
+forward pass runs under autocast to bfloat16, as with `bf16=True` in `TrainingArguments`.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peft_sparse.tuners.layer
-from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, environment, prune
+from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, environment, keep_effective_weights, prune
 from peft_sparse.model.weights import WeightView
 from peft_sparse.pruning.patterns import Unstructured, select
 
@@ -44,6 +44,8 @@ SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048)]
 RANKS = [4, 16, 64]
 # Set by `--process-time`.
 PROCESS_TIME = False
+# Micro-steps between two steps of the optimiser, for the rows with gradient accumulation.
+MICRO_STEPS = 4
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 Context = Callable[[], contextlib.AbstractContextManager[None]]
@@ -96,6 +98,8 @@ def tuners(rank: int) -> dict[str, tuple[PeftConfig, Context]]:
     return {
         "LoRA (PEFT)": (LoraConfig(**lora), plain),
         "MaskLoRA": (MaskLoRAConfig(**lora), plain),
+        "MaskLoRA, kept": (MaskLoRAConfig(**lora), plain),
+        f"MaskLoRA, kept, {MICRO_STEPS} micro-steps": (MaskLoRAConfig(**lora), plain),
         "MaskLoRA, int8": (MaskLoRAConfig(**lora, gradient_dtype="int8"), plain),
         "MaskLoRA, plain formula": (MaskLoRAConfig(**lora), partial(computed_by, plain_formula)),
         "large products alone": (MaskLoRAConfig(**lora), partial(computed_by, products_alone)),
@@ -106,14 +110,28 @@ def tuners(rank: int) -> dict[str, tuple[PeftConfig, Context]]:
     }
 
 
-def seconds_of_both_passes(step: Callable[[], Tensor]) -> float:
+def seconds_of_both_passes(step: Callable[[], Tensor], micro_steps: int = 1) -> float:
+    """Return the seconds of one of so many micro-steps, on the average."""
+
+    def steps() -> None:
+        for _ in range(micro_steps):
+            step().backward()
+
     before = time.process_time()
-    seconds = seconds_of(lambda: step().backward())[0]
-    return time.process_time() - before if PROCESS_TIME else seconds
+    seconds = seconds_of(steps)[0]
+    return (time.process_time() - before if PROCESS_TIME else seconds) / micro_steps
+
+
+@torch.no_grad()
+def change(model: nn.Module) -> None:
+    """Let A and B count as changed, as after a step of an optimiser."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0)
 
 
 def bytes_kept(model: nn.Module, step: Callable[[], Tensor]) -> int:
-    """Return the bytes that autograd keeps for backward, without the parameters. Each storage counts once."""
+    """Return the bytes that are kept for backward, without the parameters. Each storage counts once."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -123,17 +141,22 @@ def bytes_kept(model: nn.Module, step: Callable[[], Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = step()
-    total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
+    total = sum(
+        module.bytes_in_training() for module in model.modules() if getattr(module, "keeps_in_training", False)
+    )
+    total += sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
     del loss
     return total
 
 
 def measure(base: nn.Module, loss: Callable[[nn.Module], Tensor], rank: int, rounds: int) -> list[dict[str, Any]]:
     """Return one row per tuner: medians over the rounds, ratios to the first tuner's step right before."""
-    steps, kept = {}, {}
+    steps, models, kept = {}, {}, {}
     for name, (config, context) in tuners(rank).items():
         model = get_peft_model(copy.deepcopy(base), config).train()
-        steps[name] = context, partial(loss, model)
+        if ", kept" in name:
+            keep_effective_weights(model, training_bytes=2**40)
+        steps[name], models[name] = (context, partial(loss, model)), model
         with context():
             kept[name] = bytes_kept(model, steps[name][1])
             seconds_of_both_passes(steps[name][1])  # the first step of a model warms up
@@ -143,8 +166,9 @@ def measure(base: nn.Module, loss: Callable[[nn.Module], Tensor], rank: int, rou
         for name, found in pairs.items():
             context, step = steps[name]
             before = seconds_of_both_passes(steps[reference][1])
+            change(models[name])
             with context():
-                found.append((before, seconds_of_both_passes(step)))
+                found.append((before, seconds_of_both_passes(step, MICRO_STEPS if "micro" in name else 1)))
     pairs = {reference: [(before, before) for found in pairs.values() for before, _ in found]} | pairs
     seconds = {name: statistics.median(own for _, own in found) for name, found in pairs.items()}
     return [
