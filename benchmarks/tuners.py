@@ -36,6 +36,7 @@ import peft_sparse.tuners.layer
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, environment, keep_effective_weights, prune
 from peft_sparse.model.weights import WeightView
 from peft_sparse.pruning.patterns import Unstructured, select
+from peft_sparse.tuners.layer import SparseLoraLayer
 
 from common import DEVICE, parser, seconds_of, smollm2_dir, write_json
 
@@ -141,9 +142,8 @@ def bytes_kept(model: nn.Module, step: Callable[[], Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = step()
-    total = sum(
-        module.bytes_in_training() for module in model.modules() if getattr(module, "keeps_in_training", False)
-    )
+    layers = [module for module in model.modules() if isinstance(module, SparseLoraLayer)]
+    total = sum(layer.bytes_in_training() for layer in layers if layer.keeps_in_training)
     total += sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
     del loss
     return total
