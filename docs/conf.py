@@ -39,12 +39,26 @@ html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 
 
-def escape_bars(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Escape the bars of |W| in a docstring, outside of its code. reStructuredText reads |W| as a substitution."""
-    for number, line in enumerate(lines):
-        parts = line.split("`")
-        parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
-        lines[number] = "`".join(parts)
+def plain_to_rst(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Turn what docstrings write as plain text into reStructuredText: indented formulas, and the bars of |W|.
+
+    reStructuredText reads an indented paragraph as a quotation, and |W| as a substitution.
+    """
+    out: list[str] = []
+    formula = section = False
+    for line in lines:
+        if line and not line.startswith(" "):
+            # The arguments below the name of a section are indented too.
+            formula, section = False, line in ("Args:", "Raises:", "Returns:")
+        elif line.startswith("    ") and not section and not formula:
+            formula = True
+            out += ["::", ""]
+        if not formula:
+            parts = line.split("`")
+            parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
+            line = "`".join(parts)
+        out.append(line)
+    lines[:] = out
 
 
 def link_to_the_tour(app: Any, page: str, source: list[str]) -> None:
@@ -55,5 +69,6 @@ def link_to_the_tour(app: Any, page: str, source: list[str]) -> None:
 def setup(app: Any) -> None:
     # The notebook is an example too, and stands with the other examples.
     shutil.copyfile(app.srcdir.parent / "examples" / "tour.ipynb", app.srcdir / "start" / "tour.ipynb")
-    app.connect("autodoc-process-docstring", escape_bars)
+    # Before napoleon, which takes the sections apart.
+    app.connect("autodoc-process-docstring", plain_to_rst, priority=400)
     app.connect("source-read", link_to_the_tour)
