@@ -22,6 +22,7 @@ def notebook():
     return nbformat.read(ROOT / "examples" / "tour.ipynb", as_version=4)
 
 
+@pytest.mark.slow
 def test_the_tour_runs_on_a_tiny_model(notebook, tmp_path, monkeypatch, llama):
     llama.save_pretrained(tmp_path / "tiny")
     character_tokenizer().save_pretrained(tmp_path / "tiny")

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
 import json
 import re
@@ -98,6 +99,7 @@ def test_pefts_script_runs_after_our_methods_are_registered(checkout):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_another_base_model_is_written_into_a_copy_of_the_experiment(checkout, tmp_path):
     pruned = tmp_path / "llama-50" / "sparse"
     pruned.mkdir(parents=True)
@@ -125,10 +127,14 @@ def test_another_base_model_is_written_into_a_copy_of_the_experiment(checkout, t
         ("MetaMathQA", "experiments/lora/rank5", "Expected experiments/METHOD/NAME"),
     ],
 )
-def test_wrong_paths_are_refused(checkout, suite, experiment, message):
-    done = started("--suite", suite, checkout, experiment)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_wrong_paths_are_refused(checkout, suite, experiment, message, capsys):
+    spec = importlib.util.spec_from_file_location("method_comparison_run", COMPARISON / "run.py")
+    runner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
+    with pytest.raises(SystemExit) as ended:
+        runner.main(["--suite", suite, str(checkout), experiment])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 # -- what PEFT's scripts/generate_method_capabilities.py reads of a method -------------------------------------------
