@@ -28,7 +28,6 @@ def test_the_tour_runs_on_a_tiny_model(notebook, tmp_path, monkeypatch, llama):
     character_tokenizer().save_pretrained(tmp_path / "tiny")
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     parameters.source = TINY
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()

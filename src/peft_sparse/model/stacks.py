@@ -20,19 +20,19 @@ _PASSING_ON = (nn.Identity, nn.modules.dropout._DropoutNd)
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the blocks of `model` by name, in the order in which they are registered.
 
-    A block is an entry of a list of blocks, which is one of these:
+    The blocks are the entries of lists of blocks. There are three kinds of such lists:
 
-    - An `nn.ModuleList` or `nn.ModuleDict` in which every entry with parameters holds a prunable layer, and none is a
-      prunable layer itself. Of an entry that is such a list too, and has no forward of its own, the entries are the
-      blocks.
-    - An `nn.Sequential` with an entry that holds a prunable layer and is no `nn.Sequential` of plain layers. What is
-      called between two such entries is a block too.
-    - Modules that are registered one by one under a name with a number, such as `s1`, `s2` or `Mixed_5b`, `Mixed_5c`.
-      They are blocks in a model that has none otherwise, or if several lists lie side by side in one of them.
+    - An `nn.ModuleList` or `nn.ModuleDict`. Every entry with parameters holds a prunable layer, and no entry is a
+      prunable layer itself. If an entry is such a list too, and has no forward of its own, its entries are the blocks.
+    - An `nn.Sequential`. At least one entry holds a prunable layer and is not an `nn.Sequential` of plain layers. What
+      is called between two such entries is a block too.
+    - Modules that are registered one by one under names with numbers, such as `s1`, `s2` or `Mixed_5b`, `Mixed_5c`.
+      They count if the model has no other list, or if one of them holds several lists side by side.
 
-    Where lists of blocks are nested, the outermost one counts. Embeddings, heads and necks are no blocks: entries
-    whose class says so or that are a projection by a single convolution with a norm, and, in a model of Transformers,
-    what lies outside of its base model or beside its backbone. A block that is registered twice has its first name.
+    If one list of blocks lies inside another, the outer list counts. Embeddings, heads and necks are not blocks. They
+    are recognised by their class, or as a projection by one convolution with a norm. In a model of Transformers, what
+    lies outside of the base model or beside the backbone is not a block either. A block that is registered twice has
+    its first name.
     """
     return {name: block for stack in find_stacks(model) for name, block in stack.items()}
 
@@ -49,9 +49,11 @@ def find_stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
     place = next((name for name, module in walk("", root) if module is body), "")
     # A body without blocks is not the body: then the blocks are elsewhere.
     found = list(_stacks_below(place, body)) or list(_stacks_below("", root))
-    numbered = list(_numbered_below("", root))
-    if not found or _are_branches(found, numbered):
-        found = numbered
+    # One stack has no branch beside it, so most models are not searched again.
+    if len(found) != 1:
+        numbered = list(_numbered_below("", root))
+        if not found or _are_branches(found, numbered):
+            found = numbered
     known: set[int] = set()
     stacks = []
     for stack in found:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration.inputs import Calibration, as_inputs
-from ..model.blocks import base_model, find_blocks
+from ..model.blocks import base_model
 from ..model.settings import ordinary_settings
 from .cutting import Cuts
 from .filter_cutting import has_convolutions, removed_filters
@@ -58,12 +58,13 @@ def compact(model: nn.Module, calibration: Calibration | None = None) -> nn.Modu
     """
     inner: Any = base_model(model)
     batches = [] if calibration is None else as_inputs(model, calibration)[:1]
-    if not isinstance(inner, PreTrainedModel) and not has_convolutions(inner):
+    convolutional = has_convolutions(inner)
+    if not isinstance(inner, PreTrainedModel) and not convolutional:
         raise TypeError(
             f"Expected a model of Transformers, whose configuration stores the widths of its layers, got "
             f"{type(inner).__name__}. Wrap the layers in a `PreTrainedModel`, or cut out the zeros in your own code."
         )
-    found = known_units(inner) if not has_convolutions(inner) else units_or_none(inner) if find_blocks(inner) else []
+    found = units_or_none(inner) if convolutional else known_units(inner)
     filters = removed_filters(inner, batches, required=not found)
     check_loaded(found)
     kept = [(units, _contributing(units)) for units in found]

@@ -26,10 +26,11 @@ def widths_beside(model: nn.Module, built: nn.Module) -> dict[str, dict[str, int
     others = dict(built.named_modules())
     for name, layer in model.named_modules():
         if isinstance(layer, TRACED_LAYERS) and name in others:
-            pairs = {size: (getattr(layer, size, None), getattr(others[name], size, None)) for size in _SIZES}
-            found |= (
-                {name: own} if (own := {size: one for size, (one, other) in pairs.items() if one != other}) else {}
-            )
+            pairs: dict[str, tuple[Any, Any]] = {
+                size: (getattr(layer, size, None), getattr(others[name], size, None)) for size in _SIZES
+            }
+            if own := {size: one for size, (one, other) in pairs.items() if one != other}:
+                found[name] = own
     return found
 
 

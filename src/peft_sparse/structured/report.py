@@ -41,12 +41,13 @@ class StructuredReport:
     Args:
         metric: the metric that was used, such as "wifv".
         structure: the structure that was used, such as "al-am".
-        ratio: the fraction of parameters that the caller asked to remove.
-        compensated: whether the mean contributions of removed channels were added to biases, or removed experts were
-            replaced by their mean outputs.
-        parameters_added: number of parameters of new biases, or of the mean outputs of experts. Some families have
-            biases in all layers of an attention or MLP or in none; there this includes zero biases in the layers that
-            needed no compensation.
+        ratio: the fraction that the caller asked to remove. For heads and neurons it is a fraction of the parameters,
+            for experts and filters a fraction of their number.
+        compensated: for heads and neurons, whether the mean contributions of removed channels were added to biases.
+            For experts, whether their mean outputs took their place.
+        parameters_added: number of parameters of new biases, or of the mean outputs of experts. Some families need
+            biases in all layers of an attention or MLP if one layer has a bias. The zero biases of the other layers
+            are counted too.
         seconds: wall-clock time.
         peak_memory: largest memory of this process so far, in bytes: GPU memory if there is a GPU, else resident
             memory.
@@ -80,8 +81,9 @@ class StructuredReport:
 
     @property
     def removed(self) -> float:
-        """Fraction of `parameters_prunable` that was removed. It is at least `ratio`, except for filters, of which
-        `ratio` is a fraction of their number.
+        """Fraction of `parameters_prunable` that was removed.
+
+        It is at least `ratio`, except for filters: there `ratio` is a fraction of their number.
         """
         return self.parameters_removed / self.parameters_prunable
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..model.blocks import find_blocks
 from .cutting import Cuts
 from .experts import Experts, known_experts
+from .filter_cutting import has_convolutions
 from .filter_saving import narrow_layers, width_changes, widths_beside
 from .novices import ExpertsAndNovices, install
 from .units import Units, units_or_none
@@ -135,7 +136,7 @@ def make_savable(model: PreTrainedModel) -> None:
     Where a family has biases in all layers of an attention or MLP or in none, the missing ones are added as zeros.
     """
     dense: type[PreTrainedModel] = getattr(type(model), "dense_class", type(model))
-    units, experts = _units_of(model), known_experts(model)
+    units, experts = units_or_none(model), known_experts(model)
     for changes in _candidates(model, dense, units, experts):
         if _builds(dense, model, changes):
             _become_plain(model, dense, changes)
@@ -155,11 +156,6 @@ def make_savable(model: PreTrainedModel) -> None:
         built = type(model)(copy.deepcopy(config))
     if widths := widths_beside(model, built):
         config.filter_widths = widths
-
-
-def _units_of(model: nn.Module) -> list[Units]:
-    """Return the heads and neurons of a model. Convolutional networks may have no blocks that could hold any."""
-    return units_or_none(model) if find_blocks(model) else []
 
 
 @contextlib.contextmanager
@@ -216,7 +212,7 @@ def _candidates(
     if {"num_attention_heads", "num_key_value_heads"} & set(changes):
         changes["head_dim"] = next(head_dim for _, _, head_dim in heads)
     changes = {config.attribute_map.get(name, name): value for name, value in changes.items()}
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+    if has_convolutions(model):
         with torch.device("meta"):
             changes |= width_changes(config, model, dense(_dense_config(model, {})))
     switches = [name for name in _SWITCHES if getattr(config, name, None) is False]
@@ -282,7 +278,7 @@ def _become_plain(model: PreTrainedModel, dense: type[PreTrainedModel], changes:
         part, _, leaf = name.rpartition(".")
         setattr(getattr(config, part) if part else config, leaf, value)
     if any(name in _SWITCHES for name in changes):
-        for units in _units_of(model):
+        for units in units_or_none(model):
             for layer in units.named_layers().values():
                 wanted = changes.get("attention_bias" if units.kind == "attention" else "mlp_bias", False)
                 if wanted and layer.bias is None:
@@ -323,7 +319,7 @@ def _narrow(model: PreTrainedModel, widths: list[dict[str, Any]]) -> None:
     """Give the layers of a newly built model of the family the stored widths and biases. Loading writes the values."""
     blocks = find_blocks(model)
     entries = dict(zip(blocks, widths, strict=True))
-    for units in _units_of(model):
+    for units in units_or_none(model):
         entry = entries[units.block]
         # On the CPU: while a checkpoint is loaded the weights are on the meta device, and the mask needs values.
         kept = torch.zeros(units.count, units.heads_per_unit, dtype=torch.bool, device="cpu")

@@ -155,8 +155,11 @@ def known_units(model: nn.Module) -> list[Units]:
 
 
 def units_or_none(model: nn.Module) -> list[Units]:
-    """Return what `known_units` does, and an empty list where no heads and no neurons can be found."""
-    return [part.units for part in _parts(model) if isinstance(part.units, Units)]
+    """Return what `known_units` does, and an empty list where no heads and no neurons can be found.
+
+    Convolutional networks may have no blocks that could hold any.
+    """
+    return [part.units for part in _parts(model) if isinstance(part.units, Units)] if find_blocks(model) else []
 
 
 def check_loaded(units: list[Units]) -> None:

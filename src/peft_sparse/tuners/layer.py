@@ -539,9 +539,10 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         return LINEAR
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """Return the output where each entry of the batch has its own adapter, and "__base__" means none.
+        """Return the output for a batch in which each sample has its own adapter.
 
-        PEFT's table of capabilities looks for this name.
+        `adapter_names` has the name of one adapter for each sample. The name "__base__" stands for no adapter. The
+        method has the name by which PEFT's table of capabilities recognises that a tuner can do this.
         """
         if len(x) != len(adapter_names):
             raise ValueError(
