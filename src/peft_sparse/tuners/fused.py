@@ -14,6 +14,7 @@ PyTorch, so `torch.compile` puts them into its graphs, and profilers and fake te
 import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from ..model.masks import mask_
 # Kernels hold operands of this rank in registers and shared memory.
 LARGEST_RANK = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# On a CPU, matrices of more than twice these bytes are worked on in parts of as many. Several operations read each
+# part, which stays in the cache meanwhile. Smaller matrices gain less than the further calls take.
+PART_BYTES = 2**21
 
 _TRITON = importlib.util.find_spec("triton") is not None and torch.version.hip is None
 # It must live as long as its operators are called.
@@ -46,7 +50,9 @@ def has_kernels(device: torch.device) -> bool:
     )
 
 
-def effective_weight(weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float) -> Tensor:
+def effective_weight(
+    weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float, out: Tensor | None = None
+) -> Tensor:
     """Return c · W + s · H ⊙ (BA), computed in A's dtype and rounded once to W's dtype. H is the mask of W, or W.
 
     Args:
@@ -56,9 +62,15 @@ def effective_weight(weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float,
         mask: whether H is the mask of W.
         c: factor of W.
         s: factor of H ⊙ (BA).
+        out: a tensor like W, on a CPU, to which the result is written.
     """
     if not _serves(weight, A, B):
-        return _plain_effective_weight(weight, A, B, mask, c, s)
+        device = weight.device.type
+        # Autocast would round the product to its own dtype. Some devices, such as "meta", have no autocast.
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return _plain_effective_weight(weight, A, B, mask, c, s, out)
+        return _plain_effective_weight(weight, A, B, mask, c, s, out)
     if weight.is_contiguous():
         return torch.ops.peft_sparse.effective_weight(weight, A.contiguous(), B.contiguous(), mask, c, s)
     left, right = A.mT.contiguous(), B.mT.contiguous()
@@ -120,30 +132,80 @@ def _serves(weight: Tensor, A: Tensor, B: Tensor) -> bool:
     )
 
 
-def _plain_effective_weight(weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float) -> Tensor:
+def parts(rows: int, count: int) -> Iterator[slice]:
+    """Yield slices of `rows` rows: `count` or fewer, whose lengths are multiples of 16 but for the last one."""
+    # Products take longer with other numbers of rows.
+    length = -(-rows // (max(1, count) * 16)) * 16
+    for start in range(0, rows, length):
+        yield slice(start, min(start + length, rows))
+
+
+def computes_in_parts(*tensors: Tensor) -> bool:
+    """Return whether matrices are worked on in parts, with `out=`: plain ones, on a CPU, outside `torch.compile`."""
+    return not torch.compiler.is_compiling() and all(
+        type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dim() == 2
+        for tensor in tensors
+    )
+
+
+def _parts(matrix: Tensor, *others: Tensor) -> list[slice]:
+    """Return the parts in which `matrix` is worked on together with others, as slices of its rows. [] for no parts."""
+    count = matrix.numel() * matrix.element_size() // PART_BYTES
+    if count > 1 and matrix.is_contiguous() and computes_in_parts(matrix, *others):
+        return list(parts(len(matrix), count))
+    return []
+
+
+def _plain_effective_weight(
+    weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float, out: Tensor | None
+) -> Tensor:
+    if rows := _parts(weight, A, B):
+        out = torch.empty_like(weight) if out is None else out
+        for part in rows:
+            _effective_part(weight[part], A, B[part], mask, c, s, out[part])
+        return out
+    return _effective_part(weight, A, B, mask, c, s, out)
+
+
+def _effective_part(
+    weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float, out: Tensor | None
+) -> Tensor:
     exact = weight.to(A.dtype)
     add_product = torch.addmm if exact.dim() == 2 else torch.baddbmm
-    # Autocast would round the product to its own dtype. `torch.autocast` refuses some devices, such as "meta".
-    known = torch.amp.is_autocast_available(weight.device.type)
-    with torch.autocast(weight.device.type, enabled=False) if known else contextlib.nullcontext():
-        if mask:
-            return mask_(add_product(exact, B, A, beta=c, alpha=s), exact).to(weight.dtype)
-        multiplier = add_product(exact, B, A, beta=0, alpha=s)
-        if c == 1:
-            # One pass over the matrix, where adding c and multiplying takes two.
-            return torch.addcmul(exact, exact, multiplier, out=multiplier).to(weight.dtype)
+    result = add_product(exact, B, A, beta=c if mask else 0, alpha=s, out=out if exact is weight else None)
+    if mask:
+        mask_(result, exact)
+    elif c == 1:
+        # One pass over the matrix, where adding c and multiplying takes two.
+        torch.addcmul(exact, exact, result, out=result)
+    else:
         if c:
-            multiplier.add_(c)
-        return multiplier.mul_(exact).to(weight.dtype)
+            result.add_(c)
+        result.mul_(exact)
+    if exact is weight:
+        return result
+    return result.to(weight.dtype) if out is None else out.copy_(result)
 
 
 def _plain_masked_gradients(
     G: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: bool, s: float
 ) -> tuple[Tensor, Tensor]:
+    if not computes_in_parts(G, weight, A, B):
+        G = _masked(G, weight, A, mask)
+        return (B.mT @ G).mul_(s), (G @ A.mT).mul_(s)
+    grad_A, grad_B = A.new_empty(A.shape), B.new_empty(B.shape)
+    for part in _parts(G, weight, A, B) or [slice(0, len(G))]:
+        masked = _masked(G[part], weight[part], A, mask)
+        # Written to `out`: no further pass multiplies by s.
+        torch.addmm(grad_A, B[part].mT, masked, beta=1 if part.start else 0, alpha=s, out=grad_A)
+        torch.addmm(grad_B[part], masked, A.mT, beta=0, alpha=s, out=grad_B[part])
+    return grad_A, grad_B
+
+
+def _masked(G: Tensor, weight: Tensor, A: Tensor, mask: bool) -> Tensor:
+    """Return H ⊙ G in A's dtype. G may be overwritten."""
     G = G if G.is_floating_point() else G.to(A.dtype)
-    G = (mask_(G, weight) if mask else G.mul_(weight)).to(A.dtype)
-    # (G^T B)^T and not B^T G: the products are equal, and CPUs take up to 1.7 times as long for the second.
-    return (G.mT @ B).mT.mul_(s), (G @ A.mT).mul_(s)
+    return (mask_(G, weight) if mask else G.mul_(weight)).to(A.dtype)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
