@@ -1,87 +1,108 @@
-"""The products of a linear layer with its effective weight on a CPU, so many rows of the weight at a time.
+"""The adapted linear layer on a CPU, in float32 and float64: the same as `functional` computes, in less time.
 
-The effective weight c · W + s · H ⊙ (BA) is never there as a whole. Its rows are computed where the last ones were, so
-that the next product finds them in the cache, and no memory has to be mapped for them. With W_q for the rows q of the
-effective weight, y[:, q] = x W_q^T and dx = Σ_q D[:, q] W_q.
+Three large products take most of the time of a step. Everything else is kept small:
 
-Numbers are rounded as in the products with the whole matrix: float32 and float64 alone are served, since sums in half
-precision would be rounded for each q.
+- The effective weight c · W + s · H ⊙ (BA) is never there as a whole if W is large. Its rows are computed where the
+  last ones were, and multiplied while they are in the cache. With W_q for the rows q of the effective weight,
+  y[:, q] = x W_q^T and dx = Σ_q D[:, q] W_q.
+- G is written where the effective weight was. Memory that is freed and allocated again may have to be mapped again.
+- There is little Python code. After a large product the caches hold none of it, and each function that is called takes
+  several times as long as by itself. A small layer would spend a twentieth of its step there.
+
+Half precision is not served, since dx would be rounded after each q.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from . import fused
 
 
-# Products of fewer rows are slower than one product: each of them arranges x or D for itself.
+# Products with fewer rows are slower than one product, because each of them arranges x or D for itself. Weights of less
+# than twice as many rows stay whole.
 ROWS = 512
+PLAIN = (Tensor, nn.Parameter)
 
 
 def serves(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Return whether this module computes the products of x, or of D in its place, with the effective weight."""
+    """Return whether `ByRows` computes with these tensors.
+
+    It does not within `torch.compile`, functional transforms and autocast, nor for a weight that requires a gradient.
+    """
     return (
-        fused.computes_in_parts(weight, A, B)
-        and type(x) is Tensor
-        and weight.dtype in (torch.float32, torch.float64)
-        and x.dtype == A.dtype == B.dtype == weight.dtype
-        and x.device.type == "cpu"
-        and x.numel() > 0
+        x.is_cpu
+        and (x.dtype == torch.float32 or x.dtype == torch.float64)
+        and x.dtype == weight.dtype == A.dtype == B.dtype
+        # Not DTensor, nor another class whose values are elsewhere.
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
+        and type(A) in PLAIN
+        and type(B) in PLAIN
+        and weight.is_cpu
         and weight.is_contiguous()
+        and not weight.requires_grad
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        # They need a `setup_context`, which makes each call slower.
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
-def output(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, mask: bool, c: float, s: float
-) -> Tensor:
-    """Return x (c · W + s · H ⊙ (BA))^T + bias.
+class ByRows(torch.autograd.Function):
+    """The function (x, W, A, B, bias, mask, c, s) -> x (c · W + s · H ⊙ (BA))^T + bias.
 
-    Args:
-        x: (..., in).
-        weight: W (out, in).
-        A: (r, in).
-        B: (out, r).
-        bias: (out,) or None.
-        mask: whether H is the mask of W. Otherwise it is W.
-        c: factor of W.
-        s: factor of H ⊙ (BA).
+    `mask` tells whether H is the mask of W. Otherwise it is W. The shapes are those of `sparse_lora`. Until backward
+    x, W, A and B are kept.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    y = rows.new_empty(len(rows), len(weight))
-    work = None
-    for part in _parts(weight):
-        work = torch.empty_like(weight[part]) if work is None else work
-        W = fused.effective_weight(weight[part], A, B[part], mask, c, s, out=work[: part.stop - part.start])
-        if bias is None:
-            torch.mm(rows, W.T, out=y[:, part])
-        else:
-            torch.addmm(bias[part], rows, W.T, out=y[:, part])
-    return y.view(*x.shape[:-1], len(weight))
 
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, mask: bool, c: float, s: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, A, B)
+        ctx.formula = mask, c, s
+        if len(weight) < 2 * ROWS:
+            return F.linear(x, fused.plain_effective_weight(weight, A, B, mask, c, s), bias)
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows.new_empty(len(rows), len(weight))
+        work = torch.empty_like(weight[: next(_parts(weight)).stop])
+        for part in _parts(weight):
+            W = work[: part.stop - part.start]
+            fused.plain_effective_weight(weight[part], A, B[part], mask, c, s, W)
+            if bias is None:
+                torch.mm(rows, W.T, out=y[:, part])
+            else:
+                torch.addmm(bias[part], rows, W.T, out=y[:, part])
+        return y.view(*x.shape[:-1], len(weight))
 
-def grad_input(
-    grad: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float, work: Tensor
-) -> Tensor:
-    """Return dL/dx = D (c · W + s · H ⊙ (BA)).
-
-    Args:
-        grad: D = dL/dy, (..., out).
-        weight: W (out, in).
-        A: (r, in).
-        B: (out, r).
-        mask: whether H is the mask of W. Otherwise it is W.
-        c: factor of W.
-        s: factor of H ⊙ (BA).
-        work: a tensor like W, which is overwritten.
-    """
-    rows = grad.reshape(-1, grad.shape[-1])
-    result = rows.new_empty(len(rows), weight.shape[1])
-    for part in _parts(weight):
-        W = fused.effective_weight(weight[part], A, B[part], mask, c, s, out=work[: part.stop - part.start])
-        torch.addmm(result, rows[:, part], W, beta=1 if part.start else 0, out=result)
-    return result.view(*grad.shape[:-1], weight.shape[1])
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B = ctx.saved_tensors
+        mask, c, s = ctx.formula
+        needs_x, _, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:5]
+        D = grad.reshape(-1, grad.shape[-1])
+        work = torch.empty_like(weight)
+        grad_x = grad_A = grad_B = None
+        if needs_x and len(weight) < 2 * ROWS:
+            grad_x = grad @ fused.plain_effective_weight(weight, A, B, mask, c, s, work)
+        elif needs_x:
+            rows = D.new_empty(len(D), weight.shape[1])
+            for part in _parts(weight):
+                W = work[: part.stop - part.start]
+                fused.plain_effective_weight(weight[part], A, B[part], mask, c, s, W)
+                torch.addmm(rows, D[:, part], W, beta=1 if part.start else 0, out=rows)
+            grad_x = rows.view(x.shape)
+        if needs_A or needs_B:
+            G = torch.mm(D.T, x.reshape(-1, x.shape[-1]), out=work)
+            grad_A, grad_B = fused.plain_masked_gradients(G, weight, A, B, mask, s)
+        return grad_x, None, grad_A, grad_B, D.sum(0) if needs_bias else None, None, None, None
 
 
 def _parts(weight: Tensor) -> Iterator[slice]:

@@ -80,8 +80,8 @@ class Convolution:
         """Return dL/dx for grad = dL/dy."""
         return self._backward(grad, x, weight, (True, False, False))[0]
 
-    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return dL/dweight for grad = dL/dy, in the shape of `weight`. `out` is not used."""
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return dL/dweight for grad = dL/dy, in the shape of `weight`."""
         return self._backward(grad, x, weight, (False, True, False))[1].flatten(1)
 
     def grad_bias(self, grad: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ class _Linear:
     def grad_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return grad @ weight
 
-    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mm(_rows(grad).T, _rows(x), out=out)
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return _rows(grad).T @ _rows(x)
 
     def grad_bias(self, grad: Tensor) -> Tensor:
         return _rows(grad).sum(0)
@@ -172,6 +172,9 @@ def sparse_lora(
     Returns:
         (..., out), or for a convolution (batch, out, height, width).
     """
+    if operation is LINEAR and gradient_dtype is None and effective is None and isinstance(weight, Tensor):
+        if by_rows.serves(x, weight, A, B):
+            return by_rows.ByRows.apply(x, weight, A, B, bias, factor == "mask", c, s)
     trains = torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
     frozen = not (isinstance(weight, Tensor) and weight.requires_grad)
     reduced = gradient_dtype is not None and trains and frozen and operation is LINEAR
@@ -256,21 +259,14 @@ class _EffectiveWeight(torch.autograd.Function):
         return grad_weight, grad_A, grad_B, None, None, None
 
 
-def _runs_by_rows(x: Tensor, weight: Weight, A: Tensor, B: Tensor, operation: Operation) -> bool:
-    return operation is LINEAR and isinstance(weight, Tensor) and by_rows.serves(x, weight, A, B)
-
-
 class _SparseLora(torch.autograd.Function):
-    # PyTorch inspects the signature in every call. With a parameter for each input this takes as long as all other
-    # Python code of a step.
+    # PyTorch inspects the signature in every call, which takes half as long without a parameter for each input.
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        x, weight, A, B, bias, factor, c, s, operation, dtype, _, _, effective = inputs
+        _, weight, A, B, bias, factor, c, s, operation, dtype, _, _, effective = inputs
         if effective is None:
-            if dtype in (None, x.dtype) and _runs_by_rows(x, weight, A, B, operation):
-                return by_rows.output(x, weight, A, B, bias, factor == "mask", c, s)
             effective = effective_weight(weight if isinstance(weight, Tensor) else weight(), A, B, factor, c, s)
-        return operation.apply(x, effective.to(dtype or effective.dtype), bias)
+        return operation.apply(inputs[0], effective.to(dtype or effective.dtype), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -288,12 +284,8 @@ class _SparseLora(torch.autograd.Function):
         W = ctx.weight() if ctx.weight else kept[0]
         needs_x, needs_W, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:5]
         operation, mask = ctx.operation, ctx.factor == "mask"
-        grad_x = grad_W = grad_A = grad_B = work = None
-        if needs_x and ctx.effective is None and _runs_by_rows(grad, W, A, B, operation):
-            # G takes the same memory afterwards. Memory that is freed and allocated again may have to be mapped again.
-            work = torch.empty_like(W)
-            grad_x = by_rows.grad_input(grad, W, A, B, mask, ctx.c, ctx.s, work)
-        elif needs_x:
+        grad_x = grad_W = grad_A = grad_B = None
+        if needs_x:
             effective = ctx.effective
             if effective is None:
                 effective = effective_weight(W, A, B, ctx.factor, ctx.c, ctx.s)
@@ -302,7 +294,7 @@ class _SparseLora(torch.autograd.Function):
         if scale is not None:
             grad_A, grad_B = eight_bit.factor_gradients(grad, x, scale, W, A, B, mask, ctx.s)
         elif needs_W or needs_A or needs_B:
-            G = operation.grad_weight(grad, x, W, work)
+            G = operation.grad_weight(grad, x, W)
             grad_W = _weight_gradient(G, W, A, B, ctx.factor, ctx.c, ctx.s) if needs_W else None
             grad_A, grad_B = fused.masked_gradients(G, W, A, B, mask, ctx.s)
         grad_bias = operation.grad_bias(grad) if needs_bias else None

@@ -50,9 +50,7 @@ def has_kernels(device: torch.device) -> bool:
     )
 
 
-def effective_weight(
-    weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float, out: Tensor | None = None
-) -> Tensor:
+def effective_weight(weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float) -> Tensor:
     """Return c · W + s · H ⊙ (BA), computed in A's dtype and rounded once to W's dtype. H is the mask of W, or W.
 
     Args:
@@ -62,15 +60,14 @@ def effective_weight(
         mask: whether H is the mask of W.
         c: factor of W.
         s: factor of H ⊙ (BA).
-        out: a tensor like W, on a CPU, to which the result is written.
     """
     if not _serves(weight, A, B):
         device = weight.device.type
         # Autocast would round the product to its own dtype. Some devices, such as "meta", have no autocast.
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return _plain_effective_weight(weight, A, B, mask, c, s, out)
-        return _plain_effective_weight(weight, A, B, mask, c, s, out)
+                return plain_effective_weight(weight, A, B, mask, c, s)
+        return plain_effective_weight(weight, A, B, mask, c, s)
     if weight.is_contiguous():
         return torch.ops.peft_sparse.effective_weight(weight, A.contiguous(), B.contiguous(), mask, c, s)
     left, right = A.mT.contiguous(), B.mT.contiguous()
@@ -89,7 +86,7 @@ def masked_gradients(G: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: bool
         s: the factor.
     """
     if not _serves(weight, A, B) or G.dtype not in (*DTYPES, torch.int32):
-        return _plain_masked_gradients(G, weight, A, B, mask, s)
+        return plain_masked_gradients(G, weight, A, B, mask, s)
     if weight.is_contiguous():
         return torch.ops.peft_sparse.masked_gradients(G.contiguous(), weight, A.contiguous(), B.contiguous(), mask, s)
     left, right = A.mT.contiguous(), B.mT.contiguous()
@@ -140,25 +137,20 @@ def parts(rows: int, count: int) -> Iterator[slice]:
         yield slice(start, min(start + length, rows))
 
 
-def computes_in_parts(*tensors: Tensor) -> bool:
-    """Return whether matrices are worked on in parts, with `out=`: plain ones, on a CPU, outside `torch.compile`."""
-    return not torch.compiler.is_compiling() and all(
-        type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dim() == 2
-        for tensor in tensors
-    )
-
-
 def _parts(matrix: Tensor, *others: Tensor) -> list[slice]:
     """Return the parts in which `matrix` is worked on together with others, as slices of its rows. [] for no parts."""
     count = matrix.numel() * matrix.element_size() // PART_BYTES
-    if count > 1 and matrix.is_contiguous() and computes_in_parts(matrix, *others):
-        return list(parts(len(matrix), count))
-    return []
+    if count < 2 or not matrix.is_cpu or not matrix.is_contiguous() or torch.compiler.is_compiling():
+        return []
+    if not all(type(tensor) in (Tensor, nn.Parameter) and tensor.dim() == 2 for tensor in (matrix, *others)):
+        return []
+    return list(parts(len(matrix), count))
 
 
-def _plain_effective_weight(
-    weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float, out: Tensor | None
+def plain_effective_weight(
+    weight: Tensor, A: Tensor, B: Tensor, mask: bool, c: float, s: float, out: Tensor | None = None
 ) -> Tensor:
+    """Compute `effective_weight` by PyTorch's operations. `out` is a tensor like W to which the result is written."""
     if rows := _parts(weight, A, B):
         out = torch.empty_like(weight) if out is None else out
         for part in rows:
@@ -187,16 +179,18 @@ def _effective_part(
     return result.to(weight.dtype) if out is None else out.copy_(result)
 
 
-def _plain_masked_gradients(
+def plain_masked_gradients(
     G: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: bool, s: float
 ) -> tuple[Tensor, Tensor]:
-    if not computes_in_parts(G, weight, A, B):
+    """Compute `masked_gradients` by PyTorch's operations."""
+    if not (rows := _parts(G, weight, A, B)):
         G = _masked(G, weight, A, mask)
-        return (B.mT @ G).mul_(s), (G @ A.mT).mul_(s)
-    grad_A, grad_B = A.new_empty(A.shape), B.new_empty(B.shape)
-    for part in _parts(G, weight, A, B) or [slice(0, len(G))]:
+        product = torch.addmm if G.dim() == 2 else torch.baddbmm
+        # With a factor beta of 0 the first argument gives its shape alone. alpha spares a pass that multiplies by s.
+        return product(A, B.mT, G, beta=0, alpha=s), product(B, G, A.mT, beta=0, alpha=s)
+    grad_A, grad_B = torch.empty_like(A), torch.empty_like(B)
+    for part in rows:
         masked = _masked(G[part], weight[part], A, mask)
-        # Written to `out`: no further pass multiplies by s.
         torch.addmm(grad_A, B[part].mT, masked, beta=1 if part.start else 0, alpha=s, out=grad_A)
         torch.addmm(grad_B[part], masked, A.mT, beta=0, alpha=s, out=grad_B[part])
     return grad_A, grad_B
