@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from torch.autograd import DeviceType
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_sparse import (
     MaskLoRAConfig,
@@ -19,6 +20,7 @@ from peft_sparse import (
     reconstruct,
 )
 from peft_sparse.calibration.activations import ActivationStore
+from peft_sparse.calibration.runner import stack_runners
 from peft_sparse.tuners import eight_bit, fused
 
 from checks import assert_same_zeros, assert_zeros_kept, zeros_of
@@ -113,6 +115,88 @@ def test_hidden_states_go_to_the_cpu_and_back_without_a_wait():
     torch.testing.assert_close([back, again], [value, 2 * value], rtol=0, atol=0)
     # The host waits for the copy where it reads it.
     assert torch.equal(store.get(store.copy("a", 3 * value, second)), 3 * value.cpu())
+
+
+def padded_batches(count):
+    """Batches of which each has a mask of its own."""
+    made = []
+    for number in range(count):
+        ids = torch.randint(0, VOCABULARY, (2, 12))
+        mask = torch.ones_like(ids)
+        mask[0, : number + 1] = 0
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made
+
+
+@pytest.mark.parametrize("where", ["the model", "block by block"])
+@pytest.mark.parametrize("work", ["sparsegpt", "SS", "SD", "DD"])
+def test_where_hidden_states_wait_changes_no_bit(work, where):
+    data, found = padded_batches(7), []
+    for activations in ("device", "cpu"):
+        torch.manual_seed(0)
+        model = tiny("llama")
+        # The backward pass of the kernels for attention adds up in any order.
+        model.set_attn_implementation("eager")
+        options = {"activations": activations, "calibration": data}
+        if where == "the model":
+            model.cuda()
+        else:
+            options["device"] = "cuda"
+        if work == "sparsegpt":
+            prune(model, 0.5, criterion=work, **options)
+        else:
+            reconstruct(model, pattern=0.5, criterion="wanda", mode=work, **options)
+        found.append(model.cpu().state_dict())
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+def large_runner(activations):
+    """A runner of a stack on the GPU, whose blocks compute longer than its hidden states are copied."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=2048, intermediate_size=8192, num_hidden_layers=4, num_attention_heads=16
+    )
+    model = LlamaForCausalLM(config).eval().to("cuda", torch.bfloat16)
+    inputs = [{"input_ids": torch.randint(0, VOCABULARY, (4, 1024), device="cuda")} for _ in range(8)]
+    (runner,) = stack_runners(model, inputs, activations=activations)
+    return runner
+
+
+def test_copies_and_computation_overlap():
+    runner = large_runner("cpu")
+    # What is taken and made once for all blocks, such as streams and kernels.
+    runner.advance(0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runner.advance(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    # Two states in, two out, and what a block computes on the way, which is as large as some of its inputs.
+    state = 4 * 1024 * 2048 * 2
+    assert torch.cuda.max_memory_allocated() - before < 30 * state
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        runner.advance(2)
+        torch.cuda.synchronize()
+    own = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
+    spans = [(event.time_range.start, event.time_range.end) for event in own if "Memcpy" not in event.name]
+    copied = [event.time_range for event in own if "Memcpy" in event.name and event.time_range.elapsed_us() > 50]
+    assert len(copied) >= 2 * 8
+    both = sum(max(0, min(end, c.end) - max(start, c.start)) for start, end in spans for c in copied)
+    assert both > 0.5 * sum(c.elapsed_us() for c in copied)
+
+
+def test_all_batches_together_are_never_on_the_device():
+    runner, peaks = large_runner("cpu"), []
+    for count in (8, 3):
+        del runner.batches[count:]
+        torch.cuda.reset_peak_memory_stats()
+        runner.run(0, lambda batch, constants: None)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
 
 
 def test_a_checkpoint_is_pruned_on_the_gpu(tmp_path, tokens):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
 
+from peft_sparse.calibration.activations import ActivationStore
 from peft_sparse.calibration.runner import BlockRunner
 from peft_sparse.model.blocks import find_stacks, is_norm
 from peft_sparse.reconstruction.calls import STATE, StateCall, chain_of
@@ -524,7 +525,8 @@ def test_without_values_of_its_weights_a_block_tells_whether_it_can_be_divided(m
 def test_a_window_receives_half_precision_in_float32_and_all_else_as_it_is(dtype):
     value, mask, wide = torch.randn(3).to(dtype), torch.tensor([True]), torch.ones(2, dtype=torch.float64)
     kwargs = {"position_embeddings": (value, value), "mask": mask, "wide": wide, "mode": "x"}
-    stream = SimpleNamespace(batches=[None], calls=[[StateCall((value, 3, STATE), kwargs)]])
+    calls = [[StateCall((value, 3, STATE), kwargs)]]
+    stream = SimpleNamespace(batches=[None], calls=calls, store=ActivationStore("device"))
     (found,) = Window(stream, 0, {"block": nn.Linear(1, 1)}).calls(0)
     assert torch.equal(found.args[0], value.float())
     assert [v.dtype for v in (found.args[0], *found.kwargs["position_embeddings"])] == [torch.float32] * 3

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import weakref
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .copies import Copies
 from .memory import empty_apart
 
 
@@ -23,6 +25,7 @@ _SLAB = 1 << 26
 class ActivationStore:
     """Keeps tensors on the device they come from, in CPU memory, or in files.
 
+    Within `overlapping()`, a GPU copies them from and into CPU memory while it computes. On a CPU nothing is copied.
     Files lie in a temporary folder, which is removed together with the store.
 
     Args:
@@ -31,16 +34,27 @@ class ActivationStore:
 
     def __init__(self, activations: Activations) -> None:
         self.offload = activations != "device"
-        # The last copy from each GPU to the CPU.
-        self._written: dict[torch.device, torch.cuda.Event] = {}
+        self._copies = Copies()
         self._free: dict[tuple[torch.Size, torch.dtype, torch.device, bool], list[Tensor]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="peft_sparse-")) if activations == "disk" else None
         if self._folder is not None:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
-    def put(self, key: str, value: Tensor) -> Tensor | Path:
-        """Keep `value` and return what `get` takes. On disk, it replaces the value kept under the same `key`."""
+    def overlapping(self) -> AbstractContextManager[None]:
+        """Return a context within which a GPU copies what waits in CPU memory while it computes."""
+        return self._copies.overlapping()
+
+    def put(self, key: str, value: Tensor, room: Tensor | Path | None = None) -> Tensor | Path:
+        """Keep `value` and return what `get` takes. On disk, it replaces the value kept under the same `key`.
+
+        Args:
+            key: the name of the file on disk.
+            value: the tensor.
+            room: what was kept before and nobody needs any more. What a GPU computed is written over it if it fits.
+        """
         if self._folder is None:
+            if self.offload and value.is_cuda:
+                return self.copy(key, value, room if isinstance(room, Tensor) else None)
             return value.cpu() if self.offload else value
         path = self._folder / f"{key}.safetensors"
         save_file({"value": value.cpu().contiguous()}, path)
@@ -74,26 +88,26 @@ class ActivationStore:
                 self._free[layout] = free
         if not pinned:
             return room.copy_(value)
-        room.copy_(value, non_blocking=True)
-        self._written[value.device] = torch.cuda.current_stream(value.device).record_event()
+        self._copies.write(value, room)
         return room
+
+    def expect(self, kept: Tensor | Path, device: torch.device) -> None:
+        """Within `overlapping()`, begin to copy to a GPU what `get` will be asked for next."""
+        if isinstance(kept, Tensor) and device.type == "cuda" and kept.device.type == "cpu":
+            self._copies.expect(kept, device)
 
     def get(self, kept: Tensor | Path, device: torch.device | None = None) -> Tensor:
         """Return the tensor that was kept. It is on the device or, if it was offloaded, in CPU memory.
 
         Args:
-            kept: what `put` or `copy` returned.
+            kept: what `put` or `copy` returned, or another tensor that waits.
             device: the device on which the caller wants it. Without one, it stays where it was kept.
         """
         there = kept if isinstance(kept, Tensor) else load_file(kept)["value"]
         if device is not None and device.type == "cuda" and there.device.type == "cpu":
-            # Copies of one GPU are made in their order. Those of another GPU must have arrived first.
-            for written in self._written.values():
-                torch.cuda.current_stream(device).wait_event(written)
-            return there.to(device, non_blocking=there.is_pinned())
-        for written in self._written.values():
-            # The host reads, or may read, what a GPU is still writing.
-            written.synchronize()
+            return self._copies.fetch(there, device)
+        # The host reads, or may read, what a GPU is still writing.
+        self._copies.wait()
         return there if device is None else there.to(device)
 
 

@@ -29,7 +29,7 @@ from .recording import (
     tensors_of,
     version_of,
 )
-from .residence import Residence, arguments_there, in_residence, restore_forward, run_there, with_tensors
+from .residence import Residence, arguments_there, in_residence, restore_forward, run_there, staying, with_tensors
 
 
 @dataclass
@@ -77,6 +77,7 @@ class Capture:
         self.model = model
         # Changes what blocks return, so that arguments that depend on it change too.
         self.perturb = perturb
+        self.residence = stack.residence
         self.masks = TokenMasks(model, stack.names)
         self.batch = Batch(0)
         self.links = Links()
@@ -89,6 +90,7 @@ class Capture:
     def run(self, inputs: list[dict[str, Any]]) -> list[Batch]:
         batches: list[Batch] = []
         with contextlib.ExitStack() as replaced:
+            self.residence = replaced.enter_context(staying(self.stack.residence))
             self._replace_blocks(replaced)
             replaced.enter_context(self.masks.watching())
             left = Counter(map(_shape_of, inputs))
@@ -122,7 +124,7 @@ class Capture:
             if id(block) in own:
                 stand_in = partial(self._stand_in, own[id(block)], block.forward)
             else:
-                stand_in = partial(in_residence, self.stack.residence, name, block, block.forward)
+                stand_in = partial(in_residence, self.residence, name, block, block.forward)
             replaced.callback(restore_forward, block, block.__dict__.get("forward"))
             block.forward = stand_in
 
@@ -154,8 +156,9 @@ class Capture:
         own_args, own_kwargs = map_leaves(
             lambda leaf: copied(leaf) if is_cache(leaf) else leaf, (args, kwargs), keep=True
         )
-        with self.stack.resident(index):
-            returned = run_there(self.stack.blocks[index], forward, own_args, own_kwargs)
+        block = self.stack.blocks[index]
+        with self.residence(self.stack.names[index], block):
+            returned = run_there(block, forward, own_args, own_kwargs)
         if trait is None:
             written = versions != [version_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
             self.stack.traits[index] = _trait_of(returned, leaves, written)

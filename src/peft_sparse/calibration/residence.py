@@ -49,6 +49,39 @@ def on_device(device: torch.device | str | None) -> Residence:
     return resident
 
 
+@contextlib.contextmanager
+def staying(residence: Residence) -> Iterator[Residence]:
+    """Return a residence in which a block stays until another one is needed, and at most to the end of the context.
+
+    A block that runs on one batch after the other is moved once.
+    """
+    there: list[nn.Module] = []
+    running = 0
+    with contextlib.ExitStack() as stay:
+
+        @contextlib.contextmanager
+        def resident(name: str, block: nn.Module) -> Iterator[None]:
+            nonlocal running
+            known = there == [block]
+            if running and not known:
+                # A block that is called within another one, which has to stay.
+                with residence(name, block):
+                    yield
+                return
+            if not known:
+                there.clear()
+                stay.close()
+                stay.enter_context(residence(name, block))
+                there.append(block)
+            running += 1
+            try:
+                yield
+            finally:
+                running -= 1
+
+        yield resident
+
+
 def restore_forward(block: nn.Module, own: Any) -> None:
     """Undo a replacement of `block.forward`: `own` is the attribute that the block had, None if it had none."""
     if own is None:

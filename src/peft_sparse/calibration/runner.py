@@ -8,7 +8,8 @@ order, or never. Arguments that are equal in several batches are held once.
 import contextlib
 import copy
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,10 @@ from ..model.processes import place, share_of
 from .activations import Activations, ActivationStore
 from .batch import Batch, EnoughSeen, Order, Trait
 from .capture import Capture, Stack, placed_once
+from .copies import ahead
 from .memory import give_back_freed
 from .recording import Call, Link, Returned, is_cache, map_leaves, needed_for, returned_by
-from .residence import Residence
+from .residence import Residence, staying
 
 
 if TYPE_CHECKING:
@@ -112,14 +114,18 @@ class BlockRunner:
                 that do not come from the stack.
         """
         give_back_freed()
-        for batch in self.batches:
-            passing: dict[Link, Tensor] = {}
-            for number in needed_for(batch.calls, batch.calls_of(index), batch.finished):
-                own = batch.calls[number].block == index
-                residence = contextlib.nullcontext() if own else self.resident(batch.calls[number].block)
-                with residence, contextlib.suppress(EnoughSeen):
-                    returned = self.call(batch, number, passing, before_call if own else None)
-                    passing |= batch.taken(number, returned.tensors)
+
+        def needed(batch: Batch) -> Iterator[int]:
+            return needed_for(batch.calls, batch.calls_of(index), batch.finished)
+
+        with self.store.overlapping(), staying(self.stack.residence) as residence:
+            for batch in ahead(self.batches, lambda batch: self._expect(batch, needed(batch))):
+                passing: dict[Link, Tensor] = {}
+                for number in needed(batch):
+                    own = batch.calls[number].block == index
+                    with self._beside(index, batch.calls[number], residence), contextlib.suppress(EnoughSeen):
+                        returned = self.call(batch, number, passing, before_call if own else None)
+                        passing |= batch.taken(number, returned.tensors)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
@@ -130,21 +136,34 @@ class BlockRunner:
         """
         self._advanced.add(index)
         give_back_freed()
-        for batch in self.batches:
-            ready = [number for number in batch.calls_of(index) if batch.is_ready(number)]
-            heapq.heapify(ready)
-            while ready:
-                number = heapq.heappop(ready)
-                if batch.is_ready(number) and batch.calls[number].block in self._advanced:
-                    for follower in self._make(batch, number, index):
-                        heapq.heappush(ready, follower)
 
-    def _make(self, batch: Batch, number: int, resident: int) -> list[int]:
-        """Make a call for good. Return the calls that may be ready now."""
+        def ready_calls(batch: Batch) -> list[int]:
+            return [number for number in batch.calls_of(index) if batch.is_ready(number)]
+
+        def expect(batch: Batch) -> None:
+            self._expect(batch, filter(batch.is_taken, ready_calls(batch)))
+
+        with self.store.overlapping(), staying(self.stack.residence) as residence:
+            for batch in ahead(self.batches, expect):
+                ready = ready_calls(batch)
+                heapq.heapify(ready)
+                while ready:
+                    number = heapq.heappop(ready)
+                    if batch.is_ready(number) and batch.calls[number].block in self._advanced:
+                        for follower in self._make(batch, number, index, residence):
+                            heapq.heappush(ready, follower)
+
+    def _beside(self, index: int, call: Call, residence: Residence) -> AbstractContextManager[Any]:
+        """Return a context within which a call can be made while block `index` is resident."""
+        own = call.block == index
+        return contextlib.nullcontext() if own else residence(self.names[call.block], self.blocks[call.block])
+
+    def _make(self, batch: Batch, number: int, index: int, residence: Residence) -> list[int]:
+        """Make a call for good while block `index` is resident. Return the calls that may be ready now."""
         block = batch.calls[number].block
         taken: dict[Link, Tensor] = {}
         if batch.is_taken(number):
-            with contextlib.nullcontext() if block == resident else self.resident(block):
+            with self._beside(index, batch.calls[number], residence):
                 taken = batch.taken(number, self.call(batch, number, {}).tensors)
         waited = {link: batch.values.get(link) for link in batch.calls[number].links}
         followers = batch.finish(number)
@@ -198,9 +217,7 @@ class BlockRunner:
     def filled(self, batch: Batch, number: int, passing: dict[Link, Tensor]) -> tuple[Call, list[Tensor]]:
         """Return a call with all values, on the device of its block, and the tensors in it that are constants."""
         call = batch.calls[number]
-        # A block without parameters, such as a pooling between two others, runs where one of the others is.
-        holders = (self.blocks[call.block], *self.blocks)
-        device = next(parameter.device for block in holders for parameter in block.parameters())
+        device = self._device_of(call.block)
         trait = self.traits.get(call.block)
 
         def value_of(link: Link) -> Tensor:
@@ -214,12 +231,26 @@ class BlockRunner:
 
         def placed(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
-                constants.append(leaf.to(device, non_blocking=leaf.device.type == "cpu"))
+                constants.append(self.store.get(leaf, device))
                 return constants[-1]
             return copy.deepcopy(leaf) if is_cache(leaf) else leaf
 
         args, kwargs = map_leaves(placed, (call.args, call.kwargs))
         return Call(call.block, args, kwargs).filled(value_of), constants
+
+    def _expect(self, batch: Batch, numbers: Iterable[int]) -> None:
+        """Begin to copy to the GPU what calls of a batch take, if it waits in CPU memory."""
+        for number in numbers:
+            device = self._device_of(batch.calls[number].block)
+            for leaf in batch.calls[number].leaves:
+                waiting = batch.values.get(leaf) if isinstance(leaf, Link) else leaf
+                if isinstance(waiting, (Tensor, Path)):
+                    self.store.expect(waiting, device)
+
+    def _device_of(self, index: int) -> torch.device:
+        # A block without parameters, such as a pooling between two others, runs where one of the others is.
+        holders = (self.blocks[index], *self.blocks)
+        return next(parameter.device for block in holders for parameter in block.parameters())
 
 
 def in_order(stacks: list[dict[str, nn.Module]], order: Sequence[str]) -> list[dict[str, nn.Module]]:

@@ -12,7 +12,7 @@ from ..calibration.batch import Batch, Order
 from ..calibration.findings import Proof
 from ..calibration.inputs import copied
 from ..calibration.recording import Link, is_cache, map_leaves, returned_by
-from ..calibration.residence import to_device
+from ..calibration.residence import Residence
 from ..calibration.runner import BlockRunner
 
 
@@ -45,9 +45,14 @@ class StateCall:
         args, kwargs = map_leaves(filled, (self.args, self.kwargs))
         return returned_by(block, args, kwargs).tensors[self.leaf]
 
-    def ready(self, device: torch.device) -> "StateCall":
-        """Return the call with its tensors on `device`, and in float32 if they are in half precision."""
-        args, kwargs = map_leaves(partial(_in_float32, device), (self.args, self.kwargs))
+    def ready(self, device: torch.device, get: Callable[[Tensor, torch.device], Tensor] = Tensor.to) -> "StateCall":
+        """Return the call with its tensors on `device`, and in float32 if they are in half precision.
+
+        Args:
+            device: the device.
+            get: (tensor, device) -> the tensor on that device.
+        """
+        args, kwargs = map_leaves(partial(_in_float32, device, get), (self.args, self.kwargs))
         return StateCall(args, kwargs, self.leaf, self.writes)
 
 
@@ -90,7 +95,10 @@ def _check_states(proof: Proof, order: Order, number: int, name: str, links: lis
 
 @torch.no_grad()
 def chain_of(
-    runner: BlockRunner, batch: Batch, kept: Callable[[Link, Tensor], Tensor] = lambda link, tensor: tensor
+    runner: BlockRunner,
+    batch: Batch,
+    kept: Callable[[Link, Tensor], Tensor] = lambda link, tensor: tensor,
+    residence: Residence | None = None,
 ) -> tuple[Tensor, list[StateCall]]:
     """Return the first hidden state of a batch, and the calls of the blocks in their order.
 
@@ -101,15 +109,18 @@ def chain_of(
         runner: the stack. None of its blocks has been advanced.
         batch: one of its batches.
         kept: called with what an earlier block computed. Returns the tensor that is kept for it.
+        residence: (name, block) -> a context within which a block can run. By default that of the runner.
     """
+    residence = residence or runner.stack.residence
     computed: dict[int, list[Tensor]] = {}
 
     def value(link: Link) -> Tensor:
         if link.call < 0:
             return runner.store.get(batch.values[link])
         if link.call not in computed:
-            with runner.resident(batch.calls[link.call].block):
-                passing = {own: value(own) for own in batch.calls[link.call].links}
+            passing = {own: value(own) for own in batch.calls[link.call].links}
+            block = batch.calls[link.call].block
+            with residence(runner.names[block], runner.blocks[block]):
                 computed[link.call] = runner.call(batch, link.call, passing).tensors
         return computed[link.call][link.leaf]
 
@@ -146,6 +157,6 @@ def _state_among(runner: BlockRunner, batch: Batch, number: int) -> Any:
     return call.links[0] if mirrored is None else call.leaves[mirrored]
 
 
-def _in_float32(device: torch.device, leaf: Any) -> Any:
-    there = to_device(device, leaf)
+def _in_float32(device: torch.device, get: Callable[[Tensor, torch.device], Tensor], leaf: Any) -> Any:
+    there = get(leaf, device) if isinstance(leaf, Tensor) else leaf
     return there.float() if isinstance(there, Tensor) and there.dtype in (torch.float16, torch.bfloat16) else there

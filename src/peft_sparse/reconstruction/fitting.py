@@ -2,9 +2,10 @@
 
 import contextlib
 import copy
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_linear_schedule_with_warmup
 
+from ..calibration.copies import ahead
 from ..model.blocks import is_norm
 from ..model.masks import mask_of
 from ..model.weights import WeightView
@@ -31,6 +33,12 @@ Tuner: TypeAlias = Literal["full"] | PeftConfig
 Run = Callable[[int, Tensor], Tensor]
 # batch -> inputs, targets, and which tokens are not padding.
 Pair = Callable[[int], tuple[Tensor, Tensor, Tensor | None]]
+# Called with a batch of which `Pair` will be asked next.
+Expect = Callable[[int], None]
+
+
+def _expect_nothing(index: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,7 @@ class TrainableRegion:
         fit: Fit,
         number: int,
         on_step: Callable[[Step], None] | None = None,
+        expect: Expect = _expect_nothing,
     ) -> int:
         """Train the parameters so that `run` reproduces the targets, and return the number of optimiser steps.
 
@@ -167,6 +176,7 @@ class TrainableRegion:
             fit: how to train.
             number: number of the region.
             on_step: called after each optimiser step.
+            expect: called with each batch before the batch before it is trained on.
         """
         steps = fit.steps(len(batches)) if self.parameters else 0
         if not steps:
@@ -174,12 +184,14 @@ class TrainableRegion:
         optimizer = fit.make_optimizer(self.parameters)
         scheduler = fit.make_scheduler(optimizer, steps)
         generator = torch.Generator("cpu").manual_seed(seed_of(fit.seed, number))
+        by_step = list(_by_step(batches, fit.gradient_accumulation_steps, steps, generator))
+        in_order = ahead(itertools.chain.from_iterable(by_step), expect)
         with contextlib.ExitStack() as undo:
             for parameter, mask in self.masks.items():
                 undo.callback(parameter.register_post_accumulate_grad_hook(_masking(mask)).remove)
             undo.enter_context(torch.enable_grad())
-            for done, chosen in enumerate(_by_step(batches, fit.gradient_accumulation_steps, steps, generator)):
-                loss = self._accumulate(run, pair, chosen, fit)
+            for done, chosen in enumerate(by_step):
+                loss = self._accumulate(run, pair, itertools.islice(in_order, len(chosen)), fit)
                 if fit.max_grad_norm:
                     nn.utils.clip_grad_norm_(self.parameters, fit.max_grad_norm)
                 optimizer.step()
@@ -191,7 +203,7 @@ class TrainableRegion:
                     on_step(Step(self.region.name, done + 1, steps, loss, rate))
         return steps
 
-    def _accumulate(self, run: Run, pair: Pair, batches: list[int], fit: Fit) -> Tensor:
+    def _accumulate(self, run: Run, pair: Pair, batches: Iterable[int], fit: Fit) -> Tensor:
         """Compute the gradients of the loss over all tokens of `batches`, and return the loss."""
         device = self.parameters[0].device
         loss, size = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -243,10 +255,10 @@ def region_loss(outputs: Tensor, target: Tensor, keep: Tensor | None, loss: Loss
 
 
 @torch.no_grad()
-def relative_error_of(run: Run, pair: Pair, batches: list[int]) -> float:
+def relative_error_of(run: Run, pair: Pair, batches: list[int], expect: Expect = _expect_nothing) -> float:
     """Return ||f(x) - t|| / ||t|| over the tokens of `batches` that are not padding. It is 0 if t is zero."""
     sums = []
-    for i in batches:
+    for i in ahead(batches, expect):
         inputs, target, keep = pair(i)
         sums.append(torch.stack(region_loss(run(i, inputs), target, keep, "relative_mse")))
     error, size = torch.stack(sums).double().sum(0).tolist()

@@ -9,7 +9,8 @@ from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 
 from ..calibration.activations import Activations, ActivationStore
-from ..calibration.recording import Link, same_values
+from ..calibration.recording import Link, same_values, tensors_of
+from ..calibration.residence import staying
 from ..calibration.runner import BlockRunner
 from .calls import StateCall, chain_of
 from .regions import Region
@@ -34,11 +35,12 @@ class Stream:
         self.values: list[Tensor | Path] = []
         self.calls: list[list[StateCall]] = []
         self._first: dict[Link, Tensor] = {}
-        for number, batch in enumerate(runner.batches):
-            state, calls = chain_of(runner, batch, self._shared)
-            self.dtype = state.dtype
-            self.values.append(self.store.put(f"in-{number}", state))
-            self.calls.append(calls)
+        with staying(runner.stack.residence) as residence:
+            for number, batch in enumerate(runner.batches):
+                state, calls = chain_of(runner, batch, self._shared, residence)
+                self.dtype = state.dtype
+                self.values.append(self.store.put(f"in-{number}", state))
+                self.calls.append(calls)
         self.carried = list(self.values)
 
     def _shared(self, link: Link, tensor: Tensor) -> Tensor:
@@ -47,8 +49,9 @@ class Stream:
         first = self._first.setdefault(link, tensor)
         return first if same_values(first, tensor) else tensor
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.store.get(self.values[index])
+    def on(self, device: torch.device, index: int) -> Tensor:
+        """Return the hidden states of batch `index` on a device."""
+        return self.store.get(self.values[index], device)
 
     def advance(self, region: Region, index: int, outputs: Tensor) -> None:
         """Replace the hidden states of batch `index` by the outputs of `region`.
@@ -61,8 +64,10 @@ class Stream:
             self.carried[index] = self.store.put(f"carried-{index}", outputs)
             return
         if region.joins == "output":
-            outputs = outputs + self.store.get(self.carried[index]).to(outputs) - self[index].to(outputs)
-        self.values[index] = self.store.put(f"in-{index}", outputs.to(self.dtype))
+            carried, inputs = self.store.get(self.carried[index], outputs.device), self.on(outputs.device, index)
+            outputs = outputs + carried.to(outputs) - inputs.to(outputs)
+        room = self.values[index] if self.values[index] is not self.carried[index] else None
+        self.values[index] = self.store.put(f"in-{index}", outputs.to(self.dtype), room)
 
 
 class Targets:
@@ -78,7 +83,11 @@ class Targets:
         self.values: list[Tensor | Path] = []
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.store.get(self.values[index]).to(self.device)
+        return self.store.get(self.values[index], self.device)
+
+    def expect(self, index: int) -> None:
+        """Begin to copy the targets of a batch to the GPU, if they wait in CPU memory."""
+        self.store.expect(self.values[index], self.device)
 
     def append(self, outputs: Tensor) -> None:
         """Keep the outputs of the next batch."""
@@ -100,18 +109,28 @@ class Window:
 
     def inputs(self, index: int, stream: Stream | None = None) -> Tensor:
         """Return the hidden states of a batch before the window, (sequences, tokens, features)."""
-        inputs: Tensor = convert_to_fp32((stream or self.stream)[index].to(self.device))
+        inputs: Tensor = convert_to_fp32((stream or self.stream).on(self.device, index))
         return inputs
+
+    def expect(self, index: int, stream: Stream | None = None) -> None:
+        """Begin to copy to the GPU what `inputs` and `calls` will return for a batch, if it waits in CPU memory."""
+        stream = stream or self.stream
+        stream.store.expect(stream.values[index], self.device)
+        for constant in tensors_of([(call.args, call.kwargs) for call in self._recorded(index, stream)]):
+            stream.store.expect(constant, self.device)
 
     def calls(self, index: int, stream: Stream | None = None) -> list[StateCall]:
         """Return the call of every block for a batch."""
-        chosen = (stream or self.stream).calls[index][self.first : self.first + len(self.blocks)]
-        return [call.ready(self.device) for call in chosen]
+        stream = stream or self.stream
+        return [call.ready(self.device, stream.store.get) for call in self._recorded(index, stream)]
+
+    def _recorded(self, index: int, stream: Stream) -> list[StateCall]:
+        return stream.calls[index][self.first : self.first + len(self.blocks)]
 
     def keep(self, index: int) -> Tensor | None:
         """Return which tokens of a batch are not padding, (sequences, tokens), or None without padding."""
         keep = self.batches[index].padding.keep
-        return None if keep is None else keep.to(self.device)
+        return None if keep is None else self.stream.store.get(keep, self.device)
 
     def outputs(self, region: Region, index: int, stream: Stream | None = None) -> Tensor:
         """Return the outputs of `region` for a batch."""

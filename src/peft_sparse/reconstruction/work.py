@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..calibration.activations import Activations
 from ..calibration.batch import Batch
+from ..calibration.copies import ahead
 from ..calibration.findings import Proof
 from ..calibration.measure import measure_inputs
 from ..calibration.recording import tensors_of
@@ -70,6 +71,21 @@ class _Turn:
     def pair(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the inputs of a batch, its targets, and which of its tokens are not padding."""
         return self.window.inputs(index), self.targets[index], self.window.keep(index)
+
+    def expect(self, index: int) -> None:
+        """Begin to copy to the GPU what `pair` and `run` will take of a batch, if it waits in CPU memory."""
+        self.window.expect(index)
+        self.targets.expect(index)
+
+    @contextlib.contextmanager
+    def overlapping(self) -> Iterator[None]:
+        """Let a GPU copy what waits in CPU memory while it computes, within the context."""
+        # The teacher mostly receives the same hidden states.
+        stores = dict.fromkeys((self.window.stream.store, self.taught.store, self.targets.store))
+        with contextlib.ExitStack() as contexts:
+            for store in stores:
+                contexts.enter_context(store.overlapping())
+            yield
 
 
 @dataclass
@@ -258,18 +274,27 @@ class Reconstruction:
             # One run of the dense region gives the targets and the statistics of its inputs.
             turn.measured = self._measure(turn, turn.weights, self.task.needs, turn.targets.append)
             return
-        for i in range(len(window.batches)):
-            turn.targets.append(window.outputs(turn.teacher, i, turn.taught))
+        with turn.overlapping():
+            for i in ahead(range(len(window.batches)), lambda i: window.expect(i, turn.taught)):
+                turn.targets.append(window.outputs(turn.teacher, i, turn.taught))
 
     @torch.no_grad()
     def _advance(self, turn: _Turn) -> None:
         """Replace the hidden states of all batches by the outputs of the region, or of its teacher."""
         window = turn.window
-        for i in range(len(window.batches)):
+
+        def expect(index: int) -> None:
             if self.mode != "SS":
-                turn.taught.advance(turn.region, i, turn.targets[i])
+                turn.targets.expect(index)
             if self.mode != "DD":
-                window.stream.advance(turn.region, i, window.outputs(turn.region, i))
+                window.expect(index)
+
+        with turn.overlapping():
+            for i in ahead(range(len(window.batches)), expect):
+                if self.mode != "SS":
+                    turn.taught.advance(turn.region, i, turn.targets[i])
+                if self.mode != "DD":
+                    window.stream.advance(turn.region, i, window.outputs(turn.region, i))
 
     def _prune_and_fit(self, turn: _Turn) -> None:
         """Prune and fit a region, and keep the result."""
@@ -306,12 +331,15 @@ class Reconstruction:
             prune_weights(turn.weights, self.task, measured)
         train, held_out = self.fit.split(len(turn.window.batches))
         zeros = {name: ~mask_of(weight.matrix()) for name, weight in turn.weights.items()}
-        before = relative_error_of(turn.run, turn.pair, held_out)
+        with turn.overlapping():
+            before = relative_error_of(turn.run, turn.pair, held_out, turn.expect)
         with trainable(turn.region, turn.weights, self.fit.tuner) as trained:
-            steps = trained.train(turn.run, turn.pair, train, self.fit, turn.number, self.on_step)
+            with turn.overlapping():
+                steps = trained.train(turn.run, turn.pair, train, self.fit, turn.number, self.on_step, turn.expect)
             trained.merge()
             # Measured after merging, because merging changes the outputs of some adapters, such as LoRA-Prune.
-            after = relative_error_of(turn.run, turn.pair, held_out)
+            with turn.overlapping():
+                after = relative_error_of(turn.run, turn.pair, held_out, turn.expect)
             if math.isfinite(after):
                 _check_zeros(turn.weights, zeros)
             reverted = not after <= before
@@ -333,12 +361,13 @@ class Reconstruction:
         def run(before_call: Callable[[Batch, list[Tensor]], None]) -> None:
             if keep is not None:
                 turn.targets.values.clear()
-            for i, batch in enumerate(window.batches):
-                calls = window.calls(i)
-                before_call(batch, tensors_of([(call.args, call.kwargs) for call in calls]))
-                outputs = turn.region(window.inputs(i), calls)
-                if keep is not None:
-                    keep(outputs)
+            with turn.overlapping():
+                for i in ahead(range(len(window.batches)), window.expect):
+                    calls = window.calls(i)
+                    before_call(window.batches[i], tensors_of([(call.args, call.kwargs) for call in calls]))
+                    outputs = turn.region(window.inputs(i), calls)
+                    if keep is not None:
+                        keep(outputs)
 
         model = self.model if self.dense is None or turn.region is not turn.teacher else self.dense
         return measure_inputs(model, weights, needs, len(window.batches), run, sight=self.proof.sight)
