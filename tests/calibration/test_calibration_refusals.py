@@ -186,6 +186,12 @@ class Pools(nn.Module):
         return in_order(self.second.layers, x[:, ::2] + x[:, 1::2])
 
 
+def sharing_across_stacks():
+    model = Pools()
+    model.second.layers[0].fc = model.first.layers[0].fc
+    return model
+
+
 def pooled_padding():
     ids = TOKENS % 8
     mask = torch.ones_like(ids)
@@ -493,6 +499,11 @@ REFUSALS = [
         lambda: wanda(Net(in_order, Remembering), calibration=batches(8)),
         ValueError,
         "Called alone, 'layers.1' returns something else than within the model: it depends on more than its arg",
+    ),
+    (
+        lambda: wanda(sharing_across_stacks(), calibration=batches(8)),
+        ValueError,
+        r"weight of 'first.layers.0.fc' is also used by block 'second.layers.0', .* `exclude_modules`",
     ),
     (
         lambda: wanda(Net(reaching_in), calibration=batches(8)),

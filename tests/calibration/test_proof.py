@@ -1,6 +1,7 @@
 """Models that use their blocks in every way: each is measured as its own passes would be, or refused untouched."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     JambaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MixtralForCausalLM,
     ReformerConfig,
     ReformerModel,
 )
@@ -22,6 +24,7 @@ from peft_sparse import prune
 from peft_sparse.model.blocks import find_blocks, prunable_weights
 
 from checks import assert_same_weights
+from conftest import tiny
 
 
 class Block(nn.Module):
@@ -116,6 +119,17 @@ def copying(layers, x):
     return x
 
 
+def sharing(what, run):
+    """A net of which the first and the last block share a layer, or two layers share a weight."""
+    net = Net(run)
+    first, *_, last = net.layers
+    if what == "a layer":
+        last.up = first.up
+    elif what == "a weight":
+        last.up.weight = first.up.weight
+    return net
+
+
 NETS = {
     "in order": Net(in_order(0, 1, 2)),
     "backwards": Net(in_order(2, 1, 0)),
@@ -130,6 +144,9 @@ NETS = {
     "shared through a dict": Net(through_a_dict, "shared"),
     "two texts": Net(two_texts),
     "copies": Net(copying),
+    "a layer of two blocks": sharing("a layer", in_order(0, 1, 2)),
+    "a weight of two blocks": sharing("a weight", in_order(0, 1, 2)),
+    "a weight of two blocks, in a loop": sharing("a weight", in_order(0, 1, 2, 0, 1, 2)),
 }
 
 
@@ -173,7 +190,8 @@ def pruned_by_full_passes(model, batches):
         with contextlib.ExitStack() as undo:
             for name, layer in layers.items():
                 hook = lambda m, a, k, name=name: add(m, a, k, name)  # noqa: E731
-                undo.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                for user in (m for m in model.modules() if getattr(m, "weight", None) is layer.weight):
+                    undo.callback(user.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for batch in batches:
                 model(**batch)
         for name, layer in layers.items():
@@ -234,6 +252,20 @@ def test_families_that_share_hand_on_or_repeat_are_pruned_as_by_full_passes(fami
     batches = [{"input_ids": torch.randint(3, 32, (3, 8))} for _ in range(2)]
     prune(model, 0.5, batches, criterion="wanda")
     pruned_by_full_passes(other, batches)
+    assert_same_weights(model, other)
+
+
+def test_what_a_model_collects_inside_its_blocks_is_not_missed():
+    config = copy.deepcopy(tiny("mixtral").config)
+    config.output_router_logits = True
+    batch = {"input_ids": tokens() % 32, "labels": tokens() % 32}
+    torch.manual_seed(0)
+    model, other = MixtralForCausalLM(config).eval(), tiny("mixtral")
+    other.load_state_dict(model.state_dict())
+    # The loss that balances the experts needs the logits of all routers.
+    assert model(**batch).aux_loss is not None
+    for net in (model, other):
+        prune(net, 0.5, [batch] * 2, criterion="wanda")
     assert_same_weights(model, other)
 
 
@@ -336,6 +368,7 @@ def remembering():
         (lambda: Net(with_a_mean), "computes something from them that 'layers.1' receives"),
         (by_value, "which blocks run depends on the hidden states"),
         (lambda: Net(reaching_in), "also uses this layer outside of its block"),
+        (lambda: sharing("a weight", in_order(2, 1, 0)), "'layers.0.up' is also used by block 'layers.2'"),
         (remembering, "Called alone, 'layers.1' returns something else than within the model"),
         (
             lambda: Net(in_order(0, 2)),

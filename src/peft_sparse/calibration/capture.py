@@ -82,7 +82,7 @@ class Capture:
         self.batch = Batch(0)
         self.links = Links()
         self.prefix: Any = None
-        self.ends_early = False
+        self.ends_early = bool(stack.orders) and all(map(self._ends_with_the_stack, self._proved_orders()))
         # How many batches of the shape of this one are left, this one included.
         self.alike = 1
 
@@ -196,10 +196,20 @@ class Capture:
             place_next = partial(placed_once, known, placed, store.offload)
             call.args, call.kwargs = map_leaves(place_next, (call.args, call.kwargs))
         batch.complete()
-        blocks = [call.block for call in batch.calls]
-        # The rest of the model is not needed after the last block, if each block runs once.
-        in_turn = len(set(blocks)) == len(blocks) and blocks[-1] == len(self.stack.blocks) - 1
-        self.ends_early = in_turn and all(block in self.stack.traits for block in blocks[:-1])
+        self.ends_early = self._ends_with_the_stack([call.block for call in batch.calls])
+
+    def _proved_orders(self) -> list[list[int]]:
+        places = {name: index for index, name in enumerate(self.stack.names)}
+        return [[places[name] for name, _ in order] for order in self.stack.orders]
+
+    def _ends_with_the_stack(self, blocks: list[int]) -> bool:
+        """Return whether the rest of the model is not needed after the last block: if each block runs once.
+
+        It must not run, either: it may take what modules in the blocks leave behind, such as the logits of routers,
+        and blocks that are stood in for leave nothing.
+        """
+        in_turn = len(set(blocks)) == len(blocks) and bool(blocks) and blocks[-1] == len(self.stack.blocks) - 1
+        return in_turn and all(block in self.stack.traits for block in blocks[:-1])
 
     def _set_sources_apart(self) -> None:
         """Let the state with which a chain of calls begins wait as what calls return does, and not as a constant."""

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..model.blocks import called_layers, find_stacks
+from ..model.blocks import find_stacks
 from ..model.experts import expert_layers
 from ..model.weights import WeightView
 from .batch import Order, Trait
-from .observing import Sight
+from .observing import Sight, called_for
 from .residence import Residence
 from .runner import BlockRunner
 
@@ -68,11 +68,6 @@ class Findings:
             mirrored = trait.mirrored if trait.mirrored == known.mirrored else None
             self.traits[name] = Trait(trait.tree, mirrored, trait.writes or known.writes, known.states)
 
-    def layers(self) -> dict[str, nn.Module]:
-        """Return the modules that are called to run the layers of the weights that are matrices of their own."""
-        called = called_layers(self.model)
-        return {
-            name: called.get(id(weight.layer), weight.layer)
-            for name, weight in self.all_weights.items()
-            if weight.expert is None
-        }
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        """Return the modules that are called to use the weights that are matrices of their own, with their names."""
+        return list(called_for(self.model, self.all_weights))

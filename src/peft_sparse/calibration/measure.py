@@ -35,6 +35,8 @@ def measure(
 ) -> BlockStatistics:
     """Run block `index` of `runner` and return the statistics of the inputs of `weights`.
 
+    If other blocks of the stack share some of the weights, the inputs that these get there count, too.
+
     Args:
         model: the model.
         runner: the runner of the block's stack.
@@ -46,14 +48,15 @@ def measure(
     Raises:
         ValueError: a weight got no input, inputs that are all zero, or inputs that are not finite.
     """
-    # A block that runs again must return what the next run takes.
-    stopping = runner.blocks[index] if runner.runs(index) <= 1 else None
+    sharing = runner.sharing(index, weights.values())
+    # A block that runs again, or before one that shares its weights, must return what the next run takes.
+    stopping = runner.blocks[index] if runner.runs(index) <= 1 and not sharing else None
     return measure_inputs(
         model,
         weights,
         needs,
         runner.batches_in_all,
-        partial(runner.run, index),
+        partial(runner.run, index, sharing=sharing),
         shared=runner.shared,
         stopping=stopping,
         sight=sight,

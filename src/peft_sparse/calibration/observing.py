@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import called_layers
+from ..model.blocks import called_layers, layers_of_weights
 from ..model.weights import PRUNABLE_LAYERS, WeightView, input_rows, input_view
 from .batch import Batch, EnoughSeen
 from .padding import Padding, RowsUnknown
@@ -94,11 +94,10 @@ class InputObserver:
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
         """Observe within the context; leave no hook behind."""
-        called = called_layers(self.model)
         with contextlib.ExitStack() as undo:
-            for name, weight in self.weights.items():
+            for name, layer in called_for(self.model, self.weights):
+                weight = self.weights[name]
                 if name not in self.products:
-                    layer = called.get(id(weight.layer), weight.layer)
                     hook = partial(self._on_inputs, name)
                     undo.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
                     if layer is weight.layer and type(layer) in PRUNABLE_LAYERS and _is_plain(layer):
@@ -175,6 +174,18 @@ class InputObserver:
             return rows[self.traces.kept(self.sight.traced[name], expert, rows)]
         except RowsUnknown:
             refuse_rows(name, len(rows))
+
+
+def called_for(model: nn.Module, weights: dict[str, WeightView]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name of a weight, module that is called to use it): several where layers share the weight.
+
+    Of weights that are a part of a parameter, none is yielded.
+    """
+    called, layers = called_layers(model), layers_of_weights(model)
+    for name, weight in weights.items():
+        if weight.expert is None:
+            users = {id(layer): layer for layer in (weight.layer, *layers.get(id(weight.storage), ()))}
+            yield from ((name, called.get(key, layer)) for key, layer in users.items())
 
 
 def refuse_rows(name: str, rows: int) -> NoReturn:

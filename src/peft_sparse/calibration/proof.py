@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import base_model
+from ..model.blocks import base_model, holders
 from ..model.weights import WeightView, to_host
 from .findings import Findings, Proof
 from .padding import marks_padding
@@ -104,7 +104,7 @@ class _Proving(Findings):
         called: set[str] = set()
         runners = {}
         with contextlib.ExitStack() as hooks:
-            for name, layer in self.layers().items():
+            for name, layer in self.layers():
                 note = partial(_note_call, called, name)
                 hooks.callback(layer.register_forward_pre_hook(note).remove)
             for number, stack in enumerate(self.stacks):
@@ -145,7 +145,7 @@ class _Proving(Findings):
         called: set[str] = set()
         missing = set(self.missing())
         with contextlib.ExitStack() as hooks:
-            for name, layer in self.layers().items():
+            for name, layer in self.layers():
                 if name in missing:
                     hooks.callback(layer.register_forward_pre_hook(partial(_note_call, called, name)).remove)
             run_in_residence(self.model, batch, self.residence)
@@ -163,6 +163,7 @@ class _Proving(Findings):
                 'more calibration sequences, or `on_unreached="magnitude"` to prune such experts by magnitude.'
             )
         check_sizes(self.sizes)
+        self._check_shared()
         missing = set(self.missing())
         for stack in self.stacks:
             of_stack = [name for block in stack for name in self.weights[block]]
@@ -180,6 +181,28 @@ class _Proving(Findings):
                 "block or its layer does not run, or the model uses the weight in another way. Leave such weights "
                 f"out with `exclude_modules={_endings(missing, set(self.all_weights))}`, or prune without calibration."
             )
+
+    def _check_shared(self) -> None:
+        """Raise ValueError if a weight is also used where its inputs are not known when it is pruned.
+
+        These are blocks of another stack, and blocks that run before the one that it is pruned with.
+        """
+        held = holders({name: block for stack in self.stacks for name, block in stack.items()})
+        own = {name: block for block, weights in self.weights.items() for name in weights}
+        places = {block: number for number, stack in enumerate(self.stacks) for block in stack}
+        for name, weight in self.all_weights.items():
+            users = {*held.get(id(weight.layer), ()), *held.get(id(weight.storage), ())}
+            for other in sorted(users - {own[name]}):
+                runs = [[block for block, _ in order] for order in self.orders.get(self._first_of(own[name]), ())]
+                before = any(other in run and run.index(other) < (*run, own[name]).index(own[name]) for run in runs)
+                if before or places[other] != places[own[name]]:
+                    raise ValueError(
+                        f"The weight of {name!r} is also used by block {other!r}, whose inputs are not known when it "
+                        "is pruned. Leave it out with `exclude_modules`, or prune without calibration."
+                    )
+
+    def _first_of(self, block: str) -> str:
+        return next(name for stack in self.stacks if block in stack for name in stack)
 
 
 def check_sizes(sizes: dict[str, Tensor]) -> None:

@@ -10,14 +10,16 @@ import copy
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import find_stacks
+from ..model.blocks import find_stacks, holders
 from ..model.processes import place, share_of
+from ..model.weights import WeightView
 from .activations import Activations, ActivationStore
 from .batch import Batch, EnoughSeen, Order, Trait
 from .capture import Capture, Stack, placed_once
@@ -102,8 +104,19 @@ class BlockRunner:
         """Return how often block `index` runs on a batch at most."""
         return max((len(batch.calls_of(index)) for batch in self.batches), default=0)
 
+    def sharing(self, index: int, weights: Iterable[WeightView]) -> list[int]:
+        """Return the indices of the other blocks that use some of the `weights` of block `index`."""
+        held = {name for w in weights for key in (w.layer, w.storage) for name in self._holders.get(id(key), ())}
+        return [other for other, name in enumerate(self.names) if name in held and other != index]
+
+    @cached_property
+    def _holders(self) -> dict[int, list[str]]:
+        return holders(dict(zip(self.names, self.blocks, strict=True)))
+
     @torch.no_grad()
-    def run(self, index: int, before_call: Callable[[Batch, list[Tensor]], None]) -> None:
+    def run(
+        self, index: int, before_call: Callable[[Batch, list[Tensor]], None], *, sharing: Sequence[int] = ()
+    ) -> None:
         """Make all calls of block `index` on every batch so that its hooks are called. What waits stays.
 
         If a call depends on a later block, or on an earlier call of this block, that runs too, as it is now.
@@ -112,19 +125,22 @@ class BlockRunner:
             index: number of the block in the stack.
             before_call: called before each call of the block with the batch, and with the tensors among the arguments
                 that do not come from the stack.
+            sharing: other blocks whose calls are made and announced likewise, as they use weights of this one.
         """
         give_back_freed()
+        blocks = {index, *sharing}
 
         def needed(batch: Batch) -> Iterator[int]:
-            return needed_for(batch.calls, batch.calls_of(index), batch.finished)
+            wanted = [number for block in blocks for number in batch.calls_of(block)]
+            return needed_for(batch.calls, wanted, batch.finished)
 
         with self.store.overlapping(), staying(self.stack.residence) as residence:
             for batch in ahead(self.batches, lambda batch: self._expect(batch, needed(batch))):
                 passing: dict[Link, Tensor] = {}
                 for number in needed(batch):
-                    own = batch.calls[number].block == index
+                    announce = before_call if batch.calls[number].block in blocks else None
                     with self._beside(index, batch.calls[number], residence), contextlib.suppress(EnoughSeen):
-                        returned = self.call(batch, number, passing, before_call if own else None)
+                        returned = self.call(batch, number, passing, announce)
                         passing |= batch.taken(number, returned.tensors)
 
     @torch.no_grad()

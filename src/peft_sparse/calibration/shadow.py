@@ -79,7 +79,7 @@ class Shadow:
             for name, weight in findings.all_weights.items()
             if weight.expert is not None or name in findings.sight.products
         }
-        for name, layer in findings.layers().items():
+        for name, layer in findings.layers():
             if name not in watched:
                 hook = partial(self._on_layer, name)
                 undo.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)

@@ -16,7 +16,17 @@ from transformers import PreTrainedModel
 from .experts import expert_layers, find_mixtures, fused_experts
 from .kinds import QUANTISED, packed_layers
 from .stacks import block_of, find_blocks, find_stacks, is_embedding
-from .tree import active_copy, base_layer, base_model, called_layers, is_norm, is_prunable, walk
+from .tree import (
+    active_copy,
+    base_layer,
+    base_model,
+    called_layers,
+    holders,
+    is_norm,
+    is_prunable,
+    layers_of_weights,
+    walk,
+)
 from .weights import WeightView, stored_weight
 
 
@@ -36,9 +46,11 @@ __all__ = [
     "find_stacks",
     "fused_experts",
     "hidden_size",
+    "holders",
     "is_encoder_decoder",
     "is_norm",
     "layers_in",
+    "layers_of_weights",
     "matching_names",
     "norm_names",
     "output_head",

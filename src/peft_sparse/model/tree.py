@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 from accelerate.utils import extract_model_from_parallel, is_compiled_module
@@ -135,6 +135,25 @@ def called_layers(model: nn.Module) -> dict[int, nn.Module]:
     for module in base_model(model).modules():
         called.setdefault(id(base_layer(module)), module)
     return called
+
+
+def layers_of_weights(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Return the layers that have a parameter as their weight, by the parameter's id: several if they share it."""
+    layers: dict[int, list[nn.Module]] = {}
+    for module in base_model(model).modules():
+        stored = module._parameters.get("weight")
+        if stored is not None and isinstance(module, PRUNABLE_LAYERS):
+            layers.setdefault(id(stored), []).append(module)
+    return layers
+
+
+def holders(blocks: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+    """Return the names of the blocks that hold a module or a parameter, by its id. Those that share it are several."""
+    names: dict[int, list[str]] = {}
+    for name, block in blocks.items():
+        for held in {id(part) for part in (*block.modules(), *block.parameters())}:
+            names.setdefault(held, []).append(name)
+    return names
 
 
 def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
