@@ -253,6 +253,12 @@ REFUSALS = [
     ),
     (lambda: prune(llama(), 0.5, criterion="wanda", calibration=TOKENS[0]), ValueError, r"of shape \(8,\)"),
     (lambda: prune(llama(), 0.5, criterion="wanda", calibration=[]), ValueError, "`calibration` holds no batch"),
+    (lambda: wanda(llama(), batch_size=0), ValueError, "`batch_size` must be a whole number of at least 1, got 0"),
+    (
+        lambda: wanda(llama(), calibration=TOKENS + 61),
+        ValueError,
+        r"Expected token ids of `calibration` from 0 to 60, for which LlamaForCausalLM has embeddings, got 1\d\d",
+    ),
     (lambda: wanda(llama(), calibration=iter([])), ValueError, "holds no batch. .* An iterator gives its data once"),
     (
         lambda: wanda(llama(), calibration=["a text", "another"]),

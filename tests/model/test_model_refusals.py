@@ -78,6 +78,14 @@ REFUSALS = [
     (lambda: prune(llama(), 0.5, target_modules=["q_prj"]), ValueError, "'q_prj' in `target_modules` matches no"),
     (lambda: prune(llama(), 0.5, exclude_modules=["x"]), ValueError, "'x' in `exclude_modules` .* end in q_proj, k_"),
     (lambda: prune(llama(), 0.5, target_modules="nothing.*"), ValueError, "`target_modules='nothing.*'` .* leaves no"),
+    (
+        lambda: prune(llama(), 0.5, exclude_modules="q_proj"),
+        ValueError,
+        r"`exclude_modules='q_proj'` matches no .* a regular expression for whole names. .* such as \['q_proj'\]",
+    ),
+    (lambda: prune(llama(), 0.5, target_modules="["), ValueError, r"`target_modules='\['` is no regular expression"),
+    (lambda: sparsity(llama(), exclude_modules=5), TypeError, "Expected `exclude_modules` as a list .* got 5"),
+    (lambda: prune("folder", 0.5), TypeError, "Expected a model, .* got a value of type str. Load it by `from_pretr"),
     (lambda: prune(nn.Sequential(nn.Linear(2, 2)), 0.5), ValueError, "Expected a model with blocks"),
     (
         lambda: prune(llama(nan_weight), 0.5),

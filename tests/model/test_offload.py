@@ -99,6 +99,20 @@ def test_an_offloaded_model_is_pruned_as_one_in_memory(family, way, options, tok
         assert_same_weights(type(expected).from_pretrained(tmp_path / "pruned"), expected)
 
 
+@pytest.mark.parametrize("way", [cpu_offload, disk_offload])
+def test_an_offloaded_layer_with_two_places_is_pruned_as_one_in_memory(way, tokens, tmp_path):
+    def shared():
+        model = tiny("llama")
+        model.model.layers[2].mlp.up_proj = model.model.layers[0].mlp.up_proj
+        return model
+
+    model, other = shared(), shared()
+    way(model, *([tmp_path] if way is disk_offload else []))
+    for net in (model, other):
+        prune(net, 0.5, tokens, criterion="wanda")
+    assert torch.equal(model(input_ids=tokens).logits, other(input_ids=tokens).logits)
+
+
 @pytest.mark.parametrize("way", [on_cpu, on_disk])
 @pytest.mark.parametrize("options", [{}, {"mode": "DD"}, {"allocation": "erk"}])
 def test_an_offloaded_model_is_reconstructed_as_one_in_memory(way, options, tmp_path):

@@ -52,6 +52,11 @@ def occupy(folder):
     (folder / "pruned" / "something").touch()
 
 
+def cut_short(folder):
+    path = folder / "source" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
 def remove_weights(folder):
     (folder / "source" / "model.safetensors").unlink()
 
@@ -355,6 +360,17 @@ REFUSALS = [
         ValueError,
         "pruned' not to exist, to be empty, or to hold only what a killed run left. Give another `output`",
     ),
+    (
+        lambda: streamed(edit=lambda folder: (folder / "pruned").touch()),
+        ValueError,
+        "Expected `output` to be a folder or new, got the file",
+    ),
+    (
+        lambda: prune_checkpoint("nowhere", "pruned", 0.5),
+        ValueError,
+        "Expected a folder with config.json and safetensors, .* at 'nowhere'. Download .* `huggingface_hub.snapshot",
+    ),
+    (lambda: streamed(edit=cut_short), ValueError, "model.safetensors' is no whole safetensors file: .* Download it"),
     (lambda: streamed(edit=remove_weights), ValueError, "Expected model.safetensors or model.safetensors.index.json"),
     (lambda: streamed(group="model"), ValueError, "One block at a time is in memory, .* Use `prune`"),
     (

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..model.blocks import base_model
 from ..model.processes import place
@@ -52,12 +53,49 @@ def as_inputs(
         argument: what the caller calls `calibration`, for error messages.
 
     Raises:
-        ValueError: `calibration` has none of these forms, it is empty, or a token mask does not fit its tokens.
+        ValueError: `calibration` has none of these forms, it is empty, a token mask does not fit its tokens, or the
+            model has no embedding for a token; `batch_size` is less than 1.
     """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}.")
     batches = Reader(model, batch_size, argument).read(calibration)
     for batch in batches:
         _check_token_masks(batch, argument)
+    _check_vocabulary(model, batches, argument)
     return batches
+
+
+def _check_vocabulary(model: nn.Module, batches: list[dict[str, Any]], argument: str) -> None:
+    """Raise ValueError if a token has no embedding. On a GPU it would end the process.
+
+    Beside images or sound, ids may also stand for places where these are put.
+    """
+    of_tokens = [batch for batch in batches if not any(map(_is_of_numbers, batch.values()))]
+    embedding = _embedding_of_tokens(model)
+    for batch in of_tokens if embedding is not None else ():
+        ids = batch.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            continue
+        lowest, highest = (int(value) for value in ids.aminmax())
+        if lowest < 0 or highest >= embedding.num_embeddings:
+            raise ValueError(
+                f"Expected token ids of `{argument}` from 0 to {embedding.num_embeddings - 1}, for which "
+                f"{type(base_model(model)).__name__} has embeddings, got {lowest if lowest < 0 else highest}. Use the "
+                "tokenizer of this model."
+            )
+
+
+def _embedding_of_tokens(model: nn.Module) -> nn.Embedding | None:
+    model = base_model(model)
+    # Models without tokens raise this error.
+    with contextlib.suppress(NotImplementedError):
+        embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+        return embedding if type(embedding) is nn.Embedding else None
+    return None
+
+
+def _is_of_numbers(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _check_token_masks(batch: Mapping[str, Any], argument: str) -> None:

@@ -59,6 +59,9 @@ __all__ = [
     "tied_to_embedding",
 ]
 
+# Names of layers, and no other expressions.
+_NAME = re.compile(r"[\w.]+")
+
 Targets = str | list[str] | set[str] | tuple[str, ...] | None
 
 
@@ -170,6 +173,7 @@ def check_packed(model: nn.Module, target_modules: Targets = None, exclude_modul
     Raises:
         ValueError: there is such a layer. Without this check it would be passed over.
     """
+    _check_names(target_modules, exclude_modules)
     packed = list(packed_layers("", base_model(model)))
     if target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
         # If all layers of a model are packed, no blocks are found.
@@ -235,6 +239,7 @@ def matching_names(candidates: list[str], targets: Targets, excluded: Targets, k
         targets, excluded: `target_modules` and `exclude_modules`.
         known: further names that an entry of `excluded` may match, since they are not pruned anyway.
     """
+    _check_names(targets, excluded)
     chosen = _chosen(candidates, targets, excluded)
     if not candidates and targets in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
         raise ValueError(
@@ -245,12 +250,32 @@ def matching_names(candidates: list[str], targets: Targets, excluded: Targets, k
         for wanted in names if isinstance(names, (list, set, tuple)) else ():
             if not any(name == wanted or name.endswith(f".{wanted}") for name in (*candidates, *others)):
                 raise ValueError(f"{wanted!r} in `{kind}` matches no prunable layer. {_examples(candidates)}")
+    # A name where an expression was expected would leave out nothing, in silence.
+    if isinstance(excluded, str) and _NAME.fullmatch(excluded) and excluded not in (*candidates, *known):
+        raise ValueError(f"`exclude_modules={excluded!r}` matches no prunable layer. {_of_whole_names(excluded)}")
     if not chosen:
         raise ValueError(
             f"`target_modules={targets!r}` with `exclude_modules={excluded!r}` leaves no layer to prune. "
-            f"{_examples(candidates)}"
+            f"{_of_whole_names(targets) + ' ' if isinstance(targets, str) else ''}{_examples(candidates)}"
         )
     return chosen
+
+
+def _check_names(targets: Targets, excluded: Targets) -> None:
+    """Raise TypeError or ValueError if an argument is no list of names and no regular expression."""
+    for kind, names in (("target_modules", targets), ("exclude_modules", excluded)):
+        if names is not None and not isinstance(names, (str, list, set, tuple)):
+            raise TypeError(
+                f"Expected `{kind}` as a list of names or name endings, or as a regular expression, got {names!r}."
+            )
+        try:
+            re.compile(names if isinstance(names, str) else "")
+        except re.error as error:
+            raise ValueError(f"`{kind}={names!r}` is no regular expression: {error}.") from error
+
+
+def _of_whole_names(expression: str) -> str:
+    return f"A string is a regular expression for whole names. Give name endings as a list, such as [{expression!r}]."
 
 
 def _examples(candidates: list[str]) -> str:

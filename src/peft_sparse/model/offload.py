@@ -82,6 +82,9 @@ def resident_through_hooks(block: nn.Module, device: torch.device | str | None =
             layer.load()
         yield
     finally:
+        # A layer that has two places in the model has a hook for each. Both read it before the first one drops it.
+        for layer in loaded:
+            layer.keep()
         for layer in loaded:
             layer.drop()
         for module, name, home in homes:
@@ -111,11 +114,14 @@ class _Loaded:
         self.hook.offload = False
         self.is_loaded = True
 
+    def keep(self) -> None:
+        """Write what was changed to the place where the hook reads it."""
+        for name, tensor in self._tensors() if self.is_loaded else ():
+            write_back(self.hook.weights_map, name, tensor.detach())
+
     def drop(self) -> None:
         if not self.is_loaded:
             return
-        for name, tensor in self._tensors():
-            write_back(self.hook.weights_map, name, tensor.detach())
         self.hook.offload = True
         self.hook.post_forward(self.module, None)
         self.is_loaded = False

@@ -31,11 +31,19 @@ FSDP1 = (
 
 
 def check_strategy(model: nn.Module) -> None:
-    """Check that FSDP1 does not hold weights of `model`: it flattens them, so that their entries cannot be located.
+    """Check that `model` is one, and that FSDP1 does not hold its weights.
+
+    FSDP1 flattens weights, so that their entries cannot be located.
 
     Raises:
+        TypeError: `model` is no `nn.Module`.
         ValueError: FSDP1 holds weights of `model`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"Expected a model, that is an nn.Module, got a value of type {type(model).__name__}. Load it by "
+            "`from_pretrained`, or prune a folder by `prune_checkpoint`."
+        )
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(FSDP1)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_utils import load_state_dict
@@ -70,13 +71,20 @@ def weight_files(source: Path, config: PretrainedConfig) -> list[Path]:
 
 
 def described(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, Path]]:
-    """Return the tensors in `files` on the meta device by name, and the file of each."""
+    """Return the tensors in `files` on the meta device by name, and the file of each.
+
+    Raises:
+        ValueError: a file is broken.
+    """
     tensors: dict[str, Tensor] = {}
     places: dict[str, Path] = {}
     for path in files:
         if path.suffix == ".json":
             continue
-        found = load_state_dict(str(path), map_location="meta")
+        try:
+            found = load_state_dict(str(path), map_location="meta")
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is no whole safetensors file: {error}. Download it again.") from error
         tensors |= found
         places |= dict.fromkeys(found, path)
     return tensors, places

@@ -128,10 +128,11 @@ def scores_of(name: str, matrix: Tensor, rule: ScoringCriterion, statistics: Sta
     parts = []
     for rows, own in by_group(statistics, matrix):
         parts.append(rule.score(rows, own))
-        if parts[-1].shape != rows.shape:
+        if not isinstance(parts[-1], Tensor) or parts[-1].shape != rows.shape:
+            found = tuple(parts[-1].shape) if isinstance(parts[-1], Tensor) else type(parts[-1]).__name__
             raise ValueError(
-                f"Expected scores of shape {tuple(rows.shape)} for {name!r}, got {tuple(parts[-1].shape)}. A "
-                "criterion returns one score per entry of the weight (out, in)."
+                f"Expected scores of shape {tuple(rows.shape)} for {name!r}, got {found}. A criterion returns a "
+                "tensor with one score per entry of the weight (out, in)."
             )
     scores = parts[0] if len(parts) == 1 else torch.cat(parts)
     del parts
@@ -148,9 +149,9 @@ def scores_of(name: str, matrix: Tensor, rule: ScoringCriterion, statistics: Sta
 
 @contextlib.contextmanager
 def noting(note: str) -> Iterator[None]:
-    """Add `note` to every error that leaves the context."""
+    """Add `note` to every error that leaves the context, and to Ctrl-C."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         error.add_note(note)
         raise

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..model.blocks import block_of, find_blocks
 from ..model.empty import dtype_of, model_classes
@@ -47,8 +47,9 @@ class StreamedModel:
         trust_remote_code: whether Python code in `source` may define the model.
 
     Raises:
-        ValueError: `output` holds other files; no class of the configuration fits the checkpoint; `source` holds no
-            safetensors; the checkpoint lacks a tensor of the model, or holds it in another shape or quantised.
+        ValueError: `source` is no folder with a model, or holds no safetensors; `output` is a file or holds other
+            files; no class of the configuration fits the checkpoint; the checkpoint lacks a tensor of the model, or
+            holds it in another shape or quantised.
     """
 
     def __init__(
@@ -59,6 +60,13 @@ class StreamedModel:
         trust_remote_code: bool = False,
     ) -> None:
         self.source, self.output, self.device = Path(source), Path(output), device
+        if not (self.source / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"Expected a folder with {CONFIG_NAME} and safetensors, as `save_pretrained` writes it, at "
+                f"{str(source)!r}. Download a model of the Hub by `huggingface_hub.snapshot_download` first."
+            )
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"Expected `output` to be a folder or new, got the file {str(self.output)!r}.")
         if self.output.exists() and not _left_by_a_killed_run(self.output, self.source):
             raise ValueError(
                 f"Expected {str(self.output)!r} not to exist, to be empty, or to hold only what a killed run left. "
