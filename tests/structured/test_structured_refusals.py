@@ -169,6 +169,10 @@ def with_means():
     return model
 
 
+def share(model):
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
 def tie(model):
     first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
     second.up_proj.weight = first.up_proj.weight
@@ -261,6 +265,11 @@ def infinite_images():
 
 
 REFUSALS = [
+    (
+        lambda: flap(llama(share)),
+        ValueError,
+        "no other layer has, got that of 'model.layers.0.mlp.gate_proj', which 'model.layers.1' has too",
+    ),
     (
         lambda: flap(llama(tie)),
         ValueError,

@@ -70,11 +70,12 @@ def _check_vocabulary(model: nn.Module, batches: list[dict[str, Any]], argument:
 
     Beside images or sound, ids may also stand for places where these are put.
     """
-    of_tokens = [batch for batch in batches if not any(map(_is_of_numbers, batch.values()))]
     embedding = _embedding_of_tokens(model)
-    for batch in of_tokens if embedding is not None else ():
+    if embedding is None:
+        return
+    for batch in batches:
         ids = batch.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.dim() != 2:
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or any(map(_is_of_numbers, batch.values())):
             continue
         lowest, highest = (int(value) for value in ids.aminmax())
         if lowest < 0 or highest >= embedding.num_embeddings:

@@ -11,7 +11,7 @@ from typing import Literal
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..model.blocks import Targets, attention_and_mlp, base_model, find_blocks, matching_names
+from ..model.blocks import Targets, attention_and_mlp, base_model, find_blocks, holders, matching_names
 from .cutting import Cuts
 
 
@@ -204,8 +204,10 @@ def _parts(model: nn.Module) -> list[_Part]:
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(name)
+    blocks = find_blocks(model)
+    held = holders(blocks)
     parts: list[_Part] = []
-    for block_name, block in find_blocks(model).items():
+    for block_name, block in blocks.items():
         attention, mlp = attention_and_mlp(block)
         if len(attention) != 1 or not mlp:
             children = tuple(names[id(child)] for child in (*attention, *mlp))
@@ -213,10 +215,10 @@ def _parts(model: nn.Module) -> list[_Part]:
             parts.append(_Part(children, layers([block]), _reason(block_name, expected)))
             continue
         mlp_name = names[id(mlp[0])] if len(mlp) == 1 else f"{block_name}.mlp"
-        heads = _of_its_own(_heads(block_name, attention[0], names), users)
+        heads = _of_its_own(_heads(block_name, attention[0], names), users, held)
         parts.append(_Part((names[id(attention[0])],), layers(attention), heads))
         neurons = _neurons(block_name, mlp_name, mlp[0] if len(mlp) == 1 else block, mlp, names)
-        neurons = _of_its_own(neurons, users)
+        neurons = _of_its_own(neurons, users, held)
         parts.append(_Part((mlp_name,), layers(mlp), neurons))
     if not parts:
         raise ValueError(
@@ -306,12 +308,13 @@ def _in_the_way(
     return None
 
 
-def _of_its_own(units: Units | str, users: dict[int, list[str]]) -> Units | str:
-    """Return `units`, or the reason why they cannot be removed if another layer has one of their weights too."""
+def _of_its_own(units: Units | str, users: dict[int, list[str]], held: dict[int, list[str]]) -> Units | str:
+    """Return `units`, or the reason why they cannot be removed if another layer or block has one of their weights."""
     if isinstance(units, str):
         return units
     for name, layer in units.named_layers().items():
         others = [user for parameter in layer.parameters() for user in users[id(parameter)] if user != name]
+        others += [block for block in held[id(layer)] if block != units.block]
         if others:
             return _reason(
                 units.name, f"weights that no other layer has, got that of {name!r}, which {others[0]!r} has too"
