@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from peft_sparse import MaskLoRAConfig, plan_training
+from peft_sparse import MaskLoRAConfig, plan_pruning, plan_training
 
 from conftest import CONFIGS
 from refusing import adapted, llama
@@ -22,6 +22,11 @@ REFUSALS = [
         lambda: plan_training(llama(), strategy="tp"),
         ValueError,
         "`strategy` must be one of 'ddp', 'fsdp', 'zero2', 'zero3', got 'tp'",
+    ),
+    (
+        lambda: plan_pruning(llama(), 0.5, sequences=0),
+        ValueError,
+        "`sequences` must be a whole number of at least 1, got 0",
     ),
     (lambda: plan_training(llama(), devices=0), ValueError, "`devices` must be at least 1, got 0"),
     (

@@ -82,6 +82,9 @@ def test_files_of_torch_save_are_read_and_nothing_in_them_is_run(tmp_path, llama
     torch.save(llama.state_dict(), tmp_path / "pytorch_model.bin")
     assert inspect_checkpoint(tmp_path).sparsity == pytest.approx(sparsity(llama))
     assert inspect_checkpoint(tmp_path / "pytorch_model.bin").sparsity == pytest.approx(sparsity(llama))
+    # The format before torch 1.6, in which many older models of the Hub are stored.
+    torch.save(llama.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert inspect_checkpoint(tmp_path).sparsity == pytest.approx(sparsity(llama))
     torch.save({"weight": print}, tmp_path / "pytorch_model.bin")
     with pytest.raises(Exception, match="Weights only load failed"):
         inspect_checkpoint(tmp_path)

@@ -202,7 +202,14 @@ def plan_pruning(
 
 
 def batch_tokens(sequences: int, length: int, batch_size: int) -> list[int]:
-    """Return the number of tokens of each batch of the calibration data."""
+    """Return the number of tokens of each batch of the calibration data.
+
+    Raises:
+        ValueError: a number is less than 1.
+    """
+    for name, number in {"sequences": sequences, "length": length, "batch_size": batch_size}.items():
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {number!r}.")
     return [length * min(batch_size, sequences - first) for first in range(0, sequences, batch_size)]
 
 

@@ -1,5 +1,6 @@
 """The tensors of any checkpoint, and their masks, read in pieces: of safetensors, packed ones, and PyTorch's files."""
 
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,8 @@ def stored_tensors(path: Path) -> Iterator[StoredTensor]:
         pickle.UnpicklingError: a file of `torch.save` holds more than tensors. Nothing of it was run.
     """
     if path.suffix != ".safetensors":
-        # Nothing but tensors is read, and these only where they are looked at.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Nothing but tensors is read, and these only where they are looked at, which the older format does not allow.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         for name, tensor in state.items():
             if isinstance(tensor, Tensor):
                 yield _of_tensor(name, tensor)
