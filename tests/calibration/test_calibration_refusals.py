@@ -1,5 +1,7 @@
 """Every refusal of `calibration/`, with its words."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -121,6 +123,15 @@ def with_a_number(layers, hidden):
 
 def reaching_in(layers, hidden):
     return layers[0].fc(in_order(layers, hidden))
+
+
+class Wrapping(Block):
+    def forward(self, holder):
+        return SimpleNamespace(hidden=super().forward(holder.hidden))
+
+
+def in_objects(layers, hidden):
+    return in_order(layers, SimpleNamespace(hidden=hidden)).hidden
 
 
 class Remembering(Block):
@@ -505,6 +516,11 @@ REFUSALS = [
         lambda: wanda(Net(in_order, Remembering), calibration=batches(8)),
         ValueError,
         "Called alone, 'layers.1' returns something else than within the model: it depends on more than its arg",
+    ),
+    (
+        lambda: wanda(Net(in_objects, Wrapping), calibration=batches(8)),
+        ValueError,
+        "'layers.0' returns states within an object that is no tuple, list, dict or dataclass, .* Return one of these",
     ),
     (
         lambda: wanda(sharing_across_stacks(), calibration=batches(8)),

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,11 @@ class Block(nn.Module):
             return x + self.down(input=self.up(input=self.norm(x)).relu())
         if self.way == "dict":
             return {"steps": 1, "x": x + self.change(x)}
+        if self.way == "object":
+            x.state = x.state + self.change(x.state)
+            return x
+        if self.way == "new object":
+            return SimpleNamespace(state=x.state + self.change(x.state))
         if self.way == "two streams":
             return self.change(x) + other, x + other
         if self.way == "shared":
@@ -325,6 +331,18 @@ def with_a_mean(layers, x):
     return x
 
 
+def through_an_object():
+    """Blocks take their state from an object, and put it there or into a new one."""
+
+    def run(layers, x):
+        holder = SimpleNamespace(state=x)
+        for layer in layers:
+            holder = layer(holder)
+        return holder.state
+
+    return run
+
+
 def by_value():
     net = Net(None)
     with torch.no_grad():
@@ -368,6 +386,8 @@ def remembering():
         (lambda: Net(with_a_mean), "computes something from them that 'layers.1' receives"),
         (by_value, "which blocks run depends on the hidden states"),
         (lambda: Net(reaching_in), "also uses this layer outside of its block"),
+        (lambda: Net(through_an_object(), "object"), "receives beside the hidden states depends on what ear"),
+        (lambda: Net(through_an_object(), "new object"), "'layers.0' returns states within an object that is"),
         (lambda: sharing("a weight", in_order(2, 1, 0)), "'layers.0.up' is also used by block 'layers.2'"),
         (remembering, "Called alone, 'layers.1' returns something else than within the model"),
         (

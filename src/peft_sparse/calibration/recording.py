@@ -13,9 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Cache
+
+from .inputs import tensors_in
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,20 @@ def leaves_of(tree: Any) -> list[Any]:
 def tensors_of(tree: Any) -> list[Tensor]:
     """Return the tensors among the leaves of `tree` in order."""
     return [leaf for leaf in leaves_of(tree) if isinstance(leaf, Tensor)]
+
+
+def tensors_out_of_sight(tree: Any) -> list[Tensor]:
+    """Return the numbers that objects among the leaves of `tree` hold, of which this package sees no parts.
+
+    Caches and modules are left out: what they hold is compared by what blocks return.
+    """
+    return [
+        tensor
+        for leaf in leaves_of(tree)
+        if not isinstance(leaf, (Tensor, Cache, nn.Module, type)) and hasattr(leaf, "__dict__")
+        for tensor in tensors_in(leaf)
+        if tensor.is_floating_point()
+    ]
 
 
 def returned_by(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Returned:

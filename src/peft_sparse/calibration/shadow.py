@@ -15,7 +15,18 @@ from .findings import Findings
 from .inputs import copied
 from .padding import Padding, TokenMasks, align, marks_padding
 from .products import ProductObserver
-from .recording import Call, Link, Returned, is_cache, last_uses, leaves_of, map_leaves, returned_by, tensors_of
+from .recording import (
+    Call,
+    Link,
+    Returned,
+    is_cache,
+    last_uses,
+    leaves_of,
+    map_leaves,
+    returned_by,
+    tensors_of,
+    tensors_out_of_sight,
+)
 from .residence import arguments_there, restore_forward, run_in_residence, run_there
 from .row_search import RowSearch
 from .runner import BlockRunner
@@ -191,6 +202,7 @@ class Shadow:
                         f"from them that {name!r} receives, and blocks that run one by one would miss that. {_WITHOUT}"
                     )
                 alike = False
+        alike = alike and _all_close(tensors_out_of_sight(given), tensors_out_of_sight(own))
         if not alike:
             raise ValueError(
                 f"What {name!r} receives beside the hidden states depends on what earlier blocks computed, and blocks "
@@ -198,8 +210,13 @@ class Shadow:
             )
 
     def _compare_returned(self, name: str, returned: Returned, own: Returned) -> None:
-        same = len(returned.tensors) == len(own.tensors)
-        if not same or not all(map(close, returned.tensors, own.tensors)):
+        if tensors_out_of_sight(returned.tree):
+            raise ValueError(
+                f"{name!r} returns states within an object that is no tuple, list, dict or dataclass, so they cannot "
+                "be handed on when blocks run one by one. Return one of these, or prune by a criterion that needs no "
+                "calibration."
+            )
+        if not _all_close(returned.tensors, own.tensors):
             raise ValueError(
                 f"Called alone, {name!r} returns something else than within the model: it depends on more than its "
                 f"arguments and its weights. {_WITHOUT}"
@@ -275,6 +292,10 @@ class Shadow:
                 again = self._make(runner, Call(filled.block, args, kwargs), "again")
             states = tuple(number for number, tensor in enumerate(again.tensors) if tensor.requires_grad)
             self.findings.traits[name] = replace(self.findings.traits[name], states=states)
+
+
+def _all_close(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(close, some, others))
 
 
 def _note_states(noted: list[Tensor], padding: Padding, module: nn.Module, args: Any, kwargs: Any) -> None:
