@@ -58,6 +58,8 @@ class Findings:
         self.ran: list[str] = []
         # Number of entries of the inputs that each weight got: in the model's own pass, and in calls of its block.
         self.reached: dict[str, int] = {}
+        # Names of weights that a batch reached only with tokens that do not count.
+        self.uncounted: set[str] = set()
         # The sum of the sizes of these inputs.
         self.sizes: dict[str, Tensor] = {}
 

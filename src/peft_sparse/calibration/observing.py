@@ -232,7 +232,8 @@ def _output_rows(layer: nn.Module, output: Tensor) -> Tensor:
 
 
 def _plain_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
-    return inputs.flatten(0, -2)
+    # Of a convolution, its patches were observed.
+    return inputs if isinstance(layer, nn.Conv2d) else inputs.flatten(0, -2)
 
 
 def tokens_in(layer: nn.Module, tensor: Tensor) -> torch.Size:

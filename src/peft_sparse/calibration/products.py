@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..model.blocks import base_model
-from ..model.weights import WeightView
+from ..model.own_forward import PRODUCTS
+from ..model.weights import WeightView, patches_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ProductObserver(TorchDispatchMode):
 
     Args:
         weights: the weights, by name.
-        observe: called as `observe(name, layer, inputs)` with inputs (..., in).
+        observe: called as `observe(name, layer, inputs)` with inputs (..., in), or with the patches of a convolution.
     """
 
     def __init__(self, weights: dict[str, WeightView], observe: Callable[[str, nn.Module, Tensor], None]) -> None:
@@ -74,13 +75,34 @@ class ProductObserver(TorchDispatchMode):
         places[_Place.of(weight.matrix())] = name
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        operands = _PRODUCTS.get(func)
-        if operands is not None:
+        operands = PRODUCTS.get(func)
+        if func is _CONVOLUTION:
+            self._see_convolution(*args)
+        elif operands is not None:
             left, right = args[operands], args[operands + 1]
             self._see(right.mT if func is not _LINEAR else right, left)
             if func is not _LINEAR:
                 self._see(left, right.mT)
         return func(*args, **(kwargs or {}))
+
+    def _see_convolution(
+        self,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        transposed: bool,
+        output_padding: list[int],
+        groups: int,
+    ) -> None:
+        """Report the patches of `inputs` if `weight` is one of the weights."""
+        _, places = self.located.get(weight.untyped_storage().data_ptr(), (None, {}))
+        name = places.get(_Place.of(weight.flatten(1))) if places and weight.dim() == 4 and not transposed else None
+        if name is not None:
+            rows = patches_of(inputs, tuple(weight.shape[2:]), dilation, tuple(padding), stride, groups)
+            self.observe(name, self.weights[name].layer, rows)
 
     def _see(self, weight: Tensor, inputs: Tensor) -> None:
         """Report `inputs` (..., in) if `weight` (..., out, in) is one of the weights, or a batch of them."""
@@ -101,16 +123,7 @@ class ProductObserver(TorchDispatchMode):
                 self.observe(name, self.weights[name].layer, own[own.any(-1)])
 
 
-_aten = torch.ops.aten
-_LINEAR = _aten.linear.default
-# Products, with the place of their first factor among the arguments. That of the second is the next.
-_PRODUCTS: dict[Any, int] = {
-    _aten.mm.default: 0,
-    _aten.bmm.default: 0,
-    _aten.addmm.default: 1,
-    _aten.baddbmm.default: 1,
-    _LINEAR: 0,
-}
+_LINEAR, _CONVOLUTION = torch.ops.aten.linear.default, torch.ops.aten.convolution.default
 
 
 @contextlib.contextmanager

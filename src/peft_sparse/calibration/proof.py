@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.blocks import base_model, holders
+from ..model.own_forward import use_of_weight
 from ..model.weights import WeightView, to_host
 from .findings import Findings, Proof
 from .padding import marks_padding
@@ -94,6 +95,7 @@ class _Proving(Findings):
             for block in runner.names
             for name in self.weights[block]
         }
+        self.uncounted |= uncounted
         for name, count in shadow.counts["model"].items():
             if name not in uncounted:
                 self.reached[name] = self.reached.get(name, 0) + count
@@ -105,8 +107,10 @@ class _Proving(Findings):
         runners = {}
         with contextlib.ExitStack() as hooks:
             for name, layer in self.layers():
-                note = partial(_note_call, called, name)
-                hooks.callback(layer.register_forward_pre_hook(note).remove)
+                # A layer may multiply its weight with other inputs than its own. These are seen in the product.
+                if use_of_weight(self.all_weights[name].layer) == "plain":
+                    note = partial(_note_call, called, name)
+                    hooks.callback(layer.register_forward_pre_hook(note).remove)
             for number, stack in enumerate(self.stacks):
                 if any(self.weights[name] for name in stack):
                     torch.manual_seed(0)
@@ -167,7 +171,8 @@ class _Proving(Findings):
         missing = set(self.missing())
         for stack in self.stacks:
             of_stack = [name for block in stack for name in self.weights[block]]
-            if of_stack and missing.issuperset(of_stack):
+            seen = next(iter(stack)) in self.orders and not self.uncounted.issuperset(of_stack)
+            if of_stack and missing.issuperset(of_stack) and not seen:
                 raise ValueError(
                     f"No calibration batch runs the blocks of {next(iter(stack)).rpartition('.')[0]!r}, or only on "
                     "tokens that a mask leaves out. Give batches that do, such as some with images, or leave these "

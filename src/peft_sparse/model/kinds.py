@@ -12,6 +12,7 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -19,9 +20,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .cpu_packing import undo_cpu_packing
 from .masks import count_kept
 from .offload import is_offloaded, loaded_layer
+from .own_forward import use_of_weight
 from .sharding import is_partitioned, own_part, totals, whole_shape
 from .tree import base_layer, is_prunable, walk
-from .weights import WeightView, zero_counts
+from .weights import PRUNABLE_LAYERS, WeightView, zero_counts
 
 
 QUANTISED = "Prune the model before it is quantised: load it in floating point, prune and save it, then quantise."
@@ -50,10 +52,17 @@ def obstacle(weight: WeightView, loaded: bool = True) -> str | None:
             f"is {stored.dtype}, but pruning needs a floating-point type of 16 bits or more. Load or cast the weights "
             f"to bfloat16. {QUANTISED}"
         )
+    if isinstance(stored, UninitializedParameter):
+        return "has no entries yet. Run the model on a batch first, which makes them."
     if 0 in stored.shape:
         return f"has no entries: its shape is {tuple(stored.shape)}. Add it to `exclude_modules`."
     if stored.is_inference():
         return "was made within `torch.inference_mode`, and cannot be written. Load the model outside of it."
+    if weight.expert is None and isinstance(layer, PRUNABLE_LAYERS) and use_of_weight(layer) == "lost":
+        return (
+            f"is changed by the forward of its layer, a {type(layer).__name__}, and its zeros with it. Add it to "
+            "`exclude_modules`, or write what the layer computes into the weight of a plain layer."
+        )
     if loaded and stored.is_meta and not is_offloaded(layer):
         return "is on the meta device, which holds no values. Load the model first, or use `prune_checkpoint`."
     return None

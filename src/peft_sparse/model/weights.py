@@ -11,7 +11,7 @@ Other modules do not depend on how a layer stores its weight.
 | stacked experts       | (experts · out, in), or (experts · in, out) if `transposed` | (out, in) for each expert |
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
@@ -146,10 +146,22 @@ def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         inputs = nn.functional.pad(inputs, added, mode)
     padding = (top, left) if is_plain else 0
-    patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
-    if layer.groups == 1:
+    return patches_of(inputs, layer.kernel_size, layer.dilation, padding, layer.stride, layer.groups)
+
+
+def patches_of(
+    inputs: Tensor,
+    kernel_size: tuple[int, ...],
+    dilation: Sequence[int],
+    padding: int | tuple[int, ...],
+    stride: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return the patches of `inputs` that a convolution multiplies its kernel with, as `input_rows` returns them."""
+    patches = nn.functional.unfold(inputs, kernel_size, tuple(dilation), padding, tuple(stride))
+    if groups == 1:
         return patches.mT.flatten(0, 1)
-    return patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    return patches.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
 def _padding(layer: nn.Conv2d) -> list[int]:
