@@ -264,6 +264,11 @@ REFUSALS = [
     ),
     (lambda: prune(llama(), 0.5, criterion="wanda", calibration=TOKENS[0]), ValueError, r"of shape \(8,\)"),
     (lambda: prune(llama(), 0.5, criterion="wanda", calibration=[]), ValueError, "`calibration` holds no batch"),
+    (
+        lambda: wanda(llama(), calibration=[{"input_ids": TOKENS[0].tolist(), "attention_mask": [1] * 5}]),
+        ValueError,
+        r"Expected `attention_mask` of `calibration` .* got shape \(1, 5\) for tokens of shape \(1, 8\). Cut both to",
+    ),
     (lambda: wanda(llama(), batch_size=0), ValueError, "`batch_size` must be a whole number of at least 1, got 0"),
     (
         lambda: wanda(llama(), calibration=TOKENS + 61),

@@ -102,6 +102,9 @@ class Reader:
                 )
             is_row = self._is_row(inputs, is_dataset)
             return (self.forward.both_sides(inputs) if is_row else inputs), is_row
+        if isinstance(entry, (list, tuple)) and not entry and self.forward.main == "input_ids":
+            # A text without tokens.
+            return {"input_ids": torch.zeros(0, dtype=torch.long)}, True
         inputs = self._named(self._first(entry), bare=False)
         if self._is_row(inputs, is_dataset):
             return inputs, True

@@ -53,16 +53,29 @@ def as_inputs(
         argument: what the caller calls `calibration`, for error messages.
 
     Raises:
-        ValueError: `calibration` has none of these forms, it is empty, a token mask does not fit its tokens, or the
-            model has no embedding for a token; `batch_size` is less than 1.
+        ValueError: `calibration` has none of these forms, it is empty, a mask does not fit its tokens, or the model
+            has no embedding for a token; `batch_size` is less than 1.
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}.")
     batches = Reader(model, batch_size, argument).read(calibration)
     for batch in batches:
         _check_token_masks(batch, argument)
+        _check_attention_masks(batch, argument)
     _check_vocabulary(model, batches, argument)
     return batches
+
+
+def _check_attention_masks(batch: Mapping[str, Any], argument: str) -> None:
+    for side in ("", "decoder_"):
+        tokens, mask = batch.get(f"{side}input_ids"), batch.get(f"{side}attention_mask")
+        both = isinstance(tokens, Tensor) and isinstance(mask, Tensor) and tokens.dim() == mask.dim() == 2
+        # A mask is longer where a cache holds tokens before these.
+        if both and (mask.shape[0] != tokens.shape[0] or mask.shape[1] < tokens.shape[1]):
+            raise ValueError(
+                f"Expected `{side}attention_mask` of `{argument}` to have an entry for each token, got shape "
+                f"{tuple(mask.shape)} for tokens of shape {tuple(tokens.shape)}. Cut both to the same length."
+            )
 
 
 def _check_vocabulary(model: nn.Module, batches: list[dict[str, Any]], argument: str) -> None:

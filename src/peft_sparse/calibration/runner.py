@@ -10,7 +10,6 @@ import copy
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,12 +105,12 @@ class BlockRunner:
 
     def sharing(self, index: int, weights: Iterable[WeightView]) -> list[int]:
         """Return the indices of the other blocks that use some of the `weights` of block `index`."""
-        held = {name for w in weights for key in (w.layer, w.storage) for name in self._holders.get(id(key), ())}
-        return [other for other, name in enumerate(self.names) if name in held and other != index]
-
-    @cached_property
-    def _holders(self) -> dict[int, list[str]]:
-        return holders(dict(zip(self.names, self.blocks, strict=True)))
+        # Blocks on disk get other parameters whenever they are loaded, so ids are compared now.
+        held = holders(dict(zip(self.names, self.blocks, strict=True)))
+        names = {
+            name for weight in weights for key in (weight.layer, weight.storage) for name in held.get(id(key), ())
+        }
+        return [other for other, name in enumerate(self.names) if name in names and other != index]
 
     @torch.no_grad()
     def run(
