@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..model.blocks import base_model
 from ..model.processes import place
+from ..model.weights import to_host
 from .collation import TOKEN_MASKS
 from .forms import Reader
 
@@ -69,9 +70,10 @@ def as_inputs(
 def _check_attention_masks(batch: Mapping[str, Any], argument: str) -> None:
     for side in ("", "decoder_"):
         tokens, mask = batch.get(f"{side}input_ids"), batch.get(f"{side}attention_mask")
-        both = isinstance(tokens, Tensor) and isinstance(mask, Tensor) and tokens.dim() == mask.dim() == 2
+        if not isinstance(tokens, Tensor) or not isinstance(mask, Tensor) or (tokens.dim(), mask.dim()) != (2, 2):
+            continue
         # A mask is longer where a cache holds tokens before these.
-        if both and (mask.shape[0] != tokens.shape[0] or mask.shape[1] < tokens.shape[1]):
+        if mask.shape[0] != tokens.shape[0] or mask.shape[1] < tokens.shape[1]:
             raise ValueError(
                 f"Expected `{side}attention_mask` of `{argument}` to have an entry for each token, got shape "
                 f"{tuple(mask.shape)} for tokens of shape {tuple(tokens.shape)}. Cut both to the same length."
@@ -86,16 +88,16 @@ def _check_vocabulary(model: nn.Module, batches: list[dict[str, Any]], argument:
     embedding = _embedding_of_tokens(model)
     if embedding is None:
         return
+    extremes: list[Tensor] = []
     for batch in batches:
         ids = batch.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or any(map(_is_of_numbers, batch.values())):
-            continue
-        lowest, highest = (int(value) for value in ids.aminmax())
-        if lowest < 0 or highest >= embedding.num_embeddings:
+        if isinstance(ids, Tensor) and ids.dim() == 2 and not any(map(_is_of_numbers, batch.values())):
+            extremes += ids.aminmax()
+    for token in to_host(extremes):
+        if not 0 <= token < embedding.num_embeddings:
             raise ValueError(
                 f"Expected token ids of `{argument}` from 0 to {embedding.num_embeddings - 1}, for which "
-                f"{type(base_model(model)).__name__} has embeddings, got {lowest if lowest < 0 else highest}. Use the "
-                "tokenizer of this model."
+                f"{type(base_model(model)).__name__} has embeddings, got {token}. Use the tokenizer of this model."
             )
 
 
