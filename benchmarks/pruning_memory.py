@@ -2,7 +2,7 @@
 
     python benchmarks/pruning_memory.py --output benchmarks/results/pruning-memory-smollm2-cpu.json
     python benchmarks/pruning_memory.py --lengths 2048 --repeats 1 --output (the same file, to add rows to it)
-    python benchmarks/pruning_memory.py batches --output benchmarks/results/pruning-batches-smollm2-cpu.json
+    python benchmarks/pruning_memory.py batches --repeats 5 --output benchmarks/results/pruning-batches-smollm2-cpu.json
 
 The published side is written from the papers and keeps the structure of the published loops (arXiv:2306.11695 and
 arXiv:2301.00774): two buffers hold the hidden states of all sequences before and after a block, the block runs
@@ -13,10 +13,12 @@ same tokens, the same loaded model and one sequence at a time.
 Memory above the model is the peak of resident memory during pruning, less the resident memory after a forward pass of
 the loaded model. Both are what Linux says of the process. The C library keeps up to 64 MiB of freed memory, by chance
 more or less of it, so rows give the median of several processes and what they range from and to. Seconds are those of
-the processor. The model is cut after some blocks, because memory does not depend on their number.
+the processor, and wall seconds those of the clock. The model is cut after some blocks, because memory does not depend
+on their number.
 
 - memory: both sides, for Wanda and SparseGPT.
-- batches: `prune` with Wanda for several numbers of sequences that run together.
+- batches: `prune` with Wanda for several numbers of sequences that run together. A row is one process. Every round has
+  one process of each kind, so that what else the machine does falls on all of them.
 """
 
 import argparse
@@ -40,6 +42,10 @@ from common import Rows, parser, peak_resident, python_documents, reset_peak, sm
 
 
 MIB = 1 << 20
+
+# Of `measure_batches`: the calibration tokens of a run, and the numbers of sequences that run together.
+TOKENS = 8192
+BATCHES = [1, 2, 4, 8, 16, 32]
 
 
 @torch.no_grad()
@@ -94,25 +100,55 @@ def run_one(arguments: argparse.Namespace) -> dict[str, Any]:
     # What the C library still holds of the loading counts for neither side.
     give_back_freed()
     reset_peak()
-    loaded, started = resident(), time.process_time()
+    loaded, started, wall = resident(), time.process_time(), time.perf_counter()
     if arguments.side == "published":
         published_prune(model, tokens, arguments.criterion)
     else:
         prune(model, 0.5, tokens, criterion=arguments.criterion, batch_size=arguments.batch_size)
-    return {"bytes": peak_resident() - loaded, "loaded_bytes": loaded, "seconds": time.process_time() - started}
+    return {
+        "bytes": peak_resident() - loaded,
+        "loaded_bytes": loaded,
+        "seconds": time.process_time() - started,
+        "wall_seconds": time.perf_counter() - wall,
+    }
+
+
+def in_process(of_run: dict[str, Any]) -> dict[str, Any]:
+    """Return what `run_one` returns with the settings `of_run` in a process of its own."""
+    given = [text for name, value in of_run.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    done = subprocess.run([sys.executable, __file__, "one", *given], check=True, capture_output=True, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def in_processes(repeats: int, of_run: dict[str, Any]) -> dict[str, Any]:
-    """Return the medians of what `run_one` returns with the settings `of_run`, each time in a process of its own."""
-    given = [text for name, value in of_run.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, __file__, "one", *given]
-    runs = []
-    for _ in range(repeats):
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    """Return the medians of what several processes with the settings `of_run` return."""
+    runs = [in_process(of_run) for _ in range(repeats)]
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     spread = [min(run["bytes"] for run in runs), max(run["bytes"] for run in runs)]
     return {"repeats": repeats, "mib": round(medians["bytes"] / MIB)} | medians | {"bytes_from_to": spread}
+
+
+def measure_batches(arguments: argparse.Namespace) -> None:
+    """Measure the batches of `BATCHES` of 8,192 tokens in all, and print the medians."""
+    common = {"blocks": arguments.blocks}
+    rows = Rows(arguments.output, {"settings": common | {"threads": torch.get_num_threads()}})
+    grid = [
+        {"length": length, "sequences": TOKENS // length, "batch_size": size}
+        for length in arguments.lengths or [128, 512]
+        for size in BATCHES
+        if size * length <= TOKENS
+    ]
+    for number in range(arguments.repeats):
+        for of_run in grid:
+            if rows.find(round=number, **of_run) is None:
+                rows.add({"round": number} | of_run | in_process(common | of_run))
+    print("| tokens | batch | MiB | seconds of the processor | seconds of the clock |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for of_run in grid:
+        own = [row for row in rows if of_run.items() <= row.items()]
+        mib, seconds, wall = (statistics.median(row[n] for row in own) for n in ("bytes", "seconds", "wall_seconds"))
+        print(f"| {of_run['length']} | {of_run['batch_size']} | {mib / MIB:.0f} | {seconds:.1f} | {wall:.1f} |")
 
 
 def main() -> None:
@@ -133,17 +169,16 @@ def main() -> None:
     if arguments.what == "one":
         print(json.dumps(run_one(arguments)))
         return
+    if arguments.what == "batches":
+        measure_batches(arguments)
+        return
     common = {"sequences": arguments.sequences, "blocks": arguments.blocks}
-    if arguments.what == "memory":
-        grid = [
-            {"criterion": criterion, "length": length, "side": side}
-            for length in arguments.lengths or [512]
-            for criterion in arguments.criteria
-            for side in ("published", "ours")
-        ]
-    else:
-        lengths, sizes = arguments.lengths or [128, 256, 512], [1, 2, 4, 8, 16]
-        grid = [{"length": length, "batch_size": size} for length in lengths for size in sizes]
+    grid = [
+        {"criterion": criterion, "length": length, "side": side}
+        for length in arguments.lengths or [512]
+        for criterion in arguments.criteria
+        for side in ("published", "ours")
+    ]
     rows = Rows(arguments.output, {"settings": common})
     for of_run in grid:
         if rows.find(**of_run) is None:

@@ -44,8 +44,10 @@ def test_the_arguments_of_pruning_are_the_same_everywhere(function):
     names = list(inspect.signature(function).parameters)
     assert [name for name in names if name in PRUNING] == PRUNING
     texts, expected = described(function), described(prune)
-    for name in set(PRUNING) - {"calibration", "group"}:
+    # Where every batch is a step of training, its size has another default.
+    for name in set(PRUNING) - {"calibration", "group", "batch_size"}:
         assert texts[name] == expected[name], name
+    assert texts["batch_size"].partition(" By default")[0] == expected["batch_size"].partition(" By default")[0]
 
 
 @pytest.mark.parametrize("function", [*PRUNERS, prune_structured], ids=lambda function: function.__name__)

@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from peft_sparse import Criterion, Fit, perplexity, prune, reconstruct
+from peft_sparse.calibration import inputs
 from peft_sparse.calibration.inputs import as_inputs, fingerprint_of_inputs, labels_of, model_arguments, sequences_in
 
 from checks import assert_same_weights
-from conftest import ENCODER_DECODERS, tiny
+from conftest import ENCODER_DECODERS, VOCABULARY, tiny
 
 
 TOKENS = torch.randint(2, 61, (4, 12), generator=torch.Generator().manual_seed(3))
@@ -76,6 +77,37 @@ def test_every_form_gives_the_zeros_of_its_tokens(form, llama, by_tensor):
 def test_sequences_run_together_in_batches(llama):
     for form in ("token ids", "a tokenizer's output", "a list of (n,)", "a list of (1, n)", "a data set"):
         assert [sequences_in(batch) for batch in as_inputs(llama, FORMS[form](), 3)] == [3, 1], form
+
+
+def sizes(model, data):
+    return [sequences_in(batch) for batch in as_inputs(model, data, None)]
+
+
+def test_by_default_as_many_of_one_length_run_together_as_have_256_tokens(llama):
+    def tokens(count, length):
+        return torch.randint(0, VOCABULARY, (count, length))
+
+    assert sizes(llama, tokens(5, 128)) == [2, 2, 1]
+    assert sizes(llama, tokens(3, 129)) == sizes(llama, tokens(3, 2048)) == [1, 1, 1]
+    assert sizes(llama, {"input_ids": tokens(5, 100), "attention_mask": torch.ones(5, 100)}) == [2, 2, 1]
+    rows = [torch.ones(length, dtype=torch.long) for length in (64, 64, 64, 64, 64, 100, 100, 99, 256, 300, 300)]
+    assert sizes(llama, rows) == [4, 1, 2, 1, 1, 1, 1]
+    assert sizes(llama, Dataset.from_dict({"input_ids": [row.tolist() for row in rows]})) == [4, 1, 2, 1, 1, 1, 1]
+
+
+def test_by_default_nothing_is_padded_and_what_has_padding_or_images_runs_alone(llama):
+    ids, mask = torch.ones(3, 12, dtype=torch.long), torch.ones(3, 12, dtype=torch.long)
+    mask[2, 5:] = 0
+    rows = [{"input_ids": row, "attention_mask": counts} for row, counts in zip(ids, mask, strict=True)]
+    assert sizes(llama, {"input_ids": ids, "attention_mask": mask}) == [1, 1, 1]
+    assert sizes(llama, rows) == [2, 1]
+    assert sizes(llama, {"input_ids": ids, "pixel_values": torch.ones(3, 3, 8, 8)}) == [1, 1, 1]
+    assert sizes(tiny("vit"), torch.ones(3, 3, 8, 8)) == [1, 1, 1]
+
+
+def test_by_default_processes_have_a_batch_for_each_sequence(llama, monkeypatch):
+    monkeypatch.setattr(inputs, "place", lambda: (0, 2))
+    assert sizes(llama, torch.ones(3, 12, dtype=torch.long)) == [1, 1, 1]
 
 
 def test_batches_stay_as_they_are(llama):

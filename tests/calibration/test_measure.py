@@ -222,9 +222,14 @@ def test_the_rows_kept_are_spread_over_the_batch():
     assert statistics.tokens == 13
 
 
+@pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("family", ["llama", "opt", "t5", *EXPERTS])
-def test_batch_size_order_and_where_states_wait_do_not_matter(family):
+def test_batch_size_order_and_where_states_wait_do_not_matter(family, padding):
     model, batch = tiny(family), inputs_of(family)
+    if padding:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        for number, size in enumerate((0, 3, 1, 0, 5, 2)):
+            batch["attention_mask"][number, len(batch["attention_mask"][number]) - size :] = 0
 
     def part(index):
         return {name: rows[index] for name, rows in batch.items()}

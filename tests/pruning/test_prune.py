@@ -366,7 +366,8 @@ def test_too_few_tokens_for_a_hessian_are_told_once_with_their_number(llama, tok
 
 def test_a_crash_leaves_the_blocks_before_it_pruned_and_says_where(llama, tokens):
     dense, whole = copy.deepcopy(llama), copy.deepcopy(llama)
-    prune(whole, 0.5, criterion="wanda", calibration=tokens)
+    options = {"criterion": "wanda", "calibration": tokens, "batch_size": 1}
+    prune(whole, 0.5, **options)
     batches = []
 
     def fail_later(module, args):
@@ -377,14 +378,14 @@ def test_a_crash_leaves_the_blocks_before_it_pruned_and_says_where(llama, tokens
 
     hook = llama.model.layers[1].register_forward_pre_hook(fail_later)
     with pytest.raises(RuntimeError, match="out of luck") as caught:
-        prune(llama, 0.5, criterion="wanda", calibration=tokens)
+        prune(llama, 0.5, **options)
     assert caught.value.__notes__ == [
         "While pruning block 'model.layers.1': the blocks before it are pruned, and the blocks after it are not."
     ]
     assert_prefix(llama, dense, whole, pruned=1)
     # Pruning goes on where it stopped.
     hook.remove()
-    prune(llama, 0.5, criterion="wanda", calibration=tokens)
+    prune(llama, 0.5, **options)
     assert_same_weights(llama, whole)
 
 

@@ -77,7 +77,7 @@ class Capture:
         self.model = model
         # Changes what blocks return, so that arguments that depend on it change too.
         self.perturb = perturb
-        self.residence = stack.residence
+        self.staying = stack.residence
         self.masks = TokenMasks(model, stack.names)
         self.batch = Batch(0)
         self.links = Links()
@@ -90,7 +90,7 @@ class Capture:
     def run(self, inputs: list[dict[str, Any]]) -> list[Batch]:
         batches: list[Batch] = []
         with contextlib.ExitStack() as replaced:
-            self.residence = replaced.enter_context(staying(self.stack.residence))
+            self.staying = replaced.enter_context(staying(self.stack.residence))
             self._replace_blocks(replaced)
             replaced.enter_context(self.masks.watching())
             left = Counter(map(_shape_of, inputs))
@@ -124,7 +124,7 @@ class Capture:
             if id(block) in own:
                 stand_in = partial(self._stand_in, own[id(block)], block.forward)
             else:
-                stand_in = partial(in_residence, self.residence, name, block, block.forward)
+                stand_in = partial(in_residence, self._resident, name, block, block.forward)
             replaced.callback(restore_forward, block, block.__dict__.get("forward"))
             block.forward = stand_in
 
@@ -157,7 +157,7 @@ class Capture:
             lambda leaf: copied(leaf) if is_cache(leaf) else leaf, (args, kwargs), keep=True
         )
         block = self.stack.blocks[index]
-        with self.residence(self.stack.names[index], block):
+        with self._resident(self.stack.names[index], block):
             returned = run_there(block, forward, own_args, own_kwargs)
         if trait is None:
             written = versions != [version_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
@@ -167,6 +167,10 @@ class Capture:
         if self.perturb:
             returned = _perturbed(returned, {id(leaf) for leaf in leaves})
         return self._returned(number, returned).tree
+
+    def _resident(self, name: str, block: nn.Module) -> AbstractContextManager[Any]:
+        # No block stays while the rest of the model runs after the blocks, which may need the memory.
+        return (self.staying if self.ends_early else self.stack.residence)(name, block)
 
     def _returned(self, number: int, returned: Returned) -> Returned:
         self.links.add(number, returned.tensors)

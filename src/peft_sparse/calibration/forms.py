@@ -12,16 +12,26 @@ from torch.utils.data import DataLoader, default_collate
 from .collation import DIMENSIONS, TOKEN_MASKS, Forward, collate, split
 
 
+# With more tokens a batch takes more memory, and on a CPU no less time: see docs/numbers/pruning.md.
+_TOKENS_TOGETHER = 256
+
+
+def sequences_together(length: int) -> int:
+    """Return how many sequences of `length` tokens run together by default: up to 256 tokens, or one sequence."""
+    return max(1, _TOKENS_TOGETHER // max(1, length))
+
+
 class Reader:
     """Makes batches of model inputs from the data of one argument.
 
     Args:
         model: the model that the inputs are for.
-        batch_size: how many sequences run together, where they do not come in batches.
+        batch_size: how many sequences run together, where they do not come in batches. None takes as many of one
+            length as `sequences_together` says. Sequences with padding, and inputs of other kinds, run one by one.
         argument: what the caller calls the data, for error messages.
     """
 
-    def __init__(self, model: nn.Module, batch_size: int, argument: str) -> None:
+    def __init__(self, model: nn.Module, batch_size: int | None, argument: str) -> None:
         self.forward = Forward.of(model)
         self.batch_size = batch_size
         self.argument = argument
@@ -35,7 +45,8 @@ class Reader:
         """
         data = _tensor(data)
         if isinstance(data, Tensor):
-            return split(self._named(data, bare=True), self.batch_size)
+            inputs = self._named(data, bare=True)
+            return split(inputs, self._together(inputs))
         if isinstance(data, Mapping):
             return self._batches_of_dict(data)
         if isinstance(data, (str, bytes)) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
@@ -47,7 +58,7 @@ class Reader:
         rows: list[dict[str, Any]] = []
         for entry in _entries(data):
             inputs, is_row = self._inputs(entry, is_dataset)
-            if rows and (not is_row or len(rows) == self.batch_size or rows[0].keys() != inputs.keys()):
+            if rows and (not is_row or len(rows) == self._together(rows[0]) or not self._alike(rows[0], inputs)):
                 batches += collate(rows, self.forward)
                 rows = []
             if not is_row:
@@ -62,6 +73,18 @@ class Reader:
             )
         return batches
 
+    def _together(self, inputs: dict[str, Any]) -> int:
+        """Return how many sequences like these run together."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return sequences_together(inputs["input_ids"].shape[-1]) if _are_tokens(inputs) else 1
+
+    def _alike(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
+        """Return whether two sequences may run together."""
+        if one.keys() != other.keys():
+            return False
+        return self.batch_size is not None or (_shapes(one) == _shapes(other) and _are_tokens(other))
+
     def _batches_of_dict(self, data: Mapping[str, Any]) -> list[dict[str, Any]]:
         if data and all(hasattr(value, "column_names") for value in data.values()):
             first = next(iter(data))
@@ -73,7 +96,8 @@ class Reader:
         if self._is_row(inputs, is_dataset=False):
             return collate([self.forward.both_sides(inputs)], self.forward)
         if not any(isinstance(value, list) for value in inputs.values()):
-            return split(self.forward.both_sides(inputs), self.batch_size)
+            inputs = self.forward.both_sides(inputs)
+            return split(inputs, self._together(inputs))
         return self.read(self._rows_of(inputs))
 
     def _rows_of(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -264,6 +288,19 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, (str, bytes)) or (
         isinstance(value, (list, tuple)) and bool(value) and all(isinstance(part, (str, bytes)) for part in value)
     )
+
+
+def _are_tokens(inputs: dict[str, Any]) -> bool:
+    """Return whether inputs are token ids without padding, and nothing else, such as images."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    masks = [tensors.pop(name) for name in list(tensors) if name.endswith("mask")]
+    others = any(value.is_floating_point() for value in tensors.values())
+    tokens = tensors.get("input_ids")
+    return tokens is not None and tokens.dim() > 0 and not others and all(bool(mask.all()) for mask in masks)
+
+
+def _shapes(inputs: dict[str, Any]) -> list[Any]:
+    return [value.shape for _, value in sorted(inputs.items()) if isinstance(value, Tensor)]
 
 
 def _is_empty(row: dict[str, Any]) -> bool:

@@ -35,7 +35,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def as_inputs(
-    model: nn.Module, calibration: Calibration, batch_size: int = 1, argument: str = "calibration"
+    model: nn.Module, calibration: Calibration, batch_size: int | None = 1, argument: str = "calibration"
 ) -> list[dict[str, Any]]:
     """Return calibration data as a list of model inputs.
 
@@ -50,15 +50,18 @@ def as_inputs(
             iterables. Columns of a data set that the model does not take are left out.
             Sequences of different lengths are padded to the longest of their batch. An encoder-decoder gets token ids
             as inputs of its encoder and of its decoder.
-        batch_size: how many sequences run together, where they do not come in batches. Batches stay as they are.
+        batch_size: how many sequences run together, where they do not come in batches. Batches stay as they are. None
+            takes as many of one length as have up to 256 tokens together, and one where processes share the batches.
         argument: what the caller calls `calibration`, for error messages.
 
     Raises:
         ValueError: `calibration` has none of these forms, it is empty, a mask does not fit its tokens, or the model
             has no embedding for a token; `batch_size` is less than 1.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}.")
+    # Each process needs a batch, and how many there will be is known only when all data is read.
+    batch_size = 1 if batch_size is None and place()[1] > 1 else batch_size
     batches = Reader(model, batch_size, argument).read(calibration)
     for batch in batches:
         _check_token_masks(batch, argument)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from ..calibration.activations import Activations, check_activations
+from ..calibration.forms import sequences_together
 from ..calibration.statistics import Need, rows_taken
 from ..calibration.text import SEQUENCE_LENGTH
 from ..model.blocks import Targets, active_experts, find_blocks, hidden_size, prunable_weights
@@ -106,7 +107,7 @@ def plan_pruning(
     prune_tied: bool = False,
     sequences: int = 128,
     length: int = SEQUENCE_LENGTH,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     activations: Activations = "device",
     flops_per_second: float | None = None,
 ) -> PruningPlan:
@@ -142,7 +143,7 @@ def plan_pruning(
         prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
         sequences: the number of calibration sequences.
         length: the number of tokens of a calibration sequence.
-        batch_size: how many sequences of a tensor of token ids run together.
+        batch_size: how many sequences of a tensor of token ids run together. By default as many as `prune` takes.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         flops_per_second: the speed of matrix products, in floating-point operations per second. By default it is
             measured on this machine's CPU in float32, which takes half a second.
@@ -180,7 +181,7 @@ def plan_pruning(
     calibrated = bool(needs)
     item = next(model.parameters()).element_size()
     tokens = sequences * length
-    batches = batch_tokens(sequences, length, batch_size)
+    batches = batch_tokens(sequences, length, sequences_together(length) if batch_size is None else batch_size)
     measured = [measured_bytes(task.inside(name), needs, batches, item) for name in blocks if calibrated]
     selecting = max(selecting_bytes(weight, task, task.patterns[name]) for name, weight in task.weights.items())
     flops = _flops(model, task, tokens, length)

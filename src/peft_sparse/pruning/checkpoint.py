@@ -47,7 +47,7 @@ def prune_checkpoint(
     exclude_modules: Targets = None,
     prune_tied: bool = False,
     on_unreached: OnUnreached = "magnitude",
-    batch_size: int = 1,
+    batch_size: int | None = None,
     activations: Activations = "cpu",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
@@ -97,7 +97,9 @@ def prune_checkpoint(
         on_unreached: what happens to an expert that no calibration token reaches. "magnitude" prunes it by magnitude
             to the same pattern, and a warning lists such experts. "error" runs the model on all batches first, and
             refuses before any work.
-        batch_size: how many sequences run together, where they do not come in batches.
+        batch_size: how many sequences run together, where they do not come in batches. By default as many of one
+            length as have up to 256 tokens together, and one where processes share the batches. The statistics do not
+            depend on it beyond rounding.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is loaded.
         trust_remote_code: whether Python code in `source` may run to define the model, as in `from_pretrained`.

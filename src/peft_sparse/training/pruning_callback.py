@@ -101,7 +101,9 @@ class PruningCallback(TrainerCallback):
         on_unreached: what happens to an expert that no calibration token reaches. "magnitude" prunes it by magnitude
             to the same pattern, and a warning lists such experts. "error" runs the model on all batches first, and
             refuses before any work.
-        batch_size: how many sequences run together, where they do not come in batches.
+        batch_size: how many sequences run together, where they do not come in batches. By default as many of one
+            length as have up to 256 tokens together, and one where processes share the batches. The statistics do not
+            depend on it beyond rounding.
         activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
         device: where each block is moved while it is processed. None computes where the block is.
         schedule: a `CubicSchedule` or `PruningCycles`. None prunes once, when training begins.
@@ -132,7 +134,7 @@ class PruningCallback(TrainerCallback):
         exclude_modules: Targets = None,
         prune_tied: bool = False,
         on_unreached: OnUnreached = "magnitude",
-        batch_size: int = 1,
+        batch_size: int | None = None,
         activations: Activations = "device",
         device: torch.device | str | None = None,
         schedule: PruningSchedule | None = None,
