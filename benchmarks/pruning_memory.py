@@ -2,7 +2,7 @@
 
     python benchmarks/pruning_memory.py --output benchmarks/results/pruning-memory-smollm2-cpu.json
     python benchmarks/pruning_memory.py --lengths 2048 --repeats 1 --output (the same file, to add rows to it)
-    python benchmarks/pruning_memory.py batches --repeats 5 --output benchmarks/results/pruning-batches-smollm2-cpu.json
+    python benchmarks/pruning_memory.py batches --output benchmarks/results/pruning-batches-smollm2-cpu.json
 
 The published side is written from the papers and keeps the structure of the published loops (arXiv:2306.11695 and
 arXiv:2301.00774): two buffers hold the hidden states of all sequences before and after a block, the block runs
