@@ -43,6 +43,24 @@ def unreadable():
     model(TOKENS)
 
 
+def mixed_attention():
+    class Attention(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)[0]
+
+    model = get_peft_model(nn.Sequential(Attention(8, 2)), MaskLoRAConfig(target_modules=["out_proj"])).eval()
+    model(torch.randn(2, 3, 8), adapter_names=["default"] * 2)
+
+
+def computed_later():
+    model = adapted()
+    nn.utils.parametrizations.weight_norm(model.base_model.model.model.layers[0].self_attn.q_proj.base_layer)
+    merged_state_dict(model, merge=False)  # this needs no merged weight
+    with pytest.raises(ValueError, match="q_proj' is computed from other parameters"):
+        merged_state_dict(model)
+    model.merge_and_unload()
+
+
 def adapted_by(config):
     model = llama()
     prune(model, 0.5)
@@ -369,6 +387,12 @@ REFUSALS = [
         ValueError,
         "are not supported with `target_parameters`. Choose one",
     ),
+    (
+        mixed_attention,
+        ValueError,
+        "not supported for a layer whose weight another module reads, .* Choose one adapter",
+    ),
+    (computed_later, ValueError, r"q_proj' is computed from other parameters, so that .* Call `torch.nn.utils.param"),
     (vector_parameter, ValueError, "needs parameters of 2 or 3 dimensions, got 'weight' of shape"),
     (mismatch, ValueError, "trained on other zeros .* in 1 of 1 layers .*lm_head: adapter 0.5123, model 0.0000"),
     (lambda: nan_adapter().merge_adapter(safe_merge=True), ValueError, "NaNs detected in the merged weights"),

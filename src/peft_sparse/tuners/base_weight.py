@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..model.cpu_packing import undo_cpu_packing
+from ..model.kinds import computation
 from ..model.sharding import is_partitioned
 from ..model.weights import as_matrix, as_stored, stored_weight
 from .functional import Factor
 
 
-_FORWARDS = {nn.Linear.forward, Conv1D.forward, nn.Conv2d.forward}
+# The forward passes that are one product with the weight and nothing else.
+FORWARDS = {nn.Linear.forward, Conv1D.forward, nn.Conv2d.forward}
 
 
 def runs_alone(layer: nn.Module) -> bool:
@@ -25,6 +27,20 @@ def runs_alone(layer: nn.Module) -> bool:
     return "forward" not in vars(layer) and not (
         layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )
+
+
+def check_stored(name: str, layer: nn.Module, parameter: str = "weight") -> None:
+    """Check that the base weight of the layer `name` is stored, so that a merged weight can be written into it.
+
+    Raises:
+        ValueError: it is computed from other parameters, such as by `torch.nn.utils.parametrize`.
+    """
+    undoing = computation(layer, parameter)
+    if undoing:
+        raise ValueError(
+            f"The weight of {name!r} is computed from other parameters, so that an adapter that is merged into it would "
+            f"not last. {undoing}"
+        )
 
 
 class BaseWeight(nn.Module, BaseTunerLayer):
@@ -105,7 +121,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
             if is_partitioned(stored_weight(layer)):
                 # The hooks are those of ZeRO-3. They gather the weight, and ZeRO-3 gathers it for this layer too.
                 return True
-            if type(layer).forward not in _FORWARDS:
+            if type(layer).forward not in FORWARDS:
                 return False
         return runs_alone(layer)
 

@@ -1,7 +1,7 @@
 """What MaskLoRA and ScaledLoRA layers share: adapters, merging, forward.
 
-The class is derived from those in `base_weight` and `saved_masks`, and the formulas are in `functional`. `conv` and
-`parameter` derive classes for other kinds of weights.
+The class is derived from those in `base_weight`, `saved_masks` and `used_by_others`, and the formulas are in
+`functional`. `conv` and `parameter` derive classes for other kinds of weights.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from .config import SparseLoraConfig
 from .eight_bit import GradientDtype
 from .functional import LINEAR, Operation, effective_weight, sparse_lora
 from .kept_weight import KeepsWeight, KeptWeight, autocast_dtype, can_keep, needs_gradient
-from .saved_masks import SavedMasks
+from .used_by_others import UsedByOthers
 
 
 # The attributes that map names of adapters to plain values. PEFT deletes the entries of an adapter with the adapter.
@@ -45,7 +45,7 @@ def swapped(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
         module._parameters[name] = parameter
 
 
-class SparseLoraLayer(KeepsWeight, SavedMasks):
+class SparseLoraLayer(KeepsWeight, UsedByOthers):
     """A base layer with adapters. Each adapter has a name, an A (r, in) and a B (out, r).
 
     The effective weight is c · W + s · H ⊙ (BA). For MaskLoRA, H is the mask of W. For ScaledLoRA, H is W. c is 1, or
@@ -460,6 +460,8 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         super().write_weight(weight)
 
     def _forward_active(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if self._computes_itself():
+            return self._forward_unusual(x, names, *args, **kwargs)
         fused = [name for name in names if self._fuses(name)]
         separate = [name for name in names if name not in fused]
         if not fused:
@@ -485,6 +487,16 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
         with swapped(layer, "weight", weight):
             return self.base_layer(x, *args, **kwargs)
 
+    def _forward_unusual(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output of a base layer that has a forward pass of its own."""
+        dropping = [name for name in names if self._drops(name)]
+        together = [name for name in names if name not in dropping]
+        y = self._forward_of_base(x, together, None, *args, **kwargs)
+        for name in dropping:
+            dropout = getattr(self, f"{self.prefix}dropout")[name]
+            y = y + self._forward_of_base(x, [name], dropout, *args, **kwargs)
+        return y
+
     def _prepared(self, x: Tensor) -> Tensor:
         """Return the input as `_operation` takes it."""
         return x
@@ -497,15 +509,17 @@ class SparseLoraLayer(KeepsWeight, SavedMasks):
 
         Dropout and LoRA-Prune need two products, and so does a base layer that must itself be run.
         """
-        dropout = getattr(self, f"{self.prefix}dropout")[name]
-        drops = self.training and isinstance(dropout, nn.Dropout)
         return (
-            not drops
+            not self._drops(name)
             and self.masking[name] == "always"
             and self.base_layer is self.get_base_layer()
             and self._readable()
             and self._is_plain()
         )
+
+    def _drops(self, name: str) -> bool:
+        """Return whether entries of the input of the adapter `name` are dropped now."""
+        return self.training and isinstance(getattr(self, f"{self.prefix}dropout")[name], nn.Dropout)
 
     def _delta(self, x: Tensor, name: str) -> Tensor:
         """Return what the adapter `name` adds to the output of the base layer."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..model.blocks import active_copy, base_model
 from ..model.offload import is_offloaded, loaded_layer, resident_through_hooks
 from ..model.sharding import is_sharded, whole, whole_shape
+from .base_weight import check_stored
 from .layer import SparseLoraLayer
 from .saved_masks import STRAY_ZEROS
 
@@ -49,8 +50,8 @@ def merged_state_dict(model: nn.Module, *, merge: bool = True, keep: bool = True
     Raises:
         TypeError: an adapter cannot be merged: it does not consist of layers, the base weight cannot be dequantised or
             is quantised and sharded, or several methods adapt one weight and one of them does not add to it.
-        ValueError: merging an adapter of another method would fill zeros, or a saved mask contradicts the zeros of the
-            base weight.
+        ValueError: merging an adapter of another method would fill zeros, a saved mask contradicts the zeros of the
+            base weight, or a base weight is computed from other parameters.
     """
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}
@@ -223,6 +224,9 @@ def _check_attached(model: nn.Module, merge: bool) -> None:
 def _check_mergeable(name: str, module: nn.Module, merge: bool) -> None:
     """Check, without reading a weight, that the adapters around one layer can be merged."""
     wrappers, layer = _wrappers(module), _innermost(module)
+    for wrapper in wrappers:
+        if _adapts(wrapper, merge):
+            check_stored(name, layer, _key(wrapper))
     sharded = any(parameter is not None and is_sharded(parameter) for parameter in layer._parameters.values())
     if _is_simple(wrappers) and not sharded:
         return

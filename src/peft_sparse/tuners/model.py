@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..model.blocks import base_layer
-from ..model.kinds import computation
+from .base_weight import check_stored
 from .combining import Combination, combine
 from .config import SparseLoraConfig
 from .groups import select_groups
@@ -31,6 +31,7 @@ from .merging import plain_model
 from .proof import check_masks, proof_to_save, receive, report_oddities
 from .saved_masks import names_alone
 from .ties import give_own_weights, settle_ties
+from .used_by_others import weights_read_by
 
 
 # The kernels of these models read the weights of these projections directly, so an adapter would have no effect.
@@ -142,12 +143,8 @@ class SparseLoraModel(BaseTuner):
             TypeError: a module of this class cannot be adapted.
             ValueError: the weight of the layer is computed from other parameters.
         """
-        undoing = computation(base_layer(target)) if parameter_name is None else None
-        if undoing:
-            raise ValueError(
-                f"The weight of {current_key!r} is computed from other parameters, so that an adapter that is merged "
-                f"into it would not last. {undoing}"
-            )
+        if parameter_name is None:
+            check_stored(current_key, base_layer(target))
         r, lora_alpha = peft_config.rank_and_alpha(current_key)
         wrapped = getattr(target, "parameter_name", None)
         if isinstance(target, cls.tuner_layer_cls) and wrapped == parameter_name:
@@ -159,6 +156,7 @@ class SparseLoraModel(BaseTuner):
             options["parameter_name"] = parameter_name
         layer = layer_cls(target, adapter_name, r, lora_alpha, peft_config, **options)
         layer.all_adapters = tuner.peft_config
+        layer.is_read_by_parent = parameter_name is None and target_name in weights_read_by(type(parent))
         weight = base_layer(target)._parameters.get("weight")
         layer.is_tied = parameter_name is None and id(weight) in _embedding_weights(tuner)
         if adapter_name not in tuner.active_adapters:
@@ -261,6 +259,13 @@ class SparseLoraModel(BaseTuner):
         give_own_weights(unloaded, alone)
         return unloaded
 
+    def _check_merge_allowed(self) -> None:
+        # PEFT calls this before it merges the first layer.
+        super()._check_merge_allowed()
+        for name, module in self.model.named_modules():
+            if isinstance(module, SparseLoraLayer):
+                check_stored(name, module.get_base_layer(), getattr(module, "parameter_name", "weight"))
+
     def _changed_tied_weights(self, adapter_names: list[str] | None) -> list[str]:
         """Return the names, in the base model, of the tied weights into which the adapters are to be merged."""
         layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, SparseLoraLayer)]
@@ -288,6 +293,8 @@ class SparseLoraModel(BaseTuner):
                     # An adapter that trains no copy of this module uses the module of the base model.
                     trained = layer._get_available_adapters()
                     names = [name if name in trained else "__base__" for name in names]
+                elif isinstance(layer, SparseLoraLayer):
+                    hooks.enter_context(layer.in_mixed_batch())
                 hook = partial(_with_adapter_names, names)
                 hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield

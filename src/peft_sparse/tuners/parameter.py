@@ -15,7 +15,6 @@ from torch.nn.utils import parametrize
 from ..model.sharding import whole_shape
 from ..model.weights import stored_weight
 from .config import SparseLoraConfig
-from .functional import stacked_effective_weight
 from .layer import SparseLoraLayer, swapped
 
 
@@ -234,15 +233,4 @@ class _EffectiveParameter(nn.Module):
 
     def forward(self, stored: Tensor) -> Tensor:
         layer, names = self.layer
-        if layer._is_narrower(names):
-            stored = stored.masked_fill(~layer._common_mask(names, stored), 0)
-        weight = layer._matrix(stored)
-        masked = [name for name in names if layer.masking[name] == "always"]
-        if masked:
-            A, B, c, s = layer._factors(masked)
-            weight = stacked_effective_weight(weight, A, B, layer.factor, c, s)
-        for name in names:
-            if layer.masking[name] == "merge":
-                A, B, _, s = layer._factors([name])
-                weight = weight + (B @ A * s).to(weight.dtype)
-        return layer._as_stored(weight)
+        return layer.adapted_weight(names, stored)
