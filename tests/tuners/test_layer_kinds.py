@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune
 from peft_sparse.model.blocks import base_model
-from peft_sparse.tuners import trainable_shares
+from peft_sparse.tuners import merged_state_dict, trainable_shares
 
 from conftest import SIZES, VOCABULARY, tiny
 
@@ -410,6 +410,47 @@ def test_dropout_drops_the_input_of_the_adapter_alone(name, masking):
         results.append((y, *torch.autograd.grad(y.square().sum(), (x, A, B))))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(results[0][0], layer.eval()(x))
+
+
+class Twice(nn.Module):
+    """Uses one weight, or one layer, in two places."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+        self.again = nn.ModuleList([self.first])
+        if shared == "weight":
+            self.second.weight = self.first.weight
+
+    def forward(self, input):
+        return self.second(self.again[0](input))
+
+
+@pytest.mark.parametrize("shared", ["weight", "layer"])
+@pytest.mark.parametrize("targets", [["first"], ["first", "second"]])
+def test_a_merge_changes_no_other_layer_of_a_shared_weight(shared, targets, tuner):
+    kind = Kind(lambda: Twice(shared), sequences(), {"target_modules": targets})
+    wrapped = adapted(kind, tuner)
+    trained = output(wrapped, kind)
+    assert not torch.allclose(trained, output(kind.sparse(), kind))
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    assert not tuner_layers(merged)
+    torch.testing.assert_close(output(merged, kind), trained)
+    expected = merged.state_dict()
+    for name, tensor in merged_state_dict(wrapped).items():
+        torch.testing.assert_close(tensor, expected[name])
+    wrapped.merge_adapter()
+    wrapped.unmerge_adapter()
+    assert torch.equal(output(wrapped, kind), trained)
+
+
+def test_an_adapter_on_zeros_alone_is_told_of(caplog):
+    kind = KINDS["mlp"]
+    model = kind.sparse()
+    model[2].weight.data.zero_()
+    adapted(kind, MaskLoRAConfig, model)
+    assert "1 of 2 adapted weights consist of zeros (first '2')" in caplog.text
 
 
 # -- LoRA-Prune ----------------------------------------------------------------------------------------------------

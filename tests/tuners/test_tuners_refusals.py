@@ -61,6 +61,13 @@ def computed_later():
     model.merge_and_unload()
 
 
+def quantised_later():
+    model = adapted()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.base_layer = torch.ao.nn.quantized.dynamic.Linear(16, 24)
+    model(TOKENS)
+
+
 def adapted_by(config):
     model = llama()
     prune(model, 0.5)
@@ -393,6 +400,7 @@ REFUSALS = [
         "not supported for a layer whose weight another module reads, .* Choose one adapter",
     ),
     (computed_later, ValueError, r"q_proj' is computed from other parameters, so that .* Call `torch.nn.utils.param"),
+    (quantised_later, ValueError, "was quantised after an adapter was attached .* Quantise the base model first, and"),
     (vector_parameter, ValueError, "needs parameters of 2 or 3 dimensions, got 'weight' of shape"),
     (mismatch, ValueError, "trained on other zeros .* in 1 of 1 layers .*lm_head: adapter 0.5123, model 0.0000"),
     (lambda: nan_adapter().merge_adapter(safe_merge=True), ValueError, "NaNs detected in the merged weights"),

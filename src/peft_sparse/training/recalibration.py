@@ -8,6 +8,7 @@ from torch import nn
 from transformers import Trainer, set_seed
 
 from ..calibration.norms import NormsReport, norms_with_statistics, recalibrate_norms
+from ..tuners.layer import SparseLoraLayer
 from .base_weights import adapted_layers
 from .calibration_samples import first_samples
 from .endings import same_random_numbers
@@ -53,7 +54,7 @@ class Recalibration:
 @contextlib.contextmanager
 def _merged(model: nn.Module) -> Iterator[None]:
     """Merge the adapters of this package within the context. What merging rounds or masks is then measured too."""
-    merged = []
+    merged: list[SparseLoraLayer] = []
     try:
         for _, layer in adapted_layers(model):
             if not layer.merged and not layer.disable_adapters:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ..model.cpu_packing import undo_cpu_packing
-from ..model.kinds import computation
+from ..model.kinds import computation, is_quantised
 from ..model.sharding import is_partitioned
 from ..model.weights import as_matrix, as_stored, stored_weight
 from .functional import Factor
@@ -20,6 +21,15 @@ from .functional import Factor
 
 # The forward passes that are one product with the weight and nothing else.
 FORWARDS = {nn.Linear.forward, Conv1D.forward, nn.Conv2d.forward}
+
+
+# The types of weights of which it is known at once that they are not packed.
+PLAIN = (Tensor, nn.Parameter)
+
+
+def _is_packed(stored: object) -> bool:
+    # A quantised layer of torch has a method `weight`. A DTensor is a tensor subclass, as those of torchao are.
+    return not isinstance(stored, Tensor) or (not isinstance(stored, DTensor) and is_quantised(stored))
 
 
 def runs_alone(layer: nn.Module) -> bool:
@@ -38,8 +48,8 @@ def check_stored(name: str, layer: nn.Module, parameter: str = "weight") -> None
     undoing = computation(layer, parameter)
     if undoing:
         raise ValueError(
-            f"The weight of {name!r} is computed from other parameters, so that an adapter that is merged into it would "
-            f"not last. {undoing}"
+            f"The weight of {name!r} is computed from other parameters, so that an adapter that is merged into it "
+            f"would not last. {undoing}"
         )
 
 
@@ -68,7 +78,8 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         self._unmerged_weight: Tensor | None = None
         # The layer is in a tuple, because a plain attribute would make it a submodule.
         self._unmerged_layer: tuple[nn.Module] | None = None
-        # Whether the base weight is also that of an embedding, and the parameter that they share while they differ.
+        # Whether the base weight is also that of another module, such as an embedding, and the parameter that they
+        # share while they differ.
         self.is_tied = False
         self._shared: tuple[nn.Parameter] | None = None
         undo_cpu_packing(self.get_base_layer())
@@ -80,7 +91,17 @@ class BaseWeight(nn.Module, BaseTunerLayer):
 
         While adapters are merged, this is the merged weight. The result shares the memory of the layer, unless the
         layer is quantised: then it is the dequantised weight.
+
+        Raises:
+            ValueError: the weight was quantised after the adapter was attached.
         """
+        stored = stored_weight(self.get_base_layer()) if self.quantization_backend is None else None
+        if type(stored) not in PLAIN and stored is not None and _is_packed(stored):
+            raise ValueError(
+                f"The weight of a {type(self.get_base_layer()).__name__} was quantised after an adapter was attached "
+                f"to it: it is a {type(stored).__name__}. Quantise the base model first, and attach or load the "
+                "adapter then."
+            )
         return self.get_base_weight()
 
     def write_weight(self, weight: Tensor) -> None:
@@ -138,7 +159,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         if self.merged_adapters:
             return
         if self.quantization_backend is None:
-            # The embedding holds the weight of a tied layer already.
+            # The other module holds the weight of a tied layer already.
             weight = self.read_weight()
             self._unmerged_weight = weight if self.is_tied else weight.to("cpu", copy=True)
             return
@@ -150,8 +171,8 @@ class BaseWeight(nn.Module, BaseTunerLayer):
             layer.state = copy.copy(layer.state)
         self._unmerged_layer = (layer,)
 
-    def _leave_embedding(self) -> None:
-        """Give a layer that shares its weight with an embedding a weight of its own. A merge then changes no other."""
+    def _leave_others(self) -> None:
+        """Give a layer that shares its weight with another module a weight of its own. A merge changes no other."""
         if not self.is_tied or self._shared is not None:
             return
         layer = self.get_base_layer()

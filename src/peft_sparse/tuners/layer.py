@@ -251,7 +251,7 @@ class SparseLoraLayer(KeepsWeight, UsedByOthers):
             )
         if keep:
             self._keep_unmerged()
-        self._leave_embedding()
+        self._leave_others()
         self.write_weight(self._as_stored(merged))
         self.merged_adapters.extend(names)
 

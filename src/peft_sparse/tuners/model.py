@@ -4,7 +4,8 @@
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator
 from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
@@ -52,7 +53,8 @@ class SparseLoraModel(BaseTuner):
 
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
     layer_classes: ClassVar[dict[str, type[SparseLoraLayer]]]
-    _embedding_weights: set[int] | None
+    _tied_weights: set[int] | None
+    _holders: dict[int, tuple[nn.Module, list[tuple[nn.Module, str]]]] | None
 
     def _prepare_adapter_config(self, peft_config: SparseLoraConfig, model_config: dict[str, Any]) -> SparseLoraConfig:
         if peft_config.target_modules is None and peft_config.target_parameters:
@@ -63,7 +65,7 @@ class SparseLoraModel(BaseTuner):
         # PEFT calls this before it changes a module, so an adapter that is refused here leaves the model as it was.
         check_masks(model, peft_config)
         select_groups(model, peft_config)
-        self._embedding_weights = None
+        self._tied_weights = self._holders = None
 
     def _post_injection_hook(self, model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
         report_oddities(model, config, adapter_name)
@@ -156,9 +158,11 @@ class SparseLoraModel(BaseTuner):
             options["parameter_name"] = parameter_name
         layer = layer_cls(target, adapter_name, r, lora_alpha, peft_config, **options)
         layer.all_adapters = tuner.peft_config
-        layer.is_read_by_parent = parameter_name is None and target_name in weights_read_by(type(parent))
+        layer.is_read_by_parent = parameter_name is None and target_name in weights_read_by(
+            cast(Hashable, type(parent))
+        )
         weight = base_layer(target)._parameters.get("weight")
-        layer.is_tied = parameter_name is None and id(weight) in _embedding_weights(tuner)
+        layer.is_tied = parameter_name is None and id(weight) in _tied_weights(tuner)
         if adapter_name not in tuner.active_adapters:
             layer.requires_grad_(False)
         tuner._replace_module(parent, target_name, layer, target)
@@ -185,7 +189,20 @@ class SparseLoraModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version also reads `weight`, which the module that holds fused experts does not have. It moves
         # adapters to the device of the base weight, which our layers do themselves.
-        setattr(parent, child_name, new_module)
+        # The model may hold one layer under several names, and may call it by any of them.
+        for holder, name in [(parent, child_name), *self._held_by(child)]:
+            setattr(holder, name, new_module)
+
+    def _held_by(self, child: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Return the modules that hold `child`, with the name of it in them, if there are several."""
+        if self._holders is None:
+            holders: dict[int, tuple[nn.Module, list[tuple[nn.Module, str]]]] = {}
+            for holder in self.model.modules():
+                for name, held in holder._modules.items():
+                    if held is not None:
+                        holders.setdefault(id(held), (held, []))[1].append((holder, name))
+            self._holders = {key: found for key, found in holders.items() if len(found[1]) > 1}
+        return self._holders.get(id(child), (child, []))[1]
 
     def add_weighted_adapter(
         self,
@@ -247,6 +264,7 @@ class SparseLoraModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         """Take the adapters out, as PEFT does. A head that differs from its embedding is no longer tied to it."""
+        self._holders = None
         tied = self._changed_tied_weights(adapter_names) if merge and isinstance(self.model, PreTrainedModel) else []
         if not tied:
             return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -334,13 +352,15 @@ class SparseLoraModel(BaseTuner):
         return receive(model, config, adapter_name, whole, wait=True)
 
 
-def _embedding_weights(tuner: BaseTuner) -> set[int]:
-    """Return what identifies the weights of all embeddings. The model is searched once for each new adapter."""
-    known: set[int] | None = vars(tuner).get("_embedding_weights")
+def _tied_weights(tuner: BaseTuner) -> set[int]:
+    """Return what identifies the weights that modules share. The model is searched once for each new adapter."""
+    known: set[int] | None = vars(tuner).get("_tied_weights")
     if known is None:
-        known = {id(module.weight) for module in tuner.model.modules() if isinstance(module, nn.Embedding)}
+        parameters = (module._parameters.get("weight") for module in tuner.model.modules())
+        counts = Counter(id(parameter) for parameter in parameters if parameter is not None)
+        known = {identity for identity, count in counts.items() if count > 1}
         # A mixed model is a tuner of PEFT, which has no such attribute.
-        tuner.__dict__["_embedding_weights"] = known
+        tuner.__dict__["_tied_weights"] = known
     return known
 
 

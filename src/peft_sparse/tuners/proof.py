@@ -153,15 +153,18 @@ def receive(
 
 
 def report_oddities(model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
-    """Log one warning if weights with a MaskLoRA adapter are not pruned, and one if `r` exceeds their full rank."""
-    dense, excessive, count = [], [], 0
+    """Log a warning if weights with a MaskLoRA adapter are not pruned, are all zero, or if `r` exceeds their rank."""
+    dense, empty, excessive, count = [], [], [], 0
     for name, module in layers_with(model, adapter_name).items():
         if not module.is_loaded():
             continue
         weight = module.read_weight()
         count += 1
-        if count_kept(weight) > (1 - STRAY_ZEROS) * weight.numel():
+        kept = int(count_kept(weight))
+        if kept > (1 - STRAY_ZEROS) * weight.numel():
             dense.append(name)
+        elif not kept:
+            empty.append(name)
         if module.r[adapter_name] > min(module._matrix(weight).shape[-2:]):
             excessive.append(name)
     if dense and config.name == "mask_lora":
@@ -170,6 +173,14 @@ def report_oddities(model: nn.Module, config: SparseLoraConfig, adapter_name: st
             len(dense),
             count,
             dense[0],
+        )
+    if empty:
+        logger.warning(
+            "%d of %d adapted weights consist of zeros (first %r). They stay zero, so that an adapter has no effect "
+            "there. Load the weights first, or leave these layers out of `target_modules`.",
+            len(empty),
+            count,
+            empty[0],
         )
     if excessive:
         logger.warning(

@@ -1,18 +1,18 @@
 """Effective weights that other code computes with: an unusual base layer, or the module around the layer.
 
 An adapted layer computes the product with its effective weight itself. That is not enough in two cases. A base layer
-with a forward pass of its own may do more with its weight, such as a convolution that standardises it. And some modules
-read the weight of a layer in them and do not call the layer: `torch.nn.MultiheadAttention`, and in evaluation mode
-`torch.nn.TransformerEncoderLayer`. Both get the effective weight as a tensor, with its gradients.
+with a forward pass of its own may do more with its weight, such as a convolution that standardises it. And some
+modules read the weight of a layer in them and do not call the layer: `torch.nn.MultiheadAttention`, and in evaluation
+mode `torch.nn.TransformerEncoderLayer`. Both get the effective weight as a tensor, with its gradients.
 """
 
 import contextlib
 import dis
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,10 +29,11 @@ ABOUT = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_g
 
 
 @functools.cache
-def weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
+def weights_read_by(kind: Hashable) -> frozenset[str]:
     """Return the names of the modules in a `kind` whose weight its forward pass reads, as in `self.out_proj.weight`.
 
-    Code that reads only the dtype, the device or the shape of a weight, or its class, does not count.
+    `kind` is a class of modules. Code that reads only the dtype, the device, the shape or the class of a weight does
+    not count.
     """
     found: set[str] = set()
     known, waiting = set(), ["forward"]
@@ -42,8 +43,8 @@ def weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
         if name in known or (name != "forward" and hasattr(nn.Module, name)):
             continue
         known.add(name)
-        for base in kind.__mro__:
-            code = getattr(inspect.unwrap(vars(base).get(name)), "__code__", None)
+        for base in cast(type, kind).__mro__:
+            code = getattr(inspect.unwrap(cast(Any, vars(base).get(name))), "__code__", None)
             if code is not None:
                 found |= _weights_read_in(code)
                 waiting += [called for called in code.co_names if hasattr(kind, called)]
@@ -93,13 +94,13 @@ class UsedByOthers(SavedMasks):
         Raises:
             ValueError: another module reads it for a batch in which each sample has its own adapter.
         """
-        stored: Tensor = super().weight  # type: ignore[misc]
+        stored: Tensor = super().weight
         if not self.is_read_by_parent:
             return stored
         if self._mixes:
             raise ValueError(
-                "Mixed batches (`adapter_names`) are not supported for a layer whose weight another module reads, such "
-                "as those of `torch.nn.MultiheadAttention`. Choose one adapter for the batch by `set_adapter`."
+                "Mixed batches (`adapter_names`) are not supported for a layer whose weight another module reads, as "
+                "`torch.nn.MultiheadAttention` does. Choose one adapter for the batch by `set_adapter`."
             )
         self.settle_masks()
         if self.disable_adapters and self.merged:
@@ -162,10 +163,10 @@ class UsedByOthers(SavedMasks):
 
         def run(x: Tensor) -> Tensor:
             with replaced(layer, "weight", self.adapted_weight(names, stored_weight(layer))):
-                return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+                return self.base_layer(x, *args, **kwargs)
 
         if not names:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.base_layer(x, *args, **kwargs)
         if dropout is not None:
             x = dropout(x)
         # Otherwise the effective weights of all layers would stay in memory until backward.
