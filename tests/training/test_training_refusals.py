@@ -28,6 +28,7 @@ from peft_sparse import (
     SparseTrainer,
     SparseTrainingArguments,
     prune,
+    sparsity,
 )
 from peft_sparse.training.base_weights import save_base
 from peft_sparse.training.chain import AfterReconstruction
@@ -48,7 +49,7 @@ from peft_sparse.training.saving import save_plain_model
 from peft_sparse.training.zero_guard import ZeroGuardCallback
 
 from conftest import CONFIGS, Samples, tiny
-from refusing import TOKENS, _State, adapted, arguments, llama
+from refusing import TOKENS, _State, adapted, arguments, llama, merged
 from trainers import StopAt
 
 
@@ -64,6 +65,25 @@ def chained_twice():
     trainer = SparseTrainer(llama(), args, train_dataset=data)
     trainer.model = adapted()
     trainer.train()
+
+
+def trained(model, data=TOKENS, **options):
+    rows = None if data is None else [{"input_ids": row, "labels": row} for row in data]
+    SparseTrainer(model, arguments(max_steps=6, save_strategy="no", **options), train_dataset=rows).train()
+
+
+def without_data(data):
+    model = llama()
+    try:
+        trained(model, data, sparsity=0.5)
+    finally:
+        assert sparsity(model) == 0
+
+
+def cycles_beside_another():
+    model = adapted()
+    model.add_adapter("other", MaskLoRAConfig(target_modules=["q_proj"]))
+    trained(model, sparsity=0.5, pruning_schedule="cycles", pruning_rounds=2)
 
 
 def continued_elsewhere():
@@ -348,6 +368,18 @@ REFUSALS = [
         ValueError,
         "can be resumed with `resume_from_checkpoint=True` after any interruption. Leave `save_on_sigterm` out",
     ),
+    (
+        lambda: without_data(None),
+        ValueError,
+        "needs samples, and `train_dataset` is None. Pass samples, or set",
+    ),
+    (lambda: without_data([]), ValueError, "needs samples, and `train_dataset` is empty"),
+    (
+        lambda: trained(merged()),
+        ValueError,
+        "'default' is merged into .*q_proj', so that training .* Call `unmerge_adapter",
+    ),
+    (cycles_beside_another, ValueError, "The adapter 'other' would then compute something else. Call `delete_adapter"),
     (chained_twice, ValueError, "has reconstructed its model and attached an adapter already. Make a new"),
     (
         continued_elsewhere,

@@ -112,7 +112,8 @@ class PruningCallback(TrainerCallback):
         ValueError: both or neither of `pattern` and `sparsity` are given, or a schedule is given with a pattern that
             is no single sparsity. When training begins: the run is too short for the schedule;
             `load_best_model_at_end` is set with a schedule; `PruningCycles` meets adapters other than MaskLoRA and
-            ScaledLoRA; calibration is given and the model is sharded already; `prune` refuses its arguments.
+            ScaledLoRA, or adapters that are not active; calibration is given and the model is sharded already; `prune`
+            refuses its arguments.
             When a run is resumed: it asks for another sparsity, which its schedule does not reach any more; or, with
             adapters, the file of base weights belongs to another run.
         FileNotFoundError: training with adapters is resumed, and the checkpoint has no file of the base weights that
@@ -411,4 +412,9 @@ def _check_restarts(model: nn.Module) -> None:
             raise ValueError(
                 f"PruningCycles merges and resets the adapters, and {name!r}, a {type(module).__name__}, does not "
                 "support this. Use MaskLoRAConfig or ScaledLoRAConfig on a model that is not quantised."
+            )
+        if others := sorted(set(module.A) - set(module.active_adapters)):
+            raise ValueError(
+                f"PruningCycles merges the active adapter into the base weights. The adapter {others[0]!r} would then "
+                f"compute something else. Call `delete_adapter({others[0]!r})`, or train on a copy of the model."
             )

@@ -48,6 +48,7 @@ from .arguments import SparseTrainingArguments
 from .calibration_samples import first_samples
 from .chain import AfterReconstruction, where_to_resume
 from .checkpoints import last_complete_checkpoint
+from .checks import check_data, check_unmerged
 from .distillation import ADVICE, check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
 from .endings import as_before
 from .freezing import FreezingCallback
@@ -59,6 +60,7 @@ from .recalibration import Recalibration
 from .reconstruction_run import ReconstructionRun
 from .run_report import RunReportCallback
 from .saving import save_plain_model, what_was_trained
+from .several_adapters import load_adapters
 from .termination import TerminationCallback
 from .zero_guard import ZeroGuardCallback
 
@@ -350,6 +352,8 @@ class SparseTrainer(Trainer):
                 last_complete_checkpoint(str(args.output_dir), only_weights=args.save_only_model)
             )
         check_added_adapters(self.model, self.args.save_strategy != "no")
+        check_data(self)
+        check_unmerged(self.model)
         if self.model_init is None:
             self._prune_first(self.model)
         trainer: Any = self
@@ -425,14 +429,19 @@ class SparseTrainer(Trainer):
             return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not load_added_adapter(self.model if model is None else model, Path(resume_from_checkpoint)):
+        if not self._load_adapters(self.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        # `Trainer` looks for a whole model, and fails after all of the training.
+        # `Trainer` would look for a whole model, or for the adapter "default", after all of the training.
         best = self.state.best_model_checkpoint
-        if best is None or not load_added_adapter(self.model, Path(best)):
+        if best is None or not self._load_adapters(self.model, best):
             super()._load_best_model()
+
+    def _load_adapters(self, model: nn.Module, checkpoint: str) -> bool:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return load_added_adapter(model, Path(checkpoint))
+        return load_added_adapter(model, Path(checkpoint)) or load_adapters(model, Path(checkpoint))
 
     @contextlib.contextmanager
     def _released(self) -> Iterator[None]:

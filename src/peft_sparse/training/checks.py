@@ -1,0 +1,39 @@
+"""What a training needs, checked before the model is pruned or changed in another way."""
+
+from collections.abc import Sized
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import Trainer
+
+
+def check_data(trainer: Trainer) -> None:
+    """Check that there is a sample to train on, as far as this is known. A subclass may have data of its own.
+
+    Raises:
+        ValueError: there is no training set, or it is empty.
+    """
+    if type(trainer).get_train_dataloader is not Trainer.get_train_dataloader:
+        return
+    data: Any = trainer.train_dataset
+    if data is None or (isinstance(data, Sized) and len(data) == 0):
+        raise ValueError(
+            f"Training needs samples, and `train_dataset` {'is None' if data is None else 'is empty'}. Pass samples, "
+            'or set `recovery="none"` to prune only.'
+        )
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Check that no adapter is merged: the layer would compute with the merged weight alone.
+
+    Raises:
+        ValueError: an adapter is merged.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            raise ValueError(
+                f"The adapter {layer.merged_adapters[0]!r} is merged into {name!r}, so that training would not change "
+                "it. Call `unmerge_adapter()` before training, or take the merged adapter out by "
+                "`merge_and_unload()`."
+            )
