@@ -722,6 +722,39 @@ def test_a_trained_head_survives_saving_loading_and_merging(train_head, tuner, t
     assert (shares["other"] > 0) == (train_head == "full")
 
 
+def resnet():
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+PIXELS = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+RESNET = Kind(resnet, PIXELS, {"target_modules": r".*layer\.\d\.convolution"})
+
+
+@pytest.mark.parametrize("train_head", ["adapter", "full"])
+def test_a_classifier_is_trained_as_an_output_head(train_head, tmp_path):
+    wrapped = adapted(RESNET, MaskLoRAConfig, train_head=train_head, train_norms=True)
+    train(wrapped, RESNET)
+    loaded = PeftModel.from_pretrained(RESNET.sparse(), saved(wrapped, tmp_path))
+    assert torch.equal(output(loaded, RESNET), output(wrapped, RESNET))
+    merged = loaded.merge_and_unload()
+    assert not torch.equal(merged.classifier[1].weight, RESNET.sparse().classifier[1].weight)
+
+
+@pytest.mark.parametrize("train_norms", [True, False])
+def test_statistics_that_are_not_saved_with_the_adapter_are_told_of(train_norms, tmp_path, caplog):
+    wrapped = adapted(RESNET, MaskLoRAConfig, train_norms=train_norms)
+    saved(wrapped, tmp_path)
+    assert "running statistics" not in caplog.text
+    train(wrapped, RESNET)
+    loaded = PeftModel.from_pretrained(RESNET.sparse(), saved(wrapped, tmp_path))
+    told = "have changed since the adapter 'default' was attached" in caplog.text
+    assert told != train_norms
+    assert told != torch.equal(output(loaded, RESNET), output(wrapped, RESNET))
+
+
 # -- torch.compile -------------------------------------------------------------------------------------------------
 
 

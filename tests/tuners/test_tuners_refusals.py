@@ -358,7 +358,16 @@ REFUSALS = [
         ValueError,
         "needs `residual=False`, got `residual=True`. Leave `residual` out",
     ),
-    (lambda: adapted(train_head="full", model=headless()), ValueError, "needs a model with an output head"),
+    (
+        lambda: adapted(train_head="full", model=headless()),
+        ValueError,
+        "output head or a classifier, and none was found",
+    ),
+    (
+        lambda: adapted(train_head="adapter", modules_to_save=["lm_head"]),
+        ValueError,
+        "'lm_head' is trained as a whole, because `modules_to_save` has 'lm_head'. .* Use `train_head=\"none\"`",
+    ),
     (
         lambda: adapted(train_head="adapter", model=tiny("gpt2")),
         ValueError,

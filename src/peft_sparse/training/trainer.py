@@ -339,6 +339,7 @@ class SparseTrainer(Trainer):
                 )
             resume_regions, checkpoint = resume_from_checkpoint, None
             if self.args.retrains:
+                check_data(self)
                 resume_regions, checkpoint = where_to_resume(self.args, resume_from_checkpoint)
             output = self._reconstruct(resume_regions, ignore_keys_for_eval)
             self._recalibrate()

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
+from torch import Tensor
 
 from ..model.masks import sparsity_of_fingerprint
 from .registration import add_peft_type
@@ -60,10 +61,13 @@ class SparseLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._head: str | None = None
+        # The names of the output heads that get an adapter.
+        self._heads: tuple[str, ...] = ()
         # The fingerprints to save, and those that were compared when the adapter was attached.
         self._proof: dict[str, str] = {}
         self._compared: dict[str, str] = {}
+        # The running statistics of norms when the adapter was attached, by name.
+        self._statistics: dict[str, Tensor] = {}
         # What was done to the model, for the model card.
         self._done: dict[str, Any] = {}
         # PEFT looks names up in sets, and JSON gives lists.
@@ -180,8 +184,9 @@ class MaskLoRAConfig(SparseLoraConfig):
         bias: which biases are trained and saved: "none", "all" for every bias of the model, or "mask_lora_only" for
             the biases of adapted layers.
         train_norms: train and save every normalisation layer of the model, by adding them to `modules_to_save`.
-        train_head: how the output head is trained. "none" leaves it frozen. "adapter" adapts it as any other layer.
-            "full" trains and saves its own weight. A head that shares its weight with the embedding is refused.
+        train_head: how the output head is trained, or the classifier of a model with labels. "none" leaves it frozen.
+            "adapter" adapts it as any other layer. "full" trains and saves its own weight. A head that shares its
+            weight with the embedding is refused.
         modules_to_save: names of further modules to train and save as a whole, such as a new classifier.
         trainable_token_indices: indices of tokens whose embeddings are trained and saved, such as tokens added for a
             chat template. A list is for the input embedding. A dictionary gives the list for each embedding by name.
@@ -285,8 +290,9 @@ class ScaledLoRAConfig(SparseLoraConfig):
         bias: which biases are trained and saved: "none", "all" for every bias of the model, or "scaled_lora_only" for
             the biases of adapted layers.
         train_norms: train and save every normalisation layer of the model, by adding them to `modules_to_save`.
-        train_head: how the output head is trained. "none" leaves it frozen. "adapter" adapts it as any other layer.
-            "full" trains and saves its own weight. A head that shares its weight with the embedding is refused.
+        train_head: how the output head is trained, or the classifier of a model with labels. "none" leaves it frozen.
+            "adapter" adapts it as any other layer. "full" trains and saves its own weight. A head that shares its
+            weight with the embedding is refused.
         modules_to_save: names of further modules to train and save as a whole, such as a new classifier.
         trainable_token_indices: indices of tokens whose embeddings are trained and saved, such as tokens added for a
             chat template. A list is for the input embedding. A dictionary gives the list for each embedding by name.

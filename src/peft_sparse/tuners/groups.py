@@ -8,7 +8,9 @@ from functools import partial
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..model.blocks import base_model, norm_names, output_head, tied_to_embedding
+from ..model.blocks import base_layer, base_model, norm_names, output_head, tied_to_embedding
+from ..model.stacks import find_blocks
+from ..model.tree import walk
 from ..model.weights import WeightView
 from .config import SparseLoraConfig
 
@@ -21,29 +23,37 @@ def select_groups(model: nn.Module, config: SparseLoraConfig) -> None:
         config: the configuration. Norms, and a head that is trained as a whole, are added to `modules_to_save`.
 
     Raises:
-        ValueError: `train_head` is not "none", and the model has no output head or one that shares its weight with the
-            embedding.
+        ValueError: `train_head` is not "none", and the model has no output head and no classifier, or one that shares
+            its weight with the embedding, or "adapter" and the head is trained as a whole.
     """
     if config.train_norms:
         config.modules_to_save = sorted(set(config.modules_to_save or ()) | _norm_targets(model))
-    config._head = None
+    config._heads = ()
     if config.train_head == "none":
         return
-    name = output_head(model)
-    if name is None:
+    names = _heads(model)
+    if not names:
         raise ValueError(
-            f"`train_head` needs a model with an output head, and this {type(base_model(model)).__name__} has none. "
-            'Use `train_head="none"`.'
+            f"`train_head` needs a model with an output head or a classifier, and none was found in this "
+            f'{type(base_model(model)).__name__}. Use `train_head="none"`, and name the head in `modules_to_save`.'
         )
-    if tied_to_embedding(model, {name: WeightView(base_model(model).get_submodule(name))}):
+    views = {name: WeightView(base_layer(base_model(model).get_submodule(name))) for name in names}
+    for name in tied_to_embedding(model, views):
         raise ValueError(
             f"The output head {name!r} shares its weight with the embedding, so training it would change both. Load "
             'the model with `tie_word_embeddings=False` and copy the weight, or use `train_head="none"`.'
         )
+    # For some values of `task_type`, PEFT has put the classifier there.
+    whole = {name: field for name in names if (field := _trained_whole(name, config)) is not None}
     if config.train_head == "full":
-        config.modules_to_save = sorted({*(config.modules_to_save or ()), name})
-    else:
-        config._head = name
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *(set(names) - whole.keys())})
+        return
+    for name, field in whole.items():
+        raise ValueError(
+            f"The output head {name!r} is trained as a whole, because `modules_to_save` has {field!r}. PEFT adds the "
+            'classifier for `task_type="SEQ_CLS"` and similar tasks. Use `train_head="none"`, or another `task_type`.'
+        )
+    config._heads = names
 
 
 def trainable_shares(model: nn.Module) -> dict[str, float]:
@@ -85,6 +95,34 @@ def trainable_shares(model: nn.Module) -> dict[str, float]:
         counts[group] += parameter.numel()
     shares = {group: count / total for group, count in counts.items()}
     return shares | {"all": sum(shares.values())}
+
+
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    """Return the name of the output head. Without one, those of the layers that give one output for each label.
+
+    These are linear layers outside of the blocks. Some models have two, such as DeiT.
+    """
+    name = output_head(model)
+    if name is not None:
+        return (name,)
+    base = base_model(model)
+    labels = getattr(getattr(base, "config", None), "num_labels", None)
+    blocks = tuple(f"{block}." for block in find_blocks(base))
+    return tuple(
+        name
+        for name, module in walk("", base)
+        if isinstance(layer := base_layer(module), nn.Linear)
+        and layer.out_features == labels
+        and not name.startswith(blocks)
+    )
+
+
+def _trained_whole(name: str, config: SparseLoraConfig) -> str | None:
+    """Return the entry of `modules_to_save` by which the module `name`, or one around it, is trained. None without."""
+    parts = name.split(".")
+    around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    entries = config.modules_to_save or ()
+    return next((entry for entry in entries if any(each.endswith(entry) for each in around)), None)
 
 
 def _norm_targets(model: nn.Module) -> set[str]:

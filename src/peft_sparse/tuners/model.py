@@ -31,6 +31,7 @@ from .layer import SparseLoraLayer
 from .merging import plain_model
 from .proof import check_masks, proof_to_save, receive, report_oddities
 from .saved_masks import names_alone
+from .statistics import remember_statistics, warn_of_statistics
 from .ties import give_own_weights, settle_ties
 from .used_by_others import weights_read_by
 
@@ -69,6 +70,7 @@ class SparseLoraModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: SparseLoraConfig, adapter_name: str) -> None:
         report_oddities(model, config, adapter_name)
+        remember_statistics(model, config)
 
     def _check_new_adapter_config(self, config: SparseLoraConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -93,7 +95,7 @@ class SparseLoraModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: SparseLoraConfig, key: str) -> Any:
-        return key == peft_config._head or BaseTuner._check_target_module_exists(peft_config, key)
+        return key in peft_config._heads or BaseTuner._check_target_module_exists(peft_config, key)
 
     def _check_target_module_compatiblity(
         self, peft_config: SparseLoraConfig, model: nn.Module, target_name: str
@@ -338,6 +340,7 @@ class SparseLoraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         # PEFT calls this right before it saves the configuration, which needs the fingerprints then.
+        warn_of_statistics(model, config, adapter_name)
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return proof_to_save(model, config, adapter_name, tensors)
 
