@@ -453,6 +453,33 @@ def test_an_adapter_on_zeros_alone_is_told_of(caplog):
     assert "1 of 2 adapted weights consist of zeros (first '2')" in caplog.text
 
 
+def test_an_adapter_that_is_refused_leaves_the_model_as_it_was(tuner):
+    class Last(nn.Conv1d):
+        """A layer that is met after others, and cannot be adapted."""
+
+    def dense():
+        torch.manual_seed(0)
+        return Net(nn.Linear(6, 6), Last(6, 6, 1))
+
+    model = dense()
+    with pytest.raises(TypeError, match="is not supported"):
+        get_peft_model(model, tuner(target_modules=["0", "1"]))
+    assert not tuner_layers(model)
+    wrapped = get_peft_model(model, tuner(target_modules=["0"]))
+    with pytest.raises(TypeError, match="is not supported"):
+        wrapped.add_adapter("other", tuner(target_modules=["0", "1"]))
+    assert [list(layer.A) for layer in tuner_layers(wrapped)] == [["default"]]
+
+
+def test_base_weights_that_are_trained_beside_an_adapter_are_told_of(tuner, tmp_path, caplog):
+    wrapped = adapted(KINDS["mlp"], tuner, modules_to_save=["1"])
+    saved(wrapped, tmp_path)
+    assert "is saved without" not in caplog.text
+    wrapped.base_model.model[0].base_layer.weight.requires_grad_(True)
+    saved(wrapped, tmp_path)
+    assert "1 parameters of the base model are trained beside it" in caplog.text
+
+
 # -- LoRA-Prune ----------------------------------------------------------------------------------------------------
 
 
@@ -750,7 +777,7 @@ def test_statistics_that_are_not_saved_with_the_adapter_are_told_of(train_norms,
     assert "running statistics" not in caplog.text
     train(wrapped, RESNET)
     loaded = PeftModel.from_pretrained(RESNET.sparse(), saved(wrapped, tmp_path))
-    told = "have changed since the adapter 'default' was attached" in caplog.text
+    told = "6 running statistics of norms have changed" in caplog.text
     assert told != train_norms
     assert told != torch.equal(output(loaded, RESNET), output(wrapped, RESNET))
 

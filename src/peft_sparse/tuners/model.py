@@ -31,8 +31,8 @@ from .layer import SparseLoraLayer
 from .merging import plain_model
 from .proof import check_masks, proof_to_save, receive, report_oddities
 from .saved_masks import names_alone
-from .statistics import remember_statistics, warn_of_statistics
 from .ties import give_own_weights, settle_ties
+from .unsaved import remember_statistics, warn_of_unsaved
 from .used_by_others import weights_read_by
 
 
@@ -55,7 +55,26 @@ class SparseLoraModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
     layer_classes: ClassVar[dict[str, type[SparseLoraLayer]]]
     _tied_weights: set[int] | None
+    # What was replaced since an adapter began to be attached, as (module, name in it, what was there).
+    _replaced: list[tuple[nn.Module, str, nn.Module]] | None = None
+    # The modules that the model holds under several names, by what identifies them: (module, where it is held).
     _holders: dict[int, tuple[nn.Module, list[tuple[nn.Module, str]]]] | None
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Attach an adapter, as PEFT does. If this fails, the model is as before."""
+        before = {id(module) for module in model.modules() if _has_adapter(module, adapter_name)}
+        self._replaced = []
+        try:
+            BaseTuner.inject_adapter(self, model, adapter_name, *args, **kwargs)
+        except Exception:
+            for holder, name, child in reversed(self._replaced):
+                setattr(holder, name, child)
+            for module in model.modules():
+                if id(module) not in before and _has_adapter(module, adapter_name):
+                    cast(Any, module).delete_adapter(adapter_name)
+            raise
+        finally:
+            self._replaced = None
 
     def _prepare_adapter_config(self, peft_config: SparseLoraConfig, model_config: dict[str, Any]) -> SparseLoraConfig:
         if peft_config.target_modules is None and peft_config.target_parameters:
@@ -193,6 +212,8 @@ class SparseLoraModel(BaseTuner):
         # adapters to the device of the base weight, which our layers do themselves.
         # The model may hold one layer under several names, and may call it by any of them.
         for holder, name in [(parent, child_name), *self._held_by(child)]:
+            if self._replaced is not None:
+                self._replaced.append((holder, name, child))
             setattr(holder, name, new_module)
 
     def _held_by(self, child: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -340,8 +361,8 @@ class SparseLoraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         # PEFT calls this right before it saves the configuration, which needs the fingerprints then.
-        warn_of_statistics(model, config, adapter_name)
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        warn_of_unsaved(model, config, adapter_name, tensors)
         return proof_to_save(model, config, adapter_name, tensors)
 
     @classmethod
@@ -353,6 +374,10 @@ class SparseLoraModel(BaseTuner):
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         whole = whole_pairs(model, adapter_name, remapped)
         return receive(model, config, adapter_name, whole, wait=True)
+
+
+def _has_adapter(module: nn.Module, adapter_name: str) -> bool:
+    return isinstance(module, SparseLoraLayer) and adapter_name in module.A
 
 
 def _tied_weights(tuner: BaseTuner) -> set[int]:
