@@ -67,9 +67,10 @@ def chained_twice():
     trainer.train()
 
 
-def trained(model, data=TOKENS, **options):
+def trained(model, data=TOKENS, resume=None, **options):
     rows = None if data is None else [{"input_ids": row, "labels": row} for row in data]
-    SparseTrainer(model, arguments(max_steps=6, save_strategy="no", **options), train_dataset=rows).train()
+    args = arguments(**{"max_steps": 6, "save_strategy": "no"} | options)
+    SparseTrainer(model, args, train_dataset=rows).train(resume_from_checkpoint=resume)
 
 
 def without_data(data):
@@ -84,6 +85,11 @@ def cycles_beside_another():
     model = adapted()
     model.add_adapter("other", MaskLoRAConfig(target_modules=["q_proj"]))
     trained(model, sparsity=0.5, pruning_schedule="cycles", pruning_rounds=2)
+
+
+def resumed_with_another_scaling():
+    trained(adapted(), save_strategy="steps", save_steps=6)
+    trained(adapted(lora_alpha=64), resume="unused/checkpoint-6")
 
 
 def continued_elsewhere():
@@ -378,6 +384,11 @@ REFUSALS = [
         lambda: trained(merged()),
         ValueError,
         "'default' is merged into .*q_proj', so that training .* Call `unmerge_adapter",
+    ),
+    (
+        resumed_with_another_scaling,
+        ValueError,
+        r"another configuration: .*\(1.0, True, 'always'\) in .* with \(8.0, True",
     ),
     (cycles_beside_another, ValueError, "The adapter 'other' would then compute something else. Call `delete_adapter"),
     (chained_twice, ValueError, "has reconstructed its model and attached an adapter already. Make a new"),
