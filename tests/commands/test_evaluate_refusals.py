@@ -19,6 +19,7 @@ REFUSALS = [
         FileNotFoundError,
         "Expected a folder for --json, and there is none for 'nowhere/results.json'. Make it first",
     ),
+    (lambda: run("model", "--json", "."), IsADirectoryError, "Expected a file for --json, got the folder '.'"),
 ]
 
 

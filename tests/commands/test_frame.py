@@ -108,10 +108,15 @@ def test_the_traceback_is_shown_if_asked(capsys):
 
 
 def test_an_error_after_the_work_began_is_a_failure(folder, capsys, monkeypatch):
+    from peft_sparse.commands import prune
+
+    def full(*arguments, **options):
+        raise OSError("No space left on device")
+
     save_tiny_model(folder / "model")
-    (folder / "pruned").write_text("a file where the folder should be")
+    monkeypatch.setattr(prune, "write_report", full)
     assert main(["prune", "--model", "model", "--sparsity", "0.5", "--use_cpu"]) == 1
-    assert "peft-sparse prune: failed: " in ending(capsys)[-1]
+    assert ending(capsys)[-1] == "peft-sparse prune: failed: No space left on device"
 
 
 def test_an_error_in_the_middle_of_pruning_is_a_failure(folder, capsys, monkeypatch):
@@ -195,14 +200,29 @@ def test_a_run_from_a_file_is_the_run_of_its_arguments(folder):
     assert main(["prune", "--config", "run.yaml"]) == 0
 
 
-def test_numbers_that_yaml_takes_for_texts_are_numbers(folder):
-    (folder / "run.yaml").write_text("learning_rate: 1e-3\n")
-    assert frame._parsed(frame._parser("retrain"), ["--config", "run.yaml"]).learning_rate == 1e-3
+def test_a_file_may_hold_what_a_command_line_may(folder):
+    (folder / "run.yaml").write_text(
+        "model: dense\npattern: 2:4\nlearning_rate: 1e-3\nsave_strategy: no\ntarget_modules: q_proj\nseed:\n"
+    )
+    args = frame._parsed(frame._parser("retrain"), ["--config", "run.yaml"])
+    assert (args.model_name_or_path, args.pattern, args.learning_rate) == ("dense", "2:4", 1e-3)
+    assert (args.save_strategy, args.target_modules) == ("no", ["q_proj"])
+    assert "seed" not in args
+    (folder / "models.yaml").write_text("models: [dense, sparse]\nspeed: true\nrounds: 0\n")
+    args = frame._parsed(frame._parser("evaluate"), ["--config", "models.yaml"])
+    assert (args.models, args.speed, args.rounds) == (["dense", "sparse"], True, 0)
 
 
 @pytest.mark.parametrize(
     ("written", "words"),
-    [("criterium: wanda\n", "unknown name 'criterium'. Did you mean 'criterion'"), ("- wanda\n", "got list")],
+    [
+        ("criterium: wanda\n", "unknown name 'criterium'. Did you mean 'criterion'? `peft-sparse"),
+        ("- wanda\n", "got list"),
+        ('sparsity: "50%"\n', "argument --sparsity: invalid float value: '50%'"),
+        ("sparsity: [0.5]\n", "run.yaml: sparsity: expected one value, got the list [0.5]"),
+        ("sparsity: 0.5\n  criterion: wanda\n", "Expected 'run.yaml' to be YAML with names and values"),
+        ("traceback: true\n", "unknown name 'traceback'"),
+    ],
 )
 def test_a_file_with_other_names_is_refused(folder, capsys, written, words):
     (folder / "run.yaml").write_text(written)

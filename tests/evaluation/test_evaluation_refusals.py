@@ -25,7 +25,7 @@ from peft_sparse.evaluation import (
 )
 from peft_sparse.evaluation.domains import PerplexityReport, perplexity_by_domain
 
-from conftest import CONFIGS
+from conftest import CONFIGS, tiny
 from evaluated import TEXT, save_adapter, save_dense, write_rows
 from refusing import TOKENS, llama, nan_norm
 from texts import byte_tokenizer, character_tokenizer
@@ -84,6 +84,11 @@ def adapter_without_base():
     return load_model(adapter)
 
 
+def of_images():
+    tiny("vit").save_pretrained("vit")
+    return "vit"
+
+
 def other_tokenizers():
     own = [LoadedModel(str(n), llama(), make()) for n, make in enumerate((character_tokenizer, byte_tokenizer))]
     return compare_models(own, TEXT, window=4, rounds=0)
@@ -131,6 +136,26 @@ REFUSALS = [
         lambda: perplexity_by_domain(llama(), {"c4": TOKENS, "code": []}),
         ValueError,
         r"`domains\['code'\]` holds no batch. Give at least one sequence",
+    ),
+    (
+        lambda: text_perplexity(llama(), character_tokenizer(), TEXT, window=1),
+        ValueError,
+        "Expected `window` of 2 or more, got 1. A model predicts every token but the first",
+    ),
+    (
+        lambda: text_perplexity(llama(), character_tokenizer(), TEXT, window=1000),
+        ValueError,
+        "The text is too short for one `window` of 1000 tokens. Lower `window`",
+    ),
+    (
+        lambda: text_perplexity(tiny("opt"), character_tokenizer(), TEXT, window=65),
+        ValueError,
+        "The model reads at most 64 tokens at once, got `window=65`. Use a window of 64",
+    ),
+    (
+        lambda: load_model(of_images()),
+        ValueError,
+        "Expected a causal language model, and 'vit' is a ViTForImageClassification. In Python, `prune`",
     ),
     (
         lambda: text_perplexity(llama(), character_tokenizer(), TEXT, window=4, max_windows=0),

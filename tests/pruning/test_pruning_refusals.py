@@ -61,6 +61,11 @@ def remove_weights(folder):
     (folder / "source" / "model.safetensors").unlink()
 
 
+def name_others(folder):
+    path = folder / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": "elsewhere"}))
+
+
 def forget_the_class(folder):
     LlamaConfig().save_pretrained(folder / "source")
 
@@ -371,6 +376,7 @@ REFUSALS = [
         "Expected a folder with config.json and safetensors, .* at 'nowhere'. Download .* `huggingface_hub.snapshot",
     ),
     (lambda: streamed(edit=cut_short), ValueError, "model.safetensors' is no whole safetensors file: .* Download it"),
+    (lambda: streamed(edit=name_others), ValueError, "says where the weights are: 'elsewhere'. There is no such file"),
     (lambda: streamed(edit=remove_weights), ValueError, "Expected model.safetensors or model.safetensors.index.json"),
     (lambda: streamed(group="model"), ValueError, "One block at a time is in memory, .* Use `prune`"),
     (

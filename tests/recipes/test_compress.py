@@ -8,8 +8,8 @@ import torch
 import transformers
 import yaml
 
-from peft_sparse import compress, load_recipe, perplexity, prune, reconstruct, sparsity
-from peft_sparse.recipes import RECIPES, recipe
+from peft_sparse import ScaledLoRAConfig, compress, load_recipe, perplexity, prune, reconstruct, sparsity
+from peft_sparse.recipes import RECIPES, AdapterArguments, recipe
 
 from checks import assert_same_weights, assert_same_zeros, zeros_of
 from rebuilding import lively
@@ -148,6 +148,18 @@ def test_a_recipe_of_ones_own_is_a_file(tmp_path):
     assert (made.args.criterion, made.args.pattern, made.args.max_steps) == ("magnitude", "4:8", 3)
     assert made.adapter.config().peft_type == "SCALED_LORA"
     assert load_recipe("fast", tmp_path / "out", adapter="none").adapter.config() is None
+
+
+def test_numbers_of_a_recipe_are_read_as_they_are_written(tmp_path):
+    (tmp_path / "own.yaml").write_text("pattern: 2:4\nlearning_rate: 1e-3\nwarmup_steps: 0.1\nmax_steps: 3\n")
+    args = load_recipe(tmp_path / "own.yaml", tmp_path / "out").args
+    assert (args.pattern, args.learning_rate, args.warmup_steps, args.max_steps) == ("2:4", 1e-3, 0.1, 3)
+
+
+def test_each_adapter_is_scaled_as_its_method_is():
+    assert AdapterArguments().config().lora_alpha / AdapterArguments().r == 2
+    assert AdapterArguments("scaled_lora").config().lora_alpha == ScaledLoRAConfig(r=16).lora_alpha
+    assert AdapterArguments("scaled_lora", lora_alpha=8).config().lora_alpha == 8
 
 
 class _Stop(StopAt):

@@ -16,6 +16,11 @@ def of_a_list():
     read_recipe("list.yaml")
 
 
+def of_another_file():
+    Path("text.yaml").write_text("criterion: wanda\n  update: true\n")
+    read_recipe("text.yaml")
+
+
 def sharded():
     made = load_recipe("fast", "out", sparsity=0.5, use_cpu=True)
     made.args.deepspeed = {"zero_optimization": {"stage": 2}}
@@ -29,6 +34,7 @@ REFUSALS = [
         "Expected a recipe: 'fast', 'balanced', 'best', or the path of a YAML file; got 'slow'",
     ),
     (of_a_list, ValueError, "Expected 'list.yaml' to hold names and values, such as `criterion: wanda`, got list"),
+    (of_another_file, ValueError, "Expected 'text.yaml' to be YAML with names and values, .* line 2"),
     (
         lambda: load_recipe("fast", "out", criterium="wanda"),
         ValueError,

@@ -264,6 +264,14 @@ REFUSALS = [
     ),
     (
         lambda: checkpoint(
+            lambda folder: (folder / "text.txt").write_text("weights"),
+            lambda folder: inspect_checkpoint(folder / "text.txt"),
+        ),
+        ValueError,
+        "Expected 'text.txt' to be a safetensors file, or one that `torch.save` wrote, got another file. Give",
+    ),
+    (
+        lambda: checkpoint(
             lambda folder: (folder / "plain" / "adapter_config.json").write_text("{}"),
             lambda folder: inspect_checkpoint(folder / "plain"),
         ),

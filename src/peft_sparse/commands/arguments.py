@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,6 +53,8 @@ def parsed(values: Mapping[str, Any], *kinds: Any) -> tuple[Any, ...]:
     """
     try:
         return HfArgumentParser(kinds).parse_dict(dict(values), allow_extra_keys=True)
+    except json.JSONDecodeError as error:
+        raise BadArguments(f"Expected JSON such as '{{\"damping\": 0.1}}', got {error.doc!r}. {error}.") from error
     except (ValueError, TypeError) as error:
         raise BadArguments(str(error)) from error
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from ..calibration.text import pack_sequences
 from ..pruning.prune import sparsity
 from ..recipes import RECIPES, AdapterArguments, Recipe, TextArguments, compress
 from ..recipes.compression import MODEL as FOLDER
@@ -25,8 +24,11 @@ from .sources import (
     MODEL,
     TEXT,
     SourceArguments,
+    check_lengths,
+    check_output,
     held_out,
     load_all,
+    packed_for,
     shuffled,
     tell_model,
     tell_text,
@@ -80,10 +82,12 @@ def run(args: argparse.Namespace) -> list[str]:
     given = vars(args)
     (chosen,) = parsed(given, RecipeArguments)
     sources, recipe = parsed(given, SourceArguments)[0], recipe_of(chosen.recipe, given)
+    check_output(str(recipe.args.output_dir), FOLDER, source=sources.model_name_or_path)
     prepare()
     documents, model, tokenizer = load_all(sources)
-    train = pack_sequences(documents.train, tokenizer, recipe.text.sequence_length)
-    calibration = pack_sequences(documents.train, tokenizer, recipe.text.calibration_length)
+    check_lengths(model, **vars(recipe.text), evaluation_length=sources.evaluation_length)
+    train = packed_for(documents, tokenizer, recipe.text, "sequence_length")
+    calibration = packed_for(documents, tokenizer, recipe.text, "calibration_length")
     evaluation = held_out(documents, tokenizer, sources)
     tell_model(sources, model, recipe.args.device)
     tell_text(documents, train, evaluation)

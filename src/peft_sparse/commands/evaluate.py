@@ -1,7 +1,6 @@
 """`peft-sparse evaluate`: measures models side by side."""
 
 import argparse
-import gzip
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 
 from ..evaluation import compare_models
 from ..evaluation.protocol import WINDOW
+from .story import prepare
+from .text_files import read_documents
 
 
 SUMMARY: str = "Compare models: perplexity, zero-shot tasks, size, sparsity, speed."
@@ -63,6 +64,9 @@ def run(args: argparse.Namespace) -> list[str]:
     """
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise FileNotFoundError(f"Expected a folder for --json, and there is none for {args.json!r}. Make it first.")
+    if args.json and Path(args.json).is_dir():
+        raise IsADirectoryError(f"Expected a file for --json, got the folder {args.json!r}. Give the name of a file.")
+    prepare()
     found = compare_models(
         args.models,
         _documents(args),
@@ -93,14 +97,7 @@ def _documents(args: argparse.Namespace) -> Iterable[Any] | None:
         from datasets import load_dataset
 
         return load_dataset(args.dataset_name, args.dataset_config, split=args.dataset_split)["text"]
-    if args.text_file is None:
-        return None
-    path = Path(args.text_file)
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        text = file.read()
-    if ".jsonl" in path.suffixes:
-        return [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
-    return [text]
+    return None if args.text_file is None else read_documents(args.text_file)
 
 
 def _add(group: Any, name: str, **options: Any) -> None:

@@ -5,6 +5,7 @@ import ast
 import copy
 import difflib
 import importlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -88,7 +89,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse the arguments."""
-        raise BadArguments(f"{message}. `{self.prog} --help` explains the arguments.")
+        raise BadArguments(
+            f"{message}{'' if message.endswith(('.', '?')) else '.'} `{self.prog} --help` explains the arguments."
+        )
 
 
 class _OneSpelling(argparse.RawDescriptionHelpFormatter):
@@ -142,31 +145,75 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 def _parsed(parser: argparse.ArgumentParser, given: list[str]) -> argparse.Namespace:
     """Return the arguments of a command. What `--config` names counts where the command line says nothing."""
-    first = _Parser(add_help=False, allow_abbrev=False)
+    first = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     path = first.parse_known_args(given)[0].config
-    if path is not None:
-        actions = {action.dest: action for action in parser._actions}
-        values = _values(parser, path)
-        for key in values:
-            if key not in actions:
-                near = difflib.get_close_matches(key, actions, n=1)
-                parser.error(f"{path}: unknown name {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
-            actions[key].required = False
-        parser.set_defaults(**values)
-    return parser.parse_args(given)
+    args, rest = parser.parse_known_args([*([] if path is None else _words(parser, path)), *given])
+    if rest:
+        options = [option for option in parser._option_string_actions if option.startswith("--")]
+        near = _nearest(rest[0].partition("=")[0], options)
+        hint = " Give the model by --model." if not rest[0].startswith("-") and "--model" in options else near
+        parser.error(f"unrecognized arguments: {' '.join(rest)}.{hint}")
+    return args
 
 
-def _values(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    import yaml
+def _words(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    """Return the options in a file as words of a command line. Other arguments become defaults of `parser`."""
+    # It imports what every command has imported already.
+    from ..recipes.recipe import read_values
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"--config: {' '.join(str(error).split())}")
-    if not isinstance(values, dict):
-        parser.error(f"{path}: expected names and values, such as `criterion: wanda`, got {type(values).__name__}")
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
+        values = read_values(path)
+    except (OSError, ValueError) as error:
+        parser.error(f"--config: {error}")
+    # What belongs to one call of a command, and not to a run.
+    own = {"help", "help_all", "config", "traceback"}
+    actions = {action.dest: action for action in parser._actions if action.dest not in own}
+    actions |= {
+        option[2:].replace("-", "_"): action
+        for option, action in parser._option_string_actions.items()
+        if option.startswith("--") and action.dest not in own
+    }
+    words: list[str] = []
+    for name, value in values.items():
+        key = str(name).replace("-", "_")
+        if key not in actions:
+            parser.error(f"{path}: unknown name {name!r}.{_nearest(key, list(actions))}")
+        action = actions[key]
+        if action.option_strings:
+            words += _as_words(parser, action, f"{path}: {name}", value)
+        else:
+            action.required = False
+            parser.set_defaults(**{action.dest: value})
+    return words
+
+
+def _as_words(parser: argparse.ArgumentParser, action: argparse.Action, name: str, value: Any) -> list[str]:
+    """Return an option and its value as they are written on a command line."""
+    option = action.option_strings[0]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            parser.error(f"{name}: expected true or false, got {value!r}")
+        return [option] if value else []
+    several = isinstance(value, list)
+    if several and action.nargs in (None, "?"):
+        parser.error(f"{name}: expected one value, got the list {value!r}")
+    # YAML reads the word `no` as false, and some arguments have this name for one of their values.
+    named = {False: "no"} if "no" in (action.choices or ()) else {}
+    texts = [
+        json.dumps(each) if isinstance(each, (dict, list)) else str(named.get(each, each))
+        for each in (value if several else [value])
+        if each is not None
+    ]
+    if not texts:
+        return []
+    return [option, *texts] if action.nargs in ("*", "+") else [f"{option}={texts[0]}"]
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    """Return a sentence with the name that is most like `word`, or that begins with it. Empty if there is none."""
+    near = [name for name in known if name.startswith(word)] or difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _module(name: str) -> Any:

@@ -11,6 +11,7 @@ from ..model.empty import model_classes
 from ..pruning.prune import sparsity
 from ..training.saving import save_plain_model
 from .outcome import BadArguments, begin_work
+from .sources import check_output
 from .story import prepare, say
 
 
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> list[str]:
             f"The adapter names the base model {base!r}, and this folder does not exist. Give --base with the base "
             "model's folder, or its name on the Hub."
         )
+    check_output(args.output_dir, "", source=base)
     described = AutoConfig.from_pretrained(base)
     plain: Any = model_classes(described)[0].from_pretrained(base)
     zeros = sparsity(plain)

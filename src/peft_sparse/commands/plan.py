@@ -13,7 +13,7 @@ from ..reconstruction import Fit
 from ..training.arguments import SparseTrainingArguments
 from . import groups
 from .arguments import add_fields, check_pruned, parsed
-from .sources import MODEL, SourceArguments, own_model
+from .sources import MODEL, SourceArguments, configuration, own_model
 from .story import prepare, say
 
 
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> list[str]:
     kinds = (SourceArguments, PlanArguments, TextArguments, AdapterArguments, SparseTrainingArguments)
     sources, plan, text, adapter, options = parsed({"output_dir": "unused"} | values, *kinds)
     name = own_model(sources)
+    configuration(name)
     if {"pruning", "reconstruction"} & set(plan.stages):
         check_pruned(options)
     prepare()
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> list[str]:
     if "retraining" in plan.stages:
         trained = plan_training(
             name,
-            adapter.config("CAUSAL_LM"),
+            adapter.config(),
             batch_size=options.per_device_train_batch_size,
             length=text.sequence_length,
             gradient_accumulation_steps=options.gradient_accumulation_steps,

@@ -22,6 +22,8 @@ from .sources import (
     TEXT,
     SourceArguments,
     calibration_sequences,
+    check_lengths,
+    check_output,
     in_turn,
     load_documents,
     load_model,
@@ -66,6 +68,7 @@ def run(args: argparse.Namespace) -> list[str]:
     sources, text, memory, options = parsed(values, *kinds)
     check_pruned(options)
     output, source = Path(options.output_dir), own_model(sources)
+    check_output(str(output), "sparse", source=source)
     prepare()
     model: Any = None
     if memory.stream:
@@ -82,6 +85,8 @@ def run(args: argparse.Namespace) -> list[str]:
     else:
         model, tokenizer = load_model(source)
         calibration = _calibration(sources, options, text, tokenizer)
+        if calibration is not None:
+            check_lengths(model, calibration_length=text.calibration_length)
         tell_model(sources, model, options.device)
         say(f"pruning to {options.pruning_pattern()} by {options.criterion}")
         model.to(options.device)

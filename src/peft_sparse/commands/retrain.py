@@ -35,6 +35,10 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+# The best rate of docs/numbers/tuners.md. Its updates are fractions of the weights, so it needs a higher one.
+SCALED_LORA_RATE = 2e-2
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add to `parser` which model is retrained, on which text, by which adapter, and whether it is pruned first."""
     training = SparseTrainingArguments
@@ -42,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, SourceArguments, {"the text (default: the documentation of Python)": TEXT})
     add_fields(parser, TextArguments, {"how much of it": ("sequence_length",)}, DEFAULTS)
     add_fields(parser, AdapterArguments, {"the adapter": ("adapter", "r", "lora_alpha", "train_norms", "bias")})
-    add_fields(parser, training, {"retraining": (*groups.TRAINING, *groups.RETRAINING)}, DEFAULTS)
+    shown = DEFAULTS | {"learning_rate": f"{DEFAULTS['learning_rate']}, or {SCALED_LORA_RATE} for scaled_lora"}
+    add_fields(parser, training, {"retraining": (*groups.TRAINING, *groups.RETRAINING)}, shown)
     title = "pruning before it (default: only the embedded model is pruned, to 0.5)"
     add_fields(parser, training, {title: (*groups.SPARSITY, *groups.PRUNING)})
     add_fields(parser, TextArguments, {"the text of calibration": ("calibration_length",)}, DEFAULTS)
@@ -53,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[str]:
     """Retrain the model of `args`, merge it, save everything, and return what was written."""
-    work = start(args, "retrain", DEFAULTS)
+    scales = getattr(args, "adapter", None) == "scaled_lora"
+    work = start(args, "retrain", DEFAULTS | ({"learning_rate": SCALED_LORA_RATE} if scales else {}))
     trainer, options = work.trainer, work.recipe.args
     options.eval_on_start = True  # the trainer prunes first, so this evaluation measures the pruned model
     # With ZeRO-3 the model is sharded when it is loaded, and such a model can run only during training.

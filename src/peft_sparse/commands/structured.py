@@ -20,6 +20,8 @@ from .sources import (
     TEXT,
     SourceArguments,
     calibration_sequences,
+    check_lengths,
+    check_output,
     in_turn,
     load_documents,
     load_model,
@@ -79,9 +81,12 @@ def run(args: argparse.Namespace) -> list[str]:
     if chosen.ratio is None:
         raise BadArguments("A ratio is needed. Give --ratio 0.2 to remove a fifth of the parameters.")
     source = own_model(sources)
+    check_output(str(options.output_dir), "compact", source=source)
     prepare()
     model, tokenizer = load_model(source)
-    calibration = _calibration(sources, options, text, tokenizer)
+    calibration = _calibration(sources, options, text, tokenizer) if _needs_text(sources, chosen) else None
+    if calibration is not None:
+        check_lengths(model, calibration_length=text.calibration_length)
     tell_model(sources, model, options.device)
     asked = asdict(chosen)
     cut, ratio = asked.pop("compact"), asked.pop("ratio")
@@ -105,7 +110,11 @@ def run(args: argparse.Namespace) -> list[str]:
     return [f"{output / 'compact'} ({loading})", *files]
 
 
-def _calibration(sources: SourceArguments, options: Any, text: TextArguments, tokenizer: Any) -> Tensor | None:
-    if not sources.has_text:
-        return None
+def _needs_text(sources: SourceArguments, chosen: StructuredArguments) -> bool:
+    """Return whether a text is given, or needed by the metric or for the mean of what is removed."""
+    measures = chosen.metric not in METRICS or METRICS[chosen.metric].needs_inputs
+    return sources.has_text or measures or chosen.compensate is not False
+
+
+def _calibration(sources: SourceArguments, options: Any, text: TextArguments, tokenizer: Any) -> Tensor:
     return calibration_sequences(in_turn(lambda: load_documents(sources)), tokenizer, text, options)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, default_data_collator
 
-from ..calibration.text import pack_sequences
 from ..evaluation.perplexity import perplexity
 from ..model.environment import peak_memory
 from ..pruning.prune import sparsity
@@ -26,8 +25,11 @@ from .arguments import check_pruned, parsed
 from .outcome import begin_work
 from .sources import (
     SourceArguments,
+    check_lengths,
+    check_output,
     held_out,
     load_all,
+    packed_for,
     shuffled,
     tell_model,
     tell_text,
@@ -133,11 +135,13 @@ def start(args: argparse.Namespace, recovery: str, defaults: Mapping[str, Any]) 
     text, adapter, options = parsed(values, TextArguments, AdapterArguments, SparseTrainingArguments)
     if recovery == "reconstruct":
         check_pruned(options)
+    check_output(str(options.output_dir), "sparse", "pruned", source=sources.model_name_or_path)
     prepare()
     documents, model, tokenizer = load_all(sources)
     _check_sparsity(options, model)
-    train = pack_sequences(documents.train, tokenizer, text.sequence_length)
-    calibration = shuffled(pack_sequences(documents.train, tokenizer, text.calibration_length), options.seed)
+    check_lengths(model, **vars(text), evaluation_length=sources.evaluation_length)
+    train = packed_for(documents, tokenizer, text, "sequence_length")
+    calibration = shuffled(packed_for(documents, tokenizer, text, "calibration_length"), options.seed)
     evaluation = held_out(documents, tokenizer, sources)
     tell_model(sources, model, options.device)
     tell_text(documents, train, evaluation)

@@ -18,7 +18,7 @@ from .generation import GenerationSpeed, generation_speeds
 from .kernels import KernelReport, kernel_speed
 from .loading import LoadedModel, check_source, load_model, load_tokenizer, short_names
 from .perplexity import mean_loss
-from .protocol import WINDOW, TextPerplexity, described, windows_of
+from .protocol import WINDOW, TextPerplexity, check_window, described, windows_of
 from .tables import markdown
 from .tasks import TaskReport, check_tasks, evaluate_tasks, percent, title_of
 
@@ -182,6 +182,7 @@ def compare_models(
         if kernels and row.sparsity > DENSE:
             row = replace(row, kernels=kernel_speed(loaded.model, seed=seed))
         if windows is not None and texts is not None:
+            check_window(loaded.model, window)
             loss, count, choices = _choices(loaded.model, windows, batch_size)
             reference = choices if reference is None else reference
             agreement = float((choices == reference).double().mean())

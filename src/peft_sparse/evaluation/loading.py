@@ -10,7 +10,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -86,6 +91,7 @@ def check_source(source: str | Path, base: str | None = None) -> str | None:
 
     Raises:
         FileNotFoundError: there is no model at `source`, or the base of an adapter is not where it says.
+        ValueError: it is a model of another kind.
     """
     if find_adapter_config_file(source, token=None) is None:
         if _file(source, "config.json") is None:
@@ -93,6 +99,7 @@ def check_source(source: str | Path, base: str | None = None) -> str | None:
                 f"Expected a model or an adapter at {str(source)!r}, found neither config.json nor "
                 "adapter_config.json. Give a folder that `save_pretrained` wrote, or a Hub id."
             )
+        check_causal(source, AutoConfig.from_pretrained(source))
         return None
     named = base or PeftConfig.from_pretrained(source).base_model_name_or_path
     if not named or _file(named, "config.json") is None:
@@ -102,6 +109,28 @@ def check_source(source: str | Path, base: str | None = None) -> str | None:
             "Give `base` (on the command line: --base)."
         )
     return str(named)
+
+
+def check_causal(source: str | Path, config: PretrainedConfig) -> None:
+    """Check that a checkpoint is a causal language model.
+
+    Args:
+        source: its folder or Hub id, for the error.
+        config: its configuration.
+
+    Raises:
+        ValueError: it is another kind of model.
+    """
+    names = config.architectures or []
+    masked = set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+    if not known or masked & set(names):
+        what = names[0] if names else type(config).__name__
+        raise ValueError(
+            f"Expected a causal language model, and {str(source)!r} is a {what}. In Python, `prune`, `reconstruct`, "
+            "`prune_structured` and `SparseTrainer` take models of other kinds, such as image classifiers "
+            "(docs/guides/vision.md)."
+        )
 
 
 def load_tokenizer(source: str | Path, base: str | None = None) -> Any:

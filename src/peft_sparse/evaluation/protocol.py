@@ -83,8 +83,10 @@ def text_perplexity(
 
     Raises:
         TypeError: `documents` holds something else than texts.
-        ValueError: the text has fewer than `window` tokens; `max_windows` is below 1; see also `perplexity`.
+        ValueError: the text has fewer than `window` tokens; `window` is below 2, or more than the model reads at once;
+            `max_windows` is below 1; see also `perplexity`.
     """
+    check_window(model, window)
     texts = list(texts_of(documents))
     windows = windows_of(texts, tokenizer, window, max_windows)
     loss, count = mean_loss(model, windows, batch_size, "documents")
@@ -99,7 +101,32 @@ def windows_of(texts: list[str], tokenizer: Any, window: int, max_windows: int |
     """
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"Expected `max_windows` of 1 or more, or None for the whole text, got {max_windows}.")
-    return pack_sequences(texts, tokenizer, window, separator=SEPARATOR)[:max_windows]
+    if window < 2:
+        raise ValueError(f"Expected `window` of 2 or more, got {window}. A model predicts every token but the first.")
+    try:
+        return pack_sequences(texts, tokenizer, window, separator=SEPARATOR)[:max_windows]
+    except ValueError as error:
+        raise ValueError(f"The text is too short for one `window` of {window} tokens. Lower `window`.") from error
+
+
+def check_window(model: Any, window: int) -> None:
+    """Check that a model was made for windows of this length.
+
+    Raises:
+        ValueError: it reads fewer tokens at once.
+    """
+    most = positions_of(model)
+    if most is not None and most < window:
+        raise ValueError(
+            f"The model reads at most {most} tokens at once, got `window={window}`. Use a window of {most}."
+        )
+
+
+def positions_of(model: Any) -> int | None:
+    """Return how many tokens a model was made to read at once, or None if its configuration does not say."""
+    config = getattr(model, "config", None)
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    return most if isinstance(most, int) and most > 0 else None
 
 
 def described(loss: float, count: int, windows: Tensor, texts: list[str]) -> TextPerplexity:

@@ -58,6 +58,11 @@ def weight_files(source: Path, config: PretrainedConfig) -> list[Path]:
     names = [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
     found = [source / name for name in names if (source / name).is_file()]
     if not found:
+        if named:
+            raise ValueError(
+                f"config.json in {str(source)!r} says where the weights are: {named!r}. There is no such file. Give a "
+                "folder that `save_pretrained` wrote."
+            )
         raise ValueError(
             f"Expected {' or '.join(names)} in {str(source)!r}, found neither. Give a folder that `save_pretrained` "
             "wrote."

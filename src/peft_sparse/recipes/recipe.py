@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ..tuners import MaskLoRAConfig, ScaledLoRAConfig
 _FOLDER = Path(__file__).parent
 # The recipes of the package, from the fastest to the best.
 RECIPES = ("fast", "balanced", "best")
+# The numerator of the scaling with which the recipes were measured.
+MASK_LORA_ALPHA = 32
 ADAPTERS: dict[str, type[PeftConfig]] = {"mask_lora": MaskLoRAConfig, "scaled_lora": ScaledLoRAConfig}
 
 
@@ -46,7 +49,10 @@ class AdapterArguments:
         metadata={"help": f"What is retrained: {', '.join(ADAPTERS)}, or none for all weights."},
     )
     r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: float | None = field(default=32, metadata={"help": "The scaling is lora_alpha / r."})
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "The scaling is lora_alpha / r. Default: 32 for mask_lora. scaled_lora then scales by 1."},
+    )
     train_norms: bool = field(default=True, metadata={"help": "Train the normalisation layers as well."})
     bias: str = field(default="all", metadata={"help": 'Biases to train: "none" or "all".'})
 
@@ -60,11 +66,12 @@ class AdapterArguments:
         """Return the configuration of the adapter for all linear layers of the blocks. None trains all weights."""
         if self.adapter == "none":
             return None
+        lora_alpha = MASK_LORA_ALPHA if self.lora_alpha is None and self.adapter == "mask_lora" else self.lora_alpha
         return ADAPTERS[self.adapter](
             task_type=task_type,
             target_modules="all-linear",
             r=self.r,
-            lora_alpha=self.lora_alpha,
+            lora_alpha=lora_alpha,
             train_norms=self.train_norms,
             bias=self.bias,
         )
@@ -105,13 +112,50 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"Expected a recipe: {', '.join(map(repr, RECIPES))}, or the path of a YAML file; got {str(recipe)!r}."
         )
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = read_values(path)
+    _check_names(values)
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads numbers as Python writes them: YAML 1.1 would read 2:4 as 124, and 1e-3 as a text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag.rpartition(":")[2] not in ("int", "float")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def read_values(path: str | Path) -> dict[Any, Any]:
+    """Return the names and values in a YAML file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not YAML, or holds something else than names and values.
+    """
+    try:
+        # A subclass of the loader of `safe_load`.
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        words = " ".join(str(error).split())
+        raise ValueError(
+            f"Expected {str(path)!r} to be YAML with names and values, such as `criterion: wanda`. {words}."
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(
             f"Expected {str(path)!r} to hold names and values, such as `criterion: wanda`, got "
             f"{type(values).__name__}."
         )
-    _check_names(values)
     return values
 
 

@@ -42,12 +42,19 @@ def stored_tensors(path: Path) -> Iterator[StoredTensor]:
         path: a safetensors file, which may be packed, or a file that `torch.save` wrote.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or of another kind.
         pickle.UnpicklingError: a file of `torch.save` holds more than tensors. Nothing of it was run.
     """
     if path.suffix != ".safetensors":
+        is_zip = zipfile.is_zipfile(path)
+        # A file of the older format is a pickle, which begins with this byte.
+        if not is_zip and path.open("rb").read(1) != b"\x80":
+            raise ValueError(
+                f"Expected {path.name!r} to be a safetensors file, or one that `torch.save` wrote, got another file. "
+                "Give the folder of a saved model or adapter."
+            )
         # Nothing but tensors is read, and these only where they are looked at, which the older format does not allow.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         for name, tensor in state.items():
             if isinstance(tensor, Tensor):
                 yield _of_tensor(name, tensor)
