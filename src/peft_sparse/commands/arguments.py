@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from .groups import WORDS
 from .outcome import BadArguments
@@ -84,6 +85,9 @@ def _add_group(
     for action in own._actions:
         action.default = argparse.SUPPRESS
         action.metavar = _metavar(action)
+        option = action.option_strings[0]
+        if option.startswith("--no_") and action.nargs == 0:
+            action.help = f"Switch --{option[5:]} off."
     parser._add_container_actions(own)
     return own._actions
 
@@ -106,7 +110,9 @@ def _metavar(action: argparse.Action) -> str | None:
     """Return what the help shows in the place of a value."""
     if action.nargs == 0 or action.choices:
         return None
-    return {int: "N", float: "X", dict: "JSON"}.get(action.type, "TEXT") if action.const is None else "true|false"  # type: ignore[call-overload]
+    if action.const is not None or action.type is string_to_bool:
+        return "true|false"
+    return {int: "N", float: "X", dict: "JSON"}.get(action.type, "TEXT")  # type: ignore[call-overload]
 
 
 class _HelpAll(argparse.Action):

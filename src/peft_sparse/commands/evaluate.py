@@ -27,7 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Folders or Hub ids of models and adapters. The others are compared with the first, the dense model.",
     )
     text = parser.add_argument_group("the text of perplexity and agreement")
-    _add(text, "--text_file", metavar="FILE", help="Plain text, or JSON lines with a field text (.jsonl). Also .gz.")
+    _add(
+        text,
+        "--text_file",
+        metavar="FILE",
+        help="Plain text, or JSON lines with a field text (.jsonl, .json). Also .gz.",
+    )
     _add(text, "--dataset_name", metavar="NAME", help="Data set on the Hub, with a column text.")
     _add(text, "--dataset_config", metavar="NAME", help="Configuration of the data set.")
     _add(text, "--dataset_split", metavar="NAME", default="test", help="Split of the data set. Default: test.")

@@ -50,6 +50,7 @@ RUN = ("output_dir", "seed", "use_cpu")
 
 # Fields of `transformers.TrainingArguments` in the words of this package.
 WORDS = {
+    "sparsity": "Fraction of zeros to prune to, in [0, 1).",
     "output_dir": "Folder to write to.",
     "seed": "Seed of all random choices.",
     "use_cpu": "Compute on the CPU, also where there is a GPU.",

@@ -33,8 +33,8 @@ class SourceArguments:
     text_file: str | None = field(
         default=None,
         metadata={
-            "help": "Plain text, or JSON lines (.jsonl). Also .gz. Every tenth paragraph or row is held out for "
-            "evaluation."
+            "help": "Plain text, or JSON lines (.jsonl, .json). Also .gz. Every tenth paragraph or row is held out "
+            "for evaluation."
         },
     )
     dataset_name: str | None = field(
