@@ -10,6 +10,7 @@ import copy
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,12 +106,22 @@ class BlockRunner:
 
     def sharing(self, index: int, weights: Iterable[WeightView]) -> list[int]:
         """Return the indices of the other blocks that use some of the `weights` of block `index`."""
-        # Blocks on disk get other parameters whenever they are loaded, so ids are compared now.
-        held = holders(dict(zip(self.names, self.blocks, strict=True)))
-        names = {
-            name for weight in weights for key in (weight.layer, weight.storage) for name in held.get(id(key), ())
-        }
+        names = {name for weight in weights for name in self._sharers.get(id(weight.layer), ())}
         return [other for other, name in enumerate(self.names) if name in names and other != index]
+
+    @cached_property
+    def _sharers(self) -> dict[int, set[str]]:
+        """The names of the blocks that share a module or a parameter of it, by the module's id.
+
+        The ids of parameters are not kept: blocks on disk get other ones whenever they are loaded.
+        """
+        held = holders(dict(zip(self.names, self.blocks, strict=True)))
+        sharers: dict[int, set[str]] = {}
+        for module in (module for block in self.blocks for module in block.modules()):
+            names = {name for part in (module, *module.parameters(recurse=False)) for name in held[id(part)]}
+            if len(names) > 1:
+                sharers[id(module)] = names
+        return sharers
 
     @torch.no_grad()
     def run(
