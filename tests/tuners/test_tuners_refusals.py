@@ -71,6 +71,11 @@ def quantised_later():
     model(TOKENS)
 
 
+def received_by_another_scaling():
+    state = get_peft_model_state_dict(adapted())
+    set_peft_model_state_dict(adapted(lora_alpha=64), state)
+
+
 def adapted_by(config):
     model = llama()
     prune(model, 0.5)
@@ -413,6 +418,11 @@ REFUSALS = [
     ),
     (computed_later, ValueError, r"q_proj' is computed from other parameters, so that .* Call `torch.nn.utils.param"),
     (quantised_later, ValueError, "was quantised after an adapter was attached .* Quantise the base model first, and"),
+    (
+        received_by_another_scaling,
+        ValueError,
+        "configuration: .* was 1.0,1,always, and here it is 8.0,1,.* by `hotswap_",
+    ),
     (vector_parameter, ValueError, "needs parameters of 2 or 3 dimensions, got 'weight' of shape"),
     (mismatch, ValueError, "trained on other zeros .* in 1 of 1 layers .*lm_head: adapter 0.5123, model 0.0000"),
     (lambda: nan_adapter().merge_adapter(safe_merge=True), ValueError, "NaNs detected in the merged weights"),

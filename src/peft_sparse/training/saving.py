@@ -21,7 +21,7 @@ from ..model.tree import has_adapters, loaded_from
 from ..sharing.card import complete_card
 from ..sharing.card_facts import facts_of_model
 from ..tuners.merging import merged_state_dict, plain_model
-from ..tuners.ties import give_own_weights, settle_ties
+from ..tuners.ties import check_ties, give_own_weights, settle_ties
 
 
 def save_plain_model(
@@ -63,6 +63,8 @@ def save_plain_model(
     alone: list[str] = []
     if isinstance(plain, PreTrainedModel):
         alone = settle_ties(plain, plain_model(model, merge=False, values=False))
+    else:
+        check_ties(plain, plain_model(model, merge=False, values=False))
     state = merged_state_dict(model, merge=merge, keep=write) if sharded else None
     if not write:
         return

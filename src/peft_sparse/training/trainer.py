@@ -60,7 +60,7 @@ from .recalibration import Recalibration
 from .reconstruction_run import ReconstructionRun
 from .run_report import RunReportCallback
 from .saving import save_plain_model, what_was_trained
-from .several_adapters import check_formulas, load_adapters
+from .several_adapters import load_adapters
 from .termination import TerminationCallback
 from .zero_guard import ZeroGuardCallback
 
@@ -440,7 +440,6 @@ class SparseTrainer(Trainer):
             super()._load_best_model()
 
     def _load_adapters(self, model: nn.Module, checkpoint: str) -> bool:
-        check_formulas(model, Path(checkpoint))
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return load_added_adapter(model, Path(checkpoint))
         return load_added_adapter(model, Path(checkpoint)) or load_adapters(model, Path(checkpoint))

@@ -27,7 +27,7 @@ from ..model.weights import PRUNABLE_LAYERS, as_matrix
 from .config import SparseLoraConfig
 from .factors import layers_with
 from .layer import SparseLoraLayer
-from .saved_masks import STRAY_ZEROS, is_in_memory, raise_or_warn
+from .saved_masks import STRAY_ZEROS, is_in_memory, raise_or_warn, without_formula
 
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def proof_to_save(
         told = {key: decode_proof(state_dict[proof]) for key, proof in keys.items() if proof in state_dict}
         if len(told) < len(keys):
             told = fingerprints(model, adapter_name)
-        config._proof = {key: proof for key, proof in told.items() if proof}
+        config._proof = {key: without_formula(proof) for key, proof in told.items() if proof}
     elif not config._proof:
         warnings.warn(
             f"Adapter {adapter_name!r} is saved without fingerprints of its masks. The base weights are sharded over "
@@ -95,7 +95,11 @@ def proof_to_save(
             "ZeroGuardCallback, which compute the fingerprints before saving.",
             stacklevel=2,
         )
-    proofs = {proof: encode_proof(config._proof.get(key, "")) for key, proof in keys.items()}
+    layers = layers_with(model, adapter_name)
+    proofs = {
+        proof: encode_proof(layers[key].with_formula(adapter_name, config._proof.get(key, "")))
+        for key, proof in keys.items()
+    }
     return state_dict | {key: proof for key, proof in proofs.items() if key in state_dict}
 
 
@@ -124,7 +128,8 @@ def receive(
 
     Raises:
         ValueError: the zeros differ and `on_mask_mismatch` is "error", or a saved mask needs entries that are zero in
-            the base weight. With "warn" the function warns.
+            the base weight. With "warn" the function warns. Or the tensors were trained with another scaling,
+            `residual` or `masking`.
     """
     received = dict(state_dict)
     # `check_masks` has compared these right before the adapter was attached.
@@ -137,6 +142,10 @@ def receive(
         proof = f"{path}.{module.prefix}proof.{adapter_name}"
         mask = received.get(f"{path}.{module.prefix}mask.{adapter_name}")
         told = decode_proof(received[proof]) if proof in received else ""
+        if wait:
+            # A hotswap gives the layer the formula of the new adapter.
+            module.check_formula(adapter_name, told)
+        told = without_formula(told)
         received[proof] = encode_proof("")
         module.forget_proof(adapter_name)
         if mask is not None and (config.save_mask or adapter_name in module.saved_masks):

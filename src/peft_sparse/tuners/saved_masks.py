@@ -49,6 +49,9 @@ from .functional import Weight
 # zeros does not count as pruned. Zeros that a saved mask keeps contradict the mask only above this fraction.
 STRAY_ZEROS = 0.01
 
+# What stands between a fingerprint and the formula of its adapter, among the tensors.
+FORMULA = ";="
+
 _names_alone: ContextVar[bool] = ContextVar("names_alone", default=False)
 
 
@@ -57,6 +60,11 @@ def is_in_memory(weight: Tensor) -> bool:
     # ZeRO-3 empties the parameters it shards, and a DTensor holds one process's part. Weights on the meta device have
     # no values, and neither have those of a plan.
     return weight.numel() > 0 and not weight.is_meta and not isinstance(weight, (DTensor, FakeTensor))
+
+
+def without_formula(proof: str) -> str:
+    """Return a fingerprint as the configuration of an adapter holds it."""
+    return proof.partition(FORMULA)[0]
 
 
 def raise_or_warn(message: str, on_mismatch: str) -> None:
@@ -246,6 +254,32 @@ class SavedMasks(BaseWeight):
             names.discard(name)
         self._unsettled.pop(name, None)
 
+    # -- the formula of an adapter -----------------------------------------------------------------------------------
+
+    def formula_of(self, name: str) -> str:
+        """Return how adapter `name` uses A and B, as a text: its trained scaling, `residual` and `masking`."""
+        layer: Any = self
+        return f"{layer.trained_scaling[name]!r},{int(layer.residual[name])},{layer.masking[name]}"
+
+    def with_formula(self, name: str, proof: str) -> str:
+        """Return the fingerprint `proof` of adapter `name` with its formula, if there is room for it."""
+        both = f"{without_formula(proof)}{FORMULA}{self.formula_of(name)}"
+        return both if proof and len(both) <= PROOF_BYTES else proof
+
+    def check_formula(self, name: str, proof: str) -> None:
+        """Check that adapter `name` computes with A and B as the adapter did whose fingerprint is `proof`.
+
+        Raises:
+            ValueError: it does not. Older adapters do not tell their formula.
+        """
+        told, here = proof.partition(FORMULA)[2], self.formula_of(name)
+        if told and told != here:
+            raise ValueError(
+                f"The tensors that adapter {name!r} receives were trained with another configuration: (scaling, "
+                f"residual, masking) was {told}, and here it is {here}. Load them by `load_adapter` into a new name, "
+                "which reads their configuration, or by `hotswap_adapter`."
+            )
+
     # -- masks and the base weight -----------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -295,6 +329,7 @@ class SavedMasks(BaseWeight):
             if not is_in_memory(self.proofs[name]):
                 continue
             expected = self._awaited.get(name) or decode_proof(self.proofs[name])
+            self.check_formula(name, expected)
             on_mismatch = self._on_mismatch(name)
             compared = expected and name not in self.saved_masks and on_mismatch != "ignore"
             if compared and underflowed(expected, self._matrix(stored)) is None:
@@ -397,4 +432,5 @@ def _write_proofs(layer: Any, state_dict: dict[str, Any], prefix: str, local_met
     for name, place in layer.proofs.items():
         # On the device of the other tensors, because processes exchange state dicts. A meta tensor would hold nothing.
         device = "cpu" if place.is_meta else place.device
-        state_dict[f"{prefix}{layer.prefix}proof.{name}"] = encode_proof(layer.proof_of(name)).to(device)
+        proof = layer.with_formula(name, layer.proof_of(name))
+        state_dict[f"{prefix}{layer.prefix}proof.{name}"] = encode_proof(proof).to(device)

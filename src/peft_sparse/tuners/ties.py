@@ -68,6 +68,25 @@ def settle_ties(plain: PreTrainedModel, original: nn.Module) -> list[str]:
     return [name for names in shared for name in names[1:]]
 
 
+def check_ties(plain: nn.Module, original: nn.Module) -> None:
+    """Check that `plain`, which has no configuration that unties weights, still ties what `original` ties.
+
+    Args:
+        plain: the model to be saved.
+        original: the same model without its adapters.
+
+    Raises:
+        ValueError: weights that were one differ now. Whoever loads them into a model that ties them keeps one of them.
+    """
+    broken = [names for names in _shared_names(original) if not _are_one(plain, names)]
+    if broken:
+        raise ValueError(
+            f"The weights {sorted(broken[0])} are one tied weight, and an adapter or `modules_to_save` changes only a "
+            f"part of them. A {type(plain).__name__} that loads them ties them again. Save the adapter instead, or "
+            "untie the weights before training."
+        )
+
+
 def _untied(config: PreTrainedConfig) -> tuple[PreTrainedConfig, list[str]]:
     """Return `config` as it is read from a file that ties nothing, and the other fields that this changes."""
     untied = copy.deepcopy(config)
