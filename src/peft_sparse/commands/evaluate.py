@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         tasks,
         "--data_dir",
         metavar="DIR",
-        help="Folder with the rows of the seven tasks, see docs/guides/evaluate.md.",
+        help="Folder with the rows of the seven tasks, see docs/details/evaluation.md.",
     )
     speed = parser.add_argument_group("speed")
     together = "Rounds of generation. All models are then in memory together. 0 measures none. Default: 5."
