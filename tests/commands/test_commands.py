@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from peft_sparse import pack_sequences, perplexity, plan_pruning, sparsity
+from peft_sparse.commands import retrain
 from peft_sparse.commands.main import main
 
 from checks import assert_same_weights, assert_zeros_kept, zeros_of
@@ -84,6 +85,18 @@ def test_retrain_keeps_the_zeros_of_a_pruned_model(folder, capsys):
     assert (report["task"], report["pruning"]) == ("train", None)
     assert {saved["folder"]: saved["base"] for saved in report["saved"]} == {"sparse": None, "adapter": "pruned"}
     assert "| retrained |" in capsys.readouterr().out
+
+
+def test_retrain_takes_the_rate_of_the_adapter(folder, monkeypatch):
+    seen = {}
+
+    def started(args, recovery, defaults):
+        seen[getattr(args, "adapter", "mask_lora")] = defaults["learning_rate"]
+        raise ValueError("enough")
+
+    monkeypatch.setattr(retrain, "start", started)
+    assert call("retrain") == call("retrain", "--adapter", "scaled_lora") == 3
+    assert seen == {"mask_lora": 2e-3, "scaled_lora": 2e-2}
 
 
 def test_retrain_prunes_first_if_asked(folder):
@@ -169,6 +182,14 @@ def test_merge_refuses_to_fill_zeros(capsys):
     model.save_pretrained("lora")
     assert call("merge", "lora") == 3
     assert "fill" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_plan_takes_encoders_too(folder, capsys):
+    sizes = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertForMaskedLM(BertConfig(**sizes, intermediate_size=24)).save_pretrained("bert")
+    lengths = ["--calibration_length", 8, "--sequence_length", 8]
+    assert call("plan", "--model", "bert", "--sparsity", 0.5, "--stages", "retraining", *lengths) == 0
+    assert "parameters trained" in capsys.readouterr().out
 
 
 def test_plan_prints_what_the_library_plans(capsys):

@@ -34,6 +34,12 @@ def adapter(base):
     return "adapter"
 
 
+def json_folder():
+    Path("data").mkdir()
+    Path("data/train.jsonl").write_text('{"content": "A"}\n')
+    return "data"
+
+
 def written(name, text):
     Path(name).write_text(text, encoding="latin1")
     return name
@@ -120,6 +126,11 @@ REFUSALS = [
         lambda: sources.load_documents(SourceArguments(model_name_or_path="model")),
         BadArguments,
         "A text is needed. Give --text_file FILE, or --dataset_name",
+    ),
+    (
+        lambda: sources.load_documents(SourceArguments(dataset_name=json_folder(), dataset_split="train")),
+        BadArguments,
+        "The data set 'data' has no column 'text'. Give --text_column with one of 'content'",
     ),
     (lambda: read_documents("none.txt"), FileNotFoundError, "Expected a text file at 'none.txt', found no file"),
     (lambda: read_documents(written("a.txt", "\xff")), ValueError, "text in UTF-8, and byte 0 is not. Convert"),

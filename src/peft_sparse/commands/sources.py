@@ -101,7 +101,13 @@ def load_documents(sources: SourceArguments) -> Documents:
         stream = load_dataset(
             sources.dataset_name, sources.dataset_config, split=sources.dataset_split, streaming=True
         )
-        documents = [row[sources.text_column] for row in stream.take(sources.max_documents)]
+        rows = list(stream.take(sources.max_documents))
+        if rows and sources.text_column not in rows[0]:
+            raise BadArguments(
+                f"The data set {sources.dataset_name!r} has no column {sources.text_column!r}. Give --text_column "
+                f"with one of {', '.join(map(repr, rows[0]))}."
+            )
+        documents = [row[sources.text_column] for row in rows]
         name = sources.dataset_name
     elif sources.text_file is not None:
         documents = read_documents(sources.text_file, sources.text_column)
