@@ -2,7 +2,7 @@ r"""Time and memory of one training step of each tuner, as ratios to PEFT's LoRA
 
     python benchmarks/tuners.py --output benchmarks/results/tuners-smollm2-cpu.json
     python benchmarks/tuners.py --layers --output benchmarks/results/tuners-layers-cpu.json
-    python benchmarks/tuners.py --layers --ranks 16 --rounds 7 --process-time \
+    python benchmarks/tuners.py --layers --ranks 16 --rounds 21 --process-time \
         --output benchmarks/results/tuners-products-cpu.json
     python benchmarks/tuners.py --llama-blocks 4 --tokens 4096 --rounds 21
 
@@ -10,8 +10,9 @@ The first command measures forward and backward of SmolLM2-135M-Instruct on one 
 by magnitude, and every linear layer of its blocks is adapted. The second command measures one linear layer at several
 shapes and ranks. The third does so in the time of the process. The fourth measures blocks of the shapes of Llama 3.1
 8B with random weights, and needs no download. LoRA takes a step right before each step of another tuner. A ratio
-compares these two steps, so a machine that becomes slower slows both. Memory is what is kept from forward to
-backward, without the parameters. The rows named "kept" keep the effective weights in training, until A and B change.
+compares these two steps, so a machine that becomes slower slows both. The ratio to the large products compares two
+steps of the same round. Memory is what is kept from forward to backward, without the parameters. The rows named "kept"
+keep the effective weights in training, until A and B change.
 The base weights are float32 on a CPU and bfloat16 on a GPU. PEFT keeps adapters in float32. With `--autocast` the
 forward pass runs under autocast to bfloat16, as with `bf16=True` in `TrainingArguments`.
 """
@@ -170,13 +171,15 @@ def measure(base: nn.Module, loss: Callable[[nn.Module], Tensor], rank: int, rou
             with context():
                 found.append((before, seconds_of_both_passes(step, MICRO_STEPS if "micro" in name else 1)))
     pairs = {reference: [(before, before) for found in pairs.values() for before, _ in found]} | pairs
-    seconds = {name: statistics.median(own for _, own in found) for name, found in pairs.items()}
+    products = [own for _, own in pairs["large products alone"]]
     return [
         {
             "tuner": name,
-            "seconds": seconds[name],
+            "seconds": statistics.median(own for _, own in found),
             "time_ratio": statistics.median(own / before for before, own in found),
-            "ratio_to_products": seconds[name] / seconds["large products alone"],
+            "ratio_to_products": statistics.median(
+                own / products[index % rounds] for index, (_, own) in enumerate(found)
+            ),
             "time_ratio_quartiles": statistics.quantiles((own / before for before, own in found), n=4)[::2],
             "bytes_kept": kept[name],
             "memory_ratio": kept[name] / kept[reference],

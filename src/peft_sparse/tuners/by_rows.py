@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 from . import fused
 
 
-# Products with fewer rows are slower than one product, because each of them arranges x or D for itself. Weights of less
-# than twice as many rows stay whole.
+# Products with fewer rows are slower than one product, because each of them arranges x or D for itself. Weights with
+# less than twice as many rows stay whole.
 ROWS = 512
 PLAIN = (Tensor, nn.Parameter)
 

@@ -172,9 +172,9 @@ def sparse_lora(
     Returns:
         (..., out), or for a convolution (batch, out, height, width).
     """
-    if operation is LINEAR and gradient_dtype is None and effective is None and isinstance(weight, Tensor):
-        if by_rows.serves(x, weight, A, B):
-            return by_rows.ByRows.apply(x, weight, A, B, bias, factor == "mask", c, s)
+    plain = operation is LINEAR and gradient_dtype is None and effective is None and isinstance(weight, Tensor)
+    if plain and by_rows.serves(x, weight, A, B):
+        return by_rows.ByRows.apply(x, weight, A, B, bias, factor == "mask", c, s)
     trains = torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
     frozen = not (isinstance(weight, Tensor) and weight.requires_grad)
     reduced = gradient_dtype is not None and trains and frozen and operation is LINEAR
