@@ -89,9 +89,9 @@ def kernel(name: str, tile: tuple[int, int], warps: int, split: bool = True) -> 
 def ways() -> Iterator[tuple[str, dict[str, Any], Way]]:
     plain: Any = fused
     weight, gradients = "effective weight", "dA and dB from G"
-    yield weight, {"way": "operations"}, lambda W, A, B, G: plain._plain_effective_weight(W, A, B, True, 1.0, 2.0)
+    yield weight, {"way": "operations"}, lambda W, A, B, G: plain.plain_effective_weight(W, A, B, True, 1.0, 2.0)
     yield weight, {"way": "torch.compile"}, lambda W, A, B, G: compiled_weight(W, A, B)
-    yield gradients, {"way": "operations"}, lambda W, A, B, G: plain._plain_masked_gradients(G, W, A, B, True, 2.0)
+    yield gradients, {"way": "operations"}, lambda W, A, B, G: plain.plain_masked_gradients(G, W, A, B, True, 2.0)
     yield gradients, {"way": "torch.compile"}, lambda W, A, B, G: compiled_gradients(G, W, A, B)
     if not fused.has_kernels(torch.device(DEVICE)):
         return
@@ -118,8 +118,8 @@ def main() -> None:
         sets = [inputs(*map(int, shape.split("x"))) for _ in range(3)]
         W, A, B, G = (t.double() for t in sets[0])
         plain: Any = fused
-        exact = {"effective weight": plain._plain_effective_weight(W, A, B, True, 1.0, 2.0)}
-        exact["dA and dB from G"] = plain._plain_masked_gradients(G, W, A, B, True, 2.0)
+        exact = {"effective weight": plain.plain_effective_weight(W, A, B, True, 1.0, 2.0)}
+        exact["dA and dB from G"] = plain.plain_masked_gradients(G, W, A, B, True, 2.0)
         for part, described, way in ways():
             taken = microseconds(way, sets)
             rate = 2 * W.numel() * sets[0][0].element_size() / taken / 1e6

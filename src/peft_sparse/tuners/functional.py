@@ -172,8 +172,8 @@ def sparse_lora(
     Returns:
         (..., out), or for a convolution (batch, out, height, width).
     """
-    plain = operation is LINEAR and gradient_dtype is None and effective is None and isinstance(weight, Tensor)
-    if plain and by_rows.serves(x, weight, A, B):
+    exact = operation is LINEAR and gradient_dtype is None and effective is None
+    if exact and isinstance(weight, Tensor) and by_rows.serves(x, weight, A, B):
         return by_rows.ByRows.apply(x, weight, A, B, bias, factor == "mask", c, s)
     trains = torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
     frozen = not (isinstance(weight, Tensor) and weight.requires_grad)
