@@ -315,6 +315,11 @@ REFUSALS = [
         "'lm_head' lies outside the blocks",
     ),
     (
+        lambda: prune(llama(), 0.5, criterion=lambda weight, measured: weight.abs() * measured.input_norm),
+        ValueError,
+        "criterion failed at 'model.layers.0.self_attn.q_proj'.* are None: input_norm, .* say so: `Criterion",
+    ),
+    (
         lambda: prune(llama(), 0.5, criterion=lambda weight, _: weight[0]),
         ValueError,
         r"scores of shape \(16, 16\) for 'model.layers.0.self_attn.q_proj', got \(16,\)",

@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,3 +110,9 @@ def test_the_environment_is_told():
 
 def test_peak_memory_is_in_bytes():
     assert 5e7 < peak_memory() < 1e12
+
+
+def test_peak_memory_is_told_on_windows(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr("psutil.Process.memory_info", lambda process: SimpleNamespace(peak_wset=10**9))
+    assert peak_memory() == 10**9

@@ -2,11 +2,11 @@
 
 import importlib.metadata
 import platform
-import resource
 import sys
 import weakref
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -38,6 +38,11 @@ def peak_memory() -> int:
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        # Windows does not have this module.
+        import resource
+    except ImportError:
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

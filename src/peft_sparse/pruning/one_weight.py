@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -116,18 +116,32 @@ def _selected(name: str, matrix: Tensor, task: PruningTask, statistics: Statisti
     return None, select(scores_of(name, matrix, task.rule, statistics), task.patterns[name], task.group)
 
 
+def _scored(name: str, matrix: Tensor, rule: ScoringCriterion, statistics: Statistics) -> Tensor:
+    try:
+        return rule.score(matrix, statistics)
+    except (TypeError, AttributeError) as error:
+        missing = [field.name for field in fields(statistics) if getattr(statistics, field.name) is None]
+        if isinstance(rule, tuple(CRITERIA.values())) or not missing:
+            raise
+        raise ValueError(
+            f"The criterion failed at {name!r}: {error}. These statistics were not measured and are None: "
+            f"{', '.join(missing)}. If the criterion reads one of them, pass calibration data, and say so: "
+            '`Criterion(score, needs=("inputs",))` measures `input_norm`.'
+        ) from error
+
+
 def scores_of(name: str, matrix: Tensor, rule: ScoringCriterion, statistics: Statistics) -> Tensor:
     """Return the scores of the weight called `name`, -inf for entries that are zero already.
 
     Raises:
-        ValueError: the scores have another shape, or are not finite.
+        ValueError: the scores have another shape, or are not finite, or the criterion reads what was not measured.
     """
     if statistics.gradient is not None:
         # Sums of gradients may be stored on another device.
         statistics = replace(statistics, gradient=statistics.gradient.to(matrix.device))
     parts = []
     for rows, own in by_group(statistics, matrix):
-        parts.append(rule.score(rows, own))
+        parts.append(_scored(name, rows, rule, own))
         if not isinstance(parts[-1], Tensor) or parts[-1].shape != rows.shape:
             found = tuple(parts[-1].shape) if isinstance(parts[-1], Tensor) else type(parts[-1]).__name__
             raise ValueError(
