@@ -55,7 +55,7 @@ def _launcher() -> Any:
     if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
         return None
     # A requirement of accelerate.
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     try:
         parent: Any = psutil.Process(os.getppid())
