@@ -47,8 +47,10 @@ def stored_tensors(path: Path) -> Iterator[StoredTensor]:
     """
     if path.suffix != ".safetensors":
         is_zip = zipfile.is_zipfile(path)
+        with path.open("rb") as file:
+            first = file.read(1)
         # A file of the older format is a pickle, which begins with this byte.
-        if not is_zip and path.open("rb").read(1) != b"\x80":
+        if not is_zip and first != b"\x80":
             raise ValueError(
                 f"Expected {path.name!r} to be a safetensors file, or one that `torch.save` wrote, got another file. "
                 "Give the folder of a saved model or adapter."
