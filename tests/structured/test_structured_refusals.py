@@ -209,12 +209,11 @@ class Convolutions(nn.Module):
         return self.second(self.between(self.first(pixel_values))).mean((2, 3))
 
 
-class Standardised(nn.Conv2d):
+class Rescaled(nn.Conv2d):
     """A convolution whose filters are computed from all entries of its weight."""
 
     def forward(self, x):
-        weight = self.weight / self.weight.std() - self.weight.mean()
-        return nn.functional.conv2d(x, weight, self.bias)
+        return nn.functional.conv2d(x, self.weight / self.weight.std(), self.bias)
 
 
 class FixedWidth(nn.Module):
@@ -472,7 +471,7 @@ REFUSALS = [
     ),
     (lambda: filters(Convolutions().to("meta")), ValueError, "the weight of 'first' is on the meta device"),
     (
-        lambda: filters(Convolutions(second=Standardised(4, 2, 3))),
+        lambda: filters(Convolutions(second=Rescaled(4, 2, 3))),
         ValueError,
         "removed one by one, but the model computes something else .* `exclude_modules`, .* Nothing was changed.",
     ),
