@@ -29,6 +29,9 @@ def mask_(values: Tensor, weight: Tensor) -> Tensor:
 
     Autograd does not record this.
     """
+    if torch.compiler.is_compiling():
+        # The operation below does not know symbolic sizes, and a compiler fuses this one.
+        return values.masked_fill_(weight == 0, 0)
     # This operation needs one vectorised pass and no mask in memory. `masked_fill_` and a product with a mask take 2
     # to 20 times as long on CPUs.
     return torch.ops.aten.hardshrink_backward.grad_input(values, weight, 0, grad_input=values)
