@@ -123,7 +123,10 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def resident(self, name: str, block: nn.Module) -> Iterator[None]:
-        """Hold the weights of a block in memory within the context. Those of a finished block are read as written."""
+        """Keep the weights of a block in memory within the context.
+
+        The weights of a block that is finished are read from the files that were written.
+        """
         assert self.task is not None, "start comes first"
         self._drop_held()
         self.entered[name] += 1

@@ -408,7 +408,10 @@ class Reconstruction:
         return self.mode == "DD" and place()[1] > 1
 
     def _is_mine(self) -> bool:
-        """Return whether this process fits the region in turn. If regions are not shared, each process fits all."""
+        """Return whether this process fits the current region.
+
+        Processes that share the regions take turns. Otherwise every process fits every region.
+        """
         rank, processes = place()
         return not self._shared or self.rounds % processes == rank
 

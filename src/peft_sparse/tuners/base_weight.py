@@ -17,14 +17,11 @@ from ..model.kinds import computation, is_quantised
 from ..model.sharding import is_partitioned
 from ..model.weights import as_matrix, as_stored, stored_weight
 from .functional import Factor
+from .fused import PLAIN
 
 
 # The forward passes that are one product with the weight and nothing else.
 FORWARDS = {nn.Linear.forward, Conv1D.forward, nn.Conv2d.forward}
-
-
-# The types of weights of which it is known at once that they are not packed.
-PLAIN = (Tensor, nn.Parameter)
 
 
 def _is_packed(stored: object) -> bool:

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import fused
+from .fused import PLAIN
 
 
 # Products with fewer rows are slower than one product, because each of them arranges x or D for itself. Weights with
 # less than twice as many rows stay whole.
 ROWS = 512
-PLAIN = (Tensor, nn.Parameter)
 
 
 def serves(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
@@ -38,7 +38,6 @@ def serves(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
         x.is_cpu
         and (x.dtype == torch.float32 or x.dtype == torch.float64)
         and x.dtype == weight.dtype == A.dtype == B.dtype
-        # Not DTensor, nor another class whose values are elsewhere.
         and type(x) in PLAIN
         and type(weight) in PLAIN
         and type(A) in PLAIN

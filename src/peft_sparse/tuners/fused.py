@@ -26,6 +26,8 @@ from ..model.masks import mask_
 # Kernels hold operands of this rank in registers and shared memory.
 LARGEST_RANK = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Not DTensor, nor another class whose values are elsewhere or packed.
+PLAIN = (Tensor, nn.Parameter)
 # On a CPU, matrices of more than twice these bytes are worked on in parts of as many. Several operations read each
 # part, which stays in the cache meanwhile. Smaller matrices gain less than the further calls take.
 PART_BYTES = 2**21
@@ -103,7 +105,7 @@ def eight_bits(x: Tensor, scale: Tensor, dtype: torch.dtype, padded: int) -> Ten
         dtype: `torch.int8`, to which numbers are rounded, or a floating-point dtype of eight bits.
         padded: number of tokens in the result, not less than those of x.
     """
-    if has_kernels(x.device) and type(x) in (Tensor, nn.Parameter) and x.dtype in DTYPES and x.is_contiguous():
+    if has_kernels(x.device) and type(x) in PLAIN and x.dtype in DTYPES and x.is_contiguous():
         return torch.ops.peft_sparse.eight_bits(x, scale, dtype, padded)
     scaled = x / scale
     result = (scaled.round_() if dtype == torch.int8 else scaled).to(dtype).T
@@ -117,8 +119,7 @@ def _serves(weight: Tensor, A: Tensor, B: Tensor) -> bool:
     """Return whether the kernels compute with these tensors."""
     return (
         has_kernels(weight.device)
-        # Not DTensor, nor another class whose values are elsewhere.
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (weight, A, B))
+        and all(type(tensor) in PLAIN for tensor in (weight, A, B))
         and A.device == B.device == weight.device
         and weight.dtype in DTYPES
         and A.dtype == B.dtype
@@ -142,7 +143,7 @@ def _parts(matrix: Tensor, *others: Tensor) -> list[slice]:
     count = matrix.numel() * matrix.element_size() // PART_BYTES
     if count < 2 or not matrix.is_cpu or not matrix.is_contiguous() or torch.compiler.is_compiling():
         return []
-    if not all(type(tensor) in (Tensor, nn.Parameter) and tensor.dim() == 2 for tensor in (matrix, *others)):
+    if not all(type(tensor) in PLAIN and tensor.dim() == 2 for tensor in (matrix, *others)):
         return []
     return list(parts(len(matrix), count))
 

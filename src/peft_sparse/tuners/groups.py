@@ -16,15 +16,18 @@ from .config import SparseLoraConfig
 
 
 def select_groups(model: nn.Module, config: SparseLoraConfig) -> None:
-    """Translate `train_norms` and `train_head` into fields of `config` that PEFT acts on. `config` changes in place.
+    """Find the norms and the head that `train_norms` and `train_head` mean, and write their names into `config`.
+
+    Norms are trained as a whole, so they are added to `modules_to_save`. A head is added there too if
+    `train_head="full"`. If `train_head="adapter"`, it gets an adapter.
 
     Args:
         model: the base model.
-        config: the configuration. Norms, and a head that is trained as a whole, are added to `modules_to_save`.
+        config: the configuration. It is changed in place.
 
     Raises:
-        ValueError: `train_head` is not "none", and the model has no output head and no classifier, or one that shares
-            its weight with the embedding, or "adapter" and the head is trained as a whole.
+        ValueError: `train_head` is not "none", and the model has neither an output head nor a classifier; the head
+            shares its weight with the embedding; or `train_head` is "adapter", and `modules_to_save` has the head.
     """
     if config.train_norms:
         config.modules_to_save = sorted(set(config.modules_to_save or ()) | _norm_targets(model))

@@ -25,7 +25,7 @@ from .config import SparseLoraConfig
 from .eight_bit import GradientDtype
 from .functional import LINEAR, Operation, effective_weight, sparse_lora
 from .kept_weight import KeepsWeight, KeptWeight, autocast_dtype, can_keep, needs_gradient
-from .used_by_others import UsedByOthers
+from .used_by_others import UsedByOthers, replaced
 
 
 # The attributes that map names of adapters to plain values. PEFT deletes the entries of an adapter with the adapter.
@@ -37,12 +37,8 @@ STATE_NAMES = (
 @contextlib.contextmanager
 def swapped(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
     """Let the parameter `name` of `module` be `value` within the context. Nothing is trained meanwhile through it."""
-    parameter = module._parameters[name]
-    module._parameters[name] = nn.Parameter(value, requires_grad=False)
-    try:
+    with replaced(module, name, nn.Parameter(value, requires_grad=False)):
         yield
-    finally:
-        module._parameters[name] = parameter
 
 
 class SparseLoraLayer(KeepsWeight, UsedByOthers):
