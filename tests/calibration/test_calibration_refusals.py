@@ -329,7 +329,7 @@ REFUSALS = [
     (
         lambda: wanda(llama(), calibration={"input_ids": TOKENS, "token_mask": TOKENS[:, 1:] > 0}),
         ValueError,
-        r"`token_mask` of `calibration` as a tensor .* of the shape \(1, 8\) .* got torch.bool of shape \(1, 7\)",
+        r"`token_mask` of `calibration` as a tensor .* of the shape \(4, 8\) .* got torch.bool of shape \(4, 7\)",
     ),
     (
         lambda: prune(llama(), 0.5, [{"input_ids": TOKENS, "past_key_values": DynamicCache()}], criterion="gblm"),
