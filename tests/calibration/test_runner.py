@@ -159,6 +159,21 @@ def test_blocks_run_on_the_first_batch_alone_to_learn_how_they_are_called(llama,
     assert ran == ["model.layers.0", "model.layers.1", "model.layers.2"]
 
 
+def test_blocks_after_the_last_wanted_one_run_in_the_proof_alone(llama, tokens):
+    names = list(find_blocks(llama))
+    ran = []
+    for name, block in find_blocks(llama).items():
+        block.mlp.register_forward_pre_hook(lambda module, args, name=name: ran.append(name))
+    counts = []
+    for batches in (1, 4):
+        ran.clear()
+        prune(llama, 0.5, calibration=tokens[:batches], batch_size=1, target_modules=rf"{names[1]}\..*")
+        counts.append([ran.count(name) for name in names])
+    proof = counts[0][2]
+    # Each block before is measured or advanced on every batch, the last wanted one only measured.
+    assert counts == [[proof + 1, proof + 1, proof], [proof + 4, proof + 4, proof]]
+
+
 def test_a_later_block_sees_its_pruned_predecessors(llama, tokens):
     seen = {}
 

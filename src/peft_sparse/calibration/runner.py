@@ -51,6 +51,7 @@ class BlockRunner:
             Blocks without an entry run, and their traits are added.
         orders: the ways in which the stack may run. None given: each way is taken.
         perturb: let blocks that run return slightly other values than they compute.
+        wanted: name of a block -> whether there is something to measure in it. By default every block is wanted.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class BlockRunner:
         traits: dict[int, Trait] | None = None,
         perturb: bool = False,
         orders: Sequence[Order] = (),
+        wanted: Callable[[str], Any] = bool,
     ) -> None:
         self.shared = batches_in_all is not None
         self.batches_in_all = len(inputs) if batches_in_all is None else batches_in_all
@@ -77,6 +79,7 @@ class BlockRunner:
             orders=orders,
         )
         self.names, self.blocks = self.stack.names, self.stack.blocks
+        self.wanted = wanted
         self.store, self.traits = self.stack.store, self.stack.traits
         self.resident = self.stack.resident
         self._advanced: set[int] = set()
@@ -94,11 +97,17 @@ class BlockRunner:
         """Return the calls on a batch: (name of the block, links to what earlier calls returned)."""
         return [(self.names[call.block], call.links) for call in batch.calls]
 
-    @property
+    @cached_property
     def order(self) -> list[int]:
-        """The indices of all blocks, in the order in which they first run. Blocks that never run come last."""
+        """The indices of the blocks up to the last wanted one, in the order in which they first run.
+
+        Blocks that never run come last.
+        """
         ran = [call.block for batch in self.batches for call in batch.calls]
-        return list(dict.fromkeys((*ran, *range(len(self.blocks)))))
+        order = list(dict.fromkeys((*ran, *range(len(self.blocks)))))
+        while order and not self.wanted(self.names[order[-1]]):
+            order.pop()
+        return order
 
     def runs(self, index: int) -> int:
         """Return how often block `index` runs on a batch at most."""
@@ -158,8 +167,11 @@ class BlockRunner:
         """Make the calls of block `index` for good, and replace what waits for them by what they return.
 
         Calls of blocks that have been advanced earlier are made as soon as what they take is there. What a call
-        returns is written over what it alone has waited for, so that memory does not grow.
+        returns is written over what it alone has waited for, so that memory does not grow. Nobody waits for what the
+        last block of the order returns, so its calls are not made.
         """
+        if index == self.order[-1]:
+            return
         self._advanced.add(index)
         give_back_freed()
 
@@ -328,4 +340,5 @@ def stack_runners(
             batches_in_all=in_all,
             traits=known,
             orders=orders.get(next(iter(stack)), ()),
+            wanted=wanted,
         )
