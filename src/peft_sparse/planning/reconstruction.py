@@ -29,9 +29,10 @@ from ..pruning.task import PruningTask
 from ..reconstruction.calls import StateCall, chain_of
 from ..reconstruction.checks import checked_task
 from ..reconstruction.division import hands_on
-from ..reconstruction.fitting import Fit, trainable
+from ..reconstruction.fit import Fit
 from ..reconstruction.regions import Region, RegionSize, regions_by_names, regions_of_blocks
 from ..reconstruction.streams import held_in_float32
+from ..reconstruction.trainable import trainable
 from .pruning import batch_tokens, measured_bytes, selecting_bytes
 from .simulation import GIB, Described, LiveBytes, Simulation, bytes_of, described
 from .training import refusing

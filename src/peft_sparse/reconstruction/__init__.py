@@ -5,7 +5,7 @@ batch. The hidden states of all calibration batches wait between the regions. Zi
 (PERP); "A Free Lunch in LLM Compression", 2025, arXiv:2510.14444.
 """
 
-from .fitting import Fit
+from .fit import Fit
 from .observer import ReconstructionObserver, Step
 from .reconstruct import reconstruct, reconstruct_checkpoint
 from .report import ReconstructionReport, RegionReport

@@ -19,9 +19,10 @@ from ..pruning.budget import Reading
 from ..pruning.by_name import PatternLike
 from ..pruning.patterns import number_to_prune
 from ..pruning.task import PruningTask
-from .fitting import Fit, adapted_weights
+from .fit import Fit
 from .regions import RegionSize
 from .ties import check_ties
+from .trainable import adapted_weights
 from .tuner_trial import check_tuner_keeps_zeros
 
 

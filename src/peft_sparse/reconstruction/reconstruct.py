@@ -33,7 +33,7 @@ from ..pruning.streamed_model import StreamedModel
 from ..pruning.task import OnUnreached, PruningTask, check_calibration, count_sequences
 from .calls import check_chains
 from .checks import Mode, check_teaching, checked_task, stable_text
-from .fitting import Fit
+from .fit import Fit
 from .observer import ReconstructionObserver
 from .progress import Progress, fingerprint_of_model
 from .regions import RegionSize

@@ -3,10 +3,10 @@
 from torch import nn
 
 from ..model.blocks import base_model, block_of, find_stacks
-from ..model.weights import WeightView
 from ..pruning.task import PruningTask
-from .fitting import Fit, adapted_weights, plain_parameters
+from .fit import Fit
 from .regions import RegionSize, regions_of_blocks
+from .trainable import adapted_weights, plain_parameters
 
 
 def check_ties(model: nn.Module, task: PruningTask, fit: Fit, size: RegionSize) -> None:
@@ -49,9 +49,7 @@ def _changed(model: nn.Module, task: PruningTask, fit: Fit, size: RegionSize) ->
     """Return the identities of all parameters that are pruned or trained."""
     parameters = [weight.storage for weight in task.weights.values()]
     if size != "matrix":
-        adapted: dict[str, WeightView] = (
-            {} if fit.tuner == "full" else {n: task.weights[n] for n in adapted_weights(fit.tuner, task.weights)}
-        )
+        adapted = adapted_weights(fit.tuner, task.weights)
         for stack in find_stacks(model):
             (everything,) = regions_of_blocks(stack, 0)
             parameters += plain_parameters(everything, fit.tuner, adapted)

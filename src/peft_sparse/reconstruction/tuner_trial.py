@@ -8,7 +8,8 @@ from torch import nn
 
 from ..model.weights import WeightView, stored_weight
 from ..tuners.merge_trial import merge_trials
-from .fitting import Tuner, adapted_weights, attach
+from .fit import Tuner
+from .trainable import adapted_weights, attach
 
 
 def check_tuner_keeps_zeros(tuner: Tuner, weights: dict[str, WeightView]) -> None:
@@ -21,10 +22,10 @@ def check_tuner_keeps_zeros(tuner: Tuner, weights: dict[str, WeightView]) -> Non
     Raises:
         ValueError: the tuner fills zeros.
     """
-    names = [] if tuner == "full" else adapted_weights(tuner, weights)
-    if not names:
+    adapted = adapted_weights(tuner, weights)
+    if not adapted:
         return
-    smallest = min((weights[name] for name in names), key=lambda weight: weight.storage.numel())
+    smallest = min(adapted.values(), key=lambda weight: weight.storage.numel())
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         layer = _like(smallest)
@@ -37,8 +38,9 @@ def check_tuner_keeps_zeros(tuner: Tuner, weights: dict[str, WeightView]) -> Non
         trials = merge_trials(block, {"layer": stored_weight(layer)})
     if any(trial.fills for trial in trials):
         raise ValueError(
-            f"Merging {type(tuner).__name__} fills zeros of the weights, such as {names[0]!r}, and a region is merged "
-            "when it is fitted. Use a tuner that keeps them, such as MaskLoRAConfig or ScaledLoRAConfig."
+            f"Merging {type(tuner).__name__} fills zeros of the weights, such as {next(iter(adapted))!r}, and a "
+            "region is merged when it is fitted. Use a tuner that keeps them, such as MaskLoRAConfig or "
+            "ScaledLoRAConfig."
         )
 
 

@@ -29,13 +29,15 @@ from ..pruning.one_weight import prune_weights
 from ..pruning.task import PruningTask
 from .checks import Mode
 from .division import regions_tried
-from .fitting import Fit, relative_error_of, seed_of, trainable
+from .fit import Fit
+from .fitting import relative_error_of
 from .matrices import solve_matrices
 from .observer import ReconstructionObserver, Step
 from .progress import Progress
 from .regions import Region, RegionSize, regions_in, regions_of_blocks
 from .report import ReconstructionReport, RegionReport
 from .streams import Stream, Targets, Window, held_in_float32
+from .trainable import trainable
 
 
 @dataclass
@@ -303,7 +305,7 @@ class Reconstruction:
             # Nothing was pruned, so the outputs of the region are its targets.
             reports = [RegionReport(turn.region.name, 0.0, 0.0, 0, 0.0, False)]
         else:
-            with _seeded(self.fit.seed, turn.number, turn.window.device):
+            with _seeded(self.fit.seed_of(turn.number), turn.window.device):
                 reports = self._solve(turn) if self.size == "matrix" else [self._fit_region(turn)]
         seconds = (time.perf_counter() - started) / len(reports)
         whole = turn.region.whole
@@ -479,8 +481,8 @@ def _check_zeros(weights: dict[str, WeightView], zeros: dict[str, Tensor]) -> No
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, number: int, device: torch.device) -> Iterator[None]:
-    """Seed the generators with the seed of region `number`, and restore them after the context."""
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the generators of the CPU and of `device`, and restore them after the context."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed_of(seed, number))
+        torch.manual_seed(seed)
         yield
