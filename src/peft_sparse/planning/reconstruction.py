@@ -198,7 +198,7 @@ def plan_reconstruction(
     # Two steps are enough, because the second holds the optimiser state that the first made. A schedule and clipping
     # take no memory worth counting.
     short = replace(fit, max_steps=2, scheduler=None, max_grad_norm=None)
-    work = _Work(Simulation(), task, short, region, batch_tokens(sequences, length, batch_size), activations)
+    work = _Work(Simulation(), task.pruning, short, region, batch_tokens(sequences, length, batch_size), activations)
     whole.requires_grad_(False).eval()
     with refusing(whole), LiveBytes():
         running = work.simulation.of(whole, whole)

@@ -1,32 +1,28 @@
-"""Checks the arguments of `reconstruct` before anything is changed, and writes them as text for the fingerprint."""
+"""Checks the arguments of `reconstruct` before anything is changed."""
 
-import dataclasses
-import functools
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..calibration.activations import Activations, check_activations
+from ..calibration.inputs import Calibration
 from ..model.blocks import find_blocks, prunable_weights
 from ..model.offload import loaded_layer
 from ..model.weights import DENSE, share, zero_counts
 from ..pruning.budget import Reading
 from ..pruning.by_name import PatternLike
 from ..pruning.patterns import number_to_prune
-from ..pruning.task import PruningTask
+from ..pruning.task import PruningTask, check_calibration
 from .fit import Fit
 from .regions import RegionSize
+from .task import Mode, ReconstructionTask
 from .ties import check_ties
 from .trainable import adapted_weights
 from .tuner_trial import check_tuner_keeps_zeros
-
-
-Mode = Literal["DD", "SS", "SD"]
 
 
 def checked_task(
@@ -42,8 +38,8 @@ def checked_task(
     loaded: bool,
     sparsity: float | None = None,
     **pruning: Any,
-) -> PruningTask:
-    """Return the pruning task of a reconstruction, with all arguments checked. Only names and shapes are read.
+) -> ReconstructionTask:
+    """Return the task of a reconstruction, with all arguments checked. Only names and shapes are read.
 
     Args:
         model, pattern, dense, region, mode, fit, batch_size, activations, sparsity: the arguments of `reconstruct`.
@@ -59,10 +55,11 @@ def checked_task(
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size!r}.")
     _check_models(model, dense)
     check_activations(activations)
-    task = PruningTask.of(model, 0.0 if no_pattern else pattern, sparsity=sparsity, loaded=loaded, **pruning)
-    _check_task(task, fit, no_pattern)
-    check_ties(model, task, fit, region)
-    check_tuner_keeps_zeros(fit.tuner, task.weights)
+    pruned = PruningTask.of(model, 0.0 if no_pattern else pattern, sparsity=sparsity, loaded=loaded, **pruning)
+    task = ReconstructionTask(model, dense, pruned, fit, region, mode, activations)
+    _check_task(pruned, fit, no_pattern)
+    check_ties(task)
+    check_tuner_keeps_zeros(fit.tuner, pruned.weights)
     return task
 
 
@@ -123,6 +120,21 @@ def _check_task(task: PruningTask, fit: Fit, no_pattern: bool) -> None:
             f"`target_modules={tuner.target_modules!r}` of the tuner matches none of the pruned weights, such as "
             f'{next(iter(task.weights))!r}. Fused experts take no adapters; use `tuner="full"` for them.'
         )
+
+
+def checked_calibration(task: PruningTask, calibration: Calibration | None) -> Calibration:
+    """Return the calibration data of a reconstruction.
+
+    Raises:
+        ValueError: it is missing, or cannot measure one of the weights.
+    """
+    if calibration is None:
+        raise ValueError(
+            "Expected `calibration`, because a region is fitted on its calibration inputs. Pass token ids of shape "
+            "(sequences, tokens), or an iterable of model inputs."
+        )
+    check_calibration(task, calibration)
+    return calibration
 
 
 def check_teaching(task: PruningTask, dense: nn.Module | None, reading: Reading, tell: bool = True) -> None:
@@ -201,16 +213,3 @@ def _check_differ(task: PruningTask, dense: nn.Module, reading: Reading) -> None
         "Expected `dense` to be the model before it was pruned, got one with the same weights, so that each region "
         "would be fitted to its own outputs. Load the dense model again, and prune `model` before the reconstruction."
     )
-
-
-def stable_text(choice: Any) -> str:
-    """Return a choice as text that is the same in every process: without addresses, and with sets in order."""
-    if isinstance(choice, PeftConfig):
-        fields = {key: sorted(v) if isinstance(v, set) else v for key, v in choice.to_dict().items()}
-        return f"{type(choice).__name__} {fields}"
-    if isinstance(choice, functools.partial):
-        return f"{stable_text(choice.func)} {choice.args} {choice.keywords}"
-    if dataclasses.is_dataclass(choice) and not isinstance(choice, type):
-        values = [f"{f.name}={stable_text(getattr(choice, f.name))}" for f in dataclasses.fields(choice)]
-        return f"{type(choice).__name__}({', '.join(values)})"
-    return str(getattr(choice, "__qualname__", choice))

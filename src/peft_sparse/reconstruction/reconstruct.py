@@ -1,7 +1,6 @@
 """`reconstruct` and `reconstruct_checkpoint`: they check the arguments of layer-wise reconstruction and run it."""
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,13 +11,13 @@ from torch import nn
 
 from ..calibration.activations import Activations
 from ..calibration.gradients import gradient_sums
-from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, fingerprint_of_inputs, in_words
+from ..calibration.inputs import Calibration, as_inputs, evaluation_mode
 from ..calibration.proof import prove
 from ..calibration.residence import on_device
 from ..model.blocks import Targets
 from ..model.environment import remember
 from ..model.offload import is_offloaded
-from ..model.processes import agree, place, stopping_together
+from ..model.processes import agree, stopping_together
 from ..model.settings import ordinary_settings
 from ..model.weights import check_finite
 from ..pruning.all_weights import allocated_patterns
@@ -30,14 +29,15 @@ from ..pruning.offloaded import checked_when_loaded, one_layer_at_a_time
 from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
 from ..pruning.streamed_model import StreamedModel
-from ..pruning.task import OnUnreached, PruningTask, check_calibration, count_sequences
+from ..pruning.task import OnUnreached, count_sequences
 from .calls import check_chains
-from .checks import Mode, check_teaching, checked_task, stable_text
+from .checks import check_teaching, checked_calibration, checked_task
 from .fit import Fit
 from .observer import ReconstructionObserver
-from .progress import Progress, fingerprint_of_model
+from .progress import Progress
 from .regions import RegionSize
 from .report import ReconstructionReport
+from .task import Mode
 from .work import Reconstruction
 
 
@@ -172,15 +172,13 @@ def reconstruct(
             fit=fit,
             loaded=True,
         )
-        inputs = as_inputs(model, _checked(task, calibration), batch_size)
-        check_finite(task.weights)
-        with one_layer_at_a_time(task.weights) as reading:
-            check_teaching(task, dense, reading)
-        residence = checked_when_loaded(on_device(device), task.inside)
-        work = Reconstruction(
-            model, dense, task, fit, region, mode, activations, residence, observer or ReconstructionObserver()
-        )
-        agree(_in_words(work, inputs))
+        inputs = as_inputs(model, checked_calibration(task.pruning, calibration), batch_size)
+        check_finite(task.pruning.weights)
+        with one_layer_at_a_time(task.pruning.weights) as reading:
+            check_teaching(task.pruning, dense, reading)
+        residence = checked_when_loaded(on_device(device), task.pruning.inside)
+        work = Reconstruction(task, residence, observer or ReconstructionObserver())
+        agree(task.in_words(inputs))
         _run(work, inputs, state_dir)
     report = work.report(time.perf_counter() - started)
     values = report.to_dict()
@@ -316,25 +314,13 @@ def reconstruct_checkpoint(
         fit=fit,
         loaded=False,
     )
-    inputs = as_inputs(model, _checked(task, calibration), batch_size)
-    streamed.start(task)
-    check_teaching(task, None, streamed.weight_in_memory)
-    work = Reconstruction(
-        model, None, task, fit, region, mode, activations, streamed.resident, observer or ReconstructionObserver()
-    )
+    inputs = as_inputs(model, checked_calibration(task.pruning, calibration), batch_size)
+    streamed.start(task.pruning)
+    check_teaching(task.pruning, None, streamed.weight_in_memory)
+    work = Reconstruction(task, streamed.resident, observer or ReconstructionObserver())
     _run(work, inputs, state_dir, streamed)
     streamed.finish()
     return work.report(time.perf_counter() - started)
-
-
-def _checked(task: PruningTask, calibration: Calibration | None) -> Calibration:
-    if calibration is None:
-        raise ValueError(
-            "Expected `calibration`, because a region is fitted on its calibration inputs. Pass token ids of shape "
-            "(sequences, tokens), or an iterable of model inputs."
-        )
-    check_calibration(task, calibration)
-    return calibration
 
 
 def _run(
@@ -351,55 +337,25 @@ def _run(
         state_dir: where finished regions are kept, or None.
         streamed: reads and writes the blocks of a model that is not in memory. None for a model in memory.
     """
-    model, task, dense = work.model, work.task, work.dense
-    task.sequences = count_sequences(inputs)
-    # Weights that are not in memory are not part of `fingerprint_of_model`.
-    by_region = bool(streamed) or any(is_offloaded(weight.layer) for weight in task.weights.values())
-    work.progress = Progress(state_dir, _fingerprint(work, inputs) if state_dir else {}, by_region=by_region)
-    with evaluation_mode(model), evaluation_mode(model if dense is None else dense), _frozen(model):
-        work.proof = prove(model, inputs, task.inside, work.residence, every_expert=task.on_unreached == "error")
-        check_chains(work.proof)
-        work.observer.start(work.fit.steps(len(work.fit.split(len(inputs))[0])))
-        if task.allocation is not None:
-            with one_layer_at_a_time(task.weights) as layers:
-                reading = layers if streamed is None else streamed.weight_in_memory
-                task.patterns = allocated_patterns(
-                    model, task, inputs, work.activations, work.residence, reading, work.proof
-                )
-        if "gradients" in task.needs:
-            task.gradients = gradient_sums(model, task.weights, inputs, offload=work.activations != "device")
-        work.run(inputs, None if streamed is None else streamed.save)
-
-
-def _in_words(work: Reconstruction, inputs: list[dict[str, Any]]) -> str:
-    """Return the reconstruction in words, by which several processes compare what they were asked to do."""
-    if place()[1] == 1:
-        return ""
-    task, dense = work.task, work.dense
-    models = [fingerprint_of_model(model) for model in (work.model, dense) if model is not None]
-    patterns = hashlib.blake2b(stable_text(task.patterns).encode(), digest_size=8).hexdigest()
-    return (
-        f"to fit {len(task.weights)} weights, pruned to {task.pattern} (hash {patterns}), by {in_words(inputs)}, in "
-        f"models of hash {' and '.join(models)}, with {_choices(work)}"
-    )
-
-
-def _fingerprint(work: Reconstruction, inputs: list[dict[str, Any]]) -> dict[str, str]:
-    """Return the hashes and texts that must be equal for the finished regions of an earlier run to be reused."""
-    return {
-        "model": fingerprint_of_model(work.model),
-        "dense model": "" if work.dense is None else fingerprint_of_model(work.dense),
-        "data": fingerprint_of_inputs(inputs),
-        "arguments": f"{stable_text(work.task.patterns)} {_choices(work)}",
-    }
-
-
-def _choices(work: Reconstruction) -> str:
-    """Return the arguments of a reconstruction, but for patterns, as text that is the same in every process."""
     task = work.task
-    allocation = dict(task.allocation) if isinstance(task.allocation, Mapping) else task.allocation
-    choices = (task.rule, task.group, allocation, task.refinement, task.update, work.size, work.mode, work.fit)
-    return " ".join(map(stable_text, choices))
+    model, dense, pruning = task.model, task.dense, task.pruning
+    pruning.sequences = count_sequences(inputs)
+    # Weights that are not in memory are not part of `fingerprint_of_model`.
+    by_region = bool(streamed) or any(is_offloaded(weight.layer) for weight in pruning.weights.values())
+    work.progress = Progress(state_dir, task.fingerprint(inputs) if state_dir else {}, by_region=by_region)
+    with evaluation_mode(model), evaluation_mode(model if dense is None else dense), _frozen(model):
+        work.proof = prove(model, inputs, pruning.inside, work.residence, every_expert=pruning.on_unreached == "error")
+        check_chains(work.proof)
+        work.observer.start(task.fit.steps(len(task.fit.split(len(inputs))[0])))
+        if pruning.allocation is not None:
+            with one_layer_at_a_time(pruning.weights) as layers:
+                reading = layers if streamed is None else streamed.weight_in_memory
+                pruning.patterns = allocated_patterns(
+                    model, pruning, inputs, task.activations, work.residence, reading, work.proof
+                )
+        if "gradients" in pruning.needs:
+            pruning.gradients = gradient_sums(model, pruning.weights, inputs, offload=task.activations != "device")
+        work.run(inputs, None if streamed is None else streamed.save)
 
 
 @contextlib.contextmanager

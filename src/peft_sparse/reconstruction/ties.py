@@ -3,35 +3,28 @@
 from torch import nn
 
 from ..model.blocks import base_model, block_of, find_stacks
-from ..pruning.task import PruningTask
-from .fit import Fit
 from .regions import RegionSize, regions_of_blocks
+from .task import ReconstructionTask
 from .trainable import adapted_weights, plain_parameters
 
 
-def check_ties(model: nn.Module, task: PruningTask, fit: Fit, size: RegionSize) -> None:
+def check_ties(task: ReconstructionTask) -> None:
     """Check that no weight that is pruned or trained is used in two regions, or also outside the blocks.
 
     A pruned weight that is also an embedding is allowed here, because `PruningTask.of` allows it only if the caller
     does. Two parts of one block may share weights, because such a block is fitted whole.
 
-    Args:
-        model: the model.
-        task: what is pruned.
-        fit: what is trained.
-        size: size of the regions.
-
     Raises:
         ValueError: a weight is used in two regions, or in a region and outside the blocks.
     """
-    changed = _changed(model, task, fit, size)
-    pruned = {_identity(weight.storage) for weight in task.weights.values()}
+    changed, size = _changed(task), task.size
+    pruned = {_identity(weight.storage) for weight in task.pruning.weights.values()}
     places: dict[int, tuple[str, str, nn.Parameter]] = {}
-    for name, parameter, embeds in _uses(model):
+    for name, parameter, embeds in _uses(task.model):
         key = _identity(parameter)
         if key not in changed or (embeds and key in pruned):
             continue
-        region = _region_of(name, model, size)
+        region = _region_of(name, task.model, size)
         known, other, first = places.setdefault(key, (name, region, parameter))
         # Two parameters of one memory would be trained twice, even within a region.
         if other != region or first is not parameter:
@@ -45,14 +38,15 @@ def check_ties(model: nn.Module, task: PruningTask, fit: Fit, size: RegionSize) 
             )
 
 
-def _changed(model: nn.Module, task: PruningTask, fit: Fit, size: RegionSize) -> set[int]:
+def _changed(task: ReconstructionTask) -> set[int]:
     """Return the identities of all parameters that are pruned or trained."""
-    parameters = [weight.storage for weight in task.weights.values()]
-    if size != "matrix":
-        adapted = adapted_weights(fit.tuner, task.weights)
-        for stack in find_stacks(model):
+    tuner, weights = task.fit.tuner, task.pruning.weights
+    parameters = [weight.storage for weight in weights.values()]
+    if task.size != "matrix":
+        adapted = adapted_weights(tuner, weights)
+        for stack in find_stacks(task.model):
             (everything,) = regions_of_blocks(stack, 0)
-            parameters += plain_parameters(everything, fit.tuner, adapted)
+            parameters += plain_parameters(everything, tuner, adapted)
     return {_identity(parameter) for parameter in parameters if parameter.numel()}
 
 

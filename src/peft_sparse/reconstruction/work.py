@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..calibration.activations import Activations
 from ..calibration.batch import Batch
 from ..calibration.copies import ahead
 from ..calibration.findings import Proof
@@ -20,23 +19,21 @@ from ..calibration.recording import tensors_of
 from ..calibration.residence import Residence, on_device
 from ..calibration.runner import BlockRunner, in_order
 from ..calibration.statistics import BlockStatistics, Need
-from ..model.blocks import find_stacks, prunable_weights
+from ..model.blocks import find_stacks
 from ..model.environment import peak_memory
 from ..model.masks import mask_of
 from ..model.processes import exchange, place, spread
 from ..model.weights import WeightView, to_host
 from ..pruning.one_weight import prune_weights
-from ..pruning.task import PruningTask
-from .checks import Mode
 from .division import regions_tried
-from .fit import Fit
 from .fitting import relative_error_of
 from .matrices import solve_matrices
 from .observer import ReconstructionObserver, Step
 from .progress import Progress
-from .regions import Region, RegionSize, regions_in, regions_of_blocks
+from .regions import Region, regions_in, regions_of_blocks
 from .report import ReconstructionReport, RegionReport
 from .streams import Stream, Targets, Window, held_in_float32
+from .task import ReconstructionTask
 from .trainable import trainable
 
 
@@ -92,12 +89,10 @@ class _Turn:
 
 @dataclass
 class Reconstruction:
-    """A reconstruction, with its arguments checked.
+    """A reconstruction on its way through the regions of a model.
 
     Args:
-        model, dense, fit, mode, activations: the arguments of `reconstruct`.
-        task: what is pruned and how.
-        size: the argument `region` of `reconstruct`.
+        task: what is pruned and fitted and how.
         residence: (block name, block) -> a context within which the block can run.
         observer: follows the run.
         progress: keeps finished regions.
@@ -109,16 +104,9 @@ class Reconstruction:
             model can drop its weights.
         rounds: number of regions so far, for the processes to share them and to meet.
         on_step: called after each optimiser step.
-        dense_weights: the weights of `dense` by name, if there is a `dense`.
     """
 
-    model: nn.Module
-    dense: nn.Module | None
-    task: PruningTask
-    fit: Fit
-    size: RegionSize
-    mode: Mode
-    activations: Activations
+    task: ReconstructionTask
     residence: Residence
     observer: ReconstructionObserver
     progress: Progress = field(default_factory=lambda: Progress(None, {}))
@@ -129,7 +117,6 @@ class Reconstruction:
     regions: dict[int, Region] = field(default_factory=dict)
     rounds: int = 0
     on_step: Callable[[Step], None] | None = None
-    dense_weights: dict[str, WeightView] | None = None
 
     def run(self, inputs: list[dict[str, Any]], after_block: Callable[[str], None] | None = None) -> None:
         """Reconstruct all stacks that are pruned.
@@ -138,41 +125,40 @@ class Reconstruction:
             inputs: the calibration data as model inputs.
             after_block: called with the name of each finished block while its weights are in memory.
         """
-        dense = self.model if self.dense is None else self.dense
-        self.dense_weights = None if self.dense is None else prunable_weights(self.dense)
-        stacks, teachers = (in_order(find_stacks(m), self.proof.stacks) for m in (self.model, dense))
+        dense = self.task.model if self.task.dense is None else self.task.dense
+        stacks, teachers = (in_order(find_stacks(m), self.proof.stacks) for m in (self.task.model, dense))
         numbers = self._stacks_at_work(stacks)
         # Captured before anything is pruned, because a decoder must receive the outputs of the dense encoder.
-        untouched = {n: self._stream(dense, teachers[n], inputs) for n in numbers} if self.mode != "SS" else {}
+        untouched = {n: self._stream(dense, teachers[n], inputs) for n in numbers} if self.task.mode != "SS" else {}
         for number, stack in enumerate(stacks):
             # The seed of a region depends on its number, and must not change if other stacks are not pruned.
-            end = self.count + regions_in(stack, self.size)
+            end = self.count + regions_in(stack, self.task.size)
             if number in numbers:
-                main = untouched[number] if self.mode == "DD" else self._stream(self.model, stack, inputs)
-                taught = untouched[number] if self.mode == "SD" else main
-                self._stack(stack, main, taught, None if self.dense is None else teachers[number], after_block)
+                main = untouched[number] if self.task.mode == "DD" else self._stream(self.task.model, stack, inputs)
+                taught = untouched[number] if self.task.mode == "SD" else main
+                self._stack(stack, main, taught, None if self.task.dense is None else teachers[number], after_block)
             self.count = end
         self._exchange_regions()
 
     def report(self, seconds: float) -> ReconstructionReport:
         """Return the report of the reconstruction, which took `seconds`."""
-        tuner = self.fit.tuner
+        tuner = self.task.fit.tuner
         return ReconstructionReport(
-            region=str(self.size),
-            mode=self.mode,
-            loss=self.fit.loss,
+            region=str(self.task.size),
+            mode=self.task.mode,
+            loss=self.task.fit.loss,
             tuner=tuner if isinstance(tuner, str) else str(getattr(tuner.peft_type, "value", tuner.peft_type)),
             seconds=seconds,
             peak_memory=peak_memory(),
-            pruning=self.task.report(seconds) if self.dense is None else None,
+            pruning=self.task.pruning.report(seconds) if self.task.dense is None else None,
             regions=tuple(report for number in sorted(self.reports) for report in self.reports[number]),
         )
 
     def _stacks_at_work(self, stacks: list[dict[str, nn.Module]]) -> list[int]:
         """Return the numbers of the stacks to reconstruct: those that are pruned, and in mode SD also later ones."""
-        pruned = [any(map(self.task.inside, stack)) for stack in stacks]
+        pruned = [any(map(self.task.pruning.inside, stack)) for stack in stacks]
         # In mode SD, a stack after a pruned one is fitted to correct the error of its inputs.
-        return [n for n in range(len(stacks)) if pruned[n] or (self.mode == "SD" and any(pruned[:n]))]
+        return [n for n in range(len(stacks)) if pruned[n] or (self.task.mode == "SD" and any(pruned[:n]))]
 
     def _stream(self, model: nn.Module, stack: dict[str, nn.Module], inputs: list[dict[str, Any]]) -> Stream:
         traits = {index: self.proof.traits[name] for index, name in enumerate(stack) if name in self.proof.traits}
@@ -180,12 +166,12 @@ class Reconstruction:
             model,
             stack,
             inputs,
-            activations=self.activations,
+            activations=self.task.activations,
             residence=self.residence,
             traits=traits,
             orders=self.proof.orders.get(next(iter(stack)), ()),
         )
-        return Stream(runner, self.activations)
+        return Stream(runner, self.task.activations)
 
     def _stack(
         self,
@@ -196,7 +182,7 @@ class Reconstruction:
         after_block: Callable[[str], None] | None,
     ) -> None:
         """Reconstruct a stack, window by window."""
-        step = self.size if isinstance(self.size, int) else 1
+        step = self.task.size if isinstance(self.task.size, int) else 1
         for name in [name for name in stack if name not in main.names]:
             # The model does not run this block, so there is nothing to fit.
             with self.residence(name, stack[name]):
@@ -239,18 +225,20 @@ class Reconstruction:
             why = dense[0].whole or regions[0].whole
             regions, dense = (_joined(found, blocks, window.first, why)
                               for found, blocks in ((regions, window.blocks), (dense, teachers)))  # fmt: skip
-        numbers = range(self.count, self.count + regions_in(window.blocks, self.size))
+        numbers = range(self.count, self.count + regions_in(window.blocks, self.task.size))
         self.count = numbers.stop
         for number, region, teacher in zip(numbers, regions, dense, strict=False):
             if self._shared:
                 self.regions[number] = region
-            weights = {name: weight for name, weight in self.task.weights.items() if region.holds(weight.storage)}
-            targets = Targets(self.activations, window.device)
+            weights = {
+                name: weight for name, weight in self.task.pruning.weights.items() if region.holds(weight.storage)
+            }
+            targets = Targets(self.task.activations, window.device)
             as_read = self.progress.of_region(region.parameters)
             self._take_turn(_Turn(number, region, teacher, window, taught, weights, targets, as_read))
 
     def _regions_of(self, window: Window, blocks: dict[str, nn.Module]) -> list[Region]:
-        return regions_tried(blocks, window.first, self.size, window.inputs(0), window.calls(0))
+        return regions_tried(blocks, window.first, self.task.size, window.inputs(0), window.calls(0))
 
     def _take_turn(self, turn: _Turn) -> None:
         """Compute the targets of a region, prune and fit it, and replace the hidden states by its outputs."""
@@ -268,13 +256,13 @@ class Reconstruction:
     @torch.no_grad()
     def _find_targets(self, turn: _Turn, mine: bool) -> None:
         """Compute the targets of a region with its teacher, before it is pruned."""
-        if self.size == "matrix" and self.mode == "SS":
+        if self.task.size == "matrix" and self.task.mode == "SS":
             return
         window = turn.window
         is_own_teacher = turn.teacher is turn.region and turn.taught is window.stream
-        if is_own_teacher and mine and turn.weights and self.size != "matrix":
+        if is_own_teacher and mine and turn.weights and self.task.size != "matrix":
             # One run of the dense region gives the targets and the statistics of its inputs.
-            turn.measured = self._measure(turn, turn.weights, self.task.needs, turn.targets.append)
+            turn.measured = self._measure(turn, turn.weights, self.task.pruning.needs, turn.targets.append)
             return
         with turn.overlapping():
             for i in ahead(range(len(window.batches)), lambda i: window.expect(i, turn.taught)):
@@ -286,27 +274,27 @@ class Reconstruction:
         window = turn.window
 
         def expect(index: int) -> None:
-            if self.mode != "SS":
+            if self.task.mode != "SS":
                 turn.targets.expect(index)
-            if self.mode != "DD":
+            if self.task.mode != "DD":
                 window.expect(index)
 
         with turn.overlapping():
             for i in ahead(range(len(window.batches)), expect):
-                if self.mode != "SS":
+                if self.task.mode != "SS":
                     turn.taught.advance(turn.region, i, turn.targets[i])
-                if self.mode != "DD":
+                if self.task.mode != "DD":
                     window.stream.advance(turn.region, i, window.outputs(turn.region, i))
 
     def _prune_and_fit(self, turn: _Turn) -> None:
         """Prune and fit a region, and keep the result."""
         started = time.perf_counter()
-        if not turn.weights and self.dense is None and self.mode != "SD":
+        if not turn.weights and self.task.dense is None and self.task.mode != "SD":
             # Nothing was pruned, so the outputs of the region are its targets.
             reports = [RegionReport(turn.region.name, 0.0, 0.0, 0, 0.0, False)]
         else:
-            with _seeded(self.fit.seed_of(turn.number), turn.window.device):
-                reports = self._solve(turn) if self.size == "matrix" else [self._fit_region(turn)]
+            with _seeded(self.task.fit.seed_of(turn.number), turn.window.device):
+                reports = self._solve(turn) if self.task.size == "matrix" else [self._fit_region(turn)]
         seconds = (time.perf_counter() - started) / len(reports)
         whole = turn.region.whole
         self.reports[turn.number] = [replace(report, seconds=seconds, whole=whole) for report in reports]
@@ -315,29 +303,33 @@ class Reconstruction:
 
     def _solve(self, turn: _Turn) -> list[RegionReport]:
         """Prune the matrices of a region and compute their kept entries by least squares."""
-        needs: tuple[Need, ...] = tuple(dict.fromkeys((*self.task.needs, "inputs", "hessian")))
+        needs: tuple[Need, ...] = tuple(dict.fromkeys((*self.task.pruning.needs, "inputs", "hessian")))
 
         def measure(weights: dict[str, WeightView]) -> BlockStatistics:
-            if self.mode == "DD" and self.dense_weights is not None:
+            if self.task.mode == "DD" and self.task.dense_weights is not None:
                 # Within a region, too, the inputs are those of the dense model.
-                weights = {name: self.dense_weights[name] for name in weights}
+                weights = {name: self.task.dense_weights[name] for name in weights}
                 return self._measure(replace(turn, region=turn.teacher), weights, needs)
             return self._measure(turn, weights, needs)
 
-        return solve_matrices(turn.weights, self.task, measure, in_turn=self.mode == "SS", before=self.dense_weights)
+        return solve_matrices(
+            turn.weights, self.task.pruning, measure, in_turn=self.task.mode == "SS", before=self.task.dense_weights
+        )
 
     def _fit_region(self, turn: _Turn) -> RegionReport:
         """Prune a region, unless it was pruned before, and fit it to its targets."""
-        if self.dense is None and turn.weights:
-            measured = turn.measured or self._measure(turn, turn.weights, self.task.needs)
-            prune_weights(turn.weights, self.task, measured)
-        train, held_out = self.fit.split(len(turn.window.batches))
+        if self.task.dense is None and turn.weights:
+            measured = turn.measured or self._measure(turn, turn.weights, self.task.pruning.needs)
+            prune_weights(turn.weights, self.task.pruning, measured)
+        train, held_out = self.task.fit.split(len(turn.window.batches))
         zeros = {name: ~mask_of(weight.matrix()) for name, weight in turn.weights.items()}
         with turn.overlapping():
             before = relative_error_of(turn.run, turn.pair, held_out, turn.expect)
-        with trainable(turn.region, turn.weights, self.fit.tuner) as trained:
+        with trainable(turn.region, turn.weights, self.task.fit.tuner) as trained:
             with turn.overlapping():
-                steps = trained.train(turn.run, turn.pair, train, self.fit, turn.number, self.on_step, turn.expect)
+                steps = trained.train(
+                    turn.run, turn.pair, train, self.task.fit, turn.number, self.on_step, turn.expect
+                )
             trained.merge()
             # Measured after merging, because merging changes the outputs of some adapters, such as LoRA-Prune.
             with turn.overlapping():
@@ -371,7 +363,7 @@ class Reconstruction:
                     if keep is not None:
                         keep(outputs)
 
-        model = self.model if self.dense is None or turn.region is not turn.teacher else self.dense
+        model = self.task.model if self.task.dense is None or turn.region is not turn.teacher else self.task.dense
         return measure_inputs(model, weights, needs, len(window.batches), run, sight=self.proof.sight)
 
     def _observe(self, number: int) -> None:
@@ -383,7 +375,7 @@ class Reconstruction:
 
     def _notes(self, number: int, weights: dict[str, WeightView]) -> dict[str, Any]:
         """Return the reports, counts of zeros and output errors of a finished region as plain values."""
-        task = self.task
+        task = self.task.pruning
         return {
             "reports": [asdict(report) for report in self.reports[number]],
             "counts": {name: task.counts[name] for name in weights if name in task.counts},
@@ -398,16 +390,18 @@ class Reconstruction:
                 if name in tensors:
                     parameter.copy_(tensors[name])
         self.reports[number] = [RegionReport(**report) for report in notes["reports"]]
-        self.task.counts |= {name: (zeros, size) for name, (zeros, size) in notes["counts"].items()}
-        self.task.errors |= {name: torch.tensor(error, device="cpu") for name, error in notes["errors"].items()}
-        self.task.errors_selected |= {
+        self.task.pruning.counts |= {name: (zeros, size) for name, (zeros, size) in notes["counts"].items()}
+        self.task.pruning.errors |= {
+            name: torch.tensor(error, device="cpu") for name, error in notes["errors"].items()
+        }
+        self.task.pruning.errors_selected |= {
             name: torch.tensor(error, device="cpu") for name, error in notes["errors_selected"].items()
         }
 
     @property
     def _shared(self) -> bool:
         """Whether several processes share the regions. They do so in mode DD, where regions are independent."""
-        return self.mode == "DD" and place()[1] > 1
+        return self.task.mode == "DD" and place()[1] > 1
 
     def _is_mine(self) -> bool:
         """Return whether this process fits the current region.
@@ -427,7 +421,7 @@ class Reconstruction:
         """Give every process the regions that the other processes fitted."""
         if not self._shared:
             return
-        weights = self.task.weights
+        weights = self.task.pruning.weights
         everything = exchange(
             {
                 number: self._notes(
