@@ -14,8 +14,8 @@ from transformers import OPTConfig, OPTForCausalLM
 from peft_sparse import LeastSquares, MaskLoRAConfig, ScaledLoRAConfig, prune, sparsity
 from peft_sparse.reconstruction import Fit, Step
 from peft_sparse.reconstruction.fitting import TrainableRegion, region_loss
+from peft_sparse.reconstruction.observer import LossOnBar
 from peft_sparse.reconstruction.regions import Region
-from peft_sparse.reconstruction.work import LossOnBar
 
 from checks import assert_same_weights, assert_same_zeros, zeros_of
 from conftest import SIZES

@@ -12,7 +12,7 @@ from peft_sparse import MaskLoRAConfig, prune, reconstruct
 from peft_sparse.model.blocks import prunable_weights
 from peft_sparse.reconstruction import residual_lora
 from peft_sparse.reconstruction.progress import Progress
-from peft_sparse.reconstruction.work import _check_zeros
+from peft_sparse.reconstruction.turn import _check_zeros
 
 from conftest import tiny
 from refusing import TOKENS, Net, adapted, batches, in_order, llama, rebuild

@@ -1,5 +1,6 @@
 """Regions against the blocks they are cut from: what they compute, what belongs to them, what they leave behind."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalL
 from peft_sparse.calibration.activations import ActivationStore
 from peft_sparse.calibration.runner import BlockRunner
 from peft_sparse.model.blocks import find_stacks, is_norm
+from peft_sparse.model.weights import WeightView
 from peft_sparse.reconstruction.calls import STATE, StateCall, chain_of
 from peft_sparse.reconstruction.division import (
     hands_on,
@@ -218,10 +220,10 @@ def test_position_biases_that_are_handed_on_belong_to_no_region():
 
 def test_a_region_holds_its_parameters_and_nothing_equal_to_them():
     block, _, _, (attention, mlp) = parts_of("llama")
-    weight = block.self_attn.q_proj.weight
-    assert attention.holds(weight)
-    assert not mlp.holds(weight)
-    assert not attention.holds(weight.clone())
+    layer = block.self_attn.q_proj
+    weights = {"own": WeightView(layer), "equal": WeightView(copy.deepcopy(layer))}
+    assert list(attention.among(weights)) == ["own"]
+    assert mlp.among(weights) == {}
 
 
 # -- blocks that are not made of two parts --------------------------------------------------------------------------

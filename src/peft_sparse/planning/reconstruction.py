@@ -30,7 +30,7 @@ from ..reconstruction.calls import StateCall, chain_of
 from ..reconstruction.checks import checked_task
 from ..reconstruction.division import hands_on
 from ..reconstruction.fit import Fit
-from ..reconstruction.regions import Region, RegionSize, regions_by_names, regions_of_blocks
+from ..reconstruction.regions import Region, RegionSize, blocks_together, regions_by_names, regions_of_blocks
 from ..reconstruction.streams import held_in_float32
 from ..reconstruction.trainable import trainable
 from .pruning import batch_tokens, measured_bytes, selecting_bytes
@@ -246,7 +246,7 @@ class _Work:
         hidden, every_call = chain_of(runner, runner.batches[0])
         # Hidden states before the first and before the present region, and targets in float32.
         self.waiting.append(sum(self.batches) * (2 * hidden.nbytes + 4 * hidden.numel()) // self.batches[0])
-        names, step = list(stack), self.size if isinstance(self.size, int) else 1
+        names, step = list(stack), blocks_together(self.size)
         for first in range(0, len(names), step):
             window = {name: stack[name] for name in names[first : first + step]}
             stored = _parameter_bytes(window)
@@ -300,7 +300,7 @@ class _Work:
 
     def _region(self, region: Region, seen: "_Seen", hidden: Tensor, calls: list[StateCall]) -> tuple[int, int]:
         """Return the bytes that pruning and fitting `region` take."""
-        weights = {name: weight for name, weight in self.task.weights.items() if region.holds(weight.storage)}
+        weights = region.among(self.task.weights)
         if self.size == "matrix":
             # `reconstruct` measures the Hessian of each matrix, whatever the criterion is.
             task, fitting = replace(self.task, update=self.task.update or LeastSquares()), 0

@@ -1,6 +1,10 @@
-"""Lets a caller follow a reconstruction while it runs: its start, its optimiser steps, its finished regions."""
+"""Lets a caller, and a progress bar, follow a reconstruction: its start, its optimiser steps, its finished regions."""
 
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -56,3 +60,18 @@ class ReconstructionObserver:
         Args:
             report: the errors of the region.
         """
+
+
+class LossOnBar:
+    """Shows the region and the loss of a step on a progress bar, and then hands the step to `on_step`."""
+
+    def __init__(self, bar: Any, on_step: Callable[[Step], None]) -> None:
+        self.bar, self.on_step = bar, on_step
+        self.shown = -math.inf
+
+    def __call__(self, step: Step) -> None:
+        # Reading the loss makes the host wait for the device, so it is read once a second and not in every step.
+        if not self.bar.disable and time.monotonic() - self.shown > 1:
+            self.shown = time.monotonic()
+            self.bar.set_postfix(region=step.region, loss=f"{float(step.loss):.3g}")
+        self.on_step(step)

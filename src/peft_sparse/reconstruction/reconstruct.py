@@ -13,7 +13,7 @@ from ..calibration.activations import Activations
 from ..calibration.gradients import gradient_sums
 from ..calibration.inputs import Calibration, as_inputs, evaluation_mode
 from ..calibration.proof import prove
-from ..calibration.residence import on_device
+from ..calibration.residence import Residence, on_device
 from ..model.blocks import Targets
 from ..model.environment import remember
 from ..model.offload import is_offloaded
@@ -32,13 +32,14 @@ from ..pruning.streamed_model import StreamedModel
 from ..pruning.task import OnUnreached, count_sequences
 from .calls import check_chains
 from .checks import check_teaching, checked_calibration, checked_task
+from .finished import FinishedRegions
 from .fit import Fit
 from .observer import ReconstructionObserver
 from .progress import Progress
 from .regions import RegionSize
-from .report import ReconstructionReport
-from .task import Mode
-from .work import Reconstruction
+from .report import ReconstructionReport, RegionReport
+from .task import Mode, ReconstructionTask
+from .walk import Walk
 
 
 @ordinary_settings()
@@ -177,10 +178,9 @@ def reconstruct(
         with one_layer_at_a_time(task.pruning.weights) as reading:
             check_teaching(task.pruning, dense, reading)
         residence = checked_when_loaded(on_device(device), task.pruning.inside)
-        work = Reconstruction(task, residence, observer or ReconstructionObserver())
         agree(task.in_words(inputs))
-        _run(work, inputs, state_dir)
-    report = work.report(time.perf_counter() - started)
+        regions = _run(task, inputs, residence, state_dir, observer)
+    report = task.report(regions, time.perf_counter() - started)
     values = report.to_dict()
     remember(model, reconstruction=values)
     if values["pruning"] is not None:
@@ -317,45 +317,52 @@ def reconstruct_checkpoint(
     inputs = as_inputs(model, checked_calibration(task.pruning, calibration), batch_size)
     streamed.start(task.pruning)
     check_teaching(task.pruning, None, streamed.weight_in_memory)
-    work = Reconstruction(task, streamed.resident, observer or ReconstructionObserver())
-    _run(work, inputs, state_dir, streamed)
+    regions = _run(task, inputs, streamed.resident, state_dir, observer, streamed)
     streamed.finish()
-    return work.report(time.perf_counter() - started)
+    return task.report(regions, time.perf_counter() - started)
 
 
 def _run(
-    work: Reconstruction,
+    task: ReconstructionTask,
     inputs: list[dict[str, Any]],
+    residence: Residence,
     state_dir: str | Path | None,
+    observer: ReconstructionObserver | None,
     streamed: StreamedModel | None = None,
-) -> None:
+) -> tuple[RegionReport, ...]:
     """Divide the sparsity, sum up gradients if the criterion needs them, and reconstruct region by region.
 
     Args:
-        work: the reconstruction, with its arguments checked.
+        task: what is pruned and fitted and how.
         inputs: the calibration data as model inputs.
+        residence: (block name, block) -> a context within which the block can run.
         state_dir: where finished regions are kept, or None.
+        observer: follows the run, or None.
         streamed: reads and writes the blocks of a model that is not in memory. None for a model in memory.
+
+    Returns:
+        The reports of the regions, in the order of the model.
     """
-    task = work.task
     model, dense, pruning = task.model, task.dense, task.pruning
     pruning.sequences = count_sequences(inputs)
     # Weights that are not in memory are not part of `fingerprint_of_model`.
     by_region = bool(streamed) or any(is_offloaded(weight.layer) for weight in pruning.weights.values())
-    work.progress = Progress(state_dir, task.fingerprint(inputs) if state_dir else {}, by_region=by_region)
+    progress = Progress(state_dir, task.fingerprint(inputs) if state_dir else {}, by_region=by_region)
+    finished = FinishedRegions(pruning, progress, observer or ReconstructionObserver())
     with evaluation_mode(model), evaluation_mode(model if dense is None else dense), _frozen(model):
-        work.proof = prove(model, inputs, pruning.inside, work.residence, every_expert=pruning.on_unreached == "error")
-        check_chains(work.proof)
-        work.observer.start(task.fit.steps(len(task.fit.split(len(inputs))[0])))
+        proof = prove(model, inputs, pruning.inside, residence, every_expert=pruning.on_unreached == "error")
+        check_chains(proof)
+        finished.observer.start(task.fit.steps(len(task.fit.split(len(inputs))[0])))
         if pruning.allocation is not None:
             with one_layer_at_a_time(pruning.weights) as layers:
                 reading = layers if streamed is None else streamed.weight_in_memory
                 pruning.patterns = allocated_patterns(
-                    model, pruning, inputs, task.activations, work.residence, reading, work.proof
+                    model, pruning, inputs, task.activations, residence, reading, proof
                 )
         if "gradients" in pruning.needs:
             pruning.gradients = gradient_sums(model, pruning.weights, inputs, offload=task.activations != "device")
-        work.run(inputs, None if streamed is None else streamed.save)
+        Walk(task, residence, proof, finished, None if streamed is None else streamed.save).reconstruct(inputs)
+    return finished.reports
 
 
 @contextlib.contextmanager

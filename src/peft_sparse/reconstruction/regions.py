@@ -12,7 +12,7 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 from ..calibration.residence import restore_forward
 from ..model.blocks import attention_and_mlp
 from ..model.kinds import is_quantised
-from ..model.weights import PRUNABLE_LAYERS
+from ..model.weights import PRUNABLE_LAYERS, WeightView
 from .calls import StateCall
 
 
@@ -61,9 +61,15 @@ class Region:
         """Return the context within which the region runs forward and backward to get gradients."""
         return allow_mutation_on_saved_tensors() if self.writes else contextlib.nullcontext()
 
-    def holds(self, weight: Tensor) -> bool:
-        """Return whether the parameter `weight` belongs to the region."""
-        return any(weight is parameter for parameter in self.parameters.values())
+    def among(self, weights: Mapping[str, WeightView]) -> dict[str, WeightView]:
+        """Return those of `weights` whose parameter belongs to the region, by name."""
+        own = {id(parameter) for parameter in self.parameters.values()}
+        return {name: weight for name, weight in weights.items() if id(weight.storage) in own}
+
+
+def blocks_together(size: RegionSize) -> int:
+    """Return how many blocks are at work together: as many as a region has, at least one."""
+    return size if isinstance(size, int) else 1
 
 
 def regions_in(blocks: dict[str, nn.Module], size: RegionSize) -> int:

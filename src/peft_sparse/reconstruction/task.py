@@ -1,4 +1,4 @@
-"""The task of a reconstruction: what is pruned and fitted and how, also in words and hashes."""
+"""The task of a reconstruction: what is pruned and fitted and how, also in words and hashes, and its report."""
 
 import dataclasses
 import functools
@@ -14,12 +14,14 @@ from torch import nn
 from ..calibration.activations import Activations
 from ..calibration.inputs import fingerprint_of_inputs, in_words
 from ..model.blocks import prunable_weights
+from ..model.environment import peak_memory
 from ..model.processes import place
 from ..model.weights import WeightView
 from ..pruning.task import PruningTask
 from .fit import Fit
 from .progress import fingerprint_of_model
 from .regions import RegionSize
+from .report import ReconstructionReport, RegionReport
 
 
 Mode = Literal["DD", "SS", "SD"]
@@ -47,6 +49,25 @@ class ReconstructionTask:
     def dense_weights(self) -> dict[str, WeightView] | None:
         """The weights of `dense` by name, if there is a `dense`."""
         return None if self.dense is None else prunable_weights(self.dense)
+
+    def report(self, regions: tuple[RegionReport, ...], seconds: float) -> ReconstructionReport:
+        """Return the report of the reconstruction.
+
+        Args:
+            regions: the reports of the regions, in the order of the model.
+            seconds: how long it took.
+        """
+        tuner = self.fit.tuner
+        return ReconstructionReport(
+            region=str(self.size),
+            mode=self.mode,
+            loss=self.fit.loss,
+            tuner=tuner if isinstance(tuner, str) else str(getattr(tuner.peft_type, "value", tuner.peft_type)),
+            seconds=seconds,
+            peak_memory=peak_memory(),
+            pruning=self.pruning.report(seconds) if self.dense is None else None,
+            regions=regions,
+        )
 
     def in_words(self, inputs: list[dict[str, Any]]) -> str:
         """Return the task in words, by which several processes compare what they were asked to do.

@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..model.blocks import base_model, block_of, find_stacks
-from .regions import RegionSize, regions_of_blocks
+from .regions import RegionSize, blocks_together, regions_of_blocks
 from .task import ReconstructionTask
 from .trainable import adapted_weights, plain_parameters
 
@@ -65,7 +65,7 @@ def _region_of(name: str, model: nn.Module, size: RegionSize) -> str:
     for number, stack in enumerate(find_stacks(model)):
         block = block_of(name, stack)
         if block is not None:
-            window = list(stack).index(block) // (size if isinstance(size, int) else 1)
+            window = list(stack).index(block) // blocks_together(size)
             return name if size == "matrix" else f"{number} {window}"
     return ""
 
