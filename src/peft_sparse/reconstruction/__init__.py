@@ -5,9 +5,10 @@ batch. The hidden states of all calibration batches wait between the regions. Zi
 (PERP); "A Free Lunch in LLM Compression", 2025, arXiv:2510.14444.
 """
 
+from .checkpoint import reconstruct_checkpoint
 from .fit import Fit
 from .observer import ReconstructionObserver, Step
-from .reconstruct import reconstruct, reconstruct_checkpoint
+from .reconstruct import reconstruct
 from .report import ReconstructionReport, RegionReport
 from .residual_lora import residual_lora
 from .residual_report import ResidualReport, ResidualWeightReport

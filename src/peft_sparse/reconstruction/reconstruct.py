@@ -1,26 +1,20 @@
-"""`reconstruct` and `reconstruct_checkpoint`: they check the arguments of layer-wise reconstruction and run it."""
+"""`reconstruct` prunes a model in memory region by region, and fits each region."""
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..calibration.activations import Activations
-from ..calibration.gradients import gradient_sums
-from ..calibration.inputs import Calibration, as_inputs, evaluation_mode
-from ..calibration.proof import prove
-from ..calibration.residence import Residence, on_device
+from ..calibration.inputs import Calibration, as_inputs
+from ..calibration.residence import on_device
 from ..model.blocks import Targets
 from ..model.environment import remember
-from ..model.offload import is_offloaded
 from ..model.processes import agree, stopping_together
 from ..model.settings import ordinary_settings
 from ..model.weights import check_finite
-from ..pruning.all_weights import allocated_patterns
 from ..pruning.allocation import Allocation
 from ..pruning.by_name import PatternLike
 from ..pruning.criteria import CriterionLike
@@ -28,18 +22,14 @@ from ..pruning.least_squares import LeastSquares
 from ..pruning.offloaded import checked_when_loaded, one_layer_at_a_time
 from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
-from ..pruning.streamed_model import StreamedModel
 from ..pruning.task import OnUnreached, count_sequences
-from .calls import check_chains
 from .checks import check_teaching, checked_calibration, checked_task
-from .finished import FinishedRegions
 from .fit import Fit
 from .observer import ReconstructionObserver
-from .progress import Progress
 from .regions import RegionSize
-from .report import ReconstructionReport, RegionReport
-from .task import Mode, ReconstructionTask
-from .walk import Walk
+from .report import ReconstructionReport
+from .run import run
+from .task import Mode
 
 
 @ordinary_settings()
@@ -179,206 +169,10 @@ def reconstruct(
             check_teaching(task.pruning, dense, reading)
         residence = checked_when_loaded(on_device(device), task.pruning.inside)
         agree(task.in_words(inputs))
-        regions = _run(task, inputs, residence, state_dir, observer)
+        regions = run(task, inputs, residence, state_dir, observer)
     report = task.report(regions, time.perf_counter() - started)
     values = report.to_dict()
     remember(model, reconstruction=values)
     if values["pruning"] is not None:
         remember(model, pruning=values["pruning"] | {"calibration_sequences": count_sequences(inputs)})
     return report
-
-
-@ordinary_settings()
-def reconstruct_checkpoint(
-    source: str | Path,
-    output: str | Path,
-    pattern: PatternLike | Mapping[str, PatternLike] | None = None,
-    calibration: Calibration | None = None,
-    *,
-    sparsity: float | None = None,
-    criterion: CriterionLike = "magnitude",
-    group: Group | None = None,
-    allocation: str | Allocation | Mapping[str, float] | None = None,
-    refinement: str | Refinement | None = None,
-    update: bool | LeastSquares = False,
-    target_modules: Targets = None,
-    exclude_modules: Targets = None,
-    prune_tied: bool = False,
-    on_unreached: OnUnreached = "magnitude",
-    batch_size: int = 1,
-    activations: Activations = "cpu",
-    device: torch.device | str = "cpu",
-    trust_remote_code: bool = False,
-    region: RegionSize = "submodule",
-    mode: Mode = "SS",
-    fit: Fit = Fit(),
-    state_dir: str | Path | None = None,
-    observer: ReconstructionObserver | None = None,
-) -> ReconstructionReport:
-    """Reconstruct the model saved in `source` without loading all of it, and save the result to `output`.
-
-    The blocks of one region are read from safetensors, pruned and fitted as `reconstruct` does it, written to
-    `output`, and removed from memory before the next blocks are read. `source` is only read. If the run is killed,
-    `output` holds the finished blocks but no index, so no loader takes it for a complete checkpoint.
-
-    Allocation is computed once, on the dense model. Its weights are read once more for this. Refinement and update are
-    part of pruning a region, before its fit. With `region="matrix"` the update replaces the fit: it is always made,
-    and `update` gives its numbers.
-
-    Zimmer et al. 2023, arXiv:2312.15230, section 3.3 (PERP). "A Free Lunch in LLM Compression", 2025,
-    arXiv:2510.14444.
-
-    Args:
-        source: a local folder as `save_pretrained` writes it, with config.json and safetensors.
-        output: a folder that does not exist, is empty, or holds what a killed run left. Such remains are overwritten.
-        pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
-            `Unstructured` or `SemiStructured`. A dict gives one of these per layer: its keys are names, name endings
-            or regular expressions for the whole name, the first key that matches counts, and a layer that no key
-            matches is not pruned.
-        calibration: token ids (sequences, tokens), what a tokenizer returns, or an iterable of model inputs, such as a
-            list, a `DataLoader` or a tokenised `datasets.Dataset`. Padding does not count, that is tokens whose
-            `attention_mask` is 0. A batch may also hold a `token_mask` (sequences, tokens), or a `decoder_token_mask`,
-            which the model does not see: only tokens where it is 1 count. Each batch is also a batch of training.
-        sparsity: another way to write a `pattern` that is a number.
-        criterion: "magnitude", "random", "wanda", "ria", "sparsegpt" or "gblm"; or one of these as a value with its
-            numbers, such as `SparseGPT(damping=0.1)`; or a function (weight (out, in), `Statistics`) -> scores
-            (out, in), higher = kept; or a `Criterion`, which also says what the function needs.
-        group: which entries are compared with each other: "row" (one output) or "matrix". By default the group of the
-            criterion's paper. n:m compares within each m entries and SparseGPT within blocks of columns, so these take
-            no group. "model" is refused, because each region is pruned on its own.
-        allocation: how the sparsity is divided among the layers: "uniform", "uniform+", "global", "erk", "lamp" or
-            "owl"; or one of these as a value, such as `OWL(spread=0.1)`; or a dict of sparsities, with keys as in
-            `pattern`, that together give the requested total. The total is exact to the entry. n:m works with "owl",
-            which mixes several n.
-        refinement: "dsnot" or "swap", or a value such as `Swap(max_swaps=100)`: exchange pruned entries for kept ones
-            after the criterion has selected.
-        update: True, or a `LeastSquares` with its numbers: set the kept weights to the solution of a regularised
-            least-squares problem, see `LeastSquares`.
-        target_modules: which layers are pruned: a list of names or name endings, or a regular expression for the whole
-            name, as in PEFT. By default every linear or convolution layer and fused expert inside the blocks.
-        exclude_modules: which layers are not pruned, in the same form.
-        prune_tied: allow a target whose weight is also an embedding. The embedding is then pruned with it.
-        on_unreached: what happens to an expert that no calibration token reaches. "magnitude" prunes it by magnitude
-            to the same pattern, and a warning lists such experts. "error" runs the model on all batches first, and
-            refuses before any work.
-        batch_size: how many sequences run together, where they do not come in batches.
-        activations: where the hidden states of the calibration data wait between blocks: "device", "cpu" or "disk".
-        device: where each block is loaded.
-        trust_remote_code: whether Python code in `source` may run to define the model, as in `from_pretrained`.
-        region: what is fitted at a time. "submodule": the attention and the MLP of a block, one after the other, each
-            with its residual; or the block, if it cannot be divided so. The report says which blocks were fitted whole
-            and why. "block": one block. A number: as many consecutive blocks. "matrix": each weight matrix; it is not
-            trained, because `masked_least_squares` computes it from XᵀX.
-        mode: where inputs x and targets t come from. "SS": x has passed through the earlier regions, which are pruned
-            and fitted, and t is what the dense region returns for this x. "DD": both come from the dense model. "SD":
-            x is that of "SS", and t is that of "DD".
-        fit: how a region is trained: tuner, loss, learning rate, steps, optimiser, held-out batches, seed.
-        state_dir: a folder in which finished regions are kept. The same call with the same folder resumes a run that
-            was killed, and ends with the same weights. Another call with this folder is refused. To compare the calls,
-            a function in an argument counts by its name, and a `functools.partial` also by its arguments.
-        observer: a `ReconstructionObserver` that follows the run: its start, its steps, its finished regions.
-
-    Returns:
-        A report with the error of each region before and after the fit, and with the report of the pruning.
-
-    Raises:
-        TypeError: `pattern` or `update` has another type than these.
-        ValueError: an argument is invalid, or does not go with another one; `output` holds other files; `source`
-            holds no safetensors, lacks a tensor of the model, or holds it quantised or in another shape; no class of
-            the configuration fits; tensors of several blocks are converted together or tied; the criterion needs the
-            whole model; several processes run; calibration is missing, or never reaches the block of a target; a
-            weight, a statistic or a score is not finite; the weights are as sparse as asked already; `state_dir`
-            holds another run; a weight belongs to two regions; the tuner filled zeros.
-    """
-    started = time.perf_counter()
-    streamed = StreamedModel(source, output, device, trust_remote_code)
-    model = streamed.model
-    task = checked_task(
-        model,
-        pattern,
-        sparsity=sparsity,
-        criterion=criterion,
-        group=group,
-        allocation=allocation,
-        refinement=refinement,
-        update=update,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        prune_tied=prune_tied,
-        on_unreached=on_unreached,
-        batch_size=batch_size,
-        activations=activations,
-        dense=None,
-        region=region,
-        mode=mode,
-        fit=fit,
-        loaded=False,
-    )
-    inputs = as_inputs(model, checked_calibration(task.pruning, calibration), batch_size)
-    streamed.start(task.pruning)
-    check_teaching(task.pruning, None, streamed.weight_in_memory)
-    regions = _run(task, inputs, streamed.resident, state_dir, observer, streamed)
-    streamed.finish()
-    return task.report(regions, time.perf_counter() - started)
-
-
-def _run(
-    task: ReconstructionTask,
-    inputs: list[dict[str, Any]],
-    residence: Residence,
-    state_dir: str | Path | None,
-    observer: ReconstructionObserver | None,
-    streamed: StreamedModel | None = None,
-) -> tuple[RegionReport, ...]:
-    """Divide the sparsity, sum up gradients if the criterion needs them, and reconstruct region by region.
-
-    Args:
-        task: what is pruned and fitted and how.
-        inputs: the calibration data as model inputs.
-        residence: (block name, block) -> a context within which the block can run.
-        state_dir: where finished regions are kept, or None.
-        observer: follows the run, or None.
-        streamed: reads and writes the blocks of a model that is not in memory. None for a model in memory.
-
-    Returns:
-        The reports of the regions, in the order of the model.
-    """
-    model, dense, pruning = task.model, task.dense, task.pruning
-    pruning.sequences = count_sequences(inputs)
-    # Weights that are not in memory are not part of `fingerprint_of_model`.
-    by_region = bool(streamed) or any(is_offloaded(weight.layer) for weight in pruning.weights.values())
-    progress = Progress(state_dir, task.fingerprint(inputs) if state_dir else {}, by_region=by_region)
-    finished = FinishedRegions(pruning, progress, observer or ReconstructionObserver())
-    with evaluation_mode(model), evaluation_mode(model if dense is None else dense), _frozen(model):
-        proof = prove(model, inputs, pruning.inside, residence, every_expert=pruning.on_unreached == "error")
-        check_chains(proof)
-        finished.observer.start(task.fit.steps(len(task.fit.split(len(inputs))[0])))
-        if pruning.allocation is not None:
-            with one_layer_at_a_time(pruning.weights) as layers:
-                reading = layers if streamed is None else streamed.weight_in_memory
-                pruning.patterns = allocated_patterns(
-                    model, pruning, inputs, task.activations, residence, reading, proof
-                )
-        if "gradients" in pruning.needs:
-            pruning.gradients = gradient_sums(model, pruning.weights, inputs, offload=task.activations != "device")
-        Walk(task, residence, proof, finished, None if streamed is None else streamed.save).reconstruct(inputs)
-    return finished.reports
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter need or have a gradient within the context, except what a region sets while it is fitted."""
-    before = {name: (p, p.requires_grad, p.grad) for name, p in model.named_parameters()}
-    try:
-        for parameter, _, _ in before.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        yield
-    finally:
-        # By name, because the parameters of offloaded layers are others whenever they are loaded.
-        for name, parameter in model.named_parameters():
-            if name in before:
-                former, required, gradient = before[name]
-                parameter.requires_grad_(required)
-                if parameter is former:
-                    parameter.grad = gradient

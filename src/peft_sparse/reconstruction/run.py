@@ -1,0 +1,87 @@
+"""Runs a reconstruction: proves the model, divides the sparsity, and takes the walk through the regions."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..calibration.gradients import gradient_sums
+from ..calibration.inputs import evaluation_mode
+from ..calibration.proof import prove
+from ..calibration.residence import Residence
+from ..model.offload import is_offloaded
+from ..pruning.all_weights import allocated_patterns
+from ..pruning.offloaded import one_layer_at_a_time
+from ..pruning.streamed_model import StreamedModel
+from ..pruning.task import count_sequences
+from .calls import check_chains
+from .finished import FinishedRegions
+from .observer import ReconstructionObserver
+from .progress import Progress
+from .report import RegionReport
+from .task import ReconstructionTask
+from .walk import Walk
+
+
+def run(
+    task: ReconstructionTask,
+    inputs: list[dict[str, Any]],
+    residence: Residence,
+    state_dir: str | Path | None,
+    observer: ReconstructionObserver | None,
+    streamed: StreamedModel | None = None,
+) -> tuple[RegionReport, ...]:
+    """Divide the sparsity, sum up gradients if the criterion needs them, and reconstruct region by region.
+
+    Args:
+        task: what is pruned and fitted and how.
+        inputs: the calibration data as model inputs.
+        residence: (block name, block) -> a context within which the block can run.
+        state_dir: where finished regions are kept, or None.
+        observer: follows the run, or None.
+        streamed: reads and writes the blocks of a model that is not in memory. None for a model in memory.
+
+    Returns:
+        The reports of the regions, in the order of the model.
+    """
+    model, dense, pruning = task.model, task.dense, task.pruning
+    pruning.sequences = count_sequences(inputs)
+    # Weights that are not in memory are not part of `fingerprint_of_model`.
+    by_region = bool(streamed) or any(is_offloaded(weight.layer) for weight in pruning.weights.values())
+    progress = Progress(state_dir, task.fingerprint(inputs) if state_dir else {}, by_region=by_region)
+    finished = FinishedRegions(pruning, progress, observer or ReconstructionObserver())
+    with evaluation_mode(model), evaluation_mode(model if dense is None else dense), _frozen(model):
+        proof = prove(model, inputs, pruning.inside, residence, every_expert=pruning.on_unreached == "error")
+        check_chains(proof)
+        finished.observer.start(task.fit.steps(len(task.fit.split(len(inputs))[0])))
+        if pruning.allocation is not None:
+            with one_layer_at_a_time(pruning.weights) as layers:
+                reading = layers if streamed is None else streamed.weight_in_memory
+                pruning.patterns = allocated_patterns(
+                    model, pruning, inputs, task.activations, residence, reading, proof
+                )
+        if "gradients" in pruning.needs:
+            pruning.gradients = gradient_sums(model, pruning.weights, inputs, offload=task.activations != "device")
+        Walk(task, residence, proof, finished, None if streamed is None else streamed.save).reconstruct(inputs)
+    return finished.reports
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter need or have a gradient within the context, except what a region sets while it is fitted."""
+    before = {name: (p, p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    try:
+        for parameter, _, _ in before.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        yield
+    finally:
+        # By name, because the parameters of offloaded layers are others whenever they are loaded.
+        for name, parameter in model.named_parameters():
+            if name in before:
+                former, required, gradient = before[name]
+                parameter.requires_grad_(required)
+                if parameter is former:
+                    parameter.grad = gradient
