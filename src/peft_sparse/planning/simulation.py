@@ -5,9 +5,10 @@ Its tensors are therefore freed at the same moments as in the run, and no formul
 values, because models read them, for example to find out whether sequences were packed.
 """
 
+import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PretrainedConfig
 
+from ..model.blocks import base_model
 from ..model.empty import empty_model
 
 
@@ -161,6 +163,20 @@ class Simulation:
         """Return a fake of the shape and dtype of `tensor`, on the CPU."""
         with self.mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+@contextlib.contextmanager
+def refusing(model: nn.Module) -> Iterator[None]:
+    """Turn any error that leaves the context into a ValueError which says that `model` cannot be simulated."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+        raise ValueError(
+            f"{type(base_model(model)).__name__} cannot be run on tensors without values ({reason}). Pass a language "
+            "model with its head. If there are several implementations of attention or experts, choose one that does "
+            'not read values, such as `experts_implementation="grouped_mm"`.'
+        ) from error
 
 
 def replaced(

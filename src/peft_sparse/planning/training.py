@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -16,7 +16,7 @@ from ..calibration.text import SEQUENCE_LENGTH
 from ..model.blocks import base_model, find_blocks, prunable_weights
 from ..model.tree import has_adapters
 from ..training.kept_zeros import keep_gradients_masked, packed_mask, put_zeros_back
-from .simulation import GIB, Described, LiveBytes, Simulation, bytes_of, described
+from .simulation import GIB, Described, LiveBytes, Simulation, bytes_of, described, refusing
 
 
 Strategy = Literal["ddp", "fsdp", "zero2", "zero3"]
@@ -303,17 +303,3 @@ def _units(model: nn.Module) -> list[list[nn.Parameter]]:
     blocks = [list(block.parameters()) for block in find_blocks(model).values()]
     inside = {id(parameter) for block in blocks for parameter in block}
     return [[parameter for parameter in model.parameters() if id(parameter) not in inside], *blocks]
-
-
-@contextlib.contextmanager
-def refusing(model: nn.Module) -> Iterator[None]:
-    """Turn any error that leaves the context into a ValueError which says that `model` cannot be simulated."""
-    try:
-        yield
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
-        raise ValueError(
-            f"{type(base_model(model)).__name__} cannot be run on tensors without values ({reason}). Pass a language "
-            "model with its head. If there are several implementations of attention or experts, choose one that does "
-            'not read values, such as `experts_implementation="grouped_mm"`.'
-        ) from error
