@@ -31,11 +31,12 @@ from .evaluation.domains import PerplexityReport, perplexity_by_domain
 from .evaluation.perplexity import perplexity
 from .model.environment import environment, peak_memory
 from .planning import plan_pruning, plan_reconstruction, plan_training
-from .pruning.allocation import ERK, LAMP, OWL, GlobalMagnitude, Uniform, UniformPlus
+from .pruning.allocation import ERK, LAMP, GlobalMagnitude, Uniform, UniformPlus
 from .pruning.checkpoint import prune_checkpoint
 from .pruning.criteria import GBLM, RIA, Criterion, Magnitude, Random, Wanda
 from .pruning.dsnot import DSnoT
 from .pruning.least_squares import LeastSquares
+from .pruning.owl import OWL
 from .pruning.patterns import SemiStructured, Unstructured
 from .pruning.prune import prune, sparsity
 from .pruning.report import PruningReport

@@ -9,8 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sparse.model.weights import WeightView
-from peft_sparse.pruning.allocation import ALLOCATIONS, OWL, allocate
+from peft_sparse.pruning.allocation import ALLOCATIONS, allocate
 from peft_sparse.pruning.budget import Budget, apportion
+from peft_sparse.pruning.owl import OWL
 from peft_sparse.pruning.patterns import SemiStructured, number_to_prune, select_across
 
 
@@ -337,7 +338,7 @@ def test_fewer_zeros_than_there_are_are_refused():
 
 def n_of(layers, pattern, blocks, **options):
     norms = {name: torch.ones(layer.shape[1]) for name, layer in layers.items()}
-    found = OWL(**options).mixed(Budget(layers, [], [], 0, blocks, norms), pattern)
+    found = OWL(**options).mixed(Budget(layers, pattern.sparsity, blocks, norms), pattern)
     assert {(p.m, p.allow_ragged) for p in found.values()} == {(pattern.m, pattern.allow_ragged)}
     return [p.n for p in found.values()]
 

@@ -6,9 +6,9 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from peft_sparse import SparseTrainer, SparseTrainingArguments
-from peft_sparse.pruning.allocation import OWL
 from peft_sparse.pruning.criteria import Wanda
 from peft_sparse.pruning.least_squares import LeastSquares
+from peft_sparse.pruning.owl import OWL
 from peft_sparse.pruning.sparsegpt import SparseGPT
 from peft_sparse.pruning.swap import Swap
 

@@ -13,11 +13,12 @@ from ..calibration.measure import measured_blocks
 from ..calibration.residence import Residence
 from ..model.blocks import block_of
 from ..model.weights import WeightView
-from .allocation import OWL, allocate
+from .allocation import allocate
 from .budget import Budget, Reading, in_memory
 from .by_name import values_by_name
 from .offloaded import one_layer_at_a_time
 from .one_weight import scores_of
+from .owl import OWL
 from .patterns import Pattern, SemiStructured, Unstructured, select_across
 from .sparsegpt import SparseGPT
 from .task import PruningTask
@@ -59,7 +60,7 @@ def allocated_patterns(
         }
     if isinstance(pattern, SemiStructured):
         assert isinstance(allocation, OWL), "the task refuses other allocations of n:m"
-        return dict(allocation.mixed(Budget(task.weights, [], [], 0, place, norms, reading), pattern))
+        return dict(allocation.mixed(Budget(task.weights, pattern.sparsity, place, norms, reading), pattern))
     if isinstance(allocation, Mapping):
         allocation = values_by_name(allocation, task.weights, "allocation")
     counts = allocate(allocation, task.weights, pattern.sparsity, blocks=place, input_norms=norms, reading=reading)

@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from ..model.weights import WeightView
+from ..model.masks import count_kept
+from ..model.weights import WeightView, to_host
+from .patterns import number_to_prune
 
 
 Reading = Callable[[str], AbstractContextManager[Any]]
@@ -27,21 +30,33 @@ class Budget:
 
     Args:
         weights: the weights by name.
-        sizes: the number of entries of each weight.
-        zeros: how many entries of each weight are zero already.
-        total: how many entries of all weights together are to be zero.
+        sparsity: the fraction of all entries that is to be zero.
         blocks: the name of the block that each weight lies in, None outside of blocks.
         input_norms: ‖X_j‖₂ of each weight's inputs, (in,), if they were measured.
         reading: weight name -> a context within which the weight is in memory.
     """
 
     weights: Mapping[str, WeightView]
-    sizes: list[int]
-    zeros: list[int]
-    total: int
+    sparsity: float
     blocks: Mapping[str, str | None]
     input_norms: Mapping[str, Tensor] | None = None
     reading: Reading = field(default=in_memory)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The number of entries of each weight."""
+        return [math.prod(weight.shape) for weight in self.weights.values()]
+
+    @property
+    def total(self) -> int:
+        """How many entries of all weights together are to be zero."""
+        return number_to_prune(self.sparsity, sum(self.sizes))
+
+    @cached_property
+    def zeros(self) -> list[int]:
+        """How many entries of each weight are zero already. Each weight is read once."""
+        kept = [self.of_matrix(name, count_kept) for name in self.weights]
+        return [size - nonzero for size, nonzero in zip(self.sizes, to_host(kept), strict=True)]
 
     @property
     def most(self) -> list[int]:

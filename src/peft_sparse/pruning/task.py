@@ -27,10 +27,11 @@ from ..model.left_out import left_out
 from ..model.offload import is_offloaded
 from ..model.sharding import check_strategy
 from ..model.weights import WeightView, share, to_host, zero_counts
-from .allocation import OWL, Allocation, find_allocation
+from .allocation import Allocation, find_allocation
 from .by_name import PatternLike, one_pattern, patterns_by_name, spelled_pattern
 from .criteria import CriterionLike, ScoringCriterion, find_criterion
 from .least_squares import LeastSquares, find_update
+from .owl import OWL
 from .patterns import GROUPS, Group, Pattern, SemiStructured, Unstructured, number_to_prune
 from .refinement import Refinement, find_refinement
 from .report import PruningReport, WeightReport
