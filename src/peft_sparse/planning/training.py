@@ -1,26 +1,22 @@
 """Plans the memory of training: it simulates one optimiser step, and divides the result among the devices."""
 
-import contextlib
 import copy
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.text import SEQUENCE_LENGTH
-from ..model.blocks import base_model, find_blocks, prunable_weights
+from ..model.blocks import find_blocks, prunable_weights
 from ..model.tree import has_adapters
-from ..training.kept_zeros import keep_gradients_masked, packed_mask, put_zeros_back
-from .simulation import GIB, Described, LiveBytes, Simulation, bytes_of, described, refusing
+from .optimizer_step import Optimizer, StepBytes, loss_of, simulated_step
+from .simulation import GIB, Described, Simulation, bytes_of, described, refusing
 
 
 Strategy = Literal["ddp", "fsdp", "zero2", "zero3"]
-Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 # DeepSpeed's defaults, in elements: `reduce_bucket_size` and `stage3_max_live_parameters`.
 _BUCKET, _LIVE_PARAMETERS = 5 * 10**8, 10**9
@@ -76,17 +72,6 @@ class TrainingPlan:
             + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items() if size)
             + f"\npeak {self.peak_bytes / GIB:.2f} GiB"
         )
-
-
-@dataclass
-class _Step:
-    """The memory of one simulated optimiser step besides the parameters, in bytes."""
-
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    backward_peak: int = 0
-    optimizer_peak: int = 0
 
 
 def plan_training(
@@ -145,9 +130,9 @@ def plan_training(
         getattr(checkpointed, "activation_checkpointing_enable", checkpointed.gradient_checkpointing_enable)()
     simulated = Simulation().of(whole, whole)
     with refusing(simulated):
-        step = _step(
+        step = simulated_step(
             simulated,
-            lambda: _loss(simulated, torch.zeros(batch_size, length, dtype=torch.long), autocast),
+            lambda: loss_of(simulated, torch.zeros(batch_size, length, dtype=torch.long), autocast),
             gradient_accumulation_steps,
             optimizer or partial(torch.optim.AdamW, fused=True),
             gradient_share=1 if strategy == "ddp" else devices,
@@ -176,87 +161,7 @@ def _attached(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
     return adapted
 
 
-def _loss(model: nn.Module, tokens: Tensor, autocast: torch.dtype | None) -> Tensor:
-    # As in `Trainer`: only the loss lives longer than the forward pass, and nothing is cached for generation.
-    accepts = inspect.signature(base_model(model).forward).parameters
-    extra = {"use_cache": False} if "use_cache" in accepts else {}
-    with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
-        output = model(input_ids=tokens, labels=tokens, **extra)
-    loss: Tensor = output.loss
-    return loss
-
-
-def _step(
-    model: nn.Module,
-    loss: Callable[[], Tensor],
-    accumulated: int,
-    optimizer: Optimizer,
-    *,
-    gradient_share: int,
-    units: list[list[nn.Parameter]],
-    masters: bool,
-) -> _Step:
-    """Simulate a training step, with the guard of the zeros of trained weights.
-
-    Args:
-        model: the model, with tensors without values.
-        loss: runs the forward pass and returns the loss.
-        accumulated: number of batches whose gradients are added up.
-        optimizer: function parameters -> optimizer.
-        gradient_share: number of devices that share the gradients.
-        units: groups of parameters whose gradients are reduced together.
-        masters: whether the optimiser works on float32 copies of the parameters.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    waiting = [[parameter for parameter in unit if parameter.requires_grad] for unit in units]
-    live = LiveBytes([*model.parameters(), *model.buffers()], gradient_share, waiting)
-    stored = {id(weight.storage): weight.storage for weight in prunable_weights(model).values()}
-    guarded = [parameter for parameter in stored.values() if parameter.requires_grad]
-    # The hook of the guard comes first, because it changes a gradient before it is accumulated.
-    for parameter in guarded:
-        keep_gradients_masked(parameter)
-    for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(live.finished)
-    with live:
-        # Two batches are enough, because further ones take no more memory than the second.
-        for _ in range(min(accumulated, 2)):
-            loss().backward()
-            live.finish()
-        step = _Step(gradients=live.gradients, activations=live.peak_beside_gradients, backward_peak=live.peak)
-        updated = [_master(parameter) for parameter in trained] if masters else trained
-        copies = sum(new.nbytes for new, old in zip(updated, trained, strict=True) if new is not old)
-        live.peak = live.live
-        before = live.live
-        remembering = optimizer(updated)
-        remembering.step()
-        step.optimizer = bytes_of(t for state in remembering.state.values() for t in _tensors(state)) + copies
-        temporary = live.peak - before - step.optimizer + copies
-        step.optimizer_peak = step.gradients + max(temporary, _guarding(live, guarded))
-    return step
-
-
-def _guarding(live: LiveBytes, guarded: list[Tensor]) -> int:
-    """Return the most bytes that `ZeroGuardCallback` holds while it puts zeros back after a step."""
-    if not guarded:
-        return 0
-    largest = max(guarded, key=Tensor.numel)
-    kept = packed_mask(largest)
-    live.peak = before = live.live
-    put_zeros_back(largest, kept)
-    return live.peak - before
-
-
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    copied = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
-    copied.grad = torch.zeros_like(copied)
-    return copied
-
-
-def _tensors(state: dict[str, Any]) -> list[Tensor]:
-    return [value for value in state.values() if isinstance(value, Tensor)]
-
-
-def _shared_out(model: nn.Module, step: _Step, strategy: Strategy, devices: int) -> TrainingPlan:
+def _shared_out(model: nn.Module, step: StepBytes, strategy: Strategy, devices: int) -> TrainingPlan:
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     sharded = devices if strategy in ("fsdp", "zero3") else 1
