@@ -1,7 +1,7 @@
 """Estimates memory and time of a pruning run from names and shapes, without loading a weight."""
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,22 +10,25 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..calibration.activations import Activations, check_activations
 from ..calibration.forms import sequences_together
-from ..calibration.statistics import Need, rows_taken
 from ..calibration.text import SEQUENCE_LENGTH
-from ..model.blocks import Targets, active_experts, find_blocks, hidden_size, prunable_weights
+from ..model.blocks import Targets, hidden_size
 from ..model.empty import empty_model
-from ..model.weights import WeightView
 from ..pruning.allocation import Allocation
 from ..pruning.by_name import PatternLike
 from ..pruning.criteria import CriterionLike
-from ..pruning.dsnot import DSnoT
 from ..pruning.least_squares import LeastSquares
-from ..pruning.patterns import Group, Pattern, SemiStructured
+from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
-from ..pruning.rows import rows_of_chunk
-from ..pruning.swap import Swap
 from ..pruning.task import PruningTask
-from .simulation import GIB, Described
+from .pruning_costs import (
+    allocation_needs,
+    batch_tokens,
+    gradient_bytes,
+    measured_bytes,
+    operations,
+    selecting_bytes,
+)
+from .simulation import GIB, Described, bytes_of
 
 
 @dataclass(frozen=True)
@@ -173,130 +176,29 @@ def plan_pruning(
         prune_tied=prune_tied,
         loaded=False,
     )
-    blocks = task.blocks
-    per_block = {name: _bytes(block) for name, block in blocks.items()}
-    total, inside = _bytes(model), sum(per_block.values())
+    of_blocks = [bytes_of(block.parameters()) for block in task.blocks.values()]
+    total = bytes_of(model.parameters())
     # Without other statistics, an allocation such as OWL measures its own, in a pass of its own.
-    needs = task.needs or _allocation_needs(task)
-    calibrated = bool(needs)
+    needs = task.needs or allocation_needs(task)
     item = next(model.parameters()).element_size()
-    tokens = sequences * length
     batches = batch_tokens(sequences, length, sequences_together(length) if batch_size is None else batch_size)
-    measured = [measured_bytes(task.inside(name), needs, batches, item) for name in blocks if calibrated]
+    measured = [measured_bytes(task.inside(name), needs, batches, item) for name in task.blocks] if needs else [(0, 0)]
     selecting = max(selecting_bytes(weight, task, task.patterns[name]) for name, weight in task.weights.items())
-    flops = _flops(model, task, tokens, length)
-    speed = flops_per_second or _measured_speed()
+    flops = operations(model, task, sequences * length, length)
     return PruningPlan(
-        blocks=len(blocks),
+        blocks=len(task.blocks),
         weights=len(task.weights),
         model_bytes=total,
-        block_bytes=max(per_block.values()),
-        outside_bytes=total - inside,
-        activation_bytes=tokens * hidden_size(model) * item if calibrated else 0,
+        block_bytes=max(of_blocks),
+        outside_bytes=total - sum(of_blocks),
+        activation_bytes=sequences * length * hidden_size(model) * item if needs else 0,
         activations=activations,
-        statistics_bytes=max((statistics for statistics, _ in measured), default=0),
-        gradient_bytes=_gradient_bytes(task),
-        working_bytes=max((outputs for _, outputs in measured), default=0) + selecting,
+        statistics_bytes=max(statistics for statistics, _ in measured),
+        gradient_bytes=gradient_bytes(task),
+        working_bytes=max(outputs for _, outputs in measured) + selecting,
         flops=flops,
-        seconds=flops / speed,
+        seconds=flops / (flops_per_second or _measured_speed()),
     )
-
-
-def batch_tokens(sequences: int, length: int, batch_size: int) -> list[int]:
-    """Return the number of tokens of each batch of the calibration data.
-
-    Raises:
-        ValueError: a number is less than 1.
-    """
-    for name, number in {"sequences": sequences, "length": length, "batch_size": batch_size}.items():
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1, got {number!r}.")
-    return [length * min(batch_size, sequences - first) for first in range(0, sequences, batch_size)]
-
-
-def measured_bytes(
-    weights: dict[str, WeightView], needs: Collection[Need], batches: list[int], item: int
-) -> tuple[int, int]:
-    """Return the bytes of the statistics of `weights`, and the bytes of their outputs on one batch.
-
-    Args:
-        weights: the weights of one block, by name.
-        needs: the statistics that are measured.
-        batches: the number of tokens of each batch.
-        item: the number of bytes of one entry of an activation.
-    """
-    shapes = [weight.shape for weight in weights.values()]
-    sampled = rows_taken(batches)
-    sums = max(4, item) * sum(n * n + n if "hessian" in needs else n for _, n in shapes)
-    moments = 8 * sum(n for _, n in shapes) if "moments" in needs else 0
-    return sums + moments + item * sampled * sum(n for _, n in shapes), batches[0] * item * sum(m for m, _ in shapes)
-
-
-def selecting_bytes(weight: WeightView, task: PruningTask, pattern: Pattern) -> int:
-    """Return the bytes that scores, refinement, update or solver of one weight take in addition to its statistics."""
-    m, n = weight.shape
-    taken = [12 * m * n + (4 * n * n if "hessian" in task.rule.needs else 0)]
-    refinement = None if task.refinement is None else task.refinement[1]
-    if isinstance(refinement, DSnoT):
-        rows = min(m, rows_of_chunk(weight.matrix(), n))
-        taken.append(2 * m * n + rows * (28 * n + 48 * min(refinement.max_cycles, n)))
-    if isinstance(refinement, Swap):
-        exhaustive = n if refinement.candidates >= n else None
-        group = pattern.m if isinstance(pattern, SemiStructured) else exhaustive
-        rows = min(m, rows_of_chunk(weight.matrix(), n * max(8, group or 0)))
-        # Pairs within groups take a Hessian in another order, and what the entries of each pair add together.
-        pairs = 12 * n * n + 8 * rows * n * (group - 1) if group else 0
-        taken.append(2 * m * n + (40 if group else 80) * rows * n + pairs)
-    if task.update:
-        taken.append(32 * m * n)
-    return max(taken)
-
-
-def _flops(model: nn.Module, task: PruningTask, tokens: int, length: int) -> float:
-    """Return the number of operations of all passes through the blocks, and of statistics, gradients and solvers."""
-    passes = 2 * bool(task.needs) + bool(_allocation_needs(task))
-    if not passes:
-        return 10.0 * sum(rows * columns for rows, columns in _shapes(task))
-    share = active_experts(model)
-    # Not only the pruned weights, because calibration runs whole blocks.
-    multiplied = sum(w.matrix().numel() * (1 if w.expert is None else share) for w in prunable_weights(model).values())
-    attention = len(find_blocks(model)) * length * hidden_size(model)
-    forward = 2.0 * tokens * (multiplied + attention)
-    flops = passes * forward
-    if "gradients" in task.needs:
-        flops += 3 * forward
-    if "hessian" in task.needs:
-        # Solvers and swaps are counted with the largest number of iterations that they may take.
-        swaps = task.refinement[1] if task.refinement else None
-        products = 2 * (task.update.max_iterations if task.update else 0)
-        # A swap reads and changes the whole row some times.
-        of_entry = 16 * swaps.max_swaps if isinstance(swaps, Swap) else 0
-        for weight in task.weights.values():
-            rows, columns = weight.shape
-            seen = tokens * (1 if weight.expert is None else share)
-            solver = columns**3 / 3 + rows * columns**2 if "hessian" in task.rule.needs else 0
-            flops += seen * columns**2 + solver + (products * columns + of_entry) * rows * columns
-    return flops
-
-
-def _allocation_needs(task: PruningTask) -> tuple[Need, ...]:
-    return () if task.allocation is None or isinstance(task.allocation, Mapping) else task.allocation.needs
-
-
-def _gradient_bytes(task: PruningTask) -> int:
-    if "gradients" not in task.needs:
-        return 0
-    return sum(4 * rows * columns for rows, columns in _shapes(task)) + max(
-        w.storage.nbytes for w in task.weights.values()
-    )
-
-
-def _shapes(task: PruningTask) -> list[tuple[int, int]]:
-    return [weight.shape for weight in task.weights.values()]
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _measured_speed() -> float:

@@ -20,7 +20,7 @@ from ..pruning.refinement import Refinement
 from ..reconstruction.checks import checked_task
 from ..reconstruction.fit import Fit
 from ..reconstruction.regions import RegionSize
-from .pruning import batch_tokens
+from .pruning_costs import batch_tokens
 from .simulation import GIB, Described, LiveBytes, bytes_of, described, refusing
 from .windows import Windows
 

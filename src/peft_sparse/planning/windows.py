@@ -22,7 +22,7 @@ from ..reconstruction.regions import Region, blocks_together, regions_by_names, 
 from ..reconstruction.streams import held_in_float32
 from ..reconstruction.task import ReconstructionTask
 from ..reconstruction.trainable import trainable
-from .pruning import measured_bytes, selecting_bytes
+from .pruning_costs import measured_bytes, selecting_bytes
 from .simulation import LiveBytes, Simulation, bytes_of
 
 
