@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from peft_sparse import prune, prune_checkpoint, reconstruct, reconstruct_checkpoint
 from peft_sparse.model.blocks import find_blocks
+from peft_sparse.pruning.checks import pruning_task
 from peft_sparse.pruning.streamed_model import StreamedModel
-from peft_sparse.pruning.task import PruningTask
 from peft_sparse.reconstruction import Fit
 
 from conftest import ENCODER_DECODERS, GATED, SHORT, inputs_of, tiny
@@ -154,7 +154,7 @@ def test_a_block_of_any_stack_is_in_memory_when_it_is_asked_for_and_as_it_was_wr
     dense = made(family)
     dense.save_pretrained(tmp_path / "dense")
     streamed = StreamedModel(tmp_path / "dense", tmp_path / "sparse", "cpu")
-    streamed.start(PruningTask.of(streamed.model, 0.5, loaded=False))
+    streamed.start(pruning_task(streamed.model, 0.5, loaded=False))
     blocks, expected = streamed.blocks, find_blocks(dense)
     first, last = list(blocks)[0], list(blocks)[-1]
 

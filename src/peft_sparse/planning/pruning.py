@@ -15,11 +15,11 @@ from ..model.blocks import Targets, hidden_size
 from ..model.empty import empty_model
 from ..pruning.allocation import Allocation
 from ..pruning.by_name import PatternLike
+from ..pruning.checks import pruning_task
 from ..pruning.criteria import CriterionLike
 from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
-from ..pruning.task import PruningTask
 from .pruning_costs import (
     allocation_needs,
     batch_tokens,
@@ -162,7 +162,7 @@ def plan_pruning(
     check_activations(activations)
     if not isinstance(model, nn.Module):
         model = empty_model(model if isinstance(model, PretrainedConfig) else AutoConfig.from_pretrained(model))
-    task = PruningTask.of(
+    task = pruning_task(
         model,
         pattern,
         sparsity=sparsity,

@@ -20,6 +20,7 @@ from ..model.settings import ordinary_settings
 from .all_weights import allocated_patterns
 from .allocation import Allocation
 from .by_name import PatternLike
+from .checks import check_calibration, pruning_task
 from .criteria import CriterionLike
 from .least_squares import LeastSquares
 from .patterns import Group
@@ -27,7 +28,7 @@ from .prune import prune_blocks, prune_stack
 from .refinement import Refinement
 from .report import PruningReport
 from .streamed_model import StreamedModel
-from .task import OnUnreached, PruningTask, check_calibration, count_sequences
+from .task import OnUnreached, PruningTask, count_sequences
 
 
 @ordinary_settings()
@@ -120,7 +121,7 @@ def prune_checkpoint(
     started = time.perf_counter()
     streamed = StreamedModel(source, output, device, trust_remote_code)
     model = streamed.model
-    task = PruningTask.of(
+    task = pruning_task(
         model,
         pattern,
         sparsity=sparsity,

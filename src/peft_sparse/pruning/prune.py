@@ -27,6 +27,7 @@ from ..model.weights import check_finite
 from .all_weights import allocated_patterns, prune_across
 from .allocation import Allocation
 from .by_name import PatternLike
+from .checks import check_calibration, pruning_task
 from .criteria import CriterionLike
 from .least_squares import LeastSquares
 from .offloaded import checked_when_loaded, one_layer_at_a_time
@@ -34,7 +35,7 @@ from .one_weight import noting, prune_weights
 from .patterns import Group
 from .refinement import Refinement
 from .report import PruningReport
-from .task import OnUnreached, PruningTask, check_calibration, count_sequences
+from .task import OnUnreached, PruningTask, count_sequences
 
 
 @ordinary_settings()
@@ -124,7 +125,7 @@ def prune(
     started = time.perf_counter()
     # Without calibration, each process does all of the work, and may be the only one that does it.
     with contextlib.nullcontext() if calibration is None else stopping_together():
-        task = PruningTask.of(
+        task = pruning_task(
             model,
             pattern,
             sparsity=sparsity,

@@ -15,8 +15,9 @@ from ..model.offload import loaded_layer
 from ..model.weights import DENSE, share, zero_counts
 from ..pruning.budget import Reading
 from ..pruning.by_name import PatternLike
+from ..pruning.checks import check_calibration, pruning_task
 from ..pruning.patterns import number_to_prune
-from ..pruning.task import PruningTask, check_calibration
+from ..pruning.task import PruningTask
 from .fit import Fit
 from .regions import RegionSize
 from .task import Mode, ReconstructionTask
@@ -44,7 +45,7 @@ def checked_task(
     Args:
         model, pattern, dense, region, mode, fit, batch_size, activations, sparsity: the arguments of `reconstruct`.
         loaded: whether the weights must be in memory. False is for a model on the meta device.
-        pruning: the other arguments of `reconstruct` that `PruningTask.of` takes.
+        pruning: the other arguments of `reconstruct` that `pruning_task` takes.
 
     Raises:
         TypeError, ValueError: see `reconstruct`.
@@ -55,7 +56,7 @@ def checked_task(
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size!r}.")
     _check_models(model, dense)
     check_activations(activations)
-    pruned = PruningTask.of(model, 0.0 if no_pattern else pattern, sparsity=sparsity, loaded=loaded, **pruning)
+    pruned = pruning_task(model, 0.0 if no_pattern else pattern, sparsity=sparsity, loaded=loaded, **pruning)
     task = ReconstructionTask(model, dense, pruned, fit, region, mode, activations)
     _check_task(pruned, fit, no_pattern)
     check_ties(task)

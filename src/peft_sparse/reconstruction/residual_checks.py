@@ -13,6 +13,7 @@ from ..model.kinds import obstacle
 from ..model.offload import is_offloaded
 from ..model.tree import has_adapters
 from ..model.weights import WeightView, check_finite, share, zero_counts
+from ..pruning.checks import pruning_task
 from ..pruning.offloaded import one_layer_at_a_time
 from ..pruning.task import PruningTask
 from ..tuners.model import MAMBA_BYPASSED, MAMBA_TYPES
@@ -81,9 +82,7 @@ def residual_task(
     check_activations(activations)
     _check_models(model, dense)
     # A pattern of 0 prunes nothing: it chooses weights and checks that they can be read.
-    chosen = PruningTask.of(
-        model, 0.0, target_modules=target_modules, exclude_modules=exclude_modules, prune_tied=True
-    )
+    chosen = pruning_task(model, 0.0, target_modules=target_modules, exclude_modules=exclude_modules, prune_tied=True)
     _check_calibration(chosen, calibration)
     dense_weights = _dense_weights(chosen.weights, dense, target_modules, exclude_modules)
     task = ResidualTask(chosen.by_block, chosen.weights, dense_weights, dict(chosen.left_out))

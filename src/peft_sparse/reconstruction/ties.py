@@ -11,7 +11,7 @@ from .trainable import adapted_weights, plain_parameters
 def check_ties(task: ReconstructionTask) -> None:
     """Check that no weight that is pruned or trained is used in two regions, or also outside the blocks.
 
-    A pruned weight that is also an embedding is allowed here, because `PruningTask.of` allows it only if the caller
+    A pruned weight that is also an embedding is allowed here, because `pruning_task` allows it only if the caller
     does. Two parts of one block may share weights, because such a block is fitted whole.
 
     Raises:

@@ -11,8 +11,8 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from ..model.weights import share, zero_counts
+from ..pruning.checks import pruning_task
 from ..pruning.offloaded import one_layer_at_a_time
-from ..pruning.task import PruningTask
 from ..reconstruction import Fit, ReconstructionReport, reconstruct
 from ..reconstruction.checks import as_sparse_as_asked, check_teaching, zeros_before
 from ..reconstruction.progress import foreign_files, is_progress
@@ -98,7 +98,7 @@ class ReconstructionRun:
         options: dict[str, Any] = self.args.pruning_options()
         if options["pattern"] is None:
             return options
-        task = PruningTask.of(self.trainer.model, **options)
+        task = pruning_task(self.trainer.model, **options)
         with one_layer_at_a_time(task.weights) as reading:
             if self.dense is None:
                 # `reconstruct` checks this too, but after the finished regions of an earlier run are deleted.
