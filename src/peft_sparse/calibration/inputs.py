@@ -225,9 +225,14 @@ def sequences_in(batch: Mapping[str, Any]) -> int:
     return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)
 
 
+def count_sequences(inputs: list[dict[str, Any]]) -> int:
+    """Return how many sequences model inputs hold."""
+    return sum(map(sequences_in, inputs))
+
+
 def in_words(inputs: list[dict[str, Any]]) -> str:
     """Return the amount of data in words. With several processes a hash is added, by which they compare their data."""
-    amount = f"{sum(map(sequences_in, inputs))} sequences in {len(inputs)} batches"
+    amount = f"{count_sequences(inputs)} sequences in {len(inputs)} batches"
     return amount if place()[1] == 1 else f"{amount}, of hash {fingerprint_of_inputs(inputs)}"
 
 

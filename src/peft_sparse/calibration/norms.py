@@ -19,7 +19,7 @@ from ..model.settings import ordinary_settings
 from ..model.sharding import has_shards
 from ..model.tree import base_layer, walk
 from .batch import EnoughSeen
-from .inputs import Calibration, as_inputs, evaluation_mode, in_words, sequences_in
+from .inputs import Calibration, as_inputs, count_sequences, evaluation_mode, in_words
 from .residence import arguments_there
 
 
@@ -107,7 +107,7 @@ def recalibrate_norms(
         order = passes.order_of(norms, keep_unreached)
         for name in order:
             _write(name, norms[name], passes.moments(name, norms[name]))
-    return NormsReport(tuple(order), sum(map(sequences_in, inputs)), time.perf_counter() - started)
+    return NormsReport(tuple(order), count_sequences(inputs), time.perf_counter() - started)
 
 
 def norms_with_statistics(model: nn.Module) -> dict[str, _NormBase]:

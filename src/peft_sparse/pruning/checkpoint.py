@@ -12,7 +12,7 @@ import torch
 
 from ..calibration.activations import Activations, check_activations
 from ..calibration.findings import Proof
-from ..calibration.inputs import Calibration, as_inputs, evaluation_mode
+from ..calibration.inputs import Calibration, as_inputs, count_sequences, evaluation_mode
 from ..calibration.proof import prove
 from ..calibration.runner import stack_runners
 from ..model.blocks import Targets
@@ -28,7 +28,7 @@ from .prune import prune_blocks, prune_stack
 from .refinement import Refinement
 from .report import PruningReport
 from .streamed_model import StreamedModel
-from .task import OnUnreached, PruningTask, count_sequences
+from .task import OnUnreached, PruningTask
 
 
 @ordinary_settings()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..calibration.activations import Activations, check_activations
 from ..calibration.findings import Proof
 from ..calibration.gradients import gradient_sums
-from ..calibration.inputs import Calibration, as_inputs, evaluation_mode, in_words
+from ..calibration.inputs import Calibration, as_inputs, count_sequences, evaluation_mode, in_words
 from ..calibration.measure import measure
 from ..calibration.proof import prove
 from ..calibration.residence import Residence, on_device
@@ -35,7 +35,7 @@ from .one_weight import noting, prune_weights
 from .patterns import Group
 from .refinement import Refinement
 from .report import PruningReport
-from .task import OnUnreached, PruningTask, count_sequences
+from .task import OnUnreached, PruningTask
 
 
 @ordinary_settings()

@@ -3,11 +3,10 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
-from ..calibration.inputs import sequences_in
 from ..calibration.measure import BlockStatistics
 from ..calibration.statistics import Need, Statistics
 from ..model.environment import peak_memory
@@ -154,11 +153,6 @@ class PruningTask:
                 "that were zero before stay zero. Load the dense model to get a lower sparsity.",
                 stacklevel=3,
             )
-
-
-def count_sequences(inputs: list[dict[str, Any]]) -> int:
-    """Return how many sequences model inputs hold."""
-    return sum(map(sequences_in, inputs))
 
 
 def _rounding(weight: WeightView, pattern: Pattern) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..calibration.activations import Activations
-from ..calibration.inputs import Calibration, as_inputs
+from ..calibration.inputs import Calibration, as_inputs, count_sequences
 from ..calibration.residence import on_device
 from ..model.blocks import Targets
 from ..model.environment import remember
@@ -22,7 +22,7 @@ from ..pruning.least_squares import LeastSquares
 from ..pruning.offloaded import checked_when_loaded, one_layer_at_a_time
 from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
-from ..pruning.task import OnUnreached, count_sequences
+from ..pruning.task import OnUnreached
 from .checks import check_teaching, checked_calibration, checked_task
 from .fit import Fit
 from .observer import ReconstructionObserver

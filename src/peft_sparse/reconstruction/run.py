@@ -8,14 +8,13 @@ from typing import Any
 from torch import nn
 
 from ..calibration.gradients import gradient_sums
-from ..calibration.inputs import evaluation_mode
+from ..calibration.inputs import count_sequences, evaluation_mode
 from ..calibration.proof import prove
 from ..calibration.residence import Residence
 from ..model.offload import is_offloaded
 from ..pruning.all_weights import allocated_patterns
 from ..pruning.offloaded import one_layer_at_a_time
 from ..pruning.streamed_model import StreamedModel
-from ..pruning.task import count_sequences
 from .calls import check_chains
 from .finished import FinishedRegions
 from .observer import ReconstructionObserver
