@@ -18,8 +18,8 @@ from ..model.weights import WeightView
 from ..pruning.least_squares import LeastSquares
 from ..reconstruction.calls import StateCall, chain_of
 from ..reconstruction.division import hands_on
+from ..reconstruction.parameters import held_in_float32
 from ..reconstruction.regions import Region, blocks_together, regions_by_names, regions_of_blocks
-from ..reconstruction.streams import held_in_float32
 from ..reconstruction.task import ReconstructionTask
 from ..reconstruction.trainable import trainable
 from .pruning_costs import measured_bytes, selecting_bytes

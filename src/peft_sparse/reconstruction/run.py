@@ -1,11 +1,7 @@
 """Runs a reconstruction: proves the model, divides the sparsity, and takes the walk through the regions."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from ..calibration.gradients import gradient_sums
 from ..calibration.inputs import count_sequences, evaluation_mode
@@ -18,6 +14,7 @@ from ..pruning.streamed_model import StreamedModel
 from .calls import check_chains
 from .finished import FinishedRegions
 from .observer import ReconstructionObserver
+from .parameters import without_gradients
 from .progress import Progress
 from .report import RegionReport
 from .task import ReconstructionTask
@@ -51,7 +48,7 @@ def run(
     by_region = bool(streamed) or any(is_offloaded(weight.layer) for weight in pruning.weights.values())
     progress = Progress(state_dir, task.fingerprint(inputs) if state_dir else {}, by_region=by_region)
     finished = FinishedRegions(pruning, progress, observer or ReconstructionObserver())
-    with evaluation_mode(model), evaluation_mode(model if dense is None else dense), _frozen(model):
+    with evaluation_mode(model), evaluation_mode(model if dense is None else dense), without_gradients(model):
         proof = prove(model, inputs, pruning.inside, residence, every_expert=pruning.on_unreached == "error")
         check_chains(proof)
         finished.observer.start(task.fit.steps(len(task.fit.split(len(inputs))[0])))
@@ -65,22 +62,3 @@ def run(
             pruning.gradients = gradient_sums(model, pruning.weights, inputs, offload=task.activations != "device")
         Walk(task, residence, proof, finished, None if streamed is None else streamed.save).reconstruct(inputs)
     return finished.reports
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter need or have a gradient within the context, except what a region sets while it is fitted."""
-    before = {name: (p, p.requires_grad, p.grad) for name, p in model.named_parameters()}
-    try:
-        for parameter, _, _ in before.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        yield
-    finally:
-        # By name, because the parameters of offloaded layers are others whenever they are loaded.
-        for name, parameter in model.named_parameters():
-            if name in before:
-                former, required, gradient = before[name]
-                parameter.requires_grad_(required)
-                if parameter is former:
-                    parameter.grad = gradient

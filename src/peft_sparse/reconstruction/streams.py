@@ -1,7 +1,5 @@
 """The hidden states of all batches between the regions, and the inputs that a window of blocks gets from them."""
 
-import contextlib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -135,21 +133,3 @@ class Window:
     def outputs(self, region: Region, index: int, stream: Stream | None = None) -> Tensor:
         """Return the outputs of `region` for a batch."""
         return region(self.inputs(index, stream), self.calls(index, stream))
-
-
-@contextlib.contextmanager
-def held_in_float32(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Hold the parameters of `blocks` in float32 within the context, and in their own dtype afterwards."""
-    changed = [
-        (parameter, parameter.dtype)
-        for block in blocks
-        for parameter in block.parameters()
-        if parameter.dtype in (torch.float16, torch.bfloat16)
-    ]
-    try:
-        for parameter, _ in changed:
-            parameter.data = parameter.data.float()
-        yield
-    finally:
-        for parameter, dtype in changed:
-            parameter.data = parameter.data.to(dtype)

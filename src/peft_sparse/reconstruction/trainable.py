@@ -20,6 +20,7 @@ from ..model.masks import mask_of
 from ..model.weights import WeightView
 from .fit import Tuner
 from .fitting import TrainableRegion
+from .parameters import without_gradients
 from .regions import Region
 
 
@@ -54,15 +55,17 @@ def trainable(region: Region, weights: dict[str, WeightView], tuner: Tuner) -> I
             for parameter, value in before:
                 parameter.copy_(value)
 
-    with _without_gradients(region):
+    # Gradients of the caller would be added to those of the first step.
+    with without_gradients(*region.blocks.values()):
         try:
             adapters.extend(attach(region, list(adapted), tuner))
             for parameter in plain:
                 parameter.requires_grad_(True)
             # All matrices have a mask, because a matrix that is not pruned in this run may have been pruned before.
             masks = {p: mask_of(p.detach()) for p in plain if p.dim() > 1}
-            trained = [parameter for parameter in _all_parameters(region) if parameter.requires_grad]
-            yield TrainableRegion(region, trained, masks, merge, undo)
+            # Blocks of one region may share parameters.
+            trained = {id(p): p for block in region.blocks.values() for p in block.parameters() if p.requires_grad}
+            yield TrainableRegion(region, list(trained.values()), masks, merge, undo)
         except BaseException:
             undo()
             raise
@@ -118,27 +121,6 @@ def plain_parameters(region: Region, tuner: Tuner, adapted: dict[str, WeightView
         if bias == "all" or (bias != "none" and any(module is layer for layer in layers)):
             chosen.add(id(getattr(module, "bias", None)))
     return [parameter for parameter in region.parameters.values() if id(parameter) in chosen]
-
-
-@contextlib.contextmanager
-def _without_gradients(region: Region) -> Iterator[None]:
-    """Let no parameter of a region need or have a gradient, except what is set within the context."""
-    # Gradients of the caller would be added to those of the first step.
-    kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in _all_parameters(region)]
-    try:
-        for parameter, _, _ in kept:
-            parameter.grad = None
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, gradient, required in kept:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
-
-
-def _all_parameters(region: Region) -> list[nn.Parameter]:
-    """Return the parameters of the blocks of a region, those of adapters included. Blocks may share parameters."""
-    return list({id(p): p for block in region.blocks.values() for p in block.parameters()}.values())
 
 
 @dataclass(frozen=True)

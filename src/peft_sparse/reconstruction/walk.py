@@ -16,8 +16,9 @@ from ..model.processes import exchange, place
 from .division import regions_tried
 from .finished import FinishedRegions
 from .observer import LossOnBar, Step
+from .parameters import held_in_float32
 from .regions import Region, blocks_together, regions_in, regions_of_blocks
-from .streams import Stream, Window, held_in_float32
+from .streams import Stream, Window
 from .task import ReconstructionTask
 from .turn import Turn
 
