@@ -17,7 +17,7 @@ from ..pruning.criteria import CriterionLike
 from ..pruning.least_squares import LeastSquares
 from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
-from ..reconstruction.checks import checked_task
+from ..reconstruction.checks import reconstruction_task
 from ..reconstruction.fit import Fit
 from ..reconstruction.regions import RegionSize
 from .pruning_costs import batch_tokens
@@ -162,7 +162,7 @@ def plan_reconstruction(
             one class of transformers; the model has adapters or quantised parameters, or cannot be run without values.
     """
     whole = described(model, dtype)
-    task = checked_task(
+    task = reconstruction_task(
         whole,
         pattern,
         sparsity=sparsity,

@@ -18,7 +18,7 @@ from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
 from ..pruning.streamed_model import StreamedModel
 from ..pruning.task import OnUnreached
-from .checks import check_teaching, checked_calibration, checked_task
+from .checks import check_teaching, checked_calibration, reconstruction_task
 from .fit import Fit
 from .observer import ReconstructionObserver
 from .regions import RegionSize
@@ -132,7 +132,7 @@ def reconstruct_checkpoint(
     started = time.perf_counter()
     streamed = StreamedModel(source, output, device, trust_remote_code)
     model = streamed.model
-    task = checked_task(
+    task = reconstruction_task(
         model,
         pattern,
         sparsity=sparsity,

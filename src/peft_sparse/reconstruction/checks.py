@@ -1,4 +1,4 @@
-"""Checks the arguments of `reconstruct` before anything is changed."""
+"""Checks the arguments of `reconstruct` before anything is changed, and makes them a task."""
 
 import warnings
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from .trainable import adapted_weights
 from .tuner_trial import check_tuner_keeps_zeros
 
 
-def checked_task(
+def reconstruction_task(
     model: nn.Module,
     pattern: PatternLike | Mapping[str, PatternLike] | None,
     *,

@@ -23,7 +23,7 @@ from ..pruning.offloaded import checked_when_loaded, one_layer_at_a_time
 from ..pruning.patterns import Group
 from ..pruning.refinement import Refinement
 from ..pruning.task import OnUnreached
-from .checks import check_teaching, checked_calibration, checked_task
+from .checks import check_teaching, checked_calibration, reconstruction_task
 from .fit import Fit
 from .observer import ReconstructionObserver
 from .regions import RegionSize
@@ -142,7 +142,7 @@ def reconstruct(
     """
     started = time.perf_counter()
     with stopping_together():
-        task = checked_task(
+        task = reconstruction_task(
             model,
             pattern,
             sparsity=sparsity,
