@@ -5,7 +5,7 @@ Importing this package registers them with PEFT. Of the other folders it imports
 
 from .config import MaskLoRAConfig, ScaledLoRAConfig
 from .groups import trainable_shares
-from .kept_weight import keep_effective_weights
+from .keeping import keep_effective_weights
 from .lora_extras import enable_lora_extras
 from .mask_lora import MaskLoraConv2d, MaskLoraLayer, MaskLoraLinear, MaskLoraModel
 from .merging import merged_state_dict

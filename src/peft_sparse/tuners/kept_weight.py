@@ -131,36 +131,6 @@ def is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _sample(weight: Tensor) -> Tensor:
-    """Return some entries of `weight`, spread over its memory, as a view."""
-    size = sum((count - 1) * stride for count, stride in zip(weight.shape, weight.stride(), strict=True)) + 1
-    # The step is odd, so that patterns such as 2:4 do not repeat with it.
-    step = size // SAMPLED | 1
-    return weight.as_strided((-(-size // step),), (step,), weight.storage_offset())
-
-
-class KeepsWeight:
-    """What a layer that keeps its effective weight has."""
-
-    # Set by `keep_effective_weights`.
-    keeps_effective_weight: bool = True
-    keeps_in_training: bool = False
-    _kept: KeptWeight | None = None
-    # A weight of its own, because `Trainer` calls `train()` before each step.
-    _kept_in_training: KeptWeight | None = None
-
-    def drop_kept_weight(self) -> None:
-        """Free the effective weight that the layer keeps between calls. The next call computes it anew."""
-        if self._kept is not None:
-            self._kept = None
-        if self._kept_in_training is not None:
-            self._kept_in_training = None
-
-    def bytes_in_training(self) -> int:
-        """Return the bytes of an effective weight that the layer can keep in training. 0 means that it cannot."""
-        return 0
-
-
 def can_keep(x: Tensor, sources: list[Tensor]) -> bool:
     """Return whether an effective weight of `sources` can be kept for the input `x`.
 
@@ -172,40 +142,9 @@ def can_keep(x: Tensor, sources: list[Tensor]) -> bool:
     return all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in sources)
 
 
-def keep_effective_weights(model: nn.Module, keep: bool = True, training_bytes: int = 0) -> None:
-    """Choose whether the MaskLoRA and ScaledLoRA layers of `model` keep their effective weights between calls.
-
-    By default they do. A layer in evaluation mode then computes its effective weight once, and again when W, A, B, the
-    scaling, the active adapters, the device or the dtype change, as long as no gradient is needed. Generation with
-    unmerged adapters takes about as long as with merged ones. The price is the memory of one copy of all adapted
-    weights. Training drops the copies. Quantised weights and weights that are split among processes are not kept.
-
-    On a GPU a write into the memory of W, A or B through `.data` is not seen. On a CPU it is seen when the layer is
-    next called with more than one row of inputs, unless it changes only few entries. Write to the parameter
-    within `torch.no_grad()` instead, or call this function again afterwards: it drops what was kept.
-
-    On a CPU the effective weights may be kept in training too, which `training_bytes` allows. Then backward does not
-    compute them again, nor do the further forward passes until the next optimiser step: gradient accumulation,
-    checkpointing. Gradients stay the same.
-
-    Args:
-        model: a model with adapters.
-        keep: False computes the effective weight in every call in evaluation mode.
-        training_bytes: the most bytes of effective weights that are kept in training. Layers are taken in their order
-            in the model, as long as they fit. Weights on a GPU, quantised ones, weights that are split among
-            processes, and `target_parameters` are left out.
-
-    Raises:
-        ValueError: `training_bytes` is negative.
-    """
-    if training_bytes < 0:
-        raise ValueError(
-            f"`training_bytes` must not be negative, got {training_bytes}. Use 0 to keep nothing in training."
-        )
-    for module in model.modules():
-        if isinstance(module, KeepsWeight):
-            module.keeps_effective_weight = keep
-            module.drop_kept_weight()
-            needed = module.bytes_in_training() if training_bytes else 0
-            module.keeps_in_training = 0 < needed <= training_bytes
-            training_bytes -= needed if module.keeps_in_training else 0
+def _sample(weight: Tensor) -> Tensor:
+    """Return some entries of `weight`, spread over its memory, as a view."""
+    size = sum((count - 1) * stride for count, stride in zip(weight.shape, weight.stride(), strict=True)) + 1
+    # The step is odd, so that patterns such as 2:4 do not repeat with it.
+    step = size // SAMPLED | 1
+    return weight.as_strided((-(-size // step),), (step,), weight.storage_offset())

@@ -1,11 +1,12 @@
 """The layers and the model of MaskLoRA, W + s · M ⊙ (BA). Zimmer et al. 2023 (PERP), arXiv:2312.15230v3.
 
-The classes set names and the formula. Their methods are in `layer`, `conv`, `parameter` and `model`.
+The classes set names and the formula. Their methods are in `adapters`, `layer`, `conv`, `parameter` and `model`.
 """
 
+from .adapters import STATE_NAMES
 from .conv import Conv2dMixin
 from .functional import Factor
-from .layer import STATE_NAMES, SparseLoraLayer
+from .layer import SparseLoraLayer
 from .model import SparseLoraModel
 from .parameter import ParameterMixin
 

@@ -1,7 +1,7 @@
 """The layers and the model of ScaledLoRA: W ⊙ (1 + s · BA), or W ⊙ (BA) of Zimmer et al. 2023, arXiv:2312.15230v3.
 
 The classes set names and the formula, initialise A and B, and hold the forward pass of rank 1. Their other methods are
-in `layer`, `conv`, `parameter` and `model`.
+in `adapters`, `layer`, `conv`, `parameter` and `model`.
 """
 
 import math
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..model.weights import stored_weight
+from .adapters import STATE_NAMES
 from .conv import Conv2dMixin
 from .functional import Factor, scale_rows_and_columns
-from .layer import STATE_NAMES, SparseLoraLayer
+from .layer import SparseLoraLayer
 from .model import SparseLoraModel
 from .parameter import ParameterMixin
 
