@@ -221,6 +221,47 @@ def test_sigterm_in_a_forked_process_ends_it(tmp_path, llama):
     assert found == [-signal.SIGTERM] * 2
 
 
+def test_an_error_takes_the_noise_off_the_embeddings(tmp_path, llama):
+    trainer = sparse(llama, tmp_path, Raises(RuntimeError("boom"), step=1), neftune_noise_alpha=5.0)
+    for _ in range(2):
+        with contextlib.suppress(RuntimeError):
+            trainer.train()
+        embeddings = llama.get_input_embeddings()
+        assert not embeddings._forward_hooks
+        assert not hasattr(embeddings, "neftune_noise_alpha")
+
+
+def test_zeros_that_a_callback_fills_after_the_guard_are_an_error(tmp_path, llama):
+    class Averages(TrainerCallback):
+        """Puts the dense weights back at the end, as an average over a run does."""
+
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            model.load_state_dict(dense)
+
+    dense = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    trainer = sparse(llama, tmp_path, sparsity=0.5, max_steps=1)
+    trainer.add_callback(Averages())
+    with pytest.raises(RuntimeError, match="lost zeros during training"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("names", [["report.json"], ["report.html"], ["report.json", "report.html"]], ids=str)
+def test_files_of_the_user_are_not_replaced_by_a_report(tmp_path, llama, caplog, names):
+    for name in names:
+        (tmp_path / name).write_text('{"accuracy": 1}')
+    sparse(llama, tmp_path, max_steps=1).train()
+    assert "report of the run is not written, because " + names[0] in caplog.text
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, '{"accuracy": 1}')
+
+
+def test_a_report_is_replaced_by_the_next(tmp_path, llama):
+    trainer = sparse(llama, tmp_path, max_steps=1)
+    trainer.train()
+    (tmp_path / "report.html").write_text("older")
+    trainer.train()
+    assert (tmp_path / "report.html").read_text() != "older"
+
+
 def test_a_pruning_that_raises_puts_adapters_back(tmp_path, llama):
     def fails(weight, statistics):
         raise RuntimeError("no scores")

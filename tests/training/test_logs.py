@@ -1,15 +1,19 @@
 """What SparseTrainer writes into the log of a run is true, and stands under the names that Trainer's users expect."""
 
+import contextlib
+import io
+
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
-from peft_sparse import MaskLoRAConfig, SparseTrainer, prune, sparsity
+from peft_sparse import MaskLoRAConfig, PruningCallback, SparseTrainer, prune, sparsity
+from peft_sparse.model.environment import remembered
 
 from conftest import Samples, tiny
-from trainers import arguments
+from trainers import StopAt, arguments
 
 
 def pruned(share=0.5):
@@ -137,3 +141,48 @@ def test_a_model_without_prunable_weights_is_evaluated_too(tmp_path):
     metrics = trainer_of(tmp_path, Plain()).evaluate()
     assert torch.tensor(metrics["eval_loss"]).isfinite()
     assert "eval_sparsity" not in metrics
+
+
+def test_the_report_is_that_of_the_last_pruning_whoever_asked_for_it(tmp_path):
+    for options, share in (({}, 0.7), ({"sparsity": 0.5}, 0.7)):
+        args = arguments(tmp_path, max_steps=1, **options)
+        callbacks = [PruningCallback(0.7)]
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers tells that there are two
+            trainer = SparseTrainer(tiny("llama"), args, train_dataset=Samples(), callbacks=callbacks)
+        trainer.train()
+        assert (
+            trainer.pruning_report.sparsity == pytest.approx(sparsity(trainer.model)) == pytest.approx(share, abs=3e-3)
+        )
+        assert trainer.run_report().stages[0].sparsity == trainer.pruning_report.sparsity
+
+
+def told(trainer):
+    return remembered(trainer.model)["retraining"]
+
+
+def test_the_card_tells_what_was_trained(tmp_path):
+    class Full(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if trainer._train_batch_size == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer = trainer_of(tmp_path, pruned(), auto_find_batch_size=True, eval_strategy="steps", eval_steps=2)
+    for name, parameter in trainer.model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    trainer.add_callback(Full())
+    trainer.add_callback(StopAt(3))
+    trainer.train()
+    # The evaluation was before the last step.
+    expected = {"steps": 3, "batch_size": 3, "trained": "some weights", "eval_loss": None}
+    assert {name: told(trainer)[name] for name in expected} == expected
+
+
+def test_the_card_tells_of_the_best_model_where_it_is_loaded(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "first", "greater_is_better": True}
+    trainer = trainer_of(tmp_path, pruned(), **options, **best)
+    trainer.compute_metrics = lambda found: {"first": -trainer.state.global_step}
+    trainer.train()
+    assert trainer.state.best_global_step == told(trainer)["steps"] == 1
+    assert told(trainer)["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+    assert told(trainer)["trained"] == "all weights"

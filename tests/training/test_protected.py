@@ -125,6 +125,24 @@ def test_a_new_classifier_of_zeros_learns_and_a_pruned_weight_of_zeros_does_not(
     )
 
 
+def test_what_this_run_pruned_is_protected_however_little_it_is(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=48, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config)
+    trainer = train(model, tmp_path, sparsity=0.0015, save_strategy="steps", save_steps=3)
+    assert sparsity(model) == trainer.pruning_report.sparsity > 0
+    assert {entry["sparsity"] for entry in trainer.state.log_history if "sparsity" in entry} == {
+        round(sparsity(model), 6)
+    }
+    # A plain trainer that continues does not prune again, and knows the zeros from the checkpoint.
+    callbacks = [PruningCallback(0.0015), ZeroGuardCallback()]
+    args = arguments(tmp_path, TrainingArguments, max_steps=5, weight_decay=0.1)
+    again = Trainer(transformers.LlamaForCausalLM(config), args, train_dataset=Samples(), callbacks=callbacks)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert sparsity(again.model) == sparsity(model)
+
+
 def test_adapters_may_leave_zero_and_a_few_zeros_are_no_mask(tmp_path, llama):
     few, many = llama.model.layers[0].mlp.up_proj.weight, llama.lm_head.weight
     count = int(PROTECTED_SHARE * few.numel())

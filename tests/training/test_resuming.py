@@ -131,7 +131,7 @@ def test_what_training_brought_to_zero_is_no_other_mask(tmp_path):
 
 def test_other_zeros_are_refused(tmp_path):
     trains(mask_lora(), sparsity=0.5, max_steps=1)(tmp_path, resumed=False).train()
-    other = trains(mask_lora(), sparsity=0.75)(tmp_path, resumed=True)
+    other = trains(mask_lora(), sparsity=0.5, criterion="random")(tmp_path, resumed=True)
     with pytest.raises(ValueError, match="masks of the checkpoint and of the model differ in 21 weights, .* 'model"):
         other.train(resume_from_checkpoint=True)
 
@@ -141,5 +141,37 @@ def test_other_zeros_are_refused(tmp_path):
 def test_a_schedule_that_cannot_reach_its_sparsity_any_more_is_refused(config, asked, tmp_path):
     trains(config, **CYCLES)(tmp_path, resumed=False).train()
     other = trains(config, **CYCLES | {"sparsity": asked})(tmp_path, resumed=True)
-    with pytest.raises(ValueError, match="pruned to sparsity 0.75 by step 6, and its schedule is to end at"):
+    with pytest.raises(ValueError, match="pruned to sparsity 0.75 by step 6, and is to end at"):
         other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("asked", [0.3, 0.8])
+def test_one_pruning_to_another_sparsity_is_refused(asked, tmp_path):
+    # The weights of the checkpoint replace those that were pruned now, so that report and card would be wrong.
+    trains(sparsity=0.5, max_steps=1)(tmp_path, resumed=False).train()
+    other = trains(sparsity=asked)(tmp_path, resumed=True)
+    with pytest.raises(ValueError, match="pruned to sparsity 0.5 by step 1, and is to end at"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("missing", ["checkpoint-7", "checkpoint-1"])
+def test_a_checkpoint_that_is_not_there_is_refused_before_the_model_is_pruned(missing, tmp_path):
+    trains(sparsity=0.5, max_steps=1)(tmp_path, resumed=False).train()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").unlink()
+    other = trains(sparsity=0.5)(tmp_path, resumed=True)
+    with pytest.raises(ValueError, match=f"Expected a complete checkpoint in .*{missing}', and trainer_state.json is"):
+        other.train(resume_from_checkpoint=str(tmp_path / missing))
+    assert sparsity(other.model) == 0
+
+
+def test_a_guard_given_twice_still_compares_masks(tmp_path):
+    def guarded(resumed, target):
+        trainer = trains(mask_lora(target_modules=["q_proj"]), base=lambda m: prune(m, 0.5, target_modules=target))
+        made = trainer(tmp_path, resumed=True)
+        made.args.max_steps = 2 if resumed else 1
+        made.callback_handler.callbacks.append(ZeroGuardCallback())
+        return made
+
+    guarded(False, ["up_proj"]).train()
+    with pytest.raises(ValueError, match="masks of the checkpoint and of the model differ"):
+        guarded(True, ["down_proj"]).train(resume_from_checkpoint=True)

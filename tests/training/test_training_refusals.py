@@ -1,6 +1,7 @@
 """Every refusal of `training/`, with its words."""
 
 import copy
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,6 +84,35 @@ class Tied(nn.Module):
 def tied_without_configuration():
     model = get_peft_model(Tied(), MaskLoRAConfig(target_modules=["first"]))
     save_plain_model(model, "plain", merge=True, write=True, sparsity=0.0)
+
+
+def terminated_in_a_thread():
+    """Train in a thread with `save_on_sigterm`. The model is not touched."""
+    model, raised = llama(), []
+
+    def run():
+        try:
+            trained(model, sparsity=0.5, save_on_sigterm=True)
+        except ValueError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="worker")
+    thread.start()
+    thread.join()
+    assert sparsity(model) == 0
+    raise raised[0]
+
+
+class OwnLoss(SparseTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def own_loss_and_distillation():
+    data = [{"input_ids": row, "labels": row} for row in TOKENS]
+    args = arguments(sparsity=0.5, distillation="logits", save_strategy="no", max_steps=1)
+    OwnLoss(llama(), args, train_dataset=data).train()
 
 
 def without_data(data):
@@ -670,6 +700,18 @@ REFUSALS = [
         ValueError,
         r"for the same predictions. Got the shapes \(2, 4\), \(2, 3\) and \(2,\). Use a teacher",
     ),
+    (
+        lambda: logits_loss(torch.ones(2, 1), torch.ones(2, 1), torch.ones(2).bool()),
+        ValueError,
+        r"two or more classes, .* shape \(2, 1\) for labels of shape \(2,\). Leave `distillation` out for regression",
+    ),
+    (
+        lambda: logits_loss(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3).bool()),
+        ValueError,
+        r"one for each label. Got logits of shape \(2, 3\) for labels of shape \(2, 3\). .* several labels per sample",
+    ),
+    (own_loss_and_distillation, ValueError, "`OwnLoss.compute_loss` does not call it. Call `super\\(\\)"),
+    (terminated_in_a_thread, ValueError, "in the main thread alone, .* runs in the thread 'worker'. Call `train`"),
     (
         lambda: hidden_states_loss([torch.ones(1, 5, 4)], [torch.ones(1, 5, 4)], torch.ones(1).bool()),
         ValueError,

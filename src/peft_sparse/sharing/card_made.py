@@ -96,7 +96,7 @@ def _retraining(done: dict[str, Any]) -> str:
     parts += [f"{stage['tokens']:,} tokens"] if stage.get("tokens") else []
     parts += [f"learning rate {report['learning_rate']:.3g}"] if report.get("learning_rate") else []
     parts += [f"distillation `{report['distillation']}`"] if report.get("distillation") else []
-    parts += ["all weights"] if report.get("trained") == "all weights" else []
+    parts += [report["trained"]] if report.get("trained") in ("all weights", "some weights") else []
     loss = report.get("eval_loss")
     parts += [f"loss on the evaluation set {loss:.4f}"] if loss is not None else []
     return f"{', '.join(parts)}." if parts else ""

@@ -59,6 +59,29 @@ def last_complete_checkpoint(folder: str | Path, *, only_weights: bool = False) 
     )
 
 
+def checkpoint_to_resume(args: Any, resume: str | Path | bool | None) -> str | None:
+    """Return the checkpoint that the argument `resume_from_checkpoint` of `train` means. None if training is new.
+
+    Args:
+        args: the training arguments.
+        resume: True for the last complete checkpoint in `output_dir`, or the path of a checkpoint.
+
+    Raises:
+        ValueError: no checkpoint is complete, or that of the path is not.
+    """
+    if not resume:
+        return None
+    if resume is True:
+        return str(last_complete_checkpoint(str(args.output_dir), only_weights=args.save_only_model))
+    # What it lacks of the optimiser's state begins anew, as with any `Trainer`.
+    if (reason := missing_part(Path(resume), only_weights=True)) is not None:
+        raise ValueError(
+            f"Expected a complete checkpoint in {str(resume)!r}, and {reason}. Give the path of a folder "
+            f"`{PREFIX_CHECKPOINT_DIR}-N` of a run, or leave `resume_from_checkpoint` out to start again."
+        )
+    return str(resume)
+
+
 def missing_part(checkpoint: Path, *, only_weights: bool = False) -> str | None:
     """Return what a checkpoint lacks, None if it is complete.
 

@@ -41,8 +41,14 @@ def logits_loss(student: Tensor, teacher: Tensor, kept: Tensor, temperature: flo
         temperature: T, positive.
 
     Raises:
-        ValueError: the shapes do not match.
+        ValueError: the shapes do not match, or there is one class, whose probability is always 1.
     """
+    if student.shape == teacher.shape and (student.shape[-1] < 2 or student.shape[:-1] != kept.shape):
+        raise ValueError(
+            'distillation="logits" compares distributions over two or more classes, one for each label. Got logits of '
+            f"shape {tuple(student.shape)} for labels of shape {tuple(kept.shape)}. Leave `distillation` out for "
+            "regression and for several labels per sample, or give one label for each output."
+        )
     if student.shape != teacher.shape or student.shape[:-1] != kept.shape:
         raise ValueError(
             "Expected logits of teacher and student and labels for the same predictions. Got the shapes "

@@ -3,10 +3,13 @@
 import contextlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import Trainer
+from transformers.integrations.neftune import deactivate_neftune
 
 from ..model.tree import adapter_switches
 
@@ -38,6 +41,22 @@ def as_before(model: nn.Module) -> Iterator[None]:
         for name, parameter in model.named_parameters():
             former, gradient = gradients.get(name, (parameter, None))
             parameter.grad = gradient if former is parameter else None
+
+
+@contextlib.contextmanager
+def without_noise(trainer: Trainer) -> Iterator[None]:
+    """Take the hook of `neftune_noise_alpha` off the embedding if an error leaves the context.
+
+    `Trainer` does this only where training reaches its end. The embedding would add noise in each later training.
+    """
+    own: Any = trainer
+    own.neftune_hook_handle = None
+    try:
+        yield
+    except BaseException:
+        if own.neftune_hook_handle is not None:
+            deactivate_neftune(own.model, own.neftune_hook_handle, own.accelerator)
+        raise
 
 
 @contextlib.contextmanager

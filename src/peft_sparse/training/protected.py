@@ -1,6 +1,6 @@
 """Which parameters are protected in training: all that hold zeros, whatever is pruned or adapted."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -58,18 +58,19 @@ def stored_matrices(model: nn.Module) -> dict[str, Place]:
 
 
 def protected_names(
-    places: Mapping[str, Place], trained: Iterable[str], model: nn.Module
+    places: Mapping[str, Place], trained: Iterable[str], model: nn.Module, pruned: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
     """Return the names of the parameters whose zeros are kept, and of those among them that can never learn.
 
-    A parameter is protected if at least `PROTECTED_SHARE` of its entries are zero. A trained parameter that is all
-    zeros is protected only if it is a prunable weight inside the blocks. Elsewhere it is an initial value, such as
-    that of a new classifier. All processes must call this together.
+    A parameter is protected if at least `PROTECTED_SHARE` of its entries are zero, or if it was pruned. A trained
+    parameter that is all zeros is protected only if it is a prunable weight inside the blocks. Elsewhere it is an
+    initial value, such as that of a new classifier. All processes must call this together.
 
     Args:
         places: the parameters by name.
         trained: the names of those that are trained.
         model: the model, with or without adapters.
+        pruned: the names of those whose zeros are known to be a mask.
     """
     parameters = [place.parameter for place in places.values()]
     kept = totals([count_kept(own_part(parameter)) for parameter in parameters], parameters)
@@ -78,7 +79,8 @@ def protected_names(
     for name, parameter, nonzero in zip(places, parameters, kept, strict=True):
         size = whole_shape(parameter).numel()
         learns = nonzero == 0 and name in trained
-        if size - nonzero < PROTECTED_SHARE * size or not size or (learns and id(parameter) not in prunable):
+        least = 1 if name in pruned else PROTECTED_SHARE * size
+        if size - nonzero < least or not size or (learns and id(parameter) not in prunable):
             continue
         protected.append(name)
         if learns:

@@ -1,6 +1,7 @@
 """Pruning during training: the callback calls `prune` when training begins, or at the steps of a schedule."""
 
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..pruning.allocation import Allocation
 from ..pruning.by_name import PatternLike, one_pattern
 from ..pruning.criteria import CriterionLike
 from ..pruning.least_squares import LeastSquares
-from ..pruning.patterns import Group, Unstructured, parse_pattern
+from ..pruning.patterns import Group, Pattern, Unstructured, parse_pattern
 from ..pruning.prune import prune
 from ..pruning.refinement import Refinement
 from ..pruning.report import PruningReport
@@ -36,8 +37,13 @@ from ..tuners.layer import SparseLoraLayer
 from .base_weights import frozen_names, load_base, proof_of_base, restart_adapters, save_base
 from .checkpoints import BASE_NAME
 from .learning_rates import RetrainingSchedule, norm_drop
+from .protected import stored_matrices
 from .pruning_schedules import PruningSchedule
 from .zero_guard import note_pruning
+
+
+# Counts the prunings of all callbacks, so that the last one of several callbacks is known.
+_turns = itertools.count(1)
 
 
 class PruningCallback(TrainerCallback):
@@ -66,8 +72,8 @@ class PruningCallback(TrainerCallback):
 
     Each pruning during training, also that at its beginning, adds an entry to `state.log_history`: `pruning` is the
     sparsity reached, `norm_drop` is d₁ of the learning rate schedule "allr" (see `retraining_schedule`), `asked` is
-    the sparsity that a schedule asked for, and `base` is the hash of the base weights, with a schedule and adapters. A
-    call of the method `prune` adds no entry.
+    the sparsity that was asked for, if it is one for all layers, and `base` is the hash of the base weights, with a
+    schedule and adapters. A call of the method `prune` adds no entry.
 
     Args:
         pattern: a sparsity in [0, 1); or "n:m", which keeps n of every m entries along the inputs; or an
@@ -114,8 +120,8 @@ class PruningCallback(TrainerCallback):
             `load_best_model_at_end` is set with a schedule; `PruningCycles` meets adapters other than MaskLoRA and
             ScaledLoRA, or adapters that are not active; calibration is given and the model is sharded already; `prune`
             refuses its arguments.
-            When a run is resumed: it asks for another sparsity, which its schedule does not reach any more; or, with
-            adapters, the file of base weights belongs to another run.
+            When a run is resumed: it asks for another sparsity, and is not to prune any more; or, with adapters, the
+            file of base weights belongs to another run.
         FileNotFoundError: training with adapters is resumed, and the checkpoint has no file of the base weights that
             the schedule changed.
     """
@@ -161,6 +167,8 @@ class PruningCallback(TrainerCallback):
         }
         self.schedule = schedule
         self.report: PruningReport | None = None
+        # The number of the last pruning among those of all callbacks, 0 before the first.
+        self.turn = 0
         self._pruned: weakref.ref[nn.Module] | None = None
         # (‖W‖², number of nonzero entries) before and after the last pruning.
         self.norms: list[tuple[float, float]] = []
@@ -175,12 +183,11 @@ class PruningCallback(TrainerCallback):
         self._saved_in: tuple[Path, int] | None = None
         self._frozen: set[str] = set()
         if schedule is not None:
-            requested = self.options["pattern"]
-            goal = None if isinstance(requested, Mapping) else parse_pattern(requested)
+            goal = self._single_pattern()
             if not isinstance(goal, Unstructured):
                 raise ValueError(
-                    f"A schedule raises a single sparsity, and the pattern is {requested!r}. Pass a sparsity such as "
-                    "0.5, or leave `schedule` out."
+                    f"A schedule raises a single sparsity, and the pattern is {self.options['pattern']!r}. Pass a "
+                    "sparsity such as 0.5, or leave `schedule` out."
                 )
             self._goal = goal
 
@@ -200,6 +207,7 @@ class PruningCallback(TrainerCallback):
                     "ended. Set it to False."
                 )
         elif self.has_pruned(model):
+            self._check_resumed(state)
             # The model was pruned before the training began, and the state of the training is new.
             if self._unlogged and not state.global_step:
                 self._log(state)
@@ -273,23 +281,28 @@ class PruningCallback(TrainerCallback):
         before, after = self.norms
         drop = self._drops[state.global_step] = norm_drop(before, after) if after[1] < before[1] else 0.0
         entry = {"pruning": self.report.sparsity, "norm_drop": drop}
-        if self.schedule is not None:
-            entry["asked"] = self.options["pattern"].sparsity
+        if (asked := self._single_pattern()) is not None:
+            entry["asked"] = asked.sparsity
         state.log_history.append(entry | {"epoch": state.epoch, "step": state.global_step})
 
     def _check_resumed(self, state: TrainerState) -> None:
         """Check that a resumed run can reach the sparsity that it asks for: not less than it had, and enough steps."""
         asked = [entry["asked"] for entry in state.log_history if "asked" in entry]
-        goal = self._goal.sparsity if self._due else None
+        goal = self._single_pattern() if self.schedule is None else self._goal
         if goal is None or not asked or not state.global_step:
             return
-        ends = all(step <= state.global_step for step in self._due)
-        if asked[-1] > goal or (ends and asked[-1] != goal):
+        last = max(self._due, default=0)
+        if asked[-1] > goal.sparsity or (last <= state.global_step and asked[-1] != goal.sparsity):
             raise ValueError(
-                f"The resumed run has pruned to sparsity {asked[-1]:.4g} by step {state.global_step}, and its "
-                f"schedule is to end at {goal:.4g}, with no pruning after step {max(self._due)}. Resume with the "
-                "sparsity and the schedule of the first run, or start a new run with the trained model."
+                f"The resumed run has pruned to sparsity {asked[-1]:.4g} by step {state.global_step}, and is to "
+                f"end at {goal.sparsity:.4g}, with no pruning after step {last}. Resume with the sparsity and the "
+                "schedule of the first run, or start a new run with the trained model."
             )
+
+    def _single_pattern(self) -> Pattern | None:
+        """Return the pattern that all layers are pruned to now. None if layers have their own."""
+        pattern = self.options["pattern"]
+        return None if isinstance(pattern, Mapping) else parse_pattern(pattern)
 
     def norm_drop(self, cycle: int) -> float:
         """Return d₁ of the pruning in one cycle: how much it changed the norm of the weights.
@@ -328,29 +341,37 @@ class PruningCallback(TrainerCallback):
                 before = self._norm(model)
                 self.report = prune(model, **self.options)
                 self.norms = [before, self._norm(model)]
-            self._prune_copies(model)
-        self._unlogged = True
+            storages = {id(storage) for storage in self._prune_copies(model)}
+            names = [name for name, place in stored_matrices(model).items() if id(place.parameter) in storages]
+        self._unlogged, self.turn = True, next(_turns)
         # A weak reference, so that a model of an earlier `model_init` can be freed.
         self._pruned = weakref.ref(base_model(model))
-        note_pruning(model)
+        note_pruning(model, names)
         if self.after_pruning is not None:
             self.after_pruning(model)
 
-    def _prune_copies(self, model: nn.Module) -> None:
-        """Write the zeros of pruned layers into their copies in `modules_to_save`, also of inactive adapters."""
+    def _prune_copies(self, model: nn.Module) -> list[Tensor]:
+        """Write the zeros of pruned layers into their copies in `modules_to_save`, also of inactive adapters.
+
+        Returns:
+            The parameters that hold the zeros, in the layers and in their copies.
+        """
         assert self.report is not None
         copies: dict[int, list[nn.Module]] = {}
         for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
             for name, original in wrapper.original_module.named_modules():
                 copies[id(original)] = [copy.get_submodule(name) for copy in wrapper.modules_to_save.values()]
-        if not copies:
-            return
         with adapters_off(model):
             originals = prunable_weights(model, *self._targets())
+        storages: list[Tensor] = []
         for name in (weight.name for weight in self.report.weights):
             original = originals[name]
+            storages.append(original.storage)
             for copy in copies.get(id(original.layer), ()):
-                dataclasses.replace(original, layer=copy).write_zeros(mask_of(original.matrix()))
+                view = dataclasses.replace(original, layer=copy)
+                view.write_zeros(mask_of(original.matrix()))
+                storages.append(view.storage)
+        return storages
 
     def _check_calibration(self, model: nn.Module) -> None:
         if has_shards(model) and self.options.get("calibration") is not None:

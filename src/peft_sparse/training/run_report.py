@@ -1,6 +1,7 @@
 """The report that `SparseTrainer` writes at the end of a run."""
 
 import dataclasses
+import json
 import logging
 from enum import Enum
 from pathlib import Path
@@ -27,7 +28,8 @@ class RunReportCallback(TrainerCallback):
     """Writes `report.json` and `report.html` into `output_dir` at the end of each `SparseTrainer.train`.
 
     `SparseTrainer` adds it. After `trainer.remove_callback(RunReportCallback)` no report is written. A trial of a
-    hyperparameter search writes none. With several processes, those write that save the model.
+    hyperparameter search writes none. With several processes, those write that save the model. Files of these names
+    that are no report stay: then a warning says so, and no report is written.
     """
 
     def __init__(self) -> None:
@@ -85,8 +87,17 @@ class RunReportCallback(TrainerCallback):
         """
         if not trainer.args.should_save:
             return
+        folder = Path(str(trainer.args.output_dir))
+        if foreign := _foreign_files(folder):
+            logger.warning(
+                "The report of the run is not written, because %s in %r is no report of this package. Move the file, "
+                "and call `write_report(trainer.run_report(), folder)`.",
+                foreign[0],
+                str(folder),
+            )
+            return
         try:
-            write_report(self.report(trainer), str(trainer.args.output_dir))
+            write_report(self.report(trainer), folder)
         except Exception:
             # The trained model is not saved yet, and an error here would lose it.
             logger.warning("The run is finished, and its report could not be written.", exc_info=True)
@@ -103,7 +114,7 @@ class RunReportCallback(TrainerCallback):
         if rebuilt is not None:
             share = None if pruning is None else pruning.sparsity
             found.append(Stage("reconstructed", {}, share, rebuilt.seconds, peak_memory_bytes=rebuilt.peak_memory))
-        elif pruning is not None and trainer.args.pruning_schedule is None:
+        elif pruning is not None and all(each.schedule is None for each in trainer._prunes()):
             found.append(Stage("pruned", {}, pruning.sparsity, pruning.seconds, peak_memory_bytes=pruning.peak_memory))
         history = self._histories.get("training")
         if history is not None:
@@ -116,6 +127,18 @@ class RunReportCallback(TrainerCallback):
                 Stage("retrained", {}, last.get("sparsity"), seconds, 0.0, tokens, peak_memory_bytes=self._peaks[-1])
             )
         return found
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """Return the files of the user that have the names of a report, and would be lost."""
+    data, page = folder / "report.json", folder / "report.html"
+    try:
+        # Not `read_report`, which refuses the reports of other versions.
+        found = json.loads(data.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    is_report = isinstance(found, dict) and found.keys() >= {"schema", "stages"}
+    return [] if is_report else [path.name for path in (data, page) if path.exists()]
 
 
 def changed_arguments(*parts: Any) -> dict[str, Any]:

@@ -89,15 +89,21 @@ def what_was_trained(trainer: Any, output: TrainOutput) -> dict[str, Any]:
         output: what the training returned.
     """
     args, state = trainer.args, trainer.state
-    evaluated = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+    steps = state.best_global_step if is_best else state.global_step
+    # An evaluation before the last steps is not of this model.
+    evaluated = [each["eval_loss"] for each in state.log_history if "eval_loss" in each and each["step"] == steps]
+    everything = all(parameter.requires_grad for parameter in trainer.model.parameters())
     return {
-        "steps": state.global_step,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "steps": steps,
+        # `auto_find_batch_size` may have lowered that of the arguments.
+        "batch_size": trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,
         "distillation": args.distillation,
-        "seconds": output.metrics.get("train_runtime"),
+        # The time of the runs before a resumed one is not known.
+        "seconds": None if trainer._initial_global_step else output.metrics.get("train_runtime"),
         "eval_loss": evaluated[-1] if evaluated else None,
-        "trained": "adapter" if has_adapters(trainer.model) else "all weights",
+        "trained": "adapter" if has_adapters(trainer.model) else "all weights" if everything else "some weights",
     }
 
 

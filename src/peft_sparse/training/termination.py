@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -9,6 +10,19 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..model.processes import place, total_of
+
+
+def check_thread() -> None:
+    """Check that this thread can handle signals.
+
+    Raises:
+        ValueError: it is not the main thread of the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError(
+            "SIGTERM can be handled in the main thread alone, and this training runs in the thread "
+            f"{threading.current_thread().name!r}. Call `train` in the main thread, or leave `save_on_sigterm` out."
+        )
 
 
 class TerminationCallback(TrainerCallback):
@@ -21,6 +35,9 @@ class TerminationCallback(TrainerCallback):
     While training runs, SIGTERM does not end the process, and a second SIGTERM has no effect. The previous handler is
     restored when training ends, by `SparseTrainer` also if it raises. With another Trainer that has raised, call
     `release`; otherwise the next SIGTERM restores the previous handler and is delivered to it.
+
+    Raises:
+        ValueError: when training begins, in another thread than the main one, which cannot handle signals.
     """
 
     def __init__(self) -> None:
@@ -31,6 +48,7 @@ class TerminationCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        check_thread()
         # An earlier run may have raised. Its handler must not be taken for the one before.
         self.release()
         self._asked, self._process = False, os.getpid()

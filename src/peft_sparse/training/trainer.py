@@ -47,10 +47,10 @@ from .added_adapters import check_added_adapters, load_added_adapter
 from .arguments import SparseTrainingArguments
 from .calibration_samples import first_samples
 from .chain import AfterReconstruction, where_to_resume
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import checkpoint_to_resume
 from .checks import check_data, check_unmerged
 from .distillation import ADVICE, check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
-from .endings import as_before
+from .endings import as_before, without_noise
 from .freezing import FreezingCallback
 from .learning_rates import norm_drop, retraining_schedule
 from .pruning_callback import PruningCallback
@@ -61,7 +61,7 @@ from .reconstruction_run import ReconstructionRun
 from .run_report import RunReportCallback
 from .saving import save_plain_model, what_was_trained
 from .several_adapters import load_adapters
-from .termination import TerminationCallback
+from .termination import TerminationCallback, check_thread
 from .zero_guard import ZeroGuardCallback
 
 
@@ -166,6 +166,8 @@ class SparseTrainer(Trainer):
     _made_by_chain: nn.Module | None = None
     # What `_find_label_offset` found.
     _label_offset: int | None = None
+    # Whether a loss with distillation was computed.
+    _has_distilled = False
 
     def __init__(
         self,
@@ -238,14 +240,18 @@ class SparseTrainer(Trainer):
             self._pruning = PruningCallback(calibration=calibration, schedule=args.pruning_times(), **self._asked)
             self._pruning.after_pruning = self._recalibration
             self.add_callback(self._pruning)
-        self.add_callback(ZeroGuardCallback(args.target_modules, args.exclude_modules))
-        if args.save_on_sigterm:
-            self.add_callback(TerminationCallback())
+        # A callback that the user has given is not added a second time.
+        own = [ZeroGuardCallback(args.target_modules, args.exclude_modules)]
+        own += [TerminationCallback()] if args.save_on_sigterm else []
+        for callback in own:
+            if not self._has(type(callback)):
+                self.add_callback(callback)
         if args.find_learning_rate:
             # After the zero guard, which has its hooks then.
             self.add_callback(RateSearch(self))
         self.add_callback(PruningLog(self.callback_handler))
-        self.add_callback(RunReportCallback())
+        if not self._has(RunReportCallback):
+            self.add_callback(RunReportCallback())
         self.teacher = self._find_teacher(teacher)
         self._teacher_is_given = teacher is not None
         # The optimiser that an earlier training made.
@@ -277,7 +283,8 @@ class SparseTrainer(Trainer):
         """The report of the last pruning. None if nothing was pruned yet."""
         if self.reconstruction_report is not None:
             return self.reconstruction_report.pruning
-        return self._pruning.report if self._pruning else None
+        last = max(self._prunes(), key=lambda callback: callback.turn, default=None)
+        return None if last is None else last.report
 
     @property
     def norms_report(self) -> NormsReport | None:
@@ -347,11 +354,9 @@ class SparseTrainer(Trainer):
                 return output
             self._go_on_to_retraining(output)
             resume_from_checkpoint = checkpoint
-        if resume_from_checkpoint is True:
-            args = self.args
-            resume_from_checkpoint = str(
-                last_complete_checkpoint(str(args.output_dir), only_weights=args.save_only_model)
-            )
+        resume_from_checkpoint = checkpoint_to_resume(self.args, resume_from_checkpoint)
+        if self._has(TerminationCallback):
+            check_thread()
         check_added_adapters(self.model, self.args.save_strategy != "no")
         check_data(self)
         check_unmerged(self.model)
@@ -363,7 +368,10 @@ class SparseTrainer(Trainer):
             trainer.optimizer = None
         makes = trainer.optimizer is None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         try:
-            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with without_noise(self):
+                output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            # Callbacks after the guard may have changed weights at the end of training.
+            self._guard().check()
             self._recalibrate()
             remember(self.model, retraining=what_was_trained(self, output))
             return output
@@ -501,6 +509,7 @@ class SparseTrainer(Trainer):
         name, weight = self.args.distillation, self.args.distillation_weight
         if name is None or self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._has_distilled = True
         kept = predictions(inputs, partial(self._find_label_offset, model, inputs, num_items_in_batch))
         # The teacher runs first, so that its activations are freed before those of the model are kept for backward.
         with self.accelerator.autocast():
@@ -517,6 +526,23 @@ class SparseTrainer(Trainer):
             loss = total * shared / num_items_in_batch
         loss = (1 - weight) * task_loss + weight * loss
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Compute the gradient of a batch as `Trainer` does.
+
+        Raises:
+            ValueError: a subclass has another `compute_loss`, which leaves out the `distillation` that is set.
+        """
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.distillation is not None and not self._has_distilled:
+            raise ValueError(
+                f"`distillation={self.args.distillation!r}` is a part of `SparseTrainer.compute_loss`, and "
+                f"`{type(self).__name__}.compute_loss` does not call it. Call `super().compute_loss(...)` there, give "
+                "the task loss as `compute_loss_func`, or leave `distillation` out."
+            )
+        return loss
 
     def _find_label_offset(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> int:
         """Return what `label_offset` finds for the loss of `Trainer`. It is tried on the first batch only."""
@@ -683,6 +709,9 @@ class SparseTrainer(Trainer):
             targets = (self.args.target_modules, self.args.exclude_modules)
             facts = facts_of_model(self.model, str(self.args.output_dir), targets=targets, repo_id=repo_of(self))
             complete_card(str(self.args.output_dir), facts, before=before)
+
+    def _has(self, kind: type[TrainerCallback]) -> bool:
+        return any(isinstance(callback, kind) for callback in self.callback_handler.callbacks)
 
     def _prunes(self) -> list[PruningCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, PruningCallback)]

@@ -24,25 +24,26 @@ from .protected import Place, check_fingerprints, fingerprints_of, protected_nam
 
 logger = logging.getLogger(__name__)
 
-# How many times each model was pruned. A guard compares the count, because it may be called before or after the
-# callback that prunes.
-_prunings: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+# How many times each model was pruned, and the names of the weights that were. A guard compares the count, because it
+# may be called before or after the callback that prunes.
+_prunings: WeakKeyDictionary[nn.Module, tuple[int, frozenset[str]]] = WeakKeyDictionary()
 
 
-def note_pruning(model: nn.Module) -> None:
-    """Record that `model` has new zeros, for its zero guards."""
-    _prunings[base_model(model)] = _prunings.get(base_model(model), 0) + 1
+def note_pruning(model: nn.Module, names: Iterable[str] = ()) -> None:
+    """Record that `model` has new zeros, for its zero guards, in the parameters that `stored_matrices` calls so."""
+    count, before = _prunings.get(base_model(model), (0, frozenset()))
+    _prunings[base_model(model)] = count + 1, before.union(names)
 
 
 class ZeroGuardCallback(TrainerCallback, ExportableState):
     """Keeps every zero of the model during training, and raises if a zero is lost. Works with any Trainer.
 
     When training begins, the callback stores the mask M of each floating-point parameter of two or more dimensions of
-    which at least 0.2 % is zero, at 1/8 byte per entry. It does not matter which weights are pruned or adapted in this
-    run: base weights, copies in `modules_to_save`, the output head, embeddings, convolutions and experts are
-    protected alike. The parameters of adapters are not. A trained parameter that is all zeros is an initial value and
-    may learn, unless it is a linear layer, convolution or fused expert inside a block: a warning names such weights,
-    which stay zero. Quantised parameters do not change in training.
+    which at least 0.2 % is zero, or which a `PruningCallback` has pruned, at 1/8 byte per entry. It does not matter
+    which weights are pruned or adapted in this run: base weights, copies in `modules_to_save`, the output head,
+    embeddings, convolutions and experts are protected alike. The parameters of adapters are not. A trained parameter
+    that is all zeros is an initial value and may learn, unless it is a linear layer, convolution or fused expert
+    inside a block: a warning names such weights, which stay zero. Quantised parameters do not change in training.
 
     The callback compares the weights with the masks at the end of training. `SparseTrainer` also compares them before
     each save. At each log it compares those that are trained, so that adapters on a frozen base cost nothing. With
@@ -97,7 +98,9 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         # While training runs: (zeros, entries) of the logged weights that cannot change, and the others.
         self._fixed: tuple[int, int] | None = None
         self._changing: dict[str, WeightView] = {}
+        # The fingerprints of the checkpoint until they are compared, and the names of what it protects.
         self._saved: dict[str, str] | None = None
+        self._known: frozenset[str] = frozenset()
         self._stepped = False
 
     def state(self) -> dict[str, Any]:
@@ -116,7 +119,10 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         self._model, self._optimizer = kwargs["model"], kwargs.get("optimizer")
         self.weights = prunable_weights(kwargs["model"], self.target_modules, self.exclude_modules)
         saved = state.stateful_callbacks.get(type(self).__name__)
+        # Several guards of one trainer save a list. They know the same masks.
+        saved = saved[0] if isinstance(saved, list) and saved else saved
         self._saved = saved["attributes"]["fingerprints"] if state.global_step and isinstance(saved, dict) else None
+        self._known = frozenset(self._saved or ())
         self._remember()
         stored = {name: place.parameter for name, place in self.protected.items()}
         warn_of_filling_merges(kwargs["model"], stored)
@@ -210,14 +216,15 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         assert self._model is not None
         while self._hooks:
             self._hooks.pop().remove()
-        self._followed = self._pruned()
+        self._followed, pruned = self._pruned()
         reshard(self._model)
         places = stored_matrices(self._model)
         # A parameter that is frozen now may be unfrozen later, if the optimiser holds it.
         groups = [] if self._optimizer is None else self._optimizer.param_groups
         optimised = {id(parameter) for group in groups for parameter in group["params"]}
         learning = {n: p.parameter for n, p in places.items() if _learns(p.parameter, optimised)}
-        names, all_zero = protected_names(places, learning, self._model)
+        # The run that is resumed has protected what it pruned, however few zeros that gave.
+        names, all_zero = protected_names(places, learning, self._model, pruned | self._known)
         self.protected = {name: places[name] for name in names}
         self.kept = {name: packed_mask(place.parameter) for name, place in self.protected.items()}
         self.trained = {name: learning[name] for name in names if name in learning}
@@ -241,7 +248,7 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
 
     def _follow(self) -> None:
         """Store the masks anew, if the model was pruned since they were stored."""
-        if self._fixed is not None and self._pruned() != self._followed:
+        if self._fixed is not None and self._pruned()[0] != self._followed:
             if self._stepped:
                 # Nothing that changes the base weights in training may fill a zero.
                 self._check(self.kept)
@@ -262,8 +269,9 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
     def _sharded(self) -> bool:
         return self._model is not None and has_shards(self._model)
 
-    def _pruned(self) -> int:
-        return 0 if self._model is None else _prunings.get(base_model(self._model), 0)
+    def _pruned(self) -> tuple[int, frozenset[str]]:
+        nothing: tuple[int, frozenset[str]] = (0, frozenset())
+        return nothing if self._model is None else _prunings.get(base_model(self._model), nothing)
 
 
 def _learns(parameter: Tensor, optimised: set[int]) -> bool:
