@@ -22,6 +22,7 @@ from peft_sparse import (
     SparseTrainingArguments,
     ZeroGuardCallback,
     prune,
+    sparsity,
 )
 from peft_sparse.training.termination import TerminationCallback
 
@@ -243,6 +244,30 @@ def test_zeros_that_a_callback_fills_after_the_guard_are_an_error(tmp_path, llam
     trainer.add_callback(Averages())
     with pytest.raises(RuntimeError, match="lost zeros during training"):
         trainer.train()
+
+
+class Fills(torch.optim.SGD):
+    """Fills zeros, as optimisers do that combine entries, and is interrupted in the middle of a step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(1)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", [SparseTrainer, Trainer])
+def test_zeros_are_there_where_the_optimiser_was_interrupted(tmp_path, llama, kind):
+    prune(llama, 0.5)
+    guard = ZeroGuardCallback()
+    args = arguments(tmp_path, SparseTrainingArguments if kind is SparseTrainer else TrainingArguments)
+    trainer = kind(
+        llama, args, train_dataset=Samples(), callbacks=[guard], optimizer_cls_and_kwargs=(Fills, {"lr": 1})
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    guard.release()
+    assert sparsity(llama) == 0.5
 
 
 @pytest.mark.parametrize("names", [["report.json"], ["report.html"], ["report.json", "report.html"]], ids=str)

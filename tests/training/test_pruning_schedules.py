@@ -23,7 +23,7 @@ from peft_sparse.training.base_weights import restart_adapters
 
 from checks import assert_same_zeros, assert_zeros_kept, zeros_of
 from conftest import Samples, tiny
-from trainers import arguments
+from trainers import StopAt, arguments
 
 
 arguments = partial(arguments, max_steps=12, logging_steps=1)
@@ -118,6 +118,14 @@ def test_starting_anew_does_not_change_what_the_model_computes(config):
     assert_same_zeros(model, zeros)
     with model.disable_adapter():
         torch.testing.assert_close(model(tokens).logits, before)
+
+
+@pytest.mark.parametrize(("stop", "left"), [(2, 2), (4, 0)])
+def test_a_run_that_stops_before_its_last_pruning_says_so(tmp_path, llama, caplog, stop, left):
+    args = arguments(tmp_path, sparsity=0.6, pruning_schedule="cubic", pruning_rounds=4)
+    SparseTrainer(llama, args, train_dataset=Samples(), callbacks=[StopAt(stop)]).train()
+    told = f"stopped after step {stop}, and the schedule prunes {left} more times, to sparsity 0.6. Resume"
+    assert (told in caplog.text) == (left > 0)
 
 
 def test_cycles_with_adapters_through_the_arguments(tmp_path):

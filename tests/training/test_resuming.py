@@ -154,16 +154,6 @@ def test_one_pruning_to_another_sparsity_is_refused(asked, tmp_path):
         other.train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("missing", ["checkpoint-7", "checkpoint-1"])
-def test_a_checkpoint_that_is_not_there_is_refused_before_the_model_is_pruned(missing, tmp_path):
-    trains(sparsity=0.5, max_steps=1)(tmp_path, resumed=False).train()
-    (tmp_path / "checkpoint-1" / "trainer_state.json").unlink()
-    other = trains(sparsity=0.5)(tmp_path, resumed=True)
-    with pytest.raises(ValueError, match=f"Expected a complete checkpoint in .*{missing}', and trainer_state.json is"):
-        other.train(resume_from_checkpoint=str(tmp_path / missing))
-    assert sparsity(other.model) == 0
-
-
 def test_a_guard_given_twice_still_compares_masks(tmp_path):
     def guarded(resumed, target):
         trainer = trains(mask_lora(target_modules=["q_proj"]), base=lambda m: prune(m, 0.5, target_modules=target))

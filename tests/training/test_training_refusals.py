@@ -103,6 +103,25 @@ def terminated_in_a_thread():
     raise raised[0]
 
 
+def resumed_from(path):
+    model = llama()
+    args = arguments(sparsity=0.5, max_steps=2)
+    data = [{"input_ids": row, "labels": row} for row in TOKENS]
+    try:
+        SparseTrainer(model, args, train_dataset=data).train(resume_from_checkpoint=path)
+    finally:
+        assert sparsity(model) == 0
+
+
+def reconstructed_again():
+    options = {"recovery": "reconstruct", "sparsity": 0.5, "calibration_samples": 2, "max_steps": 1}
+    data = [{"input_ids": row, "labels": row} for row in TOKENS]
+    trainer = SparseTrainer(llama(), arguments(**options), train_dataset=data, callbacks=[StopAt(2)])
+    with pytest.raises(RuntimeError, match="The 1 regions before it are finished"):
+        trainer.train()
+    trainer.train()
+
+
 class OwnLoss(SparseTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
@@ -711,6 +730,17 @@ REFUSALS = [
         r"one for each label. Got logits of shape \(2, 3\) for labels of shape \(2, 3\). .* several labels per sample",
     ),
     (own_loss_and_distillation, ValueError, "`OwnLoss.compute_loss` does not call it. Call `super\\(\\)"),
+    (
+        lambda: resumed_from("elsewhere/checkpoint-4"),
+        ValueError,
+        "a complete checkpoint in 'elsewhere/checkpoint-4', and trainer_state.json is missing .* Give the path",
+    ),
+    (reconstructed_again, ValueError, "stopped in the middle of the reconstruction, .* Make a new SparseTrainer with"),
+    (
+        lambda: trained(adapted().merge_and_unload(), sparsity=0.5),
+        ValueError,
+        "All parameters of this LlamaForCausalLM are frozen, .* Call `model.requires_grad_",
+    ),
     (terminated_in_a_thread, ValueError, "in the main thread alone, .* runs in the thread 'worker'. Call `train`"),
     (
         lambda: hidden_states_loss([torch.ones(1, 5, 4)], [torch.ones(1, 5, 4)], torch.ones(1).bool()),

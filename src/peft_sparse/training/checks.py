@@ -24,6 +24,21 @@ def check_data(trainer: Trainer) -> None:
         )
 
 
+def check_trained(trainer: Trainer) -> None:
+    """Check that there is a parameter to train. A model of `model_init` is not made yet.
+
+    Raises:
+        ValueError: all parameters are frozen.
+    """
+    model: Any = trainer.model
+    if trainer.model_init is None and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"All parameters of this {type(model).__name__} are frozen, so that there is nothing to train. Merging an "
+            "adapter leaves the weights frozen. Call `model.requires_grad_(True)` to train all weights, attach an "
+            "adapter, or make an attached one active by `set_adapter`."
+        )
+
+
 def check_unmerged(model: nn.Module) -> None:
     """Check that no adapter is merged: the layer would compute with the merged weight alone.
 

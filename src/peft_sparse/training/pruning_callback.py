@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,8 @@ from .protected import stored_matrices
 from .pruning_schedules import PruningSchedule
 from .zero_guard import note_pruning
 
+
+logger = logging.getLogger(__name__)
 
 # Counts the prunings of all callbacks, so that the last one of several callbacks is known.
 _turns = itertools.count(1)
@@ -246,6 +249,15 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._unlogged = False
+        left = [step for step in self._due if step > state.global_step]
+        if left:
+            logger.warning(
+                "Training has stopped after step %d, and the schedule prunes %d more times, to sparsity %.4g. Resume "
+                "the run to reach it.",
+                state.global_step,
+                len(left),
+                self._due[max(left)],
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.save_base(_checkpoint(args, state), kwargs["model"], args, state)

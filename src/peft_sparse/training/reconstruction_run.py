@@ -43,6 +43,8 @@ class ReconstructionRun:
         self.dense = dense
         self.resume = resume
         self.evaluation = MidwayEvaluation(trainer, ignore_keys)
+        # How many regions are finished, so that the model is another one.
+        self.regions = 0
 
     def __call__(self) -> tuple[ReconstructionReport, TrainOutput]:
         """Run it. Everything is checked before the finished regions of an earlier run are deleted.
@@ -56,20 +58,23 @@ class ReconstructionRun:
         state_dir = self._state_dir()
         log = TrainingLog(trainer, args.region_size(), state_dir is not None, self.evaluation)
         batch_size = args.batch_of_regions()
-        report = reconstruct(
-            trainer.model,
-            calibration=list(first_samples(trainer, batch_size)),
-            **pruning,
-            dense=self.dense,
-            region=args.region_size(),
-            mode=args.reconstruction_mode,
-            fit=self._fit(),
-            batch_size=batch_size,
-            activations=args.activations,
-            device=args.device,
-            state_dir=state_dir,
-            observer=log,
-        )
+        try:
+            report = reconstruct(
+                trainer.model,
+                calibration=list(first_samples(trainer, batch_size)),
+                **pruning,
+                dense=self.dense,
+                region=args.region_size(),
+                mode=args.reconstruction_mode,
+                fit=self._fit(),
+                batch_size=batch_size,
+                activations=args.activations,
+                device=args.device,
+                state_dir=state_dir,
+                observer=log,
+            )
+        finally:
+            self.regions = log.regions
         return report, log.finish(report)
 
     def _fit(self) -> Fit:

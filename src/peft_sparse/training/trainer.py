@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -48,7 +49,7 @@ from .arguments import SparseTrainingArguments
 from .calibration_samples import first_samples
 from .chain import AfterReconstruction, where_to_resume
 from .checkpoints import checkpoint_to_resume
-from .checks import check_data, check_unmerged
+from .checks import check_data, check_trained, check_unmerged
 from .distillation import ADVICE, check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
 from .endings import as_before, without_noise
 from .freezing import FreezingCallback
@@ -164,6 +165,8 @@ class SparseTrainer(Trainer):
     _pruning: PruningCallback | None = None
     # The model that reconstruction has made and retraining continues with.
     _made_by_chain: nn.Module | None = None
+    # The model whose reconstruction was stopped after some of its regions.
+    _half_done: weakref.ref[nn.Module] | None = None
     # What `_find_label_offset` found.
     _label_offset: int | None = None
     # Whether a loss with distillation was computed.
@@ -240,22 +243,23 @@ class SparseTrainer(Trainer):
             self._pruning = PruningCallback(calibration=calibration, schedule=args.pruning_times(), **self._asked)
             self._pruning.after_pruning = self._recalibration
             self.add_callback(self._pruning)
-        # A callback that the user has given is not added a second time.
-        own = [ZeroGuardCallback(args.target_modules, args.exclude_modules)]
-        own += [TerminationCallback()] if args.save_on_sigterm else []
-        for callback in own:
-            if not self._has(type(callback)):
-                self.add_callback(callback)
-        if args.find_learning_rate:
-            # After the zero guard, which has its hooks then.
-            self.add_callback(RateSearch(self))
-        self.add_callback(PruningLog(self.callback_handler))
-        if not self._has(RunReportCallback):
-            self.add_callback(RunReportCallback())
+        self._add_callbacks()
         self.teacher = self._find_teacher(teacher)
         self._teacher_is_given = teacher is not None
         # The optimiser that an earlier training made.
         self._made: Any = None
+
+    def _add_callbacks(self) -> None:
+        args = self.args
+        own: list[TrainerCallback] = [ZeroGuardCallback(args.target_modules, args.exclude_modules)]
+        own += [TerminationCallback()] if args.save_on_sigterm else []
+        # After the zero guard, which has its hooks then.
+        own += [RateSearch(self)] if args.find_learning_rate else []
+        own += [PruningLog(self.callback_handler), RunReportCallback()]
+        for callback in own:
+            # The user may have given it.
+            if not self._has(type(callback)):
+                self.add_callback(callback)
 
     def _attach(self, model: nn.Module) -> nn.Module:
         """Return `model` with the adapter of `peft_config`, if retraining is to have one."""
@@ -360,6 +364,7 @@ class SparseTrainer(Trainer):
         check_added_adapters(self.model, self.args.save_strategy != "no")
         check_data(self)
         check_unmerged(self.model)
+        check_trained(self)
         if self.model_init is None:
             self._prune_first(self.model)
         trainer: Any = self
@@ -405,8 +410,19 @@ class SparseTrainer(Trainer):
                 'SparseTrainer with this model and `recovery="retrain"`.'
             )
         dense = self.teacher if self._teacher_is_given else None
-        with as_before(self.model), self._released():
-            self.reconstruction_report, output = ReconstructionRun(self, dense, resume, ignore_keys)()
+        if dense is None and self._half_done is not None and self._half_done() is self.model:
+            raise ValueError(
+                "An earlier call of `train` was stopped in the middle of the reconstruction, so that this model is no "
+                "longer dense and gives no targets. Make a new SparseTrainer with the dense model, and continue by "
+                "`train(resume_from_checkpoint=True)`."
+            )
+        run = ReconstructionRun(self, dense, resume, ignore_keys)
+        try:
+            with as_before(self.model), self._released():
+                self.reconstruction_report, output = run()
+        except BaseException:
+            self._half_done = weakref.ref(self.model) if run.regions else None
+            raise
         return output
 
     def _go_on_to_retraining(self, output: TrainOutput) -> None:

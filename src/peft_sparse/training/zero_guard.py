@@ -102,6 +102,8 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         self._saved: dict[str, str] | None = None
         self._known: frozenset[str] = frozenset()
         self._stepped = False
+        # Whether the optimiser has begun a step, and its zeros are not put back yet.
+        self._in_step = False
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint stores of this callback: its arguments and the fingerprints of the masks."""
@@ -134,11 +136,15 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
         self._compare()
         self._stepped = True
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._in_step = True
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for name, parameter in self.trained.items():
-            put_zeros_back(parameter, self.kept[name])
+        self._put_zeros_back()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -161,12 +167,20 @@ class ZeroGuardCallback(TrainerCallback, ExportableState):
     def release(self) -> None:
         """Remove the hooks on the gradients. The masks stay, so that `check` still compares with them.
 
+        If the optimiser was interrupted in the middle of its step, the zeros of the trained weights are put back.
         `SparseTrainer` calls this however training ends. With another Trainer, call it after training has raised.
         """
+        if self._in_step:
+            self._put_zeros_back()
         while self._hooks:
             self._hooks.pop().remove()
         self._optimizer = self._fixed = self._saved = None
         self._stepped = False
+
+    def _put_zeros_back(self) -> None:
+        for name, parameter in self.trained.items():
+            put_zeros_back(parameter, self.kept[name])
+        self._in_step = False
 
     def check(self, *, trained_only: bool = False) -> None:
         """Compare the weights with the stored masks. All processes must call this together.
