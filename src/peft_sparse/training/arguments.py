@@ -6,20 +6,17 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
-from transformers.training_args import OptimizerNames
 
-from ..calibration.activations import check_activations
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.choices import chosen
 from ..pruning.criteria import CRITERIA
 from ..pruning.least_squares import LeastSquares
-from ..pruning.patterns import GROUPS, Pattern, SemiStructured, parse_pattern
+from ..pruning.patterns import GROUPS, Pattern, parse_pattern
 from ..pruning.refinement import REFINEMENTS
-from ..reconstruction import Fit
-from ..reconstruction.checks import check_choices
 from ..reconstruction.regions import RegionSize
+from .argument_checks import check_arguments
 from .distillation import DISTILLATIONS
-from .learning_rates import RETRAINING, check_method
+from .learning_rates import RETRAINING
 from .pruning_schedules import CubicSchedule, PruningCycles, PruningSchedule
 
 
@@ -276,15 +273,7 @@ class SparseTrainingArguments(TrainingArguments):
             self.recovery = ",".join(map(str, given)) or "none"
         if self.recovery not in RECOVERIES:
             raise ValueError(f"`recovery` must be one of {', '.join(map(repr, RECOVERIES))}, got {given!r}.")
-        self._check_termination()
-        self._check_group()
-        if self.calibration_samples < 1:
-            raise ValueError(f"`calibration_samples` must be at least 1, got {self.calibration_samples}.")
-        self.pruning_options()
-        self._check_reconstruction()
-        self._check_retraining()
-        self._check_distillation()
-        self._check_rate_search()
+        check_arguments(self)
         self.pruning_times()
 
     @property
@@ -328,56 +317,6 @@ class SparseTrainingArguments(TrainingArguments):
             return None
         return chosen(name, CHOICES[name], "least_squares" if choice is True else choice, options)
 
-    def _check_group(self) -> None:
-        if self.group is not None and self.group not in GROUPS:
-            raise ValueError(f"`group` must be one of {', '.join(map(repr, GROUPS))}, got {self.group!r}.")
-        pattern = self.pruning_pattern()
-        if self.group is not None and isinstance(pattern, SemiStructured):
-            raise ValueError(
-                f"The pattern {pattern} compares within each {pattern.m} inputs, and takes no other group. Remove "
-                f"`group={self.group!r}`."
-            )
-
-    def _check_termination(self) -> None:
-        if self.save_on_sigterm and self.enable_jit_checkpoint:
-            raise ValueError(
-                "`save_on_sigterm` and `enable_jit_checkpoint` both handle SIGTERM. Set one of them. With several "
-                "processes set `save_on_sigterm`, because otherwise the processes may save at different steps."
-            )
-        if self.save_on_sigterm and self.reconstructs:
-            raise ValueError(
-                "Reconstruction saves each region when it is finished, and can be resumed with "
-                "`resume_from_checkpoint=True` after any interruption. Leave `save_on_sigterm` out."
-            )
-
-    def _check_reconstruction(self) -> None:
-        if not self.reconstructs:
-            return
-        loss: Any = self.reconstruction_loss
-        # Without a pattern the model was pruned before, and the trainer gets the dense model.
-        no_pattern = self.pruning_pattern() is None
-        if self.reconstruction_batch_size is not None and self.reconstruction_batch_size < 1:
-            raise ValueError(
-                f"`reconstruction_batch_size` must be at least 1, got {self.reconstruction_batch_size}. Leave it out "
-                "to use `per_device_train_batch_size`."
-            )
-        check_choices(
-            self.region_size(),
-            self.reconstruction_mode,
-            Fit(loss=loss, holdout=self.reconstruction_holdout, **self.length_of_regions()),
-            no_pattern=no_pattern,
-            no_dense=not no_pattern,
-        )
-        check_activations(self.activations)
-        if not self.retrains and (self.load_best_model_at_end or self.save_strategy == "best"):
-            raise ValueError(
-                '`load_best_model_at_end` and `save_strategy="best"` keep the best of several whole models, and a '
-                "model is whole only after the last region of a reconstruction. Leave them out. A region whose error "
-                "on the held-out batches (`reconstruction_holdout`) got worse is undone in any case."
-            )
-        if self.fp16:
-            raise ValueError("Reconstruction does not scale the loss, and `fp16` needs that. Use `bf16=True`.")
-
     def pruning_times(self) -> PruningSchedule | None:
         """Return the schedule that `pruning_schedule` names. None if the model is pruned once.
 
@@ -400,66 +339,6 @@ class SparseTrainingArguments(TrainingArguments):
         if name == "cubic":
             return CubicSchedule(self.pruning_rounds, self.pruning_interval)
         return PruningCycles(self.pruning_rounds)
-
-    def _check_retraining(self) -> None:
-        if self.retraining_schedule is None:
-            return
-        check_method(self.retraining_schedule)
-        if not self.retrains:
-            raise ValueError(
-                f"`retraining_schedule={self.retraining_schedule!r}` is a schedule for training with the task loss, "
-                f'and `recovery="{self.recovery}"` has none. Leave it out, or set `recovery="retrain"`.'
-            )
-        if self.retraining_schedule == "allr" and self.reconstructs:
-            raise ValueError(
-                '`retraining_schedule="allr"` depends on how much pruning changed the norm of the weights, and '
-                'reconstruction changes it too. Use another schedule, such as "llr".'
-            )
-        if self.retraining_schedule in ("lrw", "allr") and not self.original_steps:
-            raise ValueError(
-                f"`retraining_schedule={self.retraining_schedule!r}` depends on the number of steps of the original "
-                "training. Set `original_steps`."
-            )
-
-    def _check_rate_search(self) -> None:
-        if not self.find_learning_rate:
-            return
-        if not self.retrains or self.retraining_schedule or self.pruning_schedule:
-            raise ValueError(
-                "`find_learning_rate` finds one rate for a training with the task loss that begins at the pruned "
-                "model. Leave it out without retraining, with `retraining_schedule`, whose rates are those "
-                "of the original training, and with `pruning_schedule`, which prunes further during training."
-            )
-        optim = OptimizerNames(self.optim).value
-        if "lomo" in optim or "layerwise" in optim:
-            raise ValueError(
-                f"`optim={optim!r}` updates the weights during backward, where `find_learning_rate` cannot "
-                'set the rate. Choose another optimiser, such as "adamw_torch", or set `find_learning_rate=False`.'
-            )
-
-    def _check_distillation(self) -> None:
-        if self.distillation is None:
-            return
-        if self.distillation not in DISTILLATIONS:
-            known = ", ".join(map(repr, DISTILLATIONS))
-            raise ValueError(f"`distillation` must be one of {known}, got {self.distillation!r}.")
-        if not 0 < self.distillation_weight <= 1 or self.distillation_temperature <= 0:
-            raise ValueError(
-                "`distillation_weight` must be in (0, 1] and `distillation_temperature` above 0, got "
-                f"{self.distillation_weight} and {self.distillation_temperature}. To train with the task loss alone, "
-                "leave `distillation` out."
-            )
-        if not self.retrains:
-            raise ValueError(
-                f'`distillation` is a loss of retraining, and `recovery="{self.recovery}"` has none. Reconstruction '
-                "fits the outputs of the dense model already, region by region. Leave `distillation` out, or set "
-                '`recovery="retrain"` or `recovery="reconstruct,retrain"`.'
-            )
-        if self.use_liger_kernel and self.distillation == "logits":
-            raise ValueError(
-                'With `use_liger_kernel` the model returns no logits during training, and distillation="logits" '
-                'needs them. Set `use_liger_kernel=False`, or distillation="hidden_states".'
-            )
 
     def original_rates(self, steps: int) -> list[float]:
         """Return the learning rates of the original training that the arguments describe, one for each step.

@@ -7,6 +7,29 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Trainer
 
+from ..model.tree import has_adapters
+from .arguments import SparseTrainingArguments
+
+
+def check_asked(args: SparseTrainingArguments, model: nn.Module | None, optimizers: tuple[Any, Any]) -> None:
+    """Check what a `SparseTrainer` is made with: arguments, model and optimisers that go together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if args.reconstructs and model is not None and has_adapters(model):
+        raise ValueError(
+            "Reconstruction attaches and merges an adapter for each region, and the model has an adapter already. "
+            "Pass the plain model, and the configuration of the adapter as `peft_config`."
+        )
+    if args.recovery == "none" and args.pruning_pattern() is None:
+        raise ValueError('`recovery="none"` only prunes, and there is no sparsity. Set `sparsity` or `pattern`.')
+    if args.reconstructs and optimizers != (None, None):
+        raise ValueError(
+            "Reconstruction makes an optimiser for each region, and `optimizers` holds one of the whole model. "
+            "Leave `optimizers` out, and choose the optimiser by `optim` or `optimizer_cls_and_kwargs`."
+        )
+
 
 def check_data(trainer: Trainer) -> None:
     """Check that there is a sample to train on, as far as this is known. A subclass may have data of its own.

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,10 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..calibration.inputs import evaluation_mode
-from ..calibration.label_positions import label_offset
 from ..calibration.norms import NormsReport
-from ..model.blocks import base_model
 from ..model.environment import remember
 from ..model.sharding import FSDP1, has_shards
 from ..model.tree import has_adapters
@@ -49,8 +45,8 @@ from .arguments import SparseTrainingArguments
 from .calibration_samples import first_samples
 from .chain import AfterReconstruction, where_to_resume
 from .checkpoints import checkpoint_to_resume
-from .checks import check_data, check_trained, check_unmerged
-from .distillation import ADVICE, check_teacher, dense_copy, outputs_of, predictions, sum_of_losses
+from .checks import check_asked, check_data, check_trained, check_unmerged
+from .distilling import Distilling, find_teacher
 from .endings import as_before, without_noise
 from .freezing import FreezingCallback
 from .learning_rates import norm_drop, retraining_schedule
@@ -167,10 +163,6 @@ class SparseTrainer(Trainer):
     _made_by_chain: nn.Module | None = None
     # The model whose reconstruction was stopped after some of its regions.
     _half_done: weakref.ref[nn.Module] | None = None
-    # What `_find_label_offset` found.
-    _label_offset: int | None = None
-    # Whether a loss with distillation was computed.
-    _has_distilled = False
 
     def __init__(
         self,
@@ -200,18 +192,7 @@ class SparseTrainer(Trainer):
                 f"Expected `args` as SparseTrainingArguments, got {type(args).__name__}. SparseTrainingArguments has "
                 "every argument of TrainingArguments."
             )
-        if args.reconstructs and model is not None and has_adapters(model):
-            raise ValueError(
-                "Reconstruction attaches and merges an adapter for each region, and the model has an adapter already. "
-                "Pass the plain model, and the configuration of the adapter as `peft_config`."
-            )
-        if args.recovery == "none" and args.pruning_pattern() is None:
-            raise ValueError('`recovery="none"` only prunes, and there is no sparsity. Set `sparsity` or `pattern`.')
-        if args.reconstructs and optimizers != (None, None):
-            raise ValueError(
-                "Reconstruction makes an optimiser for each region, and `optimizers` holds one of the whole model. "
-                "Leave `optimizers` out, and choose the optimiser by `optim` or `optimizer_cls_and_kwargs`."
-            )
+        check_asked(args, model, optimizers)
         self.peft_config = peft_config
         self.calibration_dataset = calibration_dataset
         # `_attach` reads the arguments before `Trainer.__init__` sets them.
@@ -244,7 +225,8 @@ class SparseTrainer(Trainer):
             self._pruning.after_pruning = self._recalibration
             self.add_callback(self._pruning)
         self._add_callbacks()
-        self.teacher = self._find_teacher(teacher)
+        self.teacher = find_teacher(self, teacher)
+        self._distilling = Distilling(self)
         self._teacher_is_given = teacher is not None
         # The optimiser that an earlier training made.
         self._made: Any = None
@@ -522,25 +504,10 @@ class SparseTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the loss of `Trainer`. In training it is combined with the loss of `distillation`."""
-        name, weight = self.args.distillation, self.args.distillation_weight
-        if name is None or self.teacher is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._has_distilled = True
-        kept = predictions(inputs, partial(self._find_label_offset, model, inputs, num_items_in_batch))
-        # The teacher runs first, so that its activations are freed before those of the model are kept for backward.
-        with self.accelerator.autocast():
-            taught = outputs_of(self.teacher, inputs, name)
-        asked = {"output_hidden_states": True} if name == "hidden_states" else {}
-        task_loss, outputs = super().compute_loss(model, inputs | asked, True, num_items_in_batch)
-        total = sum_of_losses(name, outputs, taught, kept, self.args.distillation_temperature)
-        if num_items_in_batch is None:
-            loss = total / kept.sum().clamp_min(1)
-        else:
-            # `num_items_in_batch` counts the labels of all accumulated batches, and maybe of all processes, as for the
-            # task loss.
-            shared = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = total * shared / num_items_in_batch
-        loss = (1 - weight) * task_loss + weight * loss
+        compute = super().compute_loss
+        if self.args.distillation is None or self.teacher is None or not model.training:
+            return compute(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = self._distilling.loss(compute, model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
@@ -552,59 +519,9 @@ class SparseTrainer(Trainer):
             ValueError: a subclass has another `compute_loss`, which leaves out the `distillation` that is set.
         """
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if self.args.distillation is not None and not self._has_distilled:
-            raise ValueError(
-                f"`distillation={self.args.distillation!r}` is a part of `SparseTrainer.compute_loss`, and "
-                f"`{type(self).__name__}.compute_loss` does not call it. Call `super().compute_loss(...)` there, give "
-                "the task loss as `compute_loss_func`, or leave `distillation` out."
-            )
+        if self.args.distillation is not None:
+            self._distilling.check_used()
         return loss
-
-    def _find_label_offset(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> int:
-        """Return what `label_offset` finds for the loss of `Trainer`. It is tried on the first batch only."""
-        if self._label_offset is None:
-            # The task loss of this trainer, with label smoothing or `compute_loss_func` where they are given.
-            task_loss = partial(super().compute_loss, model, return_outputs=True, num_items_in_batch=num_items)
-            name = type(base_model(model)).__name__
-            with evaluation_mode(model), torch.random.fork_rng():
-                self._label_offset = label_offset(task_loss, inputs, name, ADVICE)
-        return self._label_offset
-
-    def _find_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
-        args = self.args
-        if args.reconstructs:
-            if teacher is None and args.pruning_pattern() is None:
-                raise ValueError(
-                    "Reconstruction needs a dense model. Set `sparsity` or `pattern`, so that the dense model is "
-                    "pruned region by region; or pass a pruned model, and the dense one as `teacher`."
-                )
-            if args.distillation is None:
-                if teacher is not None:
-                    check_teacher(teacher, self.model, "logits")
-                return teacher
-        if args.distillation is None:
-            if teacher is not None:
-                raise ValueError(
-                    '`teacher` is given without `distillation`. Set distillation="logits" or "hidden_states", or '
-                    '`recovery="reconstruct"`.'
-                )
-            return None
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"Distillation needs one process per GPU, and this process has {args.n_gpu} GPUs. Start the script "
-                "with `accelerate launch` or `torchrun`."
-            )
-        if teacher is None:
-            if args.pruning_pattern() is None:
-                raise ValueError(
-                    f"`distillation={args.distillation!r}` needs the dense model. Pass it as `teacher`, or set "
-                    "`sparsity` or `pattern`, so that SparseTrainer prunes the model and copies it before."
-                )
-            share = sparsity(self.model, args.target_modules, args.exclude_modules)
-            teacher = dense_copy(self.model, share)
-        check_teacher(teacher, self.model, args.distillation)
-        # A teacher that was loaded across several devices stays there.
-        return teacher if hasattr(teacher, "hf_device_map") else teacher.to(args.device)
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         if not self.args.reconstructs:
