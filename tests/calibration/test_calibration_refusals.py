@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModel, DynamicCache
@@ -75,6 +76,18 @@ class Stairs(torch.nn.Module):
             x = step(x)
             x = x.add_(1) if self.in_place else x + 1
         return x
+
+
+class Attending(Block):
+    """Of which accelerate loads no weights: the layer is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+
+def attending(layers, hidden):
+    return in_order(layers, layers[0].attention(hidden, hidden, hidden, need_weights=False)[0])
 
 
 def words(text, **options):
@@ -229,6 +242,16 @@ def sharded_norms():
 
 
 REFUSALS = [
+    (
+        lambda: wanda(tiny("gpt2"), calibration=[{"input_ids": torch.zeros(1, n, dtype=torch.long)} for n in (8, 99)]),
+        ValueError,
+        r"GPT2LMHeadModel does not run on batch 1 of .* {'input_ids': \(1, 99\)}. Give .* It raised IndexError: index",
+    ),
+    (
+        lambda: wanda(cpu_offload(Net(attending, Attending)), target_modules=["fc"]),
+        ValueError,
+        "Net uses weights that accelerate has offloaded, outside of calls of .* in `preload_module_classes`",
+    ),
     (lambda: recalibrate_norms(llama(), TOKENS), ValueError, "such as BatchNorm, and Llama.* has none. Other norms"),
     (lambda: recalibrate_norms(Normed(), []), ValueError, "`batches` holds no batch. Give at least one sequence"),
     (

@@ -38,6 +38,13 @@ def in_inference_mode():
 FORMS = {
     "token ids": lambda: TOKENS,
     "an array": TOKENS.numpy,
+    "all that a tokenizer returns": lambda: {
+        "input_ids": TOKENS,
+        "special_tokens_mask": 1 - ONES,
+        "offset_mapping": torch.zeros(4, 12, 2).long(),
+        "overflow_to_sample_mapping": torch.arange(4),
+        "length": torch.full((4,), 12),
+    },  # fmt: skip
     "a tokenizer's output": lambda: transformers.BatchEncoding({"input_ids": TOKENS, "attention_mask": ONES}),
     "a tokenizer's lists": lambda: transformers.BatchEncoding({"input_ids": TOKENS.tolist()}),
     "a tokenizer's arrays": lambda: {"input_ids": TOKENS.numpy(), "attention_mask": np.ones((4, 12))},

@@ -326,3 +326,17 @@ def test_a_mask_that_fits_no_tokens_is_refused():
     ids, mask = padded(texts(8, 3))
     with pytest.raises(ValueError, match=r"'attention_mask' of shape \(2, 9\) marks padding, but fits the tokens of"):
         prune(Pooled().eval(), 0.5, [{"input_ids": ids, "attention_mask": F.pad(mask, (1, 0))}], criterion="wanda")
+
+
+def test_masks_that_say_what_is_left_out_are_read_so():
+    config = tf.MptConfig(vocab_size=61, d_model=16, n_layers=2, n_heads=2, max_seq_len=16, expansion_ratio=2)
+    torch.manual_seed(0)
+    model = tf.MptForCausalLM(config).eval()
+    ids = torch.randint(0, 61, (2, 8))
+    assert {measured.tokens for measured in statistics(model, ids).values()} == {16}
+    # The model gets numbers for pairs of tokens, and its blocks get where these are not zero.
+    allowed = torch.ones(8, 8).tril().bool().expand(2, 1, 8, 8).clone()
+    allowed[0, :, :, :3] = False
+    pairs = torch.zeros(2, 1, 8, 8).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    found = statistics(model, [{"input_ids": ids, "attention_mask": pairs}])
+    assert {measured.tokens for measured in found.values()} == {13}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from peft_sparse import plan_pruning, prune, sparsity
+from peft_sparse import plan_pruning, plan_training, prune, sparsity
 from peft_sparse.model import processes
 from peft_sparse.model.offload import execution_device
 from peft_sparse.model.weights import as_matrix
@@ -102,6 +102,22 @@ REFUSALS = [
         ValueError,
         "'layers.0.down' is packed by a quantiser, .* Or add them to `exclude_m",
     ),
+    (
+        lambda: prune(llama(), 0.5, device="meta"),
+        ValueError,
+        "Expected `device` to be a device of this machine, .* got 'meta': it holds no values",
+    ),
+    (lambda: plan_pruning(5, 0.5), TypeError, "Expected a model, its configuration, its folder or .* got int"),
+    (
+        lambda: plan_pruning(".", 0.5),
+        FileNotFoundError,
+        "Expected the folder of a saved model, and there is no config.json in '.'. Give a folder",
+    ),
+    (
+        lambda: plan_training("/nowhere"),
+        FileNotFoundError,
+        "There is no folder '/nowhere', and no model of this name could be loaded from the Hub. Give the folder",
+    ),
     (lambda: sparsity(of_integers()), ValueError, "up_proj' is packed as torch.int8, which cannot be read, .* Count"),
     (lambda: sparsity(llama().to("meta")), ValueError, "q_proj' is on the meta device, .* Load the model first"),
     (no_norms, ValueError, "Expected blocks with a normalisation layer, which tells the hidden size"),
@@ -113,6 +129,14 @@ REFUSALS = [
     (lambda: flap(llama(nan_weight)), ValueError, "layers.1.mlp.up_proj' holds NaN or infinity. Correct"),
     (flattened, ValueError, "FSDP1 flattens weights, .* Set `fsdp_version: 2` in the configuration of accelerate"),
 ]
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "gpu", 5.5])
+def test_a_device_that_is_not_there_changes_nothing(device):
+    model, expected = llama(), llama()
+    with pytest.raises(ValueError, match=f"Expected `device` to be a device of this machine, .* got {device!r}: "):
+        prune(model, 0.5, device=device)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), expected.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(("refused", "error", "words"), REFUSALS, ids=[words[:40] for _, _, words in REFUSALS])

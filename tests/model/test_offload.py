@@ -113,6 +113,53 @@ def test_an_offloaded_layer_with_two_places_is_pruned_as_one_in_memory(way, toke
     assert torch.equal(model(input_ids=tokens).logits, other(input_ids=tokens).logits)
 
 
+@pytest.mark.parametrize("preloaded", ["LlamaMLP", "LlamaDecoderLayer", "LlamaModel"])
+@pytest.mark.parametrize("options", [{}, {"criterion": "wanda"}, {"criterion": "wanda", "allocation": "owl"}], ids=str)
+def test_weights_that_are_loaded_with_a_module_around_their_layer_are_pruned(preloaded, options, tokens):
+    model, expected = cpu_offload(tiny("llama"), preload_module_classes=[preloaded]), tiny("llama")
+    for each in (model, expected):
+        prune(each, 0.5, tokens, **options)
+    assert sparsity(model) == 0.5
+    assert torch.equal(model(input_ids=tokens).logits, expected(input_ids=tokens).logits)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+class Attending(torch.nn.Module):
+    """A block whose attention reads the weight of its last layer and does not call it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.up = torch.nn.MultiheadAttention(16, 2, batch_first=True), torch.nn.Linear(16, 16)
+
+    def forward(self, hidden):
+        return hidden + self.up(self.attention(hidden, hidden, hidden, need_weights=False)[0])
+
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(61, 16)
+        self.layers = torch.nn.ModuleList(Attending() for _ in range(2))
+
+    def forward(self, input_ids):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("options", [{}, {"preload_module_classes": ["MultiheadAttention"]}], ids=str)
+def test_an_offloaded_attention_whose_last_layer_is_not_called_is_pruned(options, tokens):
+    torch.manual_seed(0)
+    model, expected = Attention().eval(), Attention().eval()
+    expected.load_state_dict(model.state_dict())
+    cpu_offload(model, **options)
+    for each in (model, expected):
+        assert len(prune(each, 0.5, tokens, criterion="wanda").weights) == 4
+    found = values_of(model)
+    assert all(torch.equal(found[name], parameter) for name, parameter in expected.named_parameters())
+
+
 @pytest.mark.parametrize("way", [on_cpu, on_disk])
 @pytest.mark.parametrize("options", [{}, {"mode": "DD"}, {"allocation": "erk"}])
 def test_an_offloaded_model_is_reconstructed_as_one_in_memory(way, options, tmp_path):

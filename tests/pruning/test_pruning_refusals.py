@@ -61,6 +61,24 @@ def remove_weights(folder):
     (folder / "source" / "model.safetensors").unlink()
 
 
+def unwritable():
+    with tempfile.TemporaryDirectory() as folder:
+        llama().save_pretrained(folder)
+        denied = mock.patch.object(streamed_model, "TemporaryDirectory", side_effect=PermissionError("denied"))
+        with denied:
+            prune_checkpoint(folder, Path(folder) / "pruned", 0.5)
+
+
+def index(text):
+    """Replace the weights by an index."""
+
+    def edit(folder):
+        remove_weights(folder)
+        (folder / "source" / "model.safetensors.index.json").write_text(text)
+
+    return edit
+
+
 def name_others(folder):
     path = folder / "source" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": "elsewhere"}))
@@ -374,6 +392,27 @@ REFUSALS = [
         lambda: streamed(edit=lambda folder: (folder / "pruned").touch()),
         ValueError,
         "Expected `output` to be a folder or new, got the file",
+    ),
+    (
+        lambda: streamed(edit=lambda folder: (folder / "pruned").symlink_to(folder / "nowhere")),
+        ValueError,
+        "Expected `output` to be a folder or new, got the link .* to what is not there",
+    ),
+    (
+        unwritable,
+        PermissionError,
+        "Nothing can be written to .*. Give another `output`",
+    ),
+    (lambda: prune_checkpoint(llama(), "pruned", 0.5), TypeError, "Expected `source` as the path .* got LlamaForCaus"),
+    (
+        lambda: streamed(edit=index("{")),
+        ValueError,
+        "index.json' is no index .* JSONDecodeError: .* Download it again",
+    ),
+    (
+        lambda: streamed(edit=index('{"weight_map": {"lm_head.weight": "other.safetensors"}}')),
+        ValueError,
+        "index.json' names 'other.safetensors', which is not there. Download it again",
     ),
     (
         lambda: prune_checkpoint("nowhere", "pruned", 0.5),

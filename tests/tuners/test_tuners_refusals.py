@@ -43,13 +43,13 @@ def unreadable():
     model(TOKENS)
 
 
-def mixed_attention():
+def attention(change=lambda model: model, **options):
     class Attention(nn.MultiheadAttention):
         def forward(self, x):
             return super().forward(x, x, x)[0]
 
     model = get_peft_model(nn.Sequential(Attention(8, 2)), MaskLoRAConfig(target_modules=["out_proj"])).eval()
-    model(torch.randn(2, 3, 8), adapter_names=["default"] * 2)
+    change(model)(torch.randn(2, 3, 8), **options)
 
 
 def computed_later():
@@ -412,7 +412,12 @@ REFUSALS = [
         "are not supported with `target_parameters`. Choose one",
     ),
     (
-        mixed_attention,
+        lambda: attention(cpu_offload),
+        ValueError,
+        "loads an offloaded weight when its layer is called, .* with the class of that module in `preload_module_clas",
+    ),
+    (
+        lambda: attention(adapter_names=["default"] * 2),
         ValueError,
         "not supported for a layer whose weight another module reads, .* Choose one adapter",
     ),

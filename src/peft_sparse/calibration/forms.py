@@ -12,6 +12,16 @@ from torch.utils.data import DataLoader, default_collate
 from .collation import DIMENSIONS, TOKEN_MASKS, Forward, collate, split
 
 
+# What tokenizers also return, and models do not take.
+TOKENIZER_KEYS = (
+    "special_tokens_mask",
+    "offset_mapping",
+    "length",
+    "overflow_to_sample_mapping",
+    "overflowing_tokens",
+    "num_truncated_tokens",
+)
+
 # With more tokens a batch takes more memory, and on a CPU no less time: see docs/numbers/pruning.md.
 _TOKENS_TOGETHER = 256
 
@@ -193,7 +203,8 @@ class Reader:
             if isinstance(mask, Tensor) and not self.forward.takes("attention_mask"):
                 inputs.setdefault("token_mask", mask)
             inputs = {n: value for n, value in inputs.items() if self.forward.takes(n) or n in TOKEN_MASKS}
-        inputs = {name: value for name, value in inputs.items() if name not in texts}
+        of_tokenizer = {name for name in TOKENIZER_KEYS if not self.forward.takes(name)}
+        inputs = {name: value for name, value in inputs.items() if name not in (*texts, *of_tokenizer)}
         if not any(isinstance(value, (Tensor, list)) for value in inputs.values()):
             raise self._refusal(entry, texts)
         for name in ("input_ids", "decoder_input_ids"):

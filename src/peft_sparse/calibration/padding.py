@@ -203,7 +203,10 @@ class TokenMasks:
         return None
 
     def _pairs(self, name: str, mask: Tensor) -> Tensor | None:
-        return _of_pairs(_as_kept(name, mask), cached=self.batch.get("past_key_values") is not None)
+        kept = _as_kept(name, mask)
+        if mask.dtype == torch.bool and _says_what_is_left_out(kept):
+            kept = ~kept
+        return _of_pairs(kept, cached=self.batch.get("past_key_values") is not None)
 
     def _kept(self, name: str, mask: Tensor) -> Tensor | None:
         """Return a mask over tokens as bools, True = kept; None if it keeps nothing."""
@@ -273,6 +276,18 @@ def _as_kept(name: str, mask: Tensor) -> Tensor:
     if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all() & (mask == 1).any()):
         return mask > -1
     return mask.bool()
+
+
+def _says_what_is_left_out(mask: Tensor) -> bool:
+    """Return whether True means left out in a mask of bools (sequences, heads, queries, keys).
+
+    A token attends to itself if it attends to any. So in such a mask a row is either True as a whole, which is that of
+    padding, or False at its own token.
+    """
+    if mask.shape[-1] != mask.shape[-2]:
+        return False
+    own, whole = mask.diagonal(dim1=-2, dim2=-1), mask.all(-1)
+    return bool((~own & mask.any(-1)).any()) and not bool((own & ~whole).any())
 
 
 def _of_pairs(kept: Tensor, cached: bool = False) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.blocks import base_model, find_blocks
+from ..model.environment import check_device
 from ..model.offload import execution_device, has_hooks, resident_through_hooks
 from .inputs import model_arguments
 from .recording import Returned, give_back, leaves_of, map_leaves, returned_by
@@ -23,7 +25,11 @@ def on_device(device: torch.device | str | None) -> Residence:
     """Return a residence that moves a block to `device` and back. With None, the block stays where it is.
 
     Weights that accelerate has offloaded are loaded within it, and what was written into them is kept.
+
+    Raises:
+        ValueError: there is no such device, or it holds no values.
     """
+    check_device(device)
 
     # Not accelerate's `align_module_device`: it moves the parameters of one module, but no children and no buffers.
     @contextlib.contextmanager
@@ -147,3 +153,37 @@ def run_in_residence(model: nn.Module, batch: Mapping[str, Any], residence: Resi
             undo.callback(restore_forward, block, block.__dict__.get("forward"))
             block.forward = partial(in_residence, residence, name, block, block.forward)
         model(**arguments_there(model, batch))
+
+
+def check_runs(
+    model: nn.Module, inputs: Sequence[Mapping[str, Any]], number: int, residence: Residence, raised: Exception
+) -> None:
+    """Check that `model` runs on batch `number` of `inputs` as it is. `raised` is why this is asked.
+
+    Raises:
+        ValueError: it does not.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(raised.__traceback__)]
+    # What this package refuses is in words already.
+    if frames[-1].f_globals["__name__"].partition(".")[0] == __name__.partition(".")[0]:
+        return
+    batch = inputs[number]
+    try:
+        with torch.no_grad():
+            run_in_residence(model, batch, residence)
+    except Exception as error:
+        if "meta" in str(error):
+            # Weights that are not loaded. Those of a checkpoint are loaded by one who says what to do.
+            if not has_hooks(model):
+                return
+            raise ValueError(
+                f"{type(base_model(model)).__name__} uses weights that accelerate has offloaded, outside of calls of "
+                "the modules that hold them, as `torch.nn.MultiheadAttention` does. Offload the model with the class "
+                "of the module that uses them in `preload_module_classes`."
+            ) from error
+        given = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
+        raise ValueError(
+            f"{type(base_model(model)).__name__} does not run on batch {number} of the calibration data, with tensors "
+            f"of the shapes {given}. Give what `model(**batch)` takes, and no longer sequences than the model reads. "
+            f"It raised {type(error).__name__}: {error}"
+        ) from error

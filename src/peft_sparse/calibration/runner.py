@@ -26,7 +26,7 @@ from .capture import Capture, Stack, placed_once
 from .copies import ahead
 from .memory import give_back_freed
 from .recording import Call, Link, Returned, is_cache, map_leaves, needed_for, returned_by
-from .residence import Residence, staying
+from .residence import Residence, check_runs, staying
 
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ class BlockRunner:
         orders: the ways in which the stack may run. None given: each way is taken.
         perturb: let blocks that run return slightly other values than they compute.
         wanted: name of a block -> whether there is something to measure in it. By default every block is wanted.
+
+    Raises:
+        ValueError: the model does not run on a batch, or runs the stack in another way than `orders` say.
     """
 
     def __init__(
@@ -83,7 +86,12 @@ class BlockRunner:
         self.store, self.traits = self.stack.store, self.stack.traits
         self.resident = self.stack.resident
         self._advanced: set[int] = set()
-        self.batches = Capture(model, self.stack, perturb).run(inputs)
+        capture = Capture(model, self.stack, perturb)
+        try:
+            self.batches = capture.run(inputs)
+        except Exception as error:
+            check_runs(model, inputs, capture.batch.number, self.stack.residence, error)
+            raise
         for batch in self.batches if orders else ():
             if self.order_of(batch) not in orders:
                 raise ValueError(

@@ -38,7 +38,8 @@ class ComparedModel:
             first model. Both models read the same text before each token.
         tasks: the zero-shot accuracies.
         generation: how fast it generates.
-        kernels: whether sparse kernels are faster for its matrices. Dense models have none.
+        kernels: whether sparse kernels are faster for its matrices.
+        no_kernels: why this was asked for and not measured: the model is dense.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ComparedModel:
     tasks: TaskReport | None = None
     generation: GenerationSpeed | None = None
     kernels: KernelReport | None = None
+    no_kernels: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was measured as plain values for JSON."""
@@ -106,6 +108,7 @@ class Comparison:
         head, *rows = map(list, zip(*columns, strict=True))
         parts = [markdown(head, rows), "\n".join(notes)]
         parts += [f"Sparse kernels, {one.name}:\n\n{one.kernels}" for one in self.models if one.kernels]
+        parts += [f"Sparse kernels, {one.name}: {one.no_kernels}." for one in self.models if one.no_kernels]
         return "\n\n".join(filter(None, parts))
 
 
@@ -181,6 +184,8 @@ def compare_models(
         row = _weights(loaded)
         if kernels and row.sparsity > DENSE:
             row = replace(row, kernels=kernel_speed(loaded.model, seed=seed))
+        elif kernels:
+            row = replace(row, no_kernels=f"not measured, because it is dense (sparsity {row.sparsity:.4f})")
         if windows is not None and texts is not None:
             check_window(loaded.model, window)
             loss, count, choices = _choices(loaded.model, windows, batch_size)

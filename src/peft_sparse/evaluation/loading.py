@@ -19,6 +19,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..model.environment import check_device
+
 
 # What a folder may hold beside the weights of its model.
 NO_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
@@ -65,7 +67,9 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no model at `source`, or the base of an adapter is not where it says.
+        ValueError: there is no such device.
     """
+    check_device(device)
     adapter_base = check_source(source, base)
     options: dict[str, Any] = {"dtype": dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, dtype)}
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .experts import expert_layers, find_mixtures, fused_experts
 from .kinds import QUANTISED, packed_layers
+from .offload import note_loaders
 from .stacks import block_of, find_blocks, find_stacks, is_embedding
 from .tree import (
     active_copy,
@@ -91,6 +92,7 @@ def prunable_weights(
     Raises:
         ValueError: no weight is left, or an entry of a list matches no layer.
     """
+    note_loaders(base_model(model))
     layers = _candidate_layers(model, target_modules)
     experts = {} if target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND else fused_experts(model)
     candidates = [*layers, *experts]

@@ -5,9 +5,41 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import init_empty_weights
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
+from transformers.utils import CONFIG_NAME
+
+
+def configuration_of(source: PretrainedConfig | str | Path) -> PretrainedConfig:
+    """Return the configuration of a saved model, or `source` itself if it is one.
+
+    Args:
+        source: a configuration, or the folder of a model, or its name on the Hub.
+
+    Raises:
+        TypeError: `source` is none of these.
+        FileNotFoundError: there is no such model.
+    """
+    if isinstance(source, PretrainedConfig):
+        return source
+    if not isinstance(source, (str, Path)):
+        raise TypeError(
+            f"Expected a model, its configuration, its folder or its name on the Hub, got {type(source).__name__}."
+        )
+    if Path(source).exists() and not (Path(source) / CONFIG_NAME).is_file():
+        raise FileNotFoundError(
+            f"Expected the folder of a saved model, and there is no {CONFIG_NAME} in {str(source)!r}. Give a folder "
+            "that `save_pretrained` wrote."
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"There is no folder {str(source)!r}, and no model of this name could be loaded from the Hub. Give the "
+            f"folder of a saved model. {error}"
+        ) from error
+    return config
 
 
 def empty_model(config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:

@@ -30,6 +30,24 @@ def environment() -> dict[str, Any]:
     }
 
 
+def check_device(device: torch.device | str | int | None) -> None:
+    """Check that weights can be moved to `device`. None stands for where they are.
+
+    Raises:
+        ValueError: there is no such device, or it is the meta device, which holds no values.
+    """
+    if device is None:
+        return
+    try:
+        reason = "it holds no values" if torch.empty(1, device=device).is_meta else None
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if reason is not None:
+        raise ValueError(
+            f'Expected `device` to be a device of this machine, such as "cpu" or "cuda:0", got {device!r}: {reason}.'
+        )
+
+
 def peak_memory() -> int:
     """Return the peak memory of this process so far, in bytes.
 

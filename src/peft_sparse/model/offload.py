@@ -27,14 +27,28 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 
+# Modules whose weights are loaded by the hook of a module around them, and that module. See `note_loaders`.
+_loaders: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]]" = weakref.WeakKeyDictionary()
+
+
+def note_loaders(model: nn.Module) -> None:
+    """Note which modules of `model` have their weights loaded with those of a module around them.
+
+    These are the modules below one of accelerate's `preload_module_classes`, whose hook places all weights in it.
+    """
+    for loader in model.modules():
+        if any(hook.offload and hook.place_submodules for hook in _hooks_of(loader)):
+            _loaders.update({module: weakref.ref(loader) for module in loader.modules() if module is not loader})
+
+
 def is_offloaded(module: nn.Module) -> bool:
-    """Return whether accelerate loads the weights of `module` itself when it is called, and drops them afterwards."""
-    return any(hook.offload for hook in _hooks_of(module))
+    """Return whether accelerate loads the weights of `module` when it or one around it is called, and drops them."""
+    return any(hook.offload for hook in _hooks_of(_loader_of(module)))
 
 
 def has_hooks(block: nn.Module) -> bool:
     """Return whether hooks of accelerate place the weights or the inputs of `block` or of a module in it."""
-    return any(_hooks_of(module) for module in block.modules())
+    return any(_hooks_of(module) for module in (_loader_of(block), *block.modules()))
 
 
 def execution_device(model: nn.Module) -> torch.device:
@@ -65,7 +79,10 @@ def resident_through_hooks(block: nn.Module, device: torch.device | str | None =
         block: a module with hooks of accelerate.
         device: where the block is held and computes. None takes the device on which each of its layers computes.
     """
-    hooks = [(module, hook) for module in block.modules() for hook in _hooks_of(module)]
+    # A module around this one may run now, and has loaded the weights then.
+    around = [_loader_of(block)] if any(parameter.is_meta for parameter in block.parameters()) else []
+    modules = dict.fromkeys((*around, *block.modules()))
+    hooks = [(module, hook) for module in modules for hook in _hooks_of(module)]
     loaded = [_Loaded(module, hook) for module, hook in hooks if hook.offload]
     if device is None and not loaded:
         yield
@@ -162,6 +179,13 @@ def _folder_of(weights: OffloadedWeightsLoader) -> str:
         weights.save_folder = tempfile.mkdtemp(prefix="peft_sparse_offloaded_")
         weakref.finalize(weights, shutil.rmtree, weights.save_folder, ignore_errors=True)
     return str(weights.save_folder)
+
+
+def _loader_of(module: nn.Module) -> nn.Module:
+    """Return the module whose hooks load the weights of `module`: itself, or one around it."""
+    noted = _loaders.get(module)
+    loader = None if noted is None else noted()
+    return module if loader is None or not _hooks_of(loader) else loader
 
 
 def _hooks_of(module: nn.Module) -> list[AlignDevicesHook]:

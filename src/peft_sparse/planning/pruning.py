@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
 
 from ..calibration.activations import Activations, check_activations
 from ..calibration.forms import sequences_together
 from ..calibration.text import SEQUENCE_LENGTH
 from ..model.blocks import Targets, hidden_size
-from ..model.empty import empty_model
+from ..model.empty import configuration_of, empty_model
 from ..pruning.allocation import Allocation
 from ..pruning.by_name import PatternLike
 from ..pruning.checks import pruning_task
@@ -161,7 +160,7 @@ def plan_pruning(
     """
     check_activations(activations)
     if not isinstance(model, nn.Module):
-        model = empty_model(model if isinstance(model, PretrainedConfig) else AutoConfig.from_pretrained(model))
+        model = empty_model(configuration_of(model))
     task = pruning_task(
         model,
         pattern,

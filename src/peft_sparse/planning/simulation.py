@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..model.blocks import base_model
-from ..model.empty import empty_model
+from ..model.empty import configuration_of, empty_model
 
 
 Described: TypeAlias = nn.Module | PretrainedConfig | str | Path
@@ -138,7 +138,7 @@ def described(model: Described, dtype: torch.dtype | None = None) -> nn.Module:
     if isinstance(model, nn.Module):
         copied = replaced(model, [model], lambda tensor: tensor.to("meta"), {})
     else:
-        copied = empty_model(model if isinstance(model, PretrainedConfig) else AutoConfig.from_pretrained(model))
+        copied = empty_model(configuration_of(model))
     for name, parameter in copied.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(

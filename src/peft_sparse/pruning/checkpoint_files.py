@@ -52,7 +52,8 @@ def weight_files(source: Path, config: PretrainedConfig) -> list[Path]:
     """Return the safetensors files that `from_pretrained` reads in `source`, after their index if there is one.
 
     Raises:
-        ValueError: there is no safetensors file that `config` or an index names, or that has the usual name.
+        ValueError: there is no safetensors file that `config` names, or that has the usual name; the index cannot be
+            read, or names a file that is not there.
     """
     named = getattr(config, "transformers_weights", None)
     names = [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
@@ -69,10 +70,23 @@ def weight_files(source: Path, config: PretrainedConfig) -> list[Path]:
         )
     files = [found[0]]
     if found[0].suffix == ".json":
-        weight_map = json.loads(found[0].read_text())["weight_map"]
-        files += [source / name for name in sorted(set(weight_map.values()))]
+        files += [source / name for name in _shards(found[0])]
     extra = [source / name for name in getattr(type(config), "extra_files", ())]
     return files + [path for path in extra if path.is_file() and path not in files]
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{str(index)!r} is no index of a checkpoint, a JSON file with a `weight_map`: {type(error).__name__}: "
+            f"{error}. Download it again."
+        ) from error
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{str(index)!r} names {name!r}, which is not there. Download it again.")
+    return names
 
 
 def described(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, Path]]:

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import PartialState
@@ -20,6 +21,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..model.blocks import block_of, find_blocks
 from ..model.empty import dtype_of, model_classes
+from ..model.environment import check_device
 from ..model.weights import check_finite
 from .checkpoint_files import described, files_beside, weight_files
 from .checkpoint_layout import Step, loading_plan, saving_plan
@@ -47,9 +49,11 @@ class StreamedModel:
         trust_remote_code: whether Python code in `source` may define the model.
 
     Raises:
-        ValueError: `source` is no folder with a model, or holds no safetensors; `output` is a file or holds other
-            files; no class of the configuration fits the checkpoint; the checkpoint lacks a tensor of the model, or
-            holds it in another shape or quantised.
+        TypeError: `source` or `output` is no path.
+        OSError: nothing can be written to `output`.
+        ValueError: there is no such device; `source` is no folder with a model, or holds no safetensors; `output` is a
+            file or holds other files; no class of the configuration fits the checkpoint; the checkpoint lacks a
+            tensor of the model, or holds it in another shape or quantised.
     """
 
     def __init__(
@@ -59,19 +63,17 @@ class StreamedModel:
         device: torch.device | str,
         trust_remote_code: bool = False,
     ) -> None:
+        for name, path in {"source": source, "output": output}.items():
+            if not isinstance(path, (str, Path)):
+                raise TypeError(f"Expected `{name}` as the path of a folder, got {type(path).__name__}.")
+        check_device(device)
         self.source, self.output, self.device = Path(source), Path(output), device
         if not (self.source / CONFIG_NAME).is_file():
             raise ValueError(
                 f"Expected a folder with {CONFIG_NAME} and safetensors, as `save_pretrained` writes it, at "
                 f"{str(source)!r}. Download a model of the Hub by `huggingface_hub.snapshot_download` first."
             )
-        if self.output.exists() and not self.output.is_dir():
-            raise ValueError(f"Expected `output` to be a folder or new, got the file {str(self.output)!r}.")
-        if self.output.exists() and not _left_by_a_killed_run(self.output, self.source):
-            raise ValueError(
-                f"Expected {str(self.output)!r} not to exist, to be empty, or to hold only what a killed run left. "
-                "Give another `output`."
-            )
+        _check_output(self.output, self.source)
         config = AutoConfig.from_pretrained(self.source, trust_remote_code=trust_remote_code)
         self.read_files = weight_files(self.source, config)
         tensors, self.files = described(self.read_files)
@@ -197,6 +199,7 @@ class StreamedModel:
                 with self.resident(name, block):
                     self.save(name)
         known, unknown = files_beside(self.source)
+        unknown = [name for name in unknown if self.output.resolve() not in (self.source / name).resolve().parents]
         for name in known:
             (self.output / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(self.source / name, self.output / name)
@@ -290,6 +293,27 @@ def _warn_of_what_was_left_out(model: PreTrainedModel, tensors: list[str], files
     parts += [f"files that may hold dense weights or belong to no model: {', '.join(files)}"] if files else []
     if parts:
         warnings.warn(f"Not copied: {'; '.join(parts)}. Copy what the pruned model needs.", stacklevel=3)
+
+
+def _check_output(output: Path, source: Path) -> None:
+    """Check that a checkpoint can be written to `output`, before anything is computed. Nothing is left there."""
+    if output.is_symlink() and not output.exists():
+        raise ValueError(
+            f"Expected `output` to be a folder or new, got the link {str(output)!r} to what is not there."
+        )
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"Expected `output` to be a folder or new, got the file {str(output)!r}.")
+    if output.exists() and not _left_by_a_killed_run(output, source):
+        raise ValueError(
+            f"Expected {str(output)!r} not to exist, to be empty, or to hold only what a killed run left. "
+            "Give another `output`."
+        )
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    try:
+        with TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise type(error)(f"Nothing can be written to {str(there)!r}. Give another `output`. {error}") from error
 
 
 def _left_by_a_killed_run(output: Path, source: Path) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..model.offload import is_offloaded
 from ..model.sharding import is_partitioned
 from ..model.weights import stored_weight
 from .base_weight import FORWARDS
@@ -92,11 +93,18 @@ class UsedByOthers(SavedMasks):
         The dropout of an adapter is not applied to what another module computes.
 
         Raises:
-            ValueError: another module reads it for a batch in which each sample has its own adapter.
+            ValueError: another module reads it for a batch in which each sample has its own adapter, or while
+                accelerate has offloaded it.
         """
         stored: Tensor = super().weight
         if not self.is_read_by_parent:
             return stored
+        if stored.is_meta and is_offloaded(self.get_base_layer()):
+            raise ValueError(
+                "Accelerate loads an offloaded weight when its layer is called, and another module reads the weight "
+                "of this layer and does not call the layer, as `torch.nn.MultiheadAttention` does. Attach the "
+                "adapter, and then offload the model with the class of that module in `preload_module_classes`."
+            )
         if self._mixes:
             raise ValueError(
                 "Mixed batches (`adapter_names`) are not supported for a layer whose weight another module reads, as "
