@@ -242,6 +242,8 @@ def sharded_norms():
 
 
 REFUSALS = [
+    (lambda: pack_sequences(["A"], CHARACTERS, 0), ValueError, "`length` must be a whole number of at least 1, got 0"),
+    (lambda: sample_sequences(["A"], CHARACTERS, 2.5), ValueError, "`count` must be a whole number .* got 2.5"),
     (
         lambda: wanda(tiny("gpt2"), calibration=[{"input_ids": torch.zeros(1, n, dtype=torch.long)} for n in (8, 99)]),
         ValueError,

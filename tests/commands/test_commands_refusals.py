@@ -178,6 +178,11 @@ REFUSALS = [
         ValueError,
         "The model is dense: its sparsity is 0.0000. Give --sparsity 0.5 to prune it first",
     ),
+    (
+        lambda: ran("merge", saved("llama")),
+        FileNotFoundError,
+        "Expected an adapter at 'llama', and there is no adapter",
+    ),
     (lambda: ran("merge", adapter(None)), BadArguments, "The adapter names no base model. Give --base"),
     (
         lambda: ran("merge", adapter("/of/another/machine")),

@@ -95,6 +95,27 @@ def other_tokenizers():
 
 
 REFUSALS = [
+    (lambda: perplexity("folder", TOKENS), TypeError, "Expected `model` as a language model, an nn.Module, got str"),
+    (
+        lambda: perplexity(tiny("gpt2"), [TOKENS, torch.zeros(1, 99, dtype=torch.long)]),
+        ValueError,
+        r"GPT2LMHeadModel does not run on batch 1 of `sequences`, .* \(1, 99\)}. Give .* It raised IndexError: index",
+    ),
+    (
+        lambda: generation_speeds({"bert": AutoModel.from_config(CONFIGS["llama"]).layers[0]}),
+        TypeError,
+        "Expected models that generate, and 'bert' is a LlamaDecoderLayer. Give causal language models",
+    ),
+    (lambda: load_model("dense", dtype="float17"), ValueError, "Expected `dtype` as \"auto\", .* got 'float17'"),
+    (
+        lambda: compare_models(["dense"], limit=5),
+        ValueError,
+        "`limit` has no effect without `tasks`, which are evaluated. Give `tasks`, or leave it out",
+    ),
+    (lambda: compare_models(["dense"], window=64), ValueError, "`window` has no effect without `documents`"),
+    (lambda: compare_models("dense"), TypeError, "Expected `models` as a list of folders, .*, got str"),
+    (lambda: compare_models([llama()]), TypeError, r"Expected `models` as a list .* got \['LlamaForCausalLM'\]"),
+    (lambda: kernel_speed(llama().to("meta")), ValueError, "q_proj' is not in memory. Load the model without"),
     (lambda: perplexity(llama(nan_norm), TOKENS), ValueError, "Expected a finite loss, got nan"),
     (
         lambda: perplexity(llama(), TOKENS[:, :1]),

@@ -1,5 +1,6 @@
 """Every refusal of `model/`, with its words."""
 
+import warnings
 from unittest import mock
 
 import pytest
@@ -40,6 +41,13 @@ def packed():
     layer.in_features = layer.out_features = 8
     layer.register_buffer("qweight", torch.zeros(1, 8, dtype=torch.int32))
     return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(8, 8), "down": layer})])})
+
+
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        block = torch.jit.trace(nn.Linear(4, 4), torch.ones(1, 4))
+    return nn.ModuleDict({"layers": nn.ModuleList([block])})
 
 
 def of_integers():
@@ -117,6 +125,11 @@ REFUSALS = [
         lambda: plan_training("/nowhere"),
         FileNotFoundError,
         "There is no folder '/nowhere', and no model of this name could be loaded from the Hub. Give the folder",
+    ),
+    (
+        lambda: prune(scripted(), 0.5),
+        ValueError,
+        "'layers.0' was compiled by `torch.jit`, .* Prune the model first, and compile it afterwards",
     ),
     (lambda: sparsity(of_integers()), ValueError, "up_proj' is packed as torch.int8, which cannot be read, .* Count"),
     (lambda: sparsity(llama().to("meta")), ValueError, "q_proj' is on the meta device, .* Load the model first"),

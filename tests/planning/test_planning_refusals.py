@@ -19,6 +19,11 @@ def integer_parameters():
 
 REFUSALS = [
     (
+        lambda: plan_pruning(llama(), 0.5, flops_per_second=0),
+        ValueError,
+        "`flops_per_second` must be above 0, got 0. Leave it out to measure it",
+    ),
+    (
         lambda: plan_training(llama(), strategy="tp"),
         ValueError,
         "`strategy` must be one of 'ddp', 'fsdp', 'zero2', 'zero3', got 'tp'",

@@ -543,3 +543,23 @@ def test_asking_for_fewer_zeros_than_there_are_warns_with_both_numbers(llama, to
 def test_pruning_to_the_same_or_a_higher_sparsity_does_not_warn(llama, tokens):
     for pattern in (0.5, 0.5, 0.6, Unstructured(0.61, exact=False), 0.61):
         prune(llama, pattern, tokens, criterion="wanda")
+
+
+def test_a_criterion_that_writes_into_the_weight_changes_no_weight(tokens):
+    found = []
+    for score in (lambda weight, statistics: weight.abs(), lambda weight, statistics: weight.abs_()):
+        model = tiny("llama")
+        prune(model, 0.5, tokens, criterion=score)
+        found.append([parameter.detach() for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.bool, torch.float16])
+def test_scores_may_be_of_any_real_dtype_and_zeros_stay_zero(kind):
+    model = tiny("llama")
+    prune(model, 0.25)
+    zeros = {name: weight.matrix() == 0 for name, weight in prunable_weights(model).items()}
+    prune(model, 0.5, criterion=lambda weight, statistics: (weight.abs() * 1000).to(kind))
+    assert sparsity(model) == 0.5
+    for name, weight in prunable_weights(model).items():
+        assert (weight.matrix()[zeros[name]] == 0).all(), name

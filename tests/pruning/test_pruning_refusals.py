@@ -186,6 +186,14 @@ REFUSALS = [
     (lambda: sparsity(without_entries()), ValueError, "Expected weights with entries, got .* Name other layers"),
     (lambda: parse_pattern(-0.1), ValueError, r"must be in \[0, 1\), got -0.1"),
     (lambda: parse_pattern(float("nan")), ValueError, r"must be in \[0, 1\), got nan"),
+    (lambda: prune(llama(), sparsity="half"), ValueError, r"`sparsity` must be in \[0, 1\), got 'half'. Use 0.5"),
+    (
+        lambda: prune(llama(), 0.5, TOKENS, criterion=lambda weight, known: weight.abs() * known.input_norm.sqrt_()),
+        ValueError,
+        "The criterion wrote into the statistics of .*q_proj', .* Use operations that return a new tensor",
+    ),
+    (lambda: prune(llama(), 0.5, criterion=Magnitude), ValueError, "`criterion` must be one of .* got <class"),
+    (lambda: SemiStructured(2.0, 4), ValueError, "needs 1 <= n <= m, got 2.0:4"),
     (lambda: SemiStructured(5, 4), ValueError, "needs 1 <= n <= m, got 5:4. Use 2:4"),
     (lambda: parse_pattern("0:4"), ValueError, "needs 1 <= n <= m, got 0:4"),
     (

@@ -18,7 +18,18 @@ def changed(**changes):
     return reading(RunReport("train").to_dict() | changes)
 
 
+def over_a_file():
+    Path("report").touch()
+    write_report(RunReport("train"), "report")
+
+
 REFUSALS = [
+    (lambda: read_report("nowhere"), FileNotFoundError, "Expected a report at 'nowhere', found none. Give the"),
+    (
+        lambda: over_a_file(),
+        NotADirectoryError,
+        "Expected the folder of a report, got the file 'report'. Give a folder",
+    ),
     (lambda: reading("{"), ValueError, "Expected 'report.json' to hold the JSON of a report. It is no JSON"),
     (lambda: reading({"weights": []}), ValueError, "Expected 'report.json' to hold a report of this package"),
     (

@@ -462,6 +462,7 @@ REFUSALS = [
         ValueError,
         "found none. For example, the filters of '0' stay: the model returns them. Choose other layers",
     ),
+    (lambda: flap(ratio="50%"), ValueError, "`ratio` must be in .*, got .50%.. Use 0.2 to remove"),
     (lambda: filters(exclude_modules=["first"]), ValueError, "the filters of 'first' stay: excluded. Choose other"),
     (lambda: filters(with_an_adapter()), ValueError, "without adapters, which would not fit .* `merge_and_unload"),
     (

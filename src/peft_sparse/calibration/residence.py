@@ -29,7 +29,7 @@ def on_device(device: torch.device | str | None) -> Residence:
     Raises:
         ValueError: there is no such device, or it holds no values.
     """
-    check_device(device)
+    check_device(device, is_there=False)
 
     # Not accelerate's `align_module_device`: it moves the parameters of one module, but no children and no buffers.
     @contextlib.contextmanager
@@ -46,7 +46,11 @@ def on_device(device: torch.device | str | None) -> Residence:
             with resident_through_hooks(block, device):
                 yield
             return
-        block.to(device)
+        try:
+            block.to(device)
+        except (AssertionError, RuntimeError):
+            check_device(device)
+            raise
         try:
             yield
         finally:
@@ -163,27 +167,40 @@ def check_runs(
     Raises:
         ValueError: it does not.
     """
-    frames = [frame for frame, _ in traceback.walk_tb(raised.__traceback__)]
-    # What this package refuses is in words already.
-    if frames[-1].f_globals["__name__"].partition(".")[0] == __name__.partition(".")[0]:
+    if _is_own(raised):
         return
     batch = inputs[number]
     try:
         with torch.no_grad():
             run_in_residence(model, batch, residence)
     except Exception as error:
-        if "meta" in str(error):
-            # Weights that are not loaded. Those of a checkpoint are loaded by one who says what to do.
-            if not has_hooks(model):
-                return
+        if "meta" not in str(error):
+            raise not_running(model, batch, f"batch {number} of the calibration data", error) from error
+        # Weights that are not loaded. Those of a checkpoint are loaded by one who says what to do.
+        if has_hooks(model):
             raise ValueError(
                 f"{type(base_model(model)).__name__} uses weights that accelerate has offloaded, outside of calls of "
                 "the modules that hold them, as `torch.nn.MultiheadAttention` does. Offload the model with the class "
                 "of the module that uses them in `preload_module_classes`."
             ) from error
-        given = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
-        raise ValueError(
-            f"{type(base_model(model)).__name__} does not run on batch {number} of the calibration data, with tensors "
-            f"of the shapes {given}. Give what `model(**batch)` takes, and no longer sequences than the model reads. "
-            f"It raised {type(error).__name__}: {error}"
-        ) from error
+
+
+def not_running(model: nn.Module, batch: Mapping[str, Any], name: str, error: Exception) -> Exception:
+    """Return the error that says that `model` does not run on the batch called `name`.
+
+    What this package refuses is in words already, and comes back as it is.
+    """
+    if _is_own(error):
+        return error
+    given = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
+    return ValueError(
+        f"{type(base_model(model)).__name__} does not run on {name}, with tensors of the shapes {given}. Give what "
+        "`model(**batch)` takes, and no longer sequences than the model reads. It raised "
+        f"{type(error).__name__}: {error}"
+    )
+
+
+def _is_own(error: Exception) -> bool:
+    """Return whether code of this package raised `error`."""
+    frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return bool(frame.f_globals["__name__"].partition(".")[0] == __name__.partition(".")[0])

@@ -81,9 +81,11 @@ def sample_sequences(
 
     Raises:
         TypeError: a source holds something else.
-        ValueError: a source is too small; it has none of these columns or several; a message has another form, or the
-            template changes its content; `shares` does not fit the sources.
+        ValueError: `count` or `length` is no whole number of at least 1; a source is too small; it has none of these
+            columns or several; a message has another form, or the template changes its content; `shares` does not fit
+            the sources.
     """
+    _check_whole(count=count, length=length)
     if not isinstance(documents, Mapping):
         if shares is not None:
             raise ValueError(
@@ -95,6 +97,12 @@ def sample_sequences(
     for name, part in _counts(documents, shares, count).items():
         windows += _sample(documents[name], f"documents[{name!r}]", tokenizer, part, length, seed, assistant_only)
     return joined(windows)
+
+
+def _check_whole(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {number!r}.")
 
 
 def _counts(documents: Mapping[str, Any], shares: Mapping[str, float] | None, count: int) -> dict[str, int]:
@@ -183,8 +191,10 @@ def pack_sequences(
 
     Raises:
         TypeError: `documents` holds something else than texts.
-        ValueError: the joined text has fewer than `length` tokens; the data set has no column "text".
+        ValueError: `length` is no whole number of at least 1; the joined text has fewer tokens; the data set has no
+            column "text".
     """
+    _check_whole(length=length)
     # The text is tokenised in one piece. Document by document, there would be special tokens between them, and tokens
     # that span two documents would be missing.
     tokens = tokenizer(separator.join(texts_of(documents)), verbose=False)["input_ids"]

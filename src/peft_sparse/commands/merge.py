@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..model.empty import model_classes
 from ..pruning.prune import sparsity
@@ -30,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[str]:
     """Merge the adapter of `args`, save the plain model, and return what was written."""
     prepare()
+    if find_adapter_config_file(args.adapter) is None:
+        raise FileNotFoundError(
+            f"Expected an adapter at {args.adapter!r}, and there is no adapter_config.json. Give the folder of an "
+            "adapter, or its name on the Hub."
+        )
     config = PeftConfig.from_pretrained(args.adapter)
     base = args.base or config.base_model_name_or_path
     if not base:

@@ -155,17 +155,24 @@ def compare_models(
         device: the device. By default the GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: there is no model, or one is named twice; tokenizers differ; see also `text_perplexity`,
-            `evaluate_tasks` and `generation_speeds`.
+        TypeError: `models` is no list of such models.
+        ValueError: there is no model, or one is named twice; an argument has no effect; tokenizers differ; see also
+            `text_perplexity`, `evaluate_tasks` and `generation_speeds`.
         FileNotFoundError: there is no model of that name, or the base of an adapter is not where it says.
         ImportError: `tasks` are given and lm-eval is not installed.
     """
+    if isinstance(models, (str, Path)) or not all(isinstance(one, (str, Path, LoadedModel)) for one in models):
+        raise TypeError(
+            "Expected `models` as a list of folders, Hub ids or `LoadedModel(name, model, tokenizer)`, got "
+            f"{type(models).__name__ if isinstance(models, (str, Path)) else [type(one).__name__ for one in models]}."
+        )
     names = _names(models)
     if rounds < 0 or new_tokens < 1:
         raise ValueError(
             f"Expected `rounds` of 0 or more, and `new_tokens` of 1 or more, got {rounds} and {new_tokens}. "
             "`rounds=0` measures no speed."
         )
+    _check_all_used(documents, tasks, window=window, max_windows=max_windows, limit=limit, data_dir=data_dir)
     if tasks is not None:
         check_tasks(tasks, limit, data_dir)
     for source in models:
@@ -203,6 +210,18 @@ def compare_models(
         speeds = generation_speeds(kept, new_tokens=new_tokens, rounds=rounds, seed=seed)
         measured = [replace(row, generation=speeds[row.name]) for row in measured]
     return Comparison(measured, {key: value for key, value in environment().items() if key != "command"})
+
+
+def _check_all_used(documents: Any, tasks: Any, *, window: int, max_windows: Any, limit: Any, data_dir: Any) -> None:
+    of_text = {"window": window != WINDOW, "max_windows": max_windows is not None}
+    of_tasks = {"limit": limit is not None, "data_dir": data_dir is not None}
+    for what, missing, given in (("documents", documents is None, of_text), ("tasks", tasks is None, of_tasks)):
+        unused = [name for name, is_given in given.items() if is_given]
+        if missing and unused:
+            verb = "perplexity is measured on" if what == "documents" else "are evaluated"
+            raise ValueError(
+                f"`{unused[0]}` has no effect without `{what}`, which {verb}. Give `{what}`, or leave it out."
+            )
 
 
 def size_of(model: ComparedModel) -> str:

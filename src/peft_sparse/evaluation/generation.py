@@ -50,9 +50,16 @@ def generation_speeds(
 
     Raises:
         ValueError: `new_tokens` or `rounds` is below 1.
+        TypeError: a model cannot generate.
     """
     if new_tokens < 1 or rounds < 1:
         raise ValueError(f"Expected `new_tokens` and `rounds` of 1 or more, got {new_tokens} and {rounds}.")
+    for name, model in models.items():
+        if not hasattr(model, "generate"):
+            raise TypeError(
+                f"Expected models that generate, and {name!r} is a {type(model).__name__}. Give causal language "
+                "models, as `AutoModelForCausalLM` loads them."
+            )
     size = min(model.config.get_text_config().vocab_size for model in models.values())
     prompt = torch.randint(size, (1, PROMPT), generator=torch.Generator().manual_seed(seed))
     times: dict[str, list[float]] = {name: [] for name in models}

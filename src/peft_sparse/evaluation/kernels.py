@@ -133,11 +133,13 @@ def kernel_speed(
         seed: seed of the inputs.
 
     Raises:
-        ValueError: `tokens` or `rounds` are below 1; the model has no prunable weights.
+        ValueError: `tokens` or `rounds` are below 1; the model has no prunable weights; one is not in memory.
     """
     if rounds < 1 or not tokens or min(tokens) < 1:
         raise ValueError(f"Expected `tokens` and `rounds` of 1 or more, got {list(tokens)} and {rounds}.")
     weights = prunable_weights(model)
+    if absent := [name for name, weight in weights.items() if weight.storage.is_meta]:
+        raise ValueError(f"The weight of {absent[0]!r} is not in memory. Load the model without offloading first.")
     numbers = Counter(weight.shape for weight in weights.values())
     rows: list[KernelTime] = []
     for shape, number in numbers.items():

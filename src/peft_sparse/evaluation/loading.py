@@ -67,11 +67,14 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no model at `source`, or the base of an adapter is not where it says.
-        ValueError: there is no such device.
+        ValueError: there is no such device or dtype.
     """
     check_device(device)
+    found = "auto" if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found != "auto" and not isinstance(found, torch.dtype):
+        raise ValueError(f'Expected `dtype` as "auto", a dtype of torch or the name of one, got {dtype!r}.')
     adapter_base = check_source(source, base)
-    options: dict[str, Any] = {"dtype": dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, dtype)}
+    options: dict[str, Any] = {"dtype": found}
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cpu":
         options["device_map"] = {"": device}

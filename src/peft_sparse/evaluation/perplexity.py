@@ -19,6 +19,7 @@ from ..calibration.inputs import (
     without_padding,
 )
 from ..calibration.label_positions import label_offset
+from ..calibration.residence import not_running
 from ..model.blocks import base_model, is_encoder_decoder
 
 
@@ -47,9 +48,10 @@ def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) ->
         The perplexity, 1 or more.
 
     Raises:
+        TypeError: `model` is no model.
         ValueError: `sequences` is neither token ids nor model inputs, is empty, or holds no token that is counted; a
-            batch has neither labels nor tokens; the model returns no logits, or not one position per label; the loss
-            is not finite.
+            batch has neither labels nor tokens; the model does not run on a batch; it returns no logits, or not one
+            position per label; the loss is not finite.
     """
     return exponential(mean_loss(model, sequences, batch_size, "sequences")[0])
 
@@ -70,13 +72,22 @@ def mean_loss(model: nn.Module, sequences: Calibration, batch_size: int, argumen
     Raises:
         ValueError: see `perplexity`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected `model` as a language model, an nn.Module, got {type(model).__name__}.")
     inputs = as_inputs(model, sequences, batch_size, argument)
     device = next(model.parameters()).device
-    losses, counts = [], []
+    losses: list[Tensor] = []
+    counts: list[Tensor] = []
     with evaluation_mode(model):
         offset = _offset(model, inputs)
         for batch in tqdm(inputs, desc="perplexity", unit="batch", leave=False, disable=None):
-            logits, labels = _predictions(model, send_to_device(batch, device), offset)
+            try:
+                logits, labels = _predictions(model, send_to_device(batch, device), offset)
+            except Exception as error:
+                refused = not_running(model, batch, f"batch {len(losses)} of `{argument}`", error)
+                if refused is error:
+                    raise
+                raise refused from error
             losses.append(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
             counts.append(labels.ne(-100).sum())
     count = int(torch.stack(counts).sum())

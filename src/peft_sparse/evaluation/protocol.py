@@ -99,10 +99,12 @@ def windows_of(texts: list[str], tokenizer: Any, window: int, max_windows: int |
     Raises:
         ValueError: see `text_perplexity`.
     """
-    if max_windows is not None and max_windows < 1:
-        raise ValueError(f"Expected `max_windows` of 1 or more, or None for the whole text, got {max_windows}.")
-    if window < 2:
-        raise ValueError(f"Expected `window` of 2 or more, got {window}. A model predicts every token but the first.")
+    if max_windows is not None and (not isinstance(max_windows, int) or max_windows < 1):
+        raise ValueError(f"Expected `max_windows` of 1 or more, or None for the whole text, got {max_windows!r}.")
+    if not isinstance(window, int) or window < 2:
+        raise ValueError(
+            f"Expected `window` of 2 or more, got {window!r}. A model predicts every token but the first."
+        )
     try:
         return pack_sequences(texts, tokenizer, window, separator=SEPARATOR)[:max_windows]
     except ValueError as error:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
+import torch
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
@@ -173,9 +174,16 @@ def check_packed(model: nn.Module, target_modules: Targets = None, exclude_modul
     """Check that no layer that the arguments may mean is packed in a way that has no weight matrix.
 
     Raises:
-        ValueError: there is such a layer. Without this check it would be passed over.
+        ValueError: there is such a layer, or one that `torch.jit` has compiled. Without this check it would be passed
+            over.
     """
     _check_names(target_modules, exclude_modules)
+    for name, module in base_model(model).named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and any(p.dim() > 1 for p in module.parameters()):
+            raise ValueError(
+                f"{f'{name!r} was' if name else 'The model was'} compiled by `torch.jit`, and its layers cannot be "
+                "seen. Prune the model first, and compile it afterwards."
+            )
     packed = list(packed_layers("", base_model(model)))
     if target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
         # If all layers of a model are packed, no blocks are found.

@@ -30,16 +30,22 @@ def environment() -> dict[str, Any]:
     }
 
 
-def check_device(device: torch.device | str | int | None) -> None:
+def check_device(device: torch.device | str | int | None, is_there: bool = True) -> None:
     """Check that weights can be moved to `device`. None stands for where they are.
 
+    Args:
+        device: the device.
+        is_there: whether to check that this machine has it, too.
+
     Raises:
-        ValueError: there is no such device, or it is the meta device, which holds no values.
+        ValueError: it is no device, or the meta device, which holds no values, or not there.
     """
     if device is None:
         return
     try:
-        reason = "it holds no values" if torch.empty(1, device=device).is_meta else None
+        reason = "it holds no values" if torch.device(device).type == "meta" else None
+        if is_there:
+            torch.empty(1, device=device)
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     if reason is not None:

@@ -159,6 +159,8 @@ def plan_pruning(
             not divide the inputs; the configuration does not name exactly one class of transformers.
     """
     check_activations(activations)
+    if flops_per_second is not None and not flops_per_second > 0:
+        raise ValueError(f"`flops_per_second` must be above 0, got {flops_per_second!r}. Leave it out to measure it.")
     if not isinstance(model, nn.Module):
         model = empty_model(configuration_of(model))
     task = pruning_task(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from numbers import Real
 from typing import TypeVar
 
 from ..model.weights import WeightView
@@ -23,7 +24,10 @@ def one_pattern(
     if (pattern is None) == (sparsity is None):
         both = "neither" if pattern is None else f"pattern={pattern!r} and sparsity={sparsity!r}"
         raise ValueError(f'Expected one of `pattern`, such as 0.5 or "2:4", and `sparsity`, such as 0.5; got {both}.')
-    return Unstructured(float(sparsity)) if sparsity is not None else pattern  # type: ignore[return-value]
+    if sparsity is None:
+        return pattern  # type: ignore[return-value]
+    # Numbers of NumPy become those of Python.
+    return Unstructured(float(sparsity) if isinstance(sparsity, Real) else sparsity)
 
 
 def patterns_by_name(

@@ -196,7 +196,7 @@ def find_criterion(criterion: CriterionLike) -> tuple[str, ScoringCriterion | Sp
     """
     if isinstance(criterion, Criterion):
         return _name_of(criterion.score), criterion
-    if callable(criterion):
+    if callable(criterion) and not isinstance(criterion, type):
         return _name_of(criterion), Criterion(criterion, group="matrix")
     value = chosen(
         "criterion", CRITERIA, criterion, also=" A function (weight, statistics) -> scores is also accepted."

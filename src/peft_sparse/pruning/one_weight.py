@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.measure import BlockStatistics, relative_error, warn_of_few_tokens
+from ..calibration.recording import version_of
 from ..calibration.statistics import Statistics, by_group
 from ..model.masks import mask_of
 from ..model.processes import add_up
@@ -117,17 +118,28 @@ def _selected(name: str, matrix: Tensor, task: PruningTask, statistics: Statisti
 
 
 def _scored(name: str, matrix: Tensor, rule: ScoringCriterion, statistics: Statistics) -> Tensor:
-    try:
+    if isinstance(rule, tuple(CRITERIA.values())):
         return rule.score(matrix, statistics)
+    measured = [value for value in vars(statistics).values() if isinstance(value, Tensor)]
+    versions = list(map(version_of, measured))
+    try:
+        # The model must stay as it is, also if the criterion writes into what it gets.
+        scores = rule.score(matrix.clone(), statistics)
     except (TypeError, AttributeError) as error:
         missing = [field.name for field in fields(statistics) if getattr(statistics, field.name) is None]
-        if isinstance(rule, tuple(CRITERIA.values())) or not missing:
+        if not missing:
             raise
         raise ValueError(
             f"The criterion failed at {name!r}: {error}. These statistics were not measured and are None: "
             f"{', '.join(missing)}. If the criterion reads one of them, pass calibration data, and say so: "
             '`Criterion(score, needs=("inputs",))` measures `input_norm`.'
         ) from error
+    if versions != list(map(version_of, measured)):
+        raise ValueError(
+            f"The criterion wrote into the statistics of {name!r}, which other weights share. Use operations that "
+            "return a new tensor, such as `sqrt` for `sqrt_`."
+        )
+    return scores
 
 
 def scores_of(name: str, matrix: Tensor, rule: ScoringCriterion, statistics: Statistics) -> Tensor:
@@ -142,11 +154,12 @@ def scores_of(name: str, matrix: Tensor, rule: ScoringCriterion, statistics: Sta
     parts = []
     for rows, own in by_group(statistics, matrix):
         parts.append(_scored(name, rows, rule, own))
-        if not isinstance(parts[-1], Tensor) or parts[-1].shape != rows.shape:
-            found = tuple(parts[-1].shape) if isinstance(parts[-1], Tensor) else type(parts[-1]).__name__
+        if not isinstance(parts[-1], Tensor) or parts[-1].shape != rows.shape or parts[-1].is_complex():
+            is_tensor = isinstance(parts[-1], Tensor)
+            found = f"{tuple(parts[-1].shape)} of {parts[-1].dtype}" if is_tensor else type(parts[-1]).__name__
             raise ValueError(
                 f"Expected scores of shape {tuple(rows.shape)} for {name!r}, got {found}. A criterion returns a "
-                "tensor with one score per entry of the weight (out, in)."
+                "tensor with one real score per entry of the weight (out, in)."
             )
     scores = parts[0] if len(parts) == 1 else torch.cat(parts)
     del parts
@@ -158,6 +171,8 @@ def scores_of(name: str, matrix: Tensor, rule: ScoringCriterion, statistics: Sta
             f"Expected finite scores for {name!r}, got NaN or infinity. Correct the criterion, or clamp what it "
             "returns."
         )
+    # Integers and bools have no -inf.
+    scores = scores if scores.is_floating_point() else scores.double()
     return scores.masked_fill(~mask_of(matrix), -torch.inf)
 
 

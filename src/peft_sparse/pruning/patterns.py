@@ -36,8 +36,8 @@ class Unstructured:
     exact: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"`sparsity` must be in [0, 1), got {self.sparsity}. Use 0.5 to prune half.")
+        if not isinstance(self.sparsity, Real) or not 0 <= self.sparsity < 1:
+            raise ValueError(f"`sparsity` must be in [0, 1), got {self.sparsity!r}. Use 0.5 to prune half.")
 
     def __str__(self) -> str:
         return f"{self.sparsity:g}"
@@ -56,7 +56,7 @@ class SemiStructured:
             min(n, its length) entries. No N:M kernel runs such a matrix.
 
     Raises:
-        ValueError: n is not between 1 and m.
+        ValueError: n and m are no whole numbers, or n is not between 1 and m.
     """
 
     n: int
@@ -64,7 +64,7 @@ class SemiStructured:
     allow_ragged: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= self.m:
+        if not (isinstance(self.n, int) and isinstance(self.m, int)) or not 1 <= self.n <= self.m:
             raise ValueError(
                 f"`n:m` keeps n of every m inputs and needs 1 <= n <= m, got {self.n}:{self.m}. Use 2:4 to keep half."
             )

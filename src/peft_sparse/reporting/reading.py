@@ -39,6 +39,8 @@ def read_report(path: str | Path) -> RunReport:
     """
     path = Path(path)
     path = path / "report.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a report at {str(path)!r}, found none. Give the `report.json` of a run.")
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

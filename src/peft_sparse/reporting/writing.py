@@ -36,6 +36,7 @@ def write_report(
     Raises:
         TypeError: `report` is something else.
         ValueError: `saved` is given without `model`.
+        NotADirectoryError: `folder` is a file.
     """
     run = as_run_report(report)
     if model is not None:
@@ -48,6 +49,8 @@ def write_report(
         JSON: json.dumps(run.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n",
         PAGE: report_page(run),
     }
+    if Path(folder).is_file():
+        raise NotADirectoryError(f"Expected the folder of a report, got the file {str(folder)!r}. Give a folder.")
     Path(folder).mkdir(parents=True, exist_ok=True)
     written = []
     for name, text in content.items():

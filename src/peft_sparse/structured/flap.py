@@ -307,9 +307,9 @@ def _check_arguments(
     compensate: bool,
     calibration: Calibration | None,
 ) -> None:
-    if not 0 <= ratio < 1:
+    if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
         raise ValueError(
-            f"`ratio` must be in [0, 1), got {ratio}. Use 0.2 to remove a fifth of the heads and neurons, of the "
+            f"`ratio` must be in [0, 1), got {ratio!r}. Use 0.2 to remove a fifth of the heads and neurons, of the "
             "experts, or of the filters."
         )
     if metric not in METRICS and metric not in FILTER_METRICS and metric != REAP:
