@@ -258,6 +258,11 @@ REFUSALS = [
         "Expected weights in .*plain'.* Found none. Give the folder of a saved model or adapter",
     ),
     (
+        lambda: checkpoint(lambda folder: (folder / "plain" / "config.json").write_text("{"), pack),
+        ValueError,
+        "config.json' is no JSON: .* Copy or download it again",
+    ),
+    (
         lambda: checkpoint(lose_a_shard, lambda folder: inspect_checkpoint(folder / "plain")),
         ValueError,
         "lacks 'model-00002-of-00002.safetensors', which its index names",

@@ -70,20 +70,29 @@ def weight_files(source: Path, config: PretrainedConfig) -> list[Path]:
         )
     files = [found[0]]
     if found[0].suffix == ".json":
-        files += [source / name for name in _shards(found[0])]
+        files += [source / name for name in files_of_index(found[0])]
     extra = [source / name for name in getattr(type(config), "extra_files", ())]
     return files + [path for path in extra if path.is_file() and path not in files]
 
 
-def _shards(index: Path) -> list[str]:
+def files_of_index(index: Path, there: bool = True) -> list[str]:
+    """Return the names of the files that an index of a checkpoint names.
+
+    Args:
+        index: the file of the index.
+        there: whether to check that they lie beside it.
+
+    Raises:
+        ValueError: it is no index, or a file is not there.
+    """
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{str(index)!r} is no index of a checkpoint, a JSON file with a `weight_map`: {type(error).__name__}: "
             f"{error}. Download it again."
         ) from error
-    for name in names:
+    for name in names if there else ():
         if not (index.parent / name).is_file():
             raise ValueError(f"{str(index)!r} names {name!r}, which is not there. Download it again.")
     return names

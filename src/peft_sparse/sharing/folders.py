@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..pruning.checkpoint_files import files_of_index
+
 
 # Weights in formats that are not read here. A Hub repository often has them beside safetensors.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite")
@@ -70,7 +72,19 @@ def finished_folder(target: str | Path) -> Iterator[Path]:
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a folder, or an empty dict if there is none."""
     path = folder / CONFIG_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file of a checkpoint holds.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON: {error}. Copy or download it again.") from error
 
 
 def weight_names(folder: Path, named: str | None = None) -> list[str]:
@@ -86,5 +100,4 @@ def weight_names(folder: Path, named: str | None = None) -> list[str]:
         return []
     if not found.endswith(".json"):
         return [found]
-    index = json.loads((folder / found).read_text(encoding="utf-8"))
-    return [found, *sorted(set(index["weight_map"].values()))]
+    return [found, *files_of_index(folder / found)]

@@ -1,6 +1,5 @@
 """Tells what a checkpoint holds: its zeros, n:m, fingerprints and dtypes, and what an adapter is for."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from .folders import check_hub_id
+from ..pruning.checkpoint_files import files_of_index
+from .folders import check_hub_id, read_json
 from .inspection_report import AdapterInspection, CheckpointInspection, MatrixInspection, in_order
 from .mask_summary import summary_of
 from .packing import is_packed, unmarked
@@ -65,9 +65,9 @@ def inspect_checkpoint(source: str | Path) -> CheckpointInspection:
         return _of_model(str(source), {}, [Path(source).name], lambda name: Path(source))
     find = _finder(source)
     if (path := find(ADAPTER_CONFIG)) is not None:
-        return _of_adapter(str(source), json.loads(path.read_text(encoding="utf-8")), find)
+        return _of_adapter(str(source), read_json(path), find)
     path = find(CONFIG_NAME)
-    config = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    config = {} if path is None else read_json(path)
     return _of_model(str(source), config, _weights(str(source), config, find), find)
 
 
@@ -93,7 +93,7 @@ def _weights(source: str, config: dict[str, Any], find: Find) -> list[str]:
         if (path := find(name)) is not None:
             if not name.endswith(".json"):
                 return [name]
-            return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            return files_of_index(path, there=False)
     raise ValueError(
         f"Expected weights in {source!r}: {named or ', '.join(names)}. Found none. Give the folder of a saved model "
         "or adapter, or check the name and the connection to the Hub."
