@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from datasets import Dataset
+from peft import HRAConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, DynamicCache
 
@@ -242,6 +243,11 @@ def sharded_norms():
 
 
 REFUSALS = [
+    (
+        lambda: wanda(get_peft_model(llama(), HRAConfig(target_modules=["q_proj"], r=2, init_weights=False))),
+        ValueError,
+        "The adapter of .*q_proj', a HRALinear, multiplies the weight with other inputs .* Merge the adapter, switch",
+    ),
     (lambda: pack_sequences(["A"], CHARACTERS, 0), ValueError, "`length` must be a whole number of at least 1, got 0"),
     (lambda: sample_sequences(["A"], CHARACTERS, 2.5), ValueError, "`count` must be a whole number .* got 2.5"),
     (

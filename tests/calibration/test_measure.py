@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
 from torch import nn
 
 from peft_sparse.calibration.gradients import gradient_sums
@@ -469,3 +469,28 @@ def test_a_layer_that_is_called_once_more_has_inputs_of_its_own():
     rows = hidden.flatten(0, 1)
     torch.testing.assert_close(sorted(found, key=lambda norm: float(norm.sum()))[0], rows.norm(dim=0))
     torch.testing.assert_close(found[0], torch.cat([rows, rows + 1]).norm(dim=0))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+        OFTConfig(target_modules=["down_proj"], oft_block_size=4, init_weights=False),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_inputs_that_an_adapter_changes_are_those_of_its_base_layer(config, tokens):
+    model = get_peft_model(tiny("llama"), config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) / 3
+    found = {}
+
+    def keep(weight, statistics):
+        found[len(found)] = statistics
+        return weight.abs()
+
+    weights = prunable_weights(model)
+    expected = inputs_by_hooks(model, [{"input_ids": tokens}])
+    prune(model, 0.0, tokens, criterion=keep)
+    assert_measures(dict(zip(weights, found.values(), strict=True)), expected)

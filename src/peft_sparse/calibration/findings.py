@@ -72,4 +72,4 @@ class Findings:
 
     def layers(self) -> list[tuple[str, nn.Module]]:
         """Return the modules that are called to use the weights that are matrices of their own, with their names."""
-        return list(called_for(self.model, self.all_weights))
+        return list(called_for(self.model, self.all_weights, self.sight.bases))

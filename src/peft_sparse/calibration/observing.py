@@ -5,7 +5,7 @@ is observed in the products that it takes part in.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
@@ -36,6 +36,8 @@ class Sight:
             first. Others get those of the first sequence first.
         traced: name of a weight of an expert -> the module whose inputs its rows are copies of. Padding is recognised
             by these values, where the experts would compute something else without it.
+        bases: names of weights whose layer is called by the adapter around it. It may get other inputs than the
+            adapter, such as scaled or rotated ones.
     """
 
     products: frozenset[str] = frozenset()
@@ -44,6 +46,7 @@ class Sight:
     experts: frozenset[str] = frozenset()
     tokens_first: frozenset[str] = frozenset()
     traced: dict[str, nn.Module] = field(default_factory=dict)
+    bases: frozenset[str] = frozenset()
 
 
 class InputObserver:
@@ -95,7 +98,7 @@ class InputObserver:
     def hooks(self) -> Iterator[None]:
         """Observe within the context; leave no hook behind."""
         with contextlib.ExitStack() as undo:
-            for name, layer in called_for(self.model, self.weights):
+            for name, layer in called_for(self.model, self.weights, self.sight.bases):
                 weight = self.weights[name]
                 if name not in self.products:
                     hook = partial(self._on_inputs, name)
@@ -176,16 +179,20 @@ class InputObserver:
             refuse_rows(name, len(rows))
 
 
-def called_for(model: nn.Module, weights: dict[str, WeightView]) -> Iterator[tuple[str, nn.Module]]:
+def called_for(
+    model: nn.Module, weights: dict[str, WeightView], bases: Collection[str] = ()
+) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name of a weight, module that is called to use it): several where layers share the weight.
 
-    Of weights that are a part of a parameter, none is yielded.
+    Of weights that are a part of a parameter, none is yielded. Of those in `bases` it is the layer itself, and of
+    others the adapter around it, if there is one.
     """
     called, layers = called_layers(model), layers_of_weights(model)
     for name, weight in weights.items():
         if weight.expert is None:
             users = {id(layer): layer for layer in (weight.layer, *layers.get(id(weight.storage), ()))}
-            yield from ((name, called.get(key, layer)) for key, layer in users.items())
+            own = {} if name in bases else called
+            yield from ((name, own.get(key, layer)) for key, layer in users.items())
 
 
 def refuse_rows(name: str, rows: int) -> NoReturn:
@@ -257,7 +264,7 @@ class _PaddingFilter:
         self.keep = self.observer.padding.keep
         if self.keep is None:
             return args, kwargs
-        if not any(self._is_overtokens_in(tensor) for tensor in tensors_of((args, kwargs))):
+        if not any(is_over_tokens(tensor, self.keep) for tensor in tensors_of((args, kwargs))):
             name = next(name for name, other in self.observer.filters.items() if other is module)
             refuse_rows(name, tensors_of((args, kwargs))[0].shape[:-1].numel())
         there: tuple[tuple[Any, ...], dict[str, Any]] = map_leaves(self._without_padding, (args, kwargs))
@@ -266,16 +273,9 @@ class _PaddingFilter:
     def refill(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return output if self.keep is None else map_leaves(self._with_padding, output)
 
-    def _is_overtokens_in(self, leaf: Any) -> bool:
-        assert self.keep is not None
-        return isinstance(leaf, Tensor) and (
-            leaf.shape[:2] == self.keep.shape or leaf.shape[:1] == (self.keep.numel(),)
-        )
-
     def _without_padding(self, leaf: Any) -> Any:
-        if not self._is_overtokens_in(leaf):
+        if self.keep is None or not is_over_tokens(leaf, self.keep):
             return leaf
-        assert self.keep is not None
         keep = self.keep.to(leaf.device)
         return leaf[keep][None] if leaf.shape[:2] == keep.shape else leaf[keep.flatten()]
 

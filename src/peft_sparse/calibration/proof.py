@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import base_model, holders
-from ..model.own_forward import use_of_weight
+from ..model.blocks import base_model, called_layers, holders
+from ..model.own_forward import multiplies_inputs, use_of_weight
 from ..model.weights import WeightView, to_host
 from .findings import Findings, Proof
 from .padding import marks_padding
@@ -84,6 +84,7 @@ class _Proving(Findings):
         """Compare on one batch, which is returned."""
         with eager_experts(self.model):
             called, runners = self._recorded(batch)
+            self._check_adapters(called)
             products = {n for n in self.all_weights if n not in called and n not in self.of_experts}
             self.sight = replace(self.sight, products=self.sight.products - called | (products - set(self.reached)))
             shadow = Shadow(self, batch, runners)
@@ -104,8 +105,11 @@ class _Proving(Findings):
     def _recorded(self, batch: dict[str, Any]) -> tuple[set[str], dict[int, BlockRunner]]:
         """Record the calls of each stack with perturbed states. Return the names of layers that were called, too."""
         called: set[str] = set()
+        bases: set[str] = set()
         runners = {}
         with contextlib.ExitStack() as hooks:
+            for name, weight in self._adapted().items():
+                hooks.callback(weight.layer.register_forward_pre_hook(partial(_note_call, bases, name)).remove)
             for name, layer in self.layers():
                 # A layer may multiply its weight with other inputs than its own. These are seen in the product.
                 if use_of_weight(self.all_weights[name].layer) == "plain":
@@ -119,7 +123,26 @@ class _Proving(Findings):
                         runners[number] = runner
                         self.add_traits(runner)
                         self.orders.setdefault(runner.names[0], []).append(runner.order_of(runner.batches[0]))
+        self.sight = replace(self.sight, bases=self.sight.bases | bases)
         return called, runners
+
+    def _adapted(self) -> dict[str, WeightView]:
+        """Return the weights whose layer has an adapter around it, by name."""
+        around = called_layers(self.model)
+        weights = {name: weight for name, weight in self.all_weights.items() if weight.expert is None}
+        return {n: weight for n, weight in weights.items() if around.get(id(weight.layer)) is not weight.layer}
+
+    def _check_adapters(self, called: set[str]) -> None:
+        """Raise ValueError if an adapter multiplies a weight itself, and not with its own inputs."""
+        around = called_layers(self.model)
+        for name, weight in self._adapted().items():
+            module = around.get(id(weight.layer), weight.layer)
+            if name in called - self.sight.bases and not multiplies_inputs(module, weight.layer):
+                raise ValueError(
+                    f"The adapter of {name!r}, a {type(module).__name__}, multiplies the weight with other inputs "
+                    "than it gets, which cannot be observed. Merge the adapter, switch it off, or prune without "
+                    "calibration."
+                )
 
     def missing(self) -> list[str]:
         """Return the names of weights that no batch has reached yet.

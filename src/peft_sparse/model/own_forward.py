@@ -76,6 +76,37 @@ def _tried(layer: nn.Module) -> Use:
     return "plain" if any(plain) and all(_is_as_said(layer, args) for _, args in own) else "other"
 
 
+@torch.no_grad()
+def multiplies_inputs(module: nn.Module, layer: nn.Module) -> bool:
+    """Return whether `module`, an adapter that does not call its base `layer`, multiplies the weight with its inputs.
+
+    Column j of the weight must have no effect if input j is zero. Found out for linear layers whose weight is in
+    memory; of others it is taken for granted.
+    """
+    stored = layer._parameters.get("weight")
+    if stored is None or stored.is_meta or isinstance(layer, nn.Conv2d):
+        return True
+    weight = stored.T if not isinstance(layer, nn.Linear) else stored
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inputs = torch.randn(1, weight.shape[1]).to(weight)
+        columns = (torch.rand(weight.shape[1]) < 0.5).to(weight.device)
+        inputs[:, columns] = 0
+        other = stored.detach().clone()
+        own = other if isinstance(layer, nn.Linear) else other.T
+        own[:, columns] += torch.randn(own.shape).to(own)[:, columns]
+    try:
+        before = module(inputs)
+        layer._parameters["weight"] = nn.Parameter(other, requires_grad=stored.requires_grad)
+        after = module(inputs)
+    except Exception:
+        # It wants other arguments.
+        return True
+    finally:
+        layer._parameters["weight"] = stored
+    return torch.allclose(before, after, rtol=1e-3, atol=float(before.abs().max()) * 1e-3)
+
+
 def _shape_of_inputs(layer: nn.Module) -> tuple[int, ...]:
     if isinstance(layer, nn.Conv2d):
         sizes = (2 * d * k for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
