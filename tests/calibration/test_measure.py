@@ -494,3 +494,22 @@ def test_inputs_that_an_adapter_changes_are_those_of_its_base_layer(config, toke
     expected = inputs_by_hooks(model, [{"input_ids": tokens}])
     prune(model, 0.0, tokens, criterion=keep)
     assert_measures(dict(zip(weights, found.values(), strict=True)), expected)
+
+
+def test_hooks_on_parameters_wait_while_gradients_are_summed(llama, tokens):
+    weights, calls = prunable_weights(llama), []
+    expected = gradient_sums(llama, weights, [{"input_ids": tokens}])
+    parameter = llama.model.layers[0].mlp.up_proj.weight
+
+    def step(stepped):
+        calls.append(stepped)
+        stepped.data.zero_()
+
+    parameter.register_hook(lambda gradient: gradient * 0)
+    parameter.register_post_accumulate_grad_hook(step)
+    found = gradient_sums(llama, weights, [{"input_ids": tokens}])
+    assert all(torch.equal(found[name], expected[name]) for name in weights)
+    assert not calls
+    llama(input_ids=tokens, labels=tokens).loss.backward()
+    assert len(calls) == 1
+    assert not parameter.grad.any()

@@ -67,6 +67,10 @@ def gradient_sums(
         for stored in parameters.values():
             undo.callback(setattr, stored, "grad", stored.grad)
             stored.grad = None
+            # Hooks of the caller may change gradients, or weights, as an optimizer that steps in the backward pass.
+            for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+                undo.callback(setattr, stored, hooks, getattr(stored, hooks))
+                setattr(stored, hooks, None)
             undo.callback(stored.register_post_accumulate_grad_hook(add).remove)
         singles = [(batch, i) for batch in inputs for i in range(sequences_in(batch))]
         for batch, i in tqdm(
