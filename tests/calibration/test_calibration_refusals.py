@@ -263,6 +263,11 @@ REFUSALS = [
     (lambda: recalibrate_norms(llama(), TOKENS), ValueError, "such as BatchNorm, and Llama.* has none. Other norms"),
     (lambda: recalibrate_norms(Normed(), []), ValueError, "`batches` holds no batch. Give at least one sequence"),
     (
+        lambda: recalibrate_norms(Normed(), torch.ones(3, 5)),
+        ValueError,
+        "Normed does not run on batch 0 of the data, .* Give what .* It raised RuntimeError",
+    ),
+    (
         lambda: recalibrate_norms(Normed(), torch.ones(2, 4)),
         ValueError,
         "No batch reaches 1 of the 2 layers with running statistics, such as 'two'. Give batches",

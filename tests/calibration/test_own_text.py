@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
@@ -109,3 +110,9 @@ def test_an_answer_ends_where_the_model_ends_it(llama):
 def test_the_text_prunes_the_model_that_wrote_it(llama):
     report = prune(llama, 0.5, generate_sequences(llama, TOKENIZER, 4, 12), criterion="wanda")
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_an_offloaded_model_writes_as_one_in_memory(llama):
+    tokenizer = character_tokenizer()
+    expected = generate_sequences(llama, tokenizer, 2, 8)
+    assert torch.equal(generate_sequences(cpu_offload(tiny("llama")), tokenizer, 2, 8), expected)

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
 from torch import nn
 
@@ -114,3 +115,8 @@ def test_a_loss_beyond_the_range_of_floats_is_an_infinite_perplexity(llama, toke
     with torch.no_grad():
         llama.lm_head.weight.mul_(1e6)
     assert perplexity(llama, tokens) == float("inf")
+
+
+def test_an_offloaded_model_is_measured_as_one_in_memory(llama, tokens):
+    expected = perplexity(llama, tokens)
+    assert perplexity(cpu_offload(tiny("llama")), tokens) == expected

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from peft_sparse import prune
 from peft_sparse.evaluation import generation, generation_speeds, kernel_speed
@@ -107,3 +108,8 @@ def test_the_kernels_of_cuda_compute_the_product():
                 inputs = torch.randn(tokens, 512, device="cuda", dtype=torch.float16)
                 result = torch.nn.functional.linear(inputs, convert(matrix))
                 torch.testing.assert_close(result, torch.nn.functional.linear(inputs, matrix), rtol=1e-2, atol=5e-2)
+
+
+def test_an_offloaded_model_generates():
+    found = generation_speeds({"offloaded": cpu_offload(tiny("llama"))}, new_tokens=1, rounds=1)
+    assert found["offloaded"].tokens_per_second > 0

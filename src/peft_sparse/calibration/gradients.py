@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..model.blocks import base_model, is_encoder_decoder
+from ..model.offload import execution_device
 from ..model.processes import add_up, exchange, share_of
 from ..model.weights import WeightView
 from .collation import can_be_split
@@ -44,7 +45,7 @@ def gradient_sums(
     """
     sums: dict[str, Tensor] = {}
     parameters = {id(weight.storage): weight.storage for weight in weights.values()}
-    device = next(model.parameters()).device
+    device = execution_device(model)
     scale = 1024.0 if any(p.dtype == torch.float16 for p in parameters.values()) else 1.0
 
     def add(parameter: Tensor) -> None:
@@ -112,7 +113,7 @@ def _wants_next_tokens(model: nn.Module, inputs: list[dict[str, Any]]) -> bool:
 
     It must be if outputs predict the next token and the loss does not shift the labels, as in some decoders.
     """
-    device = next(model.parameters()).device
+    device = execution_device(model)
     batch = next((b for b in inputs if "labels" not in b and "input_ids" in b and b["input_ids"].shape[1] > 1), None)
     if batch is None or is_encoder_decoder(model):
         # The labels of an encoder-decoder are the next tokens already.

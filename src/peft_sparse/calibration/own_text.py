@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from ..model.blocks import base_model, is_encoder_decoder, prunable_weights
 from ..model.kinds import count_zeros, is_quantised
+from ..model.offload import execution_device
 from ..model.weights import DENSE
 from .chat import check_messages, tokens_of
 from .inputs import evaluation_mode
@@ -147,7 +148,7 @@ class _Writer:
         end = inner.generation_config.eos_token_id
         end = tokenizer.eos_token_id if end is None else end
         self.ends: list[int] = [] if end is None else end if isinstance(end, list) else [end]
-        self.device = next(model.parameters()).device
+        self.device = execution_device(model)
         # What fills up is masked. It must only be a token that the model knows.
         pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if unknown := options.keys() - vars(GenerationConfig()).keys():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..calibration.inputs import evaluation_mode
+from ..model.offload import execution_device
 
 
 PROMPT = 32
@@ -81,7 +82,7 @@ def generation_speeds(
 @torch.no_grad()
 def _seconds(model: nn.Module, prompt: torch.Tensor, new_tokens: int) -> float:
     """Return the seconds that a model takes for exactly `new_tokens` tokens."""
-    given = prompt.to(next(model.parameters()).device)
+    given = prompt.to(execution_device(model))
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "num_beams": 1}
     generate: Any = model.generate
     with evaluation_mode(model):

@@ -21,6 +21,7 @@ from ..calibration.inputs import (
 from ..calibration.label_positions import label_offset
 from ..calibration.residence import not_running
 from ..model.blocks import base_model, is_encoder_decoder
+from ..model.offload import execution_device
 
 
 def perplexity(model: nn.Module, sequences: Calibration, batch_size: int = 1) -> float:
@@ -75,7 +76,7 @@ def mean_loss(model: nn.Module, sequences: Calibration, batch_size: int, argumen
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected `model` as a language model, an nn.Module, got {type(model).__name__}.")
     inputs = as_inputs(model, sequences, batch_size, argument)
-    device = next(model.parameters()).device
+    device = execution_device(model)
     losses: list[Tensor] = []
     counts: list[Tensor] = []
     with evaluation_mode(model):
@@ -109,7 +110,7 @@ def _offset(model: nn.Module, inputs: list[dict[str, Any]]) -> int:
     """Return 1 if output i predicts the label of position i + 1, and 0 if it predicts that of position i."""
     if is_encoder_decoder(model):
         return 0
-    first = send_to_device(inputs[0], next(model.parameters()).device) if inputs else {}
+    first = send_to_device(inputs[0], execution_device(model)) if inputs else {}
     labels, tokens = first.get("labels"), first.get("input_ids")
     if labels is None or labels.dim() != 2 or (tokens is not None and labels.shape != tokens.shape):
         return 1
