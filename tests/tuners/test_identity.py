@@ -301,6 +301,20 @@ def test_transformers_leaves_layers_that_a_file_lacks_without_an_effect(tuner, t
     torch.testing.assert_close(output(model, kind), output(wrapped, kind))
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_a_second_adapter_from_transformers_leaves_the_first_alone(tuner, tmp_path):
+    kind = KINDS["llama"]
+    expected = {
+        name: alone(kind, tuner, tmp_path / name, init_weights=False, r=r) for name, r in (("one", 4), ("two", 2))
+    }
+    model = kind.sparse()
+    for name in expected:
+        model.load_adapter(str(tmp_path / name), name)
+    for name in expected:
+        model.set_adapter(name)
+        torch.testing.assert_close(output(model, kind), expected[name])
+
+
 def test_a_bare_state_dict_without_some_layers_leaves_them_as_they_are(tuner):
     kind = KINDS["llama"]
     model, other = adapted(kind, tuner), adapted(kind, tuner)

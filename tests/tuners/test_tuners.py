@@ -226,6 +226,36 @@ def test_whatever_a_base_layer_does_besides_its_product_is_done(config, kind):
     assert any(p.grad is not None and p.grad.any() for name, p in wrapped.named_parameters() if "_lora_" in name)
 
 
+class Tripling(torch.nn.Linear):
+    def __call__(self, x):
+        return 3 * super().__call__(x)
+
+
+@pytest.mark.parametrize("config", [MaskLoRAConfig, ScaledLoRAConfig])
+@pytest.mark.parametrize("kind", ["own call", "hook", "hook before", "own forward"])
+def test_hooks_and_own_calls_of_a_base_layer_act_on_the_adapter_too(config, kind):
+    layer, calls = (Tripling if kind == "own call" else torch.nn.Linear)(8, 8), []
+    prune_matrix(layer.weight)
+    if kind == "hook":
+        layer.register_forward_hook(lambda module, args, output: calls.append(output) or output.relu())
+    elif kind == "hook before":
+        layer.register_forward_pre_hook(lambda module, args: (3 * args[0],))
+    elif kind == "own forward":
+        layer.forward = lambda x: torch.nn.Linear.forward(layer, x).relu()
+    model, x = (
+        get_peft_model(torch.nn.Sequential(layer), config(r=2, target_modules=["0"], init_weights=False)),
+        torch.randn(3, 8),
+    )
+    y = model(x)
+    y.square().sum().backward()
+    assert all(p.grad.any() for name, p in model.named_parameters() if "_lora_" in name)
+    # A hook may count or collect, so that it must not run again in backward.
+    assert len(calls) == (kind == "hook")
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), y.detach())
+        torch.testing.assert_close(model.merge_and_unload()(x), y.detach())
+
+
 def prune_matrix(weight):
     with torch.no_grad():
         weight[:, ::2] = 0

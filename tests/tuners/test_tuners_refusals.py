@@ -207,6 +207,14 @@ def swap(model, other=None, drop=None, **changes):
     hotswap.hotswap_adapter_from_state_dict(model, state, "default", other.peft_config["default"], "mask_lora_")
 
 
+def transformers_hotswap():
+    model = llama()
+    model.add_adapter(MaskLoRAConfig(target_modules=["q_proj"]))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model.load_adapter(folder, "default", hotswap=True)
+
+
 def prepared(**options):
     hotswap.prepare_model_for_compiled_hotswap(adapted(), **options)
 
@@ -315,6 +323,26 @@ REFUSALS = [
         lambda: swap(adapted(train_norms=True)),
         ValueError,
         "Adapter 'default' also trains whole parameters, by `modules_to_save`, which would stay. Delete it",
+    ),
+    (
+        transformers_hotswap,
+        ValueError,
+        "'default' is there already, and Transformers exchanges adapters in place for LoRA alone. Call `model.del",
+    ),
+    (
+        lambda: get_peft_model(llama(), MaskLoRAConfig(target_modules=["q_proj"]), adapter_name="my.adapter"),
+        ValueError,
+        "a name that a module can have, got 'my.adapter'. .* Choose another name",
+    ),
+    (
+        lambda: adapted().add_adapter("__base__", MaskLoRAConfig(target_modules=["q_proj"])),
+        ValueError,
+        "got '__base__'. .* which means no adapter, cannot be used",
+    ),
+    (
+        lambda: get_peft_model(nn.Sequential(nn.LazyLinear(8)), MaskLoRAConfig(target_modules=["0"])),
+        ValueError,
+        "The weight of '0' has no shape and no values until the model has run. Run it",
     ),
     (lambda: prepared(target_rank=4), ValueError, "at least the rank of every adapter, got 4 for rank 8. Pass"),
     (lambda: prepared(check_compiled="no"), ValueError, "`check_compiled` must be 'error', 'warn' or .* got 'no'"),

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from ..model.cpu_packing import undo_cpu_packing
@@ -29,19 +30,28 @@ def _is_packed(stored: object) -> bool:
     return not isinstance(stored, Tensor) or (not isinstance(stored, DTensor) and is_quantised(stored))
 
 
+def is_hooked(layer: nn.Module) -> bool:
+    """Return whether torch runs hooks when `layer` is called."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 def runs_alone(layer: nn.Module) -> bool:
     """Return whether `layer` has no hooks and no forward of its own beside that of its class."""
-    return "forward" not in vars(layer) and not (
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
+    return "forward" not in vars(layer) and not is_hooked(layer)
 
 
 def check_stored(name: str, layer: nn.Module, parameter: str = "weight") -> None:
     """Check that the base weight of the layer `name` is stored, so that a merged weight can be written into it.
 
     Raises:
-        ValueError: it is computed from other parameters, such as by `torch.nn.utils.parametrize`.
+        ValueError: it is computed from other parameters, such as by `torch.nn.utils.parametrize`, or it has no shape
+            yet, as in `torch.nn.LazyLinear`.
     """
+    if is_lazy(layer._parameters.get(parameter)):
+        raise ValueError(
+            f"The weight of {name!r} has no shape and no values until the model has run. Run it on one batch first, "
+            "and attach the adapter then."
+        )
     undoing = computation(layer, parameter)
     if undoing:
         raise ValueError(
@@ -82,6 +92,8 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         undo_cpu_packing(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
         self.in_features, self.out_features = self._features()
+        # A class may compute more in its `__call__` than its forward pass.
+        self._is_called_as_usual = type(self.get_base_layer()).__call__ is nn.Module.__call__
 
     def read_weight(self) -> Tensor:
         """Return the base weight laid out as the layer stores it: (out, in) for `nn.Linear`, (in, out) for `Conv1D`.
@@ -141,7 +153,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
                 return True
             if type(layer).forward not in FORWARDS:
                 return False
-        return runs_alone(layer)
+        return self._is_called_as_usual and runs_alone(layer)
 
     # -- the weight before a merge -----------------------------------------------------------------------------------
 

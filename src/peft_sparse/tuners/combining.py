@@ -14,12 +14,21 @@ from typing import Any, Literal
 
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..model.masks import pack
 from ..model.weights import stored_weight
 from .config import SparseLoraConfig
-from .factors import by_expert, experts_of, factors_of, layers_with, stored, trained_whole, write_ranks
+from .factors import (
+    by_expert,
+    check_adapter_name,
+    experts_of,
+    factors_of,
+    layers_with,
+    stored,
+    trained_whole,
+    write_ranks,
+)
 from .layer import SparseLoraLayer
 
 
@@ -129,11 +138,7 @@ def _check(model: Any, adapters: Sequence[str], weights: Sequence[float], name: 
         raise ValueError(f"The model has no adapter {unknown[0]!r}. It has {', '.join(sorted(known))}.")
     if name in known:
         raise ValueError(f"The model has an adapter {name!r} already. Choose another name, or delete it first.")
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(
-            f"Expected a name that a module can have, got {name!r}. Names with a dot and names of methods of "
-            "`torch.nn.ModuleDict` cannot be used. Choose another name."
-        )
+    check_adapter_name(name)
     how.check(len(adapters))
     configs = [known[adapter] for adapter in adapters]
     if len({getattr(config, "masking", "always") for config in configs}) > 1:

@@ -17,6 +17,19 @@ from .config import SparseLoraConfig
 from .layer import SparseLoraLayer
 
 
+def check_adapter_name(name: str) -> None:
+    """Check that an adapter can be called `name`, in the dicts of modules that hold A and B, and in a mixed batch.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not name or "." in name or name == "__base__" or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"Expected a name that a module can have, got {name!r}. Names with a dot, names of attributes of "
+            "`torch.nn.ModuleDict` and '__base__', which means no adapter, cannot be used. Choose another name."
+        )
+
+
 def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SparseLoraLayer]:
     """Return every layer that has the adapter, by the name that `rank_pattern` and `alpha_pattern` are matched with.
 

@@ -156,11 +156,17 @@ def whole_pairs(model: nn.Module, adapter_name: str, state_dict: dict[str, Tenso
     return state_dict
 
 
-def reset_missing(model: nn.Module, missing: set[str]) -> None:
-    """Give every layer whose A or B is among the names `missing` an A and a B without an effect."""
+def reset_missing(model: nn.Module, missing: set[str], loaded_before: set[str]) -> None:
+    """Give every layer whose A or B is among the names `missing` an A and a B without an effect.
+
+    Args:
+        model: the model with adapters.
+        missing: names of parameters that a file lacks.
+        loaded_before: names of the adapters that were there before. They stay as they are.
+    """
     for name, layer in model.named_modules():
         if isinstance(layer, SparseLoraLayer):
-            for adapter_name in layer.A:
+            for adapter_name in set(layer.A) - loaded_before:
                 if missing.intersection(_keys(name, layer, adapter_name)):
                     layer.reset_parameters(adapter_name, True)
 

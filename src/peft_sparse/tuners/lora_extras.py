@@ -28,13 +28,15 @@ Names replaced in PEFT's modules:
 One name is replaced in Transformers:
 
 - `transformers.integrations.peft.PeftAdapterMixin.load_adapter` becomes a function that calls the original, and then
-  gives layers that the file lacks an adapter without an effect. The original draws their A and B at random.
+  gives layers that the file lacks an adapter without an effect. The original draws their A and B at random. The
+  function also refuses to exchange an adapter of this package in place, which the original can only do with LoRA.
 
 What PEFT does with its own methods stays the same. If a version of PEFT lacks one of these names, that feature does
 not work with the tuners, and everything else does. `tests/tuners/test_tuners.py` holds the complete list of changes.
 """
 
 import functools
+import inspect
 from typing import Any
 
 import peft.helpers
@@ -156,15 +158,33 @@ def _open_transformers() -> None:
     if mixin is None or hasattr(mixin.load_adapter, "__wrapped__"):
         return
     original = mixin.load_adapter
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def load_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before = {name for layer in self.modules() if isinstance(layer, SparseLoraLayer) for name in layer.A}
+        _refuse_hotswap(self, signature.bind(self, *args, **kwargs).arguments)
         found = original(self, *args, **kwargs)
+        # Transformers also lists the parameters of the adapters that were there before.
         lacking = set(getattr(found, "missing_keys", ())) | {key for key, *_ in getattr(found, "mismatched_keys", ())}
-        reset_missing(self, lacking)
+        reset_missing(self, lacking, before)
         return found
 
     mixin.load_adapter = load_adapter
+
+
+def _refuse_hotswap(model: Any, arguments: dict[str, Any]) -> None:
+    """Refuse that Transformers exchanges an adapter of this package in place, which it can only do with LoRA."""
+    name = arguments.get("adapter_name") or "default"
+    if not isinstance(getattr(model, "peft_config", {}).get(name), SparseLoraConfig):
+        return
+    hotswap = arguments.get("hotswap", "auto")
+    if getattr(model, "_hotswap_enabled", False) if hotswap == "auto" else hotswap:
+        raise ValueError(
+            f"The adapter {name!r} is there already, and Transformers exchanges adapters in place for LoRA alone. "
+            f"Call `model.delete_adapter({name!r})` first. Or attach the adapter by `peft.PeftModel.from_pretrained`, "
+            "whose models `peft.utils.hotswap.hotswap_adapter` accepts."
+        )
 
 
 def _refuse_arrow() -> None:

@@ -25,6 +25,7 @@ from ..model.blocks import base_layer
 from .base_weight import check_stored
 from .combining import Combination, combine
 from .config import SparseLoraConfig
+from .factors import check_adapter_name
 from .groups import select_groups
 from .hotswap import whole_pairs
 from .layer import SparseLoraLayer
@@ -164,8 +165,10 @@ class SparseLoraModel(BaseTuner):
 
         Raises:
             TypeError: a module of this class cannot be adapted.
-            ValueError: the weight of the layer is computed from other parameters.
+            ValueError: the weight of the layer is computed from other parameters or has no values yet, or no module
+                can have the name of the adapter.
         """
+        check_adapter_name(adapter_name)
         if parameter_name is None:
             check_stored(current_key, base_layer(target))
         r, lora_alpha = peft_config.rank_and_alpha(current_key)

@@ -1,9 +1,10 @@
 """Effective weights that other code computes with: an unusual base layer, or the module around the layer.
 
 An adapted layer computes the product with its effective weight itself. That is not enough in two cases. A base layer
-with a forward pass of its own may do more with its weight, such as a convolution that standardises it. And some
-modules read the weight of a layer in them and do not call the layer: `torch.nn.MultiheadAttention`, and in evaluation
-mode `torch.nn.TransformerEncoderLayer`. Both get the effective weight as a tensor, with its gradients.
+with a forward pass of its own may do more with its weight, such as a convolution that standardises it, and one with
+hooks may change its inputs and outputs. And some modules read the weight of a layer in them and do not call the layer:
+`torch.nn.MultiheadAttention`, and in evaluation mode `torch.nn.TransformerEncoderLayer`. Both get the effective weight
+as a tensor, with its gradients.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..model.offload import is_offloaded
 from ..model.sharding import is_partitioned
 from ..model.weights import stored_weight
-from .base_weight import FORWARDS
+from .base_weight import is_hooked
 from .functional import stacked_effective_weight
 from .saved_masks import SavedMasks
 
@@ -148,9 +149,12 @@ class UsedByOthers(SavedMasks):
         return self._as_stored(weight)
 
     def _computes_itself(self) -> bool:
-        """Return whether the base layer has a forward pass of its own, which must run with the effective weight."""
+        """Return whether the base layer must run with the effective weight.
+
+        It has a forward pass of its own, or hooks that may change its inputs and outputs.
+        """
         layer = self.get_base_layer()
-        if self.quantization_backend is not None or self.base_layer is not layer or type(layer).forward in FORWARDS:
+        if self.quantization_backend is not None or self.base_layer is not layer or self._is_plain():
             return False
         weight = layer._parameters.get("weight")
         return weight is not None and not is_partitioned(weight)
@@ -177,8 +181,9 @@ class UsedByOthers(SavedMasks):
             return self.base_layer(x, *args, **kwargs)
         if dropout is not None:
             x = dropout(x)
-        # Otherwise the effective weights of all layers would stay in memory until backward.
-        y: Tensor = checkpoint(run, x, use_reentrant=False)
+        # Otherwise the effective weights of all layers would stay in memory until backward. But backward would run the
+        # hooks of a user again.
+        y: Tensor = run(x) if is_hooked(layer) else checkpoint(run, x, use_reentrant=False)
         return y if dropout is None else y - self.base_layer(x, *args, **kwargs)
 
 
