@@ -201,6 +201,16 @@ def test_ranks_padded_before_compilation_change_no_output(name, tuner, tmp_path)
     assert [p.data_ptr() for p in parameters] == addresses
 
 
+def test_padded_ranks_are_saved_and_loaded_whatever_the_scaling(tuner, tmp_path):
+    kind = KINDS["llama"]
+    model = adapted(kind, tuner, init_weights=False, use_rslora=True, r=4, alpha_pattern={"up_proj": 3})
+    before = output(model, kind)
+    # The scaling is 3 / sqrt(4), which is not bit for bit sqrt(12) * 3 / sqrt(4) / sqrt(12).
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=12)
+    loaded = PeftModel.from_pretrained(kind.sparse(), saved(model, tmp_path))
+    torch.testing.assert_close(output(loaded, kind), before)
+
+
 @pytest.mark.parametrize(("tuner", "r"), [(MaskLoRAConfig, 3), (ScaledLoRAConfig, 1)])
 def test_a_compiled_model_computes_what_was_swapped_in(tuner, r, tmp_path):
     kind = KINDS["mlp"]

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import disk_offload
 from huggingface_hub import ModelCard
 from peft import (
     AutoPeftModelForCausalLM,
@@ -185,6 +186,7 @@ REPLACED = {
     "peft.tuners.mixed.model.Configs",
     "peft.tuners.mixed.model.Layers",
     "peft.tuners.mixed.model.MixedModel._create_and_replace",
+    "peft.tuners.tuners_utils.BaseTuner.merge_adapter",
     "peft.tuners.lora.arrow.check_loaded_lora_compatibility_arrow",
     "peft.utils.hotswap.hotswap_adapter_from_state_dict",
     "peft.utils.hotswap.prepare_model_for_compiled_hotswap",
@@ -195,6 +197,55 @@ EXTENDED = {"peft.utils.hotswap.CONFIG_KEYS_TO_CHECK", "peft.tuners.mixed.model.
 def test_importing_changes_these_names_of_peft_and_no_others(fresh_process):
     changes = {name for name in fresh_process["changes"] if name.rpartition(".")[2] not in TABLES}
     assert changes == REPLACED | EXTENDED | {f"peft.utils.peft_types.{name}" for name in ENUM}
+
+
+@pytest.mark.parametrize("config", [MaskLoRAConfig, ScaledLoRAConfig])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`", "ignore:Model (has|with) `tie_word_embeddings=True`"
+)
+def test_an_adapter_on_the_head_is_saved_while_it_is_merged(config, tied, tokens, tmp_path):
+    settings = copy.deepcopy(tiny("llama").config)
+    settings.tie_word_embeddings = tied
+    base = type(tiny("llama"))(settings).eval()
+    model = copy.deepcopy(base)
+    model = get_peft_model(model, config(target_modules=["q_proj", "lm_head"], init_weights=False)).eval()
+    expected = model(tokens).logits
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)  # PEFT saves the weight of an adapted head, too
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path)(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("config", [MaskLoRAConfig, ScaledLoRAConfig])
+def test_an_adapter_that_is_offloaded_is_saved_whole(config, sparse_llama, tokens, tmp_path):
+    dense, base = tiny("llama").eval(), copy.deepcopy(sparse_llama).eval()
+    options = {"modules_to_save": ["lm_head"], "init_weights": False}
+    model = get_peft_model(sparse_llama, config(target_modules="all-linear", **options)).eval()
+    expected = model(tokens).logits
+    disk_offload(model, tmp_path / "offloaded", execution_device="cpu")
+    model.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "saved")(tokens).logits, expected)
+    with pytest.raises(ValueError, match="trained on other zeros than this base model has"):
+        PeftModel.from_pretrained(dense, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("config", [MaskLoRAConfig, ScaledLoRAConfig])
+@pytest.mark.filterwarnings("error:Found missing adapter keys")
+def test_a_layer_that_is_held_twice_is_loaded_by_both_names(config, tmp_path):
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(8, 8)
+            self.again = torch.nn.ModuleList([self.first])
+
+        def forward(self, x):
+            return self.again[0](self.first(x).relu())
+
+    base, x = Twice(), torch.randn(3, 8)
+    prune_matrix(base.first.weight)
+    model = get_peft_model(copy.deepcopy(base), config(target_modules=["first"], init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path)(x), model(x))
 
 
 @pytest.mark.parametrize("config", [MaskLoRAConfig, ScaledLoRAConfig])

@@ -16,7 +16,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.tuners.lora import ArrowConfig, create_arrow_model
+from peft.tuners.lora import ArrowConfig, LoraLayer, create_arrow_model
 from peft.utils import hotswap
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
@@ -207,6 +207,23 @@ def swap(model, other=None, drop=None, **changes):
     hotswap.hotswap_adapter_from_state_dict(model, state, "default", other.peft_config["default"], "mask_lora_")
 
 
+def merged_by_lora_first():
+    model = adapted_by(LoraConfig(target_modules=["q_proj"]))
+    lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    with pytest.warns(UserWarning, match="for a second time|multiple adapters"):
+        outer = get_peft_model(model, MaskLoRAConfig(target_modules=["q_proj"]))
+    for layer in lora:
+        layer.merge()
+    outer.merge_adapter()
+
+
+def lora_merged_beside():
+    model = PeftMixedModel(llama(), MaskLoRAConfig(target_modules=["q_proj"]), "mask")
+    model.add_adapter("lora", LoraConfig(target_modules=["q_proj"]))
+    model.set_adapter(["mask", "lora"])
+    model.base_model.merge_adapter(["lora"])
+
+
 def transformers_hotswap():
     model = llama()
     model.add_adapter(MaskLoRAConfig(target_modules=["q_proj"]))
@@ -324,6 +341,12 @@ REFUSALS = [
         ValueError,
         "Adapter 'default' also trains whole parameters, by `modules_to_save`, which would stay. Delete it",
     ),
+    (
+        merged_by_lora_first,
+        ValueError,
+        r"A Linear has merged its adapter into the same weight, and .* Call `unmerge_adapter\(\)` first",
+    ),
+    (lora_merged_beside, ValueError, "'mask' is active in .*q_proj' and would stay unmerged, .* Merge all active"),
     (
         transformers_hotswap,
         ValueError,

@@ -147,12 +147,14 @@ class Adapters(UsedByOthers):
     def _fuses(self, name: str) -> bool:
         """Return whether one matrix product gives the output of base weight and adapter together.
 
-        Dropout and LoRA-Prune need two products, and so does a base layer that must itself be run.
+        Dropout and LoRA-Prune need two products, and so do a base layer that must itself be run and one into which
+        another layer has merged its adapters.
         """
         return (
             not self._drops(name)
             and self.masking[name] == "always"
             and self.base_layer is self.get_base_layer()
+            and not (self._beside and self._merged_beside())
             and self._readable()
             and self._is_plain()
         )
@@ -221,8 +223,8 @@ class Adapters(UsedByOthers):
             adapter_names: names of the adapters to merge. None merges the active adapters.
 
         Raises:
-            ValueError: `safe_merge` is True and the merged weight holds NaN or infinity, or the adapters have
-                different masks.
+            ValueError: `safe_merge` is True and the merged weight holds NaN or infinity, the adapters have different
+                masks, or an adapter of another method is merged already.
             TypeError: the base weight cannot be dequantised.
         """
         self._merge(safe_merge, adapter_names, keep=True)
@@ -233,7 +235,16 @@ class Adapters(UsedByOthers):
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
+        if foreign := self._foreign_merged():
+            raise ValueError(
+                f"A {type(foreign[0]).__name__} has merged its adapter into the same weight, and its zeros are gone. "
+                "Call `unmerge_adapter()` first. Merge all adapters together, by `merge_adapter` of the model."
+            )
         merged = self.merged_weight(self.merged_adapters + names)
+        if self._merged_beside():
+            # What the others have added is in the base weight. This layer adds its own update.
+            before = self.merged_weight(self.merged_adapters) if self.merged_adapters else self.pruned_weight()
+            merged += self._matrix(self.read_weight()).to(merged) - before.to(merged)
         if safe_merge and not merged.isfinite().all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken. Train it again, or "
@@ -269,8 +280,13 @@ class Adapters(UsedByOthers):
         if not self.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._restore_unmerged()
-        self.merged_adapters.clear()
+        # Each copy was made before the next merge, so that the last merge is undone first.
+        for foreign in self._foreign_merged():
+            foreign.unmerge()
+        last_first = sorted(self._merged_beside(), key=lambda layer: -layer._merge_rank)
+        for layer in [*(layer for layer in last_first if layer._merge_rank > self._merge_rank), self]:
+            layer._restore_unmerged()
+            layer.merged_adapters.clear()
 
     def restart(self) -> None:
         """Merge the active adapters permanently, and initialise A and B in place, as `init_weights` says.

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 from transformers.pytorch_utils import Conv1D
 
 from ..model.cpu_packing import undo_cpu_packing
@@ -47,7 +47,7 @@ def check_stored(name: str, layer: nn.Module, parameter: str = "weight") -> None
         ValueError: it is computed from other parameters, such as by `torch.nn.utils.parametrize`, or it has no shape
             yet, as in `torch.nn.LazyLinear`.
     """
-    if is_lazy(layer._parameters.get(parameter)):
+    if isinstance(layer._parameters.get(parameter), UninitializedParameter):
         raise ValueError(
             f"The weight of {name!r} has no shape and no values until the model has run. Run it on one batch first, "
             "and attach the adapter then."
@@ -58,6 +58,20 @@ def check_stored(name: str, layer: nn.Module, parameter: str = "weight") -> None
             f"The weight of {name!r} is computed from other parameters, so that an adapter that is merged into it "
             f"would not last. {undoing}"
         )
+
+
+def wrappers_around(module: nn.Module) -> list[BaseTunerLayer]:
+    """Return the tuner layers around one layer, the outermost first."""
+    found: list[BaseTunerLayer] = []
+    while isinstance(module, BaseTunerLayer):
+        found.append(module)
+        module = module.base_layer
+    return found
+
+
+def adapted_parameter(wrapper: BaseTunerLayer) -> str:
+    """Return the name of the parameter of the base layer that `wrapper` adapts."""
+    return getattr(wrapper, "parameter_name", None) or "weight"
 
 
 class BaseWeight(nn.Module, BaseTunerLayer):
@@ -94,6 +108,14 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = self._features()
         # A class may compute more in its `__call__` than its forward pass.
         self._is_called_as_usual = type(self.get_base_layer()).__call__ is nn.Module.__call__
+
+        # The layers of this package around the same weight, which a mixed model may have, and which of them merged its
+        # adapters first.
+        self._beside: list[BaseWeight] = []
+        self._merge_rank = 0
+        # The layers of other methods within this one whose adapters belong to the base weight, because they were
+        # merged when this layer was attached. They are in a tuple, so that they do not become submodules.
+        self._attached_on = tuple(layer for layer in self._foreign_inside() if layer.merged)
 
     def read_weight(self) -> Tensor:
         """Return the base weight laid out as the layer stores it: (out, in) for `nn.Linear`, (in, out) for `Conv1D`.
@@ -155,10 +177,39 @@ class BaseWeight(nn.Module, BaseTunerLayer):
                 return False
         return self._is_called_as_usual and runs_alone(layer)
 
+    # -- other layers around the same weight -------------------------------------------------------------------------
+
+    def stand_beside(self, layers: list["BaseWeight"]) -> None:
+        """Let this layer and those in `layers`, which are around the same weight, know each other."""
+        for layer in layers:
+            layer._beside.append(self)
+        self._beside = list(layers)
+
+    def _merged_beside(self) -> list["BaseWeight"]:
+        """Return the other layers of this package around the weight whose adapters are merged."""
+        return [layer for layer in self._beside if layer.merged_adapters]
+
+    def _foreign_inside(self) -> list[BaseTunerLayer]:
+        """Return the layers of other methods within this one that are around the same weight."""
+        inside = [layer for layer in wrappers_around(self.base_layer) if not isinstance(layer, BaseWeight)]
+        return [layer for layer in inside if adapted_parameter(layer) == adapted_parameter(self)]
+
+    def _foreign_merged(self) -> list[BaseTunerLayer]:
+        """Return the layers of other methods within this one that were merged after this one was attached."""
+        known = {id(layer) for layer in self._attached_on}
+        return [layer for layer in self._foreign_inside() if layer.merged and id(layer) not in known]
+
     # -- the weight before a merge -----------------------------------------------------------------------------------
 
     def _stored_unmerged(self) -> Tensor:
         """Return the base weight before any merge, laid out as the layer stores it."""
+        if not self._beside:
+            return self._kept_unmerged()
+        merged = self._merged_beside() + ([self] if self.merged_adapters else [])
+        return min(merged, key=lambda layer: layer._merge_rank, default=self)._kept_unmerged()
+
+    def _kept_unmerged(self) -> Tensor:
+        """Return the copy of the base weight that `_keep_unmerged` made, or the base weight if there is none."""
         if self._unmerged_layer is not None:
             return self.quantization_backend.get_base_weight(self._unmerged_layer[0])
         return self.read_weight() if self._unmerged_weight is None else self._unmerged_weight
@@ -167,6 +218,7 @@ class BaseWeight(nn.Module, BaseTunerLayer):
         """Keep a copy of the base weight before the first merge."""
         if self.merged_adapters:
             return
+        self._merge_rank = 1 + max((layer._merge_rank for layer in self._merged_beside()), default=0)
         if self.quantization_backend is None:
             # The other module holds the weight of a tied layer already.
             weight = self.read_weight()

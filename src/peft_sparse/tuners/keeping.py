@@ -5,7 +5,7 @@ Without it, every token that is generated would compute the effective weight of 
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,8 @@ class KeepsWeight(Adapters):
         A quantised layer quantises `weight`.
         """
         self.drop_kept_weight()
+        for layer in self._beside:
+            cast(KeepsWeight, layer).drop_kept_weight()
         super().write_weight(weight)
 
 

@@ -16,6 +16,9 @@ Names replaced in PEFT's modules:
   mixed model refuses or skips methods, layers and configurations that these do not name.
 - `peft.tuners.mixed.model.MixedModel._create_and_replace` becomes a function that handles our configurations and
   passes every other one on to the original.
+- `peft.tuners.tuners_utils.BaseTuner.merge_adapter` becomes a function that merges our adapters before those of other
+  methods around the same weights, because these fill the zeros that ours read. It calls the original for a model
+  whose adapters are all ours or all of others.
 - `peft.utils.hotswap.hotswap_adapter_from_state_dict` becomes a function that calls `hotswap.swap_adapter` for our
   configurations. The original sets to zero what the new adapter lacks, which is no identity for W ⊙ (BA). For LoRA it
   calls the original, which also sets parameters of other adapters to zero whose names hold the letters "lora_" and
@@ -37,7 +40,7 @@ not work with the tuners, and everything else does. `tests/tuners/test_tuners.py
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import peft.helpers
 import peft.tuners.lora.arrow
@@ -46,8 +49,10 @@ import peft.utils.hotswap
 import torch
 import transformers.integrations.peft
 from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 
+from .base_weight import adapted_parameter, wrappers_around
 from .config import SparseLoraConfig
 from .hotswap import pad_ranks, reset_missing, swap_adapter
 from .layer import SparseLoraLayer
@@ -64,6 +69,7 @@ def enable_lora_extras(tuners: dict[type, type[SparseLoraModel]]) -> None:
     _open_hotswap(types)
     _open_rescaling(tuners)
     _open_mixed_models(types, tuners)
+    _order_merges()
     _open_transformers()
     _refuse_arrow()
 
@@ -151,6 +157,55 @@ def _open_mixed_models(types: tuple[Any, ...], tuners: dict[type, type[SparseLor
         module.Configs = module.Configs | config_cls
     if not hasattr(MixedModel._create_and_replace, "__wrapped__"):
         MixedModel._create_and_replace = _dispatching(MixedModel._create_and_replace, tuners)
+
+
+def _order_merges() -> None:
+    original = BaseTuner.merge_adapter
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        ours = [layer for layer in layers if isinstance(layer, SparseLoraLayer)]
+        if not ours or len(ours) == len(layers):
+            original(self, adapter_names, safe_merge)
+            return
+        self._check_merge_allowed()
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                _check_merged_together(name, layer, adapter_names)
+        # The zeros are gone when others have merged their adapters.
+        for layer in [*ours, *(layer for layer in layers if layer not in ours)]:
+            with onload_layer(layer):
+                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    BaseTuner.merge_adapter = merge_adapter
+
+
+def _check_merged_together(name: str, outermost: BaseTunerLayer, adapter_names: list[str] | None) -> None:
+    """Check that no adapter of this package is left to compute with a weight into which others are merged."""
+    around = wrappers_around(cast(nn.Module, outermost))
+    chosen = [
+        (layer, [each for each in (adapter_names or layer.active_adapters) if each in _adapters_of(layer)])
+        for layer in around
+        if adapted_parameter(layer) == adapted_parameter(outermost)
+    ]
+    if not any(names for layer, names in chosen if not isinstance(layer, SparseLoraLayer)):
+        return
+    for layer, names in chosen:
+        if isinstance(layer, SparseLoraLayer):
+            left = set(layer._present(layer.active_adapters)) - {*names, *layer.merged_adapters}
+            if left:
+                raise ValueError(
+                    f"Adapter {sorted(left)[0]!r} is active in {name!r} and would stay unmerged, where adapters of "
+                    "other methods are merged and fill the zeros that it reads. Merge all active adapters together, "
+                    "or choose others by `set_adapter`."
+                )
+
+
+def _adapters_of(layer: BaseTunerLayer) -> set[str]:
+    return {name for kind in layer.adapter_layer_names for name in getattr(layer, kind, ())}
 
 
 def _open_transformers() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..model.blocks import active_copy, base_model
 from ..model.offload import is_offloaded, loaded_layer, resident_through_hooks
 from ..model.sharding import is_sharded, whole, whole_shape
-from .base_weight import check_stored
+from .base_weight import adapted_parameter, check_stored, wrappers_around
 from .layer import SparseLoraLayer
 from .saved_masks import STRAY_ZEROS
 
@@ -171,15 +171,6 @@ def _tensors(layer: nn.Module) -> list[tuple[str, Tensor]]:
     return [(key, value) for key, value in [*layer._parameters.items(), *layer._buffers.items()] if value is not None]
 
 
-def _wrappers(module: nn.Module) -> list[BaseTunerLayer]:
-    """Return the tuner layers around one layer, the outermost first."""
-    found: list[BaseTunerLayer] = []
-    while isinstance(module, BaseTunerLayer):
-        found.append(module)
-        module = module.base_layer
-    return found
-
-
 def _adapts(wrapper: BaseTunerLayer, merge: bool) -> list[str]:
     """Return the names of the adapters that are to be merged into the weight that the layer holds now."""
     if not merge or wrapper.disable_adapters or wrapper.merged:
@@ -190,14 +181,10 @@ def _adapts(wrapper: BaseTunerLayer, merge: bool) -> list[str]:
 
 def _is_simple(wrappers: list[BaseTunerLayer]) -> bool:
     """Return whether each wrapper adapts a parameter of its own, and its merged weight can be computed directly."""
-    keys = [_key(wrapper) for wrapper in wrappers]
+    keys = [adapted_parameter(wrapper) for wrapper in wrappers]
     return len(set(keys)) == len(keys) and all(
         isinstance(wrapper, SparseLoraLayer) and wrapper.quantization_backend is None for wrapper in wrappers
     )
-
-
-def _key(wrapper: BaseTunerLayer) -> str:
-    return getattr(wrapper, "parameter_name", None) or "weight"
 
 
 def _check_attached(model: nn.Module, merge: bool) -> None:
@@ -223,10 +210,10 @@ def _check_attached(model: nn.Module, merge: bool) -> None:
 
 def _check_mergeable(name: str, module: nn.Module, merge: bool) -> None:
     """Check, without reading a weight, that the adapters around one layer can be merged."""
-    wrappers, layer = _wrappers(module), _innermost(module)
+    wrappers, layer = wrappers_around(module), _innermost(module)
     for wrapper in wrappers:
         if _adapts(wrapper, merge):
-            check_stored(name, layer, _key(wrapper))
+            check_stored(name, layer, adapted_parameter(wrapper))
     sharded = any(parameter is not None and is_sharded(parameter) for parameter in layer._parameters.values())
     if _is_simple(wrappers) and not sharded:
         return
@@ -275,13 +262,13 @@ def _without_adapters(
     module = _chosen(module, merge)
     if isinstance(module, AuxiliaryTrainingWrapper):
         return _with_tokens(cast(Any, module).token_adapter, merge, tokens, values)
-    wrappers = _wrappers(module)
+    wrappers = wrappers_around(module)
     layer = _innermost(module)
     if not _is_simple(wrappers) and values:
         return _merged_twin(name, wrappers, layer, merge)
     plain = _shallow_copy(layer)
     for wrapper in wrappers:
-        names, key = _adapts(wrapper, merge), _key(wrapper)
+        names, key = _adapts(wrapper, merge), adapted_parameter(wrapper)
         stored = layer._parameters.get(key)
         if stored is None or not (names or _is_to_unmerge(wrapper, merge)):
             continue
@@ -333,15 +320,17 @@ def _merged_twin(name: str, wrappers: list[BaseTunerLayer], layer: nn.Module, me
         merged = _twin(changing[0], layer, merge)
     elif merge:
         # Each adapter is merged into the weight that it was trained beside, and the changes are added up.
-        key = _key(changing[0])
+        key = adapted_parameter(changing[0])
         before = _weights(layer)[key].float()
         deltas = [_weights(_twin(wrapper, layer, merge))[key].float() - before for wrapper in changing]
         merged = _bare(layer)
         weight = (before + sum(deltas)).to(merged._parameters[key].dtype)  # type: ignore[union-attr]
         merged._parameters[key] = nn.Parameter(weight, requires_grad=False)
     else:
-        # The outermost layer was merged first, so it has kept the weight from before all of them.
-        merged = _twin(changing[0], layer, merge)
+        # Layers of this package are merged before others. The first one has kept the weight from before all of them.
+        ours = [wrapper for wrapper in changing if isinstance(wrapper, SparseLoraLayer)]
+        first = min(ours, key=lambda wrapper: wrapper._merge_rank, default=changing[0])
+        merged = _twin(first, layer, merge)
     _check_zeros(name, wrappers, layer, merged)
     return merged
 
@@ -350,6 +339,7 @@ def _twin(wrapper: BaseTunerLayer, layer: nn.Module, merge: bool) -> nn.Module:
     """Return a copy of `layer` into which the adapters of `wrapper` alone are merged, or without them."""
     # Hooks may belong to the whole model, which must not be copied.
     twin = _bare(cast(nn.Module, wrapper))
+    vars(twin).update(_beside=[], _attached_on=())
     twin._modules["base_layer"] = _bare(layer)
     twin = copy.deepcopy(twin)
     names = _adapts(wrapper, merge)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..model.blocks import base_layer
-from .base_weight import check_stored
+from .base_weight import adapted_parameter, check_stored, wrappers_around
 from .combining import Combination, combine
 from .config import SparseLoraConfig
 from .factors import check_adapter_name
@@ -33,7 +33,7 @@ from .merging import plain_model
 from .proof import check_masks, proof_to_save, receive, report_oddities
 from .saved_masks import names_alone
 from .ties import give_own_weights, settle_ties
-from .unsaved import remember_statistics, warn_of_unsaved
+from .unsaved import offloaded_values, remember_statistics, unmerged_weights, warn_of_unsaved
 from .used_by_others import weights_read_by
 
 
@@ -172,19 +172,24 @@ class SparseLoraModel(BaseTuner):
         if parameter_name is None:
             check_stored(current_key, base_layer(target))
         r, lora_alpha = peft_config.rank_and_alpha(current_key)
-        wrapped = getattr(target, "parameter_name", None)
-        if isinstance(target, cls.tuner_layer_cls) and wrapped == parameter_name:
-            target.update_layer(adapter_name, r, lora_alpha, peft_config)
+        around = [one for one in wrappers_around(target) if adapted_parameter(one) == (parameter_name or "weight")]
+        own = next((layer for layer in around if isinstance(layer, cls.tuner_layer_cls)), None)
+        if own is not None:
+            own.update_layer(adapter_name, r, lora_alpha, peft_config)
             return
+        reads_weights = weights_read_by(cast(Hashable, type(parent)))
+        is_read = parameter_name is None and target_name in reads_weights
+        if around and parameter_name is None and not isinstance(tuner, SparseLoraModel):
+            # The innermost layer is the last to be unmerged, and puts the very base weight back.
+            parent, target_name, target = cast(nn.Module, around[-1]), "base_layer", around[-1].base_layer
         options = get_quantization_kwargs(tuner.model)
         layer_cls = cls._layer_class_for(target, parameter_name, options)
         if parameter_name is not None:
             options["parameter_name"] = parameter_name
         layer = layer_cls(target, adapter_name, r, lora_alpha, peft_config, **options)
         layer.all_adapters = tuner.peft_config
-        layer.is_read_by_parent = parameter_name is None and target_name in weights_read_by(
-            cast(Hashable, type(parent))
-        )
+        layer.is_read_by_parent = is_read
+        layer.stand_beside([other for other in around if isinstance(other, SparseLoraLayer)])
         weight = base_layer(target)._parameters.get("weight")
         layer.is_tied = parameter_name is None and id(weight) in _tied_weights(tuner)
         if adapter_name not in tuner.active_adapters:
@@ -363,7 +368,9 @@ class SparseLoraModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # PEFT calls this right before it saves the configuration, which needs the fingerprints then.
+        # PEFT calls this right before it saves the configuration, which needs the fingerprints then. Afterwards it
+        # takes from `state_dict` a head that is adapted, and copies of modules.
+        state_dict |= unmerged_weights(model, state_dict) | offloaded_values(model, cls.prefix, state_dict)
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         warn_of_unsaved(model, config, adapter_name, tensors)
         return proof_to_save(model, config, adapter_name, tensors)
@@ -376,11 +383,24 @@ class SparseLoraModel(BaseTuner):
         with names_alone():
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         whole = whole_pairs(model, adapter_name, remapped)
-        return receive(model, config, adapter_name, whole, wait=True)
+        return _by_every_name(model, receive(model, config, adapter_name, whole, wait=True))
 
 
 def _has_adapter(module: nn.Module, adapter_name: str) -> bool:
     return isinstance(module, SparseLoraLayer) and adapter_name in module.A
+
+
+def _by_every_name(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `tensors` by all names of their layers. A layer that the model holds twice is saved once."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SparseLoraLayer):
+            names.setdefault(id(module), []).append(f"{name}.")
+    found = dict(tensors)
+    for first, *others in names.values():
+        for key in [key for key in tensors if others and key.startswith(first)]:
+            found |= {other + key.removeprefix(first): tensors[key] for other in others}
+    return found
 
 
 def _tied_weights(tuner: BaseTuner) -> set[int]:

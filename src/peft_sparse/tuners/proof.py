@@ -22,6 +22,7 @@ from ..model.masks import (
     sparsity_of_fingerprint,
     underflowed,
 )
+from ..model.offload import is_offloaded, loaded_layer
 from ..model.sharding import has_shards, whole
 from ..model.weights import PRUNABLE_LAYERS, as_matrix
 from .config import SparseLoraConfig
@@ -87,6 +88,10 @@ def proof_to_save(
         told = {key: decode_proof(state_dict[proof]) for key, proof in keys.items() if proof in state_dict}
         if len(told) < len(keys):
             told = fingerprints(model, adapter_name)
+        for key, module in layers_with(model, adapter_name).items():
+            if not told.get(key) and is_offloaded(module.get_base_layer()):
+                with loaded_layer(module.get_base_layer()):
+                    told[key] = module.proof_of(adapter_name)
         config._proof = {key: without_formula(proof) for key, proof in told.items() if proof}
     elif not config._proof:
         warnings.warn(

@@ -13,6 +13,7 @@ So every adapter computes what it computes alone, in whatever order they are loa
 """
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -273,7 +274,7 @@ class SavedMasks(BaseWeight):
             ValueError: it does not. Older adapters do not tell their formula.
         """
         told, here = proof.partition(FORMULA)[2], self.formula_of(name)
-        if told and told != here:
+        if told and not _is_same_formula(told, here):
             raise ValueError(
                 f"The tensors that adapter {name!r} receives were trained with another configuration: (scaling, "
                 f"residual, masking) was {told}, and here it is {here}. Load them by `load_adapter` into a new name, "
@@ -310,7 +311,8 @@ class SavedMasks(BaseWeight):
         kept = mask_of(stored)
         names = {name for name, config in self.all_adapters.items() if config is not newcomer} | set(self.proofs)
         # A merged weight is replaced when the adapters are unmerged, so it is not pruned.
-        if not self.merged_adapters and all(name in self.saved_masks for name in names):
+        merged = self.merged_adapters or self._merged_beside()
+        if not merged and all(name in self.saved_masks for name in names):
             needed = torch.zeros_like(kept)
             for name in names:
                 needed |= self._saved_mask(name, stored)
@@ -423,6 +425,12 @@ class SavedMasks(BaseWeight):
                 f"{self.quantization_backend.backend_name} layers cannot be read, so their zeros are unknown. Use a "
                 "MaskLoRA adapter saved with `save_mask=True`, or another base."
             )
+
+
+def _is_same_formula(one: str, other: str) -> bool:
+    (scaling, *rest), (other_scaling, *other_rest) = one.split(","), other.split(",")
+    # A scaling that was computed from another rank and another `lora_alpha` is rounded in another way.
+    return rest == other_rest and math.isclose(float(scaling), float(other_scaling), rel_tol=1e-6)
 
 
 def _write_proofs(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

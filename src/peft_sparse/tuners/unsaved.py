@@ -1,12 +1,14 @@
-"""What training changes in the base model, and the file of an adapter does not hold.
+"""What the file of an adapter needs and the state dict of its model lacks, and what the file cannot hold.
 
 The mean and variance of a BatchNorm are buffers of the base model, unless the adapter trains the norms. A forward pass
 in training mode changes them, also where all weights are frozen. And a user may unfreeze weights of the base model.
 `model` remembers the statistics when an adapter is attached, and looks for both when it is saved.
+
+A state dict holds merged weights while adapters are merged, and no values where accelerate has offloaded them.
 """
 
 import logging
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,7 +16,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..model.blocks import base_model
+from ..model.offload import is_offloaded, loaded_layer
+from .base_weight import adapted_parameter
 from .config import SparseLoraConfig
+from .layer import SparseLoraLayer
 
 
 logger = logging.getLogger(__name__)
@@ -23,6 +28,37 @@ logger = logging.getLogger(__name__)
 def remember_statistics(model: nn.Module, config: SparseLoraConfig) -> None:
     """Note the running statistics of `model` in the configuration of an adapter that was just attached."""
     config._statistics = {name: mean.clone() for name, mean in _running_means(model)}
+
+
+def unmerged_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the base weights in `state_dict` into which adapters are merged, as they were before, by their names."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = {}
+    for layer in model.modules():
+        if isinstance(layer, SparseLoraLayer) and layer.merged_adapters and layer.quantization_backend is None:
+            key = f"{paths[id(layer.get_base_layer())]}.{adapted_parameter(layer)}"
+            if key in state_dict:
+                found[key] = layer._stored_unmerged().detach()
+    return found
+
+
+def offloaded_values(model: nn.Module, prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what an adapter saves and `state_dict` has on the meta device, because accelerate has offloaded it.
+
+    Args:
+        model: the model with adapters.
+        prefix: what the names of the factors hold.
+        state_dict: the state dict of `model`.
+    """
+    found = {}
+    for key, tensor in state_dict.items():
+        owner, _, name = key.rpartition(".")
+        if tensor.is_meta and (f".{prefix}" in key or ".modules_to_save." in key):
+            module = model.get_submodule(owner)
+            if is_offloaded(module):
+                with loaded_layer(module):
+                    found[key] = getattr(module, name).detach().cpu().clone()
+    return found
 
 
 def warn_of_unsaved(model: nn.Module, config: SparseLoraConfig, adapter_name: str, saved: Container[str]) -> None:
