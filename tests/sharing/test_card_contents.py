@@ -135,12 +135,18 @@ def test_an_adapter_of_a_local_base_says_how_to_get_it(tmp_path):
     assert "made from [me/dense]" in card.text
     assert "share the pruned base model too" in card.text
     assert str(tmp_path) not in card.content
-    masked = MaskLoRAConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", save_mask=True)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    get_peft_model(base, masked).save_pretrained(tmp_path / "masked")
+    for targets, folder in (("all-linear", "masked"), (["q_proj"], "partly")):
+        masked = MaskLoRAConfig(target_modules=targets, task_type="CAUSAL_LM", save_mask=True)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        get_peft_model(base, masked).save_pretrained(tmp_path / folder)
     card = ModelCard.load(tmp_path / "masked" / "README.md")
     assert card.data.base_model == "me/dense"
     assert 'from_pretrained("me/dense")  # the base model, dense or pruned' in card.text
+    # Other weights are pruned too, and the adapter does not bring their masks.
+    card = ModelCard.load(tmp_path / "partly" / "README.md")
+    assert card.data.base_model is None
+    assert "and none of the pruned weights that it does not adapt. It belongs to the pruned base model" in card.text
+    assert "dense or pruned" not in card.text
 
 
 def test_pushing_an_adapter_can_name_its_base(tmp_path):

@@ -269,7 +269,8 @@ def test_a_folder_with_a_name_of_the_hub_is_a_folder(tmp_path, monkeypatch):
 def test_the_task_chooses_the_class_that_loads_the_base(tmp_path):
     get_peft_model(pruned(), config(task_type=None)).save_pretrained(tmp_path / "none")
     assert "AutoModelForCausalLM.from_pretrained" in read(tmp_path / "none")
-    get_peft_model(pruned(), config(task_type="SEQ_CLS", save_mask=True)).save_pretrained(tmp_path / "classes")
+    masked = config(task_type="SEQ_CLS", save_mask=True, target_modules="all-linear")
+    get_peft_model(pruned(), masked).save_pretrained(tmp_path / "classes")
     assert "AutoModelForSequenceClassification.from_pretrained" in read(tmp_path / "classes")
     assert "It can be loaded onto the dense base model" in read(tmp_path / "classes")
 

@@ -117,7 +117,12 @@ def test_an_adapter_tells_what_it_is_for(tmp_path, llama, save_mask):
     assert (adapter.r, adapter.target_modules, adapter.task_type) == (4, ["q_proj"], "CAUSAL_LM")
     assert (adapter.saved_masks, adapter.fingerprints) == (3 if save_mask else 0, 3)
     assert found.sparsity == pytest.approx(0.5)
-    words = "3 masks: loads onto the dense" if save_mask else "3 fingerprints of masks: loads onto the base model with"
+    assert adapter.other_pruned == 18
+    words = (
+        "3 masks: loads onto the pruned base model"
+        if save_mask
+        else "3 fingerprints of masks: loads onto the base model with"
+    )
     assert words in str(found)
 
 

@@ -258,6 +258,31 @@ def test_adapters_with_different_masks_are_not_active_together(nested, tmp_path)
             use()
 
 
+@TUNERS
+def test_zeros_of_weights_that_are_not_adapted_are_proved_too(config_cls, tmp_path):
+    expected = saved(tmp_path / "default", config_cls, save_mask=True, target_modules=["q_proj"])
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert {round(share, 2) for share in config.other_sparsities.values()} == {0.5}
+    assert not any("q_proj" in name for name in config.other_sparsities)
+    assert_computes(PeftModel.from_pretrained(base(0.5), tmp_path), expected)
+    words = "beside weights that it does not adapt and that are pruned. .* have fewer zeros in this base model, such"
+    with pytest.raises(ValueError, match=words):
+        PeftModel.from_pretrained(base(), tmp_path)
+    other = get_peft_model(base(), adapter(config_cls, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=words):
+        hotswap_adapter(other, tmp_path, "default", torch_device="cpu")
+    config.on_mask_mismatch = "warn"
+    with pytest.warns(UserWarning, match=words):
+        PeftModel.from_pretrained(base(), tmp_path, config=config)
+
+
+@TUNERS
+def test_whole_modules_bring_their_own_zeros(config_cls, tmp_path):
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["down_proj"]}
+    saved(tmp_path / "default", config_cls, save_mask=True, **options)
+    assert not any("down_proj" in name for name in PeftConfig.from_pretrained(tmp_path).other_sparsities)
+
+
 def test_a_layer_that_only_one_adapter_adapts_stays_dense_for_the_other(tmp_path):
     expected = {
         "all": saved(tmp_path / "all", MaskLoRAConfig, save_mask=True),
@@ -305,7 +330,7 @@ def test_narrower_masks_of_experts_and_convolutions(tmp_path):
 
     def experts(share):
         model = tiny("gpt_oss")
-        prune(model, share)
+        prune(model, share, target_modules=["gate_up_proj"])
         return model, TOKENS, {"target_modules": [], "target_parameters": ["gate_up_proj"]}
 
     for build in (conv, experts):
@@ -318,20 +343,9 @@ def test_narrower_masks_of_experts_and_convolutions(tmp_path):
         dense, x, _ = build(0.3)
         model = PeftModel.from_pretrained(dense, tmp_path / "fifty", adapter_name="fifty")
         model.load_adapter(tmp_path / "seventy", "seventy")
-        if build is experts:
-            model = without_other_zeros(model, build(0.5)[0])
-        for name in expected if build is conv else ["fifty"]:
+        for name in expected:
             model.set_adapter(name)
             torch.testing.assert_close(output(model, x), expected[name], rtol=1e-4, atol=1e-5)
-
-
-def without_other_zeros(model, pruned):
-    """Give the weights that have no adapter the zeros that they had when the adapter was trained."""
-    for name, parameter in model.get_base_model().named_parameters():
-        plain = name.replace(".base_layer", "")
-        if "mask_lora" not in name and plain in dict(pruned.named_parameters()) and "gate_up_proj" not in name:
-            parameter.data.copy_(pruned.get_parameter(plain))
-    return model
 
 
 @torch.no_grad()

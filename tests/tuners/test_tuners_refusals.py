@@ -224,6 +224,10 @@ def lora_merged_beside():
     model.base_model.merge_adapter(["lora"])
 
 
+def pruned_beside():
+    get_peft_model(llama(), MaskLoRAConfig(target_modules=["q_proj"], other_sparsities={"lm_head": 0.5}))
+
+
 def transformers_hotswap():
     model = llama()
     model.add_adapter(MaskLoRAConfig(target_modules=["q_proj"]))
@@ -480,6 +484,11 @@ REFUSALS = [
         "configuration: .* was 1.0,1,always, and here it is 8.0,1,.* by `hotswap_",
     ),
     (vector_parameter, ValueError, "needs parameters of 2 or 3 dimensions, got 'weight' of shape"),
+    (
+        pruned_beside,
+        ValueError,
+        "1 of 1 have fewer zeros in this base model, such as 'lm_head': sparsity 0.0.*, where it was 0.5.* Load the",
+    ),
     (mismatch, ValueError, "trained on other zeros .* in 1 of 1 layers .*lm_head: adapter 0.5123, model 0.0000"),
     (lambda: nan_adapter().merge_adapter(safe_merge=True), ValueError, "NaNs detected in the merged weights"),
     (lambda: register("mask_lora", ForeignConfig, MaskLoraModel), RuntimeError, "'mask_lora' is registered already"),

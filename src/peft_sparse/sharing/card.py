@@ -168,7 +168,7 @@ def _with_base(card: ModelCard, facts: Facts, base_model: str | None) -> Facts:
     listed = [base_model] if base_model else _listed(card.data.get("base_model"))
     known = [name for name in listed if is_hub_name(name)] if all(map(is_hub_name, listed)) else []
     named = facts.base if is_hub_name(facts.base) else None
-    if not known and not named and (facts.kind in ("plain", "packed") or facts.adapter.get("save_mask")):
+    if not known and not named and (facts.kind in ("plain", "packed") or facts.brings_all_masks):
         named = origin_of(facts.base)
     bases = known or ([named] if named else [])
     card.data["base_model"] = (bases if len(bases) > 1 else bases[0]) if bases else None

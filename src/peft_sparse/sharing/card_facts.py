@@ -102,6 +102,11 @@ class Facts:
         entries = sum(weight.shape[0] * weight.shape[1] for weight in self.weights)
         return sum(weight.zeros for weight in self.weights) / entries if entries else self.sparsity
 
+    @property
+    def brings_all_masks(self) -> bool:
+        """Whether an adapter brings the masks of all pruned weights, so that it can be loaded onto the dense model."""
+        return bool(self.adapter.get("save_mask")) and not self.adapter.get("other_sparsities")
+
 
 def origin_of(base: str | None) -> str | None:
     """Return the Hub name of the model from which the model in the folder `base` was made, as its card tells it."""

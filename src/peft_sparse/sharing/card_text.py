@@ -127,13 +127,18 @@ def _loading(facts: Facts) -> str:
 def _base_to_load(facts: Facts) -> tuple[str, str, str]:
     """Return what `from_pretrained` takes as the base of an adapter, what that is, and a sentence about it."""
     named = facts.base if is_hub_name(facts.base) else None
-    if facts.adapter.get("save_mask"):
+    if facts.brings_all_masks:
         found = named or origin_of(facts.base)
         words = "The adapter holds its masks. It can be loaded onto the dense base model, which it then prunes."
         return found or "...", "the base model, dense or pruned", words
     words = (
         "The adapter belongs to the pruned base model it was trained on. Loading checks that the zeros are the same."
     )
+    if facts.adapter.get("save_mask"):
+        words = (
+            "The adapter holds its masks, and none of the pruned weights that it does not adapt. It belongs to the "
+            "pruned base model it was trained on. Loading checks that these weights have their zeros."
+        )
     if facts.base_is_given:
         return named or "...", "the pruned base model", words
     if named is None:

@@ -30,6 +30,7 @@ from ..model.tree import has_adapters, loaded_from
 from ..reconstruction.residual_report import marked
 from ..tuners.config import CARD_WRITERS, SparseLoraConfig
 from ..tuners.layer import SparseLoraLayer
+from ..tuners.proof import other_sparsities
 from .card import CARD, card_in, complete_card, name_repository, part_of
 from .card_facts import (
     Facts,
@@ -88,7 +89,12 @@ def _facts_of_config(config: SparseLoraConfig, **others: Any) -> Facts:
         "done": config._done,
         "base": config.base_model_name_or_path,
         "auto_class": class_of_task(config.task_type),
-        "adapter": {"peft_type": config.peft_type.value, "r": config.r, "save_mask": config.save_mask},
+        "adapter": {
+            "peft_type": config.peft_type.value,
+            "r": config.r,
+            "save_mask": config.save_mask,
+            "other_sparsities": config.other_sparsities or config._others,
+        },
     }
     return Facts(**known | {name: value for name, value in others.items() if value})
 
@@ -110,6 +116,9 @@ def _describe_adapters(model: Any, folder: str | Path, before: str = "", repo_id
         active = [name for layer in layers for name in layer.active_adapters if name in ours]
         name = next(iter([*active, *ours]))
         weights = () if has_shards(model) else zeros_under_adapter(model, name)
+        if weights:
+            # PEFT writes a card before it saves the adapter.
+            ours[name]._others = other_sparsities(model, name)
         # While the model is being saved, the folder may hold the weights of an earlier save, or none.
         size = size_of_weights(folder) if repo_id else None
         sizes = {} if size is None else {"on disk": size}

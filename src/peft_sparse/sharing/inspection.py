@@ -177,6 +177,7 @@ def _of_adapter(source: str, config: dict[str, Any], find: Find) -> CheckpointIn
         target_modules=config.get("target_modules"),
         saved_masks=saved,
         fingerprints=len(fingerprints),
+        other_pruned=len(config.get("other_sparsities") or {}),
     )
     matrices = in_order([_of_fingerprint(name, proof) for name, proof in fingerprints.items()])
     size = path.stat().st_size

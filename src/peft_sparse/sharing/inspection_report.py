@@ -44,6 +44,7 @@ class AdapterInspection:
         target_modules: the layers that it adapts.
         saved_masks: the number of masks that travel with it: it loads onto the dense base model.
         fingerprints: the number of fingerprints that travel with it: its base model is compared with them.
+        other_pruned: the number of pruned weights that it does not adapt: it needs the pruned base model.
     """
 
     peft_type: str | None
@@ -55,12 +56,14 @@ class AdapterInspection:
     target_modules: list[str] | str | None
     saved_masks: int
     fingerprints: int
+    other_pruned: int = 0
 
     def __str__(self) -> str:
         targets = self.target_modules if isinstance(self.target_modules, str) else ", ".join(self.target_modules or [])
         masks = "no masks and no fingerprints of masks"
         if self.saved_masks:
-            masks = f"{self.saved_masks} masks: loads onto the dense or the pruned base model"
+            which = "the pruned base model" if self.other_pruned else "the dense or the pruned base model"
+            masks = f"{self.saved_masks} masks: loads onto {which}"
         elif self.fingerprints:
             masks = f"{self.fingerprints} fingerprints of masks: loads onto the base model with the same zeros"
         base = self.base_model or "not named"

@@ -245,6 +245,7 @@ def _new_config(
         init_weights=True,
         save_mask=any(one.save_mask for one in configs),
         mask_fingerprints={},
+        other_sparsities={},
         inference_mode=True,
         rank_pattern={},
         alpha_pattern={},

@@ -55,6 +55,7 @@ class SparseLoraConfig(PeftConfig):
     gradient_dtype: Literal["int8", "fp8"] | None = None
     save_mask: bool = False
     mask_fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
+    other_sparsities: dict[str, float] = field(default_factory=dict, repr=False)
     on_mask_mismatch: Literal["error", "warn", "ignore"] = "error"
     format_version: int = FORMAT_VERSION
     requires: str = "peft_sparse"
@@ -66,6 +67,8 @@ class SparseLoraConfig(PeftConfig):
         # The fingerprints to save, and those that were compared when the adapter was attached.
         self._proof: dict[str, str] = {}
         self._compared: dict[str, str] = {}
+        # The sparsities to save of pruned weights that are not adapted.
+        self._others: dict[str, float] = {}
         # The running statistics of norms when the adapter was attached, by name.
         self._statistics: dict[str, Tensor] = {}
         # What was done to the model, for the model card.
@@ -106,15 +109,16 @@ class SparseLoraConfig(PeftConfig):
                 of the run tells it too, because that is the card which the Trainer pushes to the Hub.
             kwargs: passed on to `PeftConfig.save_pretrained`.
         """
-        own = self.mask_fingerprints
-        self.mask_fingerprints = self._proof or own
+        own = self.mask_fingerprints, self.other_sparsities
+        if self._proof:
+            self.mask_fingerprints, self.other_sparsities = self._proof, self._others
         try:
             super().save_pretrained(save_directory, **kwargs)
             for write_card in CARD_WRITERS:
                 write_card(save_directory, self)
         finally:
             # The fingerprints belong to the file. The object may be used for another model next.
-            self.mask_fingerprints = own
+            self.mask_fingerprints, self.other_sparsities = own
 
     @property
     def sparsity(self) -> float | None:
@@ -210,9 +214,12 @@ class MaskLoRAConfig(SparseLoraConfig):
             effect on convolutions, `target_parameters`, unfrozen base weights and layers that need no dL/dW. Where the
             hardware cannot multiply such numbers, only the memory of the inputs is saved.
         save_mask: save the mask of every adapted weight with the adapter, at 1 bit for each entry. Such an adapter can
-            be loaded onto the dense base model. It then writes the zeros into it.
+            be loaded onto the dense base model, if it adapts every pruned weight. It then writes the zeros into it.
         mask_fingerprints: a fingerprint of the mask of every adapted weight, by layer name. Written when the adapter
             is saved and compared when it is loaded. Not set by the user.
+        other_sparsities: the sparsity of every pruned weight that is not adapted, by layer name. Written when the
+            adapter is saved and compared when it is loaded: such a weight needs at least as many zeros, up to 1 % of
+            its entries. Not set by the user.
         on_mask_mismatch: what happens when an adapter is loaded onto a base model that has other zeros: "error" raises
             ValueError, "warn" warns, "ignore" does nothing. An adapter with `save_mask` is compared when it is first
             used. It differs if its mask keeps entries that are zero in the base model, and these are more than 1 % of
@@ -319,9 +326,12 @@ class ScaledLoRAConfig(SparseLoraConfig):
             effect on convolutions, `target_parameters`, unfrozen base weights and layers that need no dL/dW. Where the
             hardware cannot multiply such numbers, only the memory of the inputs is saved.
         save_mask: save the mask of every adapted weight with the adapter, at 1 bit for each entry. Such an adapter can
-            be loaded onto the dense base model. It then writes the zeros into it.
+            be loaded onto the dense base model, if it adapts every pruned weight. It then writes the zeros into it.
         mask_fingerprints: a fingerprint of the mask of every adapted weight, by layer name. Written when the adapter
             is saved and compared when it is loaded. Not set by the user.
+        other_sparsities: the sparsity of every pruned weight that is not adapted, by layer name. Written when the
+            adapter is saved and compared when it is loaded: such a weight needs at least as many zeros, up to 1 % of
+            its entries. Not set by the user.
         on_mask_mismatch: what happens when an adapter is loaded onto a base model that has other zeros: "error" raises
             ValueError, "warn" warns, "ignore" does nothing. An adapter with `save_mask` is compared when it is first
             used. It differs if its mask keeps entries that are zero in the base model, and these are more than 1 % of

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.blocks import base_model
 from ..model.weights import stored_weight
 from .config import SparseLoraConfig
 from .factors import by_expert, experts_of, factors_of, layers_with, padded, trained_whole, write_ranks
 from .layer import SparseLoraLayer
-from .proof import receive
+from .proof import check_other_weights, receive
 
 
 Arriving = dict[str, tuple[SparseLoraLayer, Tensor | None, Tensor | None, Tensor | None]]
@@ -63,6 +64,7 @@ def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: 
             f"Adapter {adapter_name!r} is merged into the base weights, so its A and B cannot be exchanged. Call "
             "`unmerge_adapter()` first."
         )
+    check_other_weights(base_model(model), config)
     receive(model, config, adapter_name, state_dict)
     for name, (layer, A, B, mask) in arriving.items():
         _set_formula(layer, adapter_name, name, config)
@@ -73,7 +75,8 @@ def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: 
         _set_mask(layer, adapter_name, mask, config)
     if own is not None:
         for field in (
-            "use_rslora", "save_mask", "mask_fingerprints", "masking", "residual", "init_weights", "gradient_dtype",
+            "use_rslora", "save_mask", "mask_fingerprints", "other_sparsities", "masking", "residual", "init_weights",
+            "gradient_dtype",
         ):  # fmt: skip
             if hasattr(own, field):
                 setattr(own, field, getattr(config, field))

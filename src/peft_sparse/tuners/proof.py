@@ -9,11 +9,13 @@ import logging
 import warnings
 
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..model.blocks import base_layer
+from ..model.blocks import base_layer, base_model
 from ..model.cpu_packing import undo_cpu_packing
 from ..model.environment import remembered
+from ..model.experts import fused_experts
 from ..model.masks import (
     count_kept,
     decode_proof,
@@ -24,6 +26,7 @@ from ..model.masks import (
 )
 from ..model.offload import is_offloaded, loaded_layer
 from ..model.sharding import has_shards, whole
+from ..model.tree import is_prunable, walk
 from ..model.weights import PRUNABLE_LAYERS, as_matrix
 from .config import SparseLoraConfig
 from .factors import layers_with
@@ -93,6 +96,7 @@ def proof_to_save(
                 with loaded_layer(module.get_base_layer()):
                     told[key] = module.proof_of(adapter_name)
         config._proof = {key: without_formula(proof) for key, proof in told.items() if proof}
+        config._others = other_sparsities(model, adapter_name)
     elif not config._proof:
         warnings.warn(
             f"Adapter {adapter_name!r} is saved without fingerprints of its masks. The base weights are sharded over "
@@ -218,6 +222,7 @@ def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
         ValueError: the zeros differ and `on_mask_mismatch` is "error". With "warn" the function warns.
     """
     brings_masks = config.save_mask and bool(config.mask_fingerprints)
+    check_other_weights(model, config)
     for module in model.modules():
         if isinstance(module, SparseLoraLayer) and not brings_masks:
             # The new adapter computes with the zeros that the base weight has once the others are settled.
@@ -234,6 +239,50 @@ def check_masks(model: nn.Module, config: SparseLoraConfig) -> None:
         }
     _compare(expected, config.on_mask_mismatch)
     config._compared = {} if config.save_mask else {name: proof for name, (proof, _) in expected.items()}
+
+
+def check_other_weights(model: nn.Module, config: SparseLoraConfig) -> None:
+    """Check that the weights that the adapter does not adapt are as sparse as those it was trained beside.
+
+    A cast and quantising may add zeros, so that more zeros are accepted.
+
+    Args:
+        model: the base model.
+        config: configuration of the adapter, with `on_mask_mismatch`.
+
+    Raises:
+        ValueError: a weight has fewer zeros and `on_mask_mismatch` is "error". With "warn" the function warns.
+    """
+    if config.on_mask_mismatch == "ignore" or not config.other_sparsities:
+        return
+    modules = dict(model.named_modules())
+    found = {name: _weight_called(model, modules, name) for name in config.other_sparsities}
+    here = {name: sparsity_of(weight) for name, weight in found.items() if weight is not None}
+    denser = [name for name, share in here.items() if share < config.other_sparsities[name] - STRAY_ZEROS]
+    if denser:
+        name = denser[0]
+        raise_or_warn(
+            f"The adapter was trained beside weights that it does not adapt and that are pruned. {len(denser)} of "
+            f"{len(config.other_sparsities)} have fewer zeros in this base model, such as {name!r}: sparsity "
+            f"{here[name]:.4f}, where it was {config.other_sparsities[name]:.4f}. Load the pruned base model the "
+            'adapter was trained on, or pass a configuration with `on_mask_mismatch="warn"`.',
+            config.on_mask_mismatch,
+        )
+
+
+def other_sparsities(model: nn.Module, adapter_name: str) -> dict[str, float]:
+    """Return the sparsity of every pruned weight that the adapter does not adapt, by the name of its layer."""
+    base, adapted = base_model(model), layers_with(model, adapter_name)
+    modules = dict(base.named_modules())
+    # Copies of whole modules are saved with their zeros.
+    layers = [name for name, module in walk("", base) if is_prunable(module)]
+    names = [name for name in layers if not isinstance(modules.get(name), AuxiliaryTrainingWrapper)]
+    found = {}
+    for name in [*names, *(fused_experts(base) if names else ())]:
+        weight = None if name in adapted else _weight_called(base, modules, name)
+        if weight is not None and (share := sparsity_of(weight)) > STRAY_ZEROS:
+            found[name] = round(share, 4)
+    return found
 
 
 def _compare(expected: dict[str, tuple[str, Tensor]], on_mismatch: str) -> None:
