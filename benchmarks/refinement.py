@@ -5,6 +5,7 @@
 
 The model is SmolLM2-135M-Instruct from PyPI. The text is that of examples/demo.py, unless files are named. Each row
 is a whole `prune` of the first blocks (`--blocks`): calibration, the proof, and the report of errors are included.
+"as in fast" ends swaps and update where the recipe `fast` does.
 Seconds are those of the processor in this process, so other work on the machine counts little. For each pattern all
 ways run one after the other; `--rounds` repeats this, and the row has the median. Perplexity is that of the whole
 model, in which the later blocks stay dense.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_sparse import pack_sequences, perplexity, prune, sample_sequences
+from peft_sparse import LeastSquares, Swap, pack_sequences, perplexity, prune, sample_sequences
 
 from common import Rows, add_text_arguments, described, documents, parser, smollm2_dir
 
@@ -37,6 +38,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "wanda, swap": {"criterion": "wanda", "refinement": "swap"},
     "wanda, update": {"criterion": "wanda", "update": True},
     "wanda, swap, update": {"criterion": "wanda", "refinement": "swap", "update": True},
+    "as in fast": {
+        "criterion": "wanda",
+        "refinement": Swap(tolerance=2e-3, candidates=4),
+        "update": LeastSquares(tolerance=5e-3),
+    },
 }
 
 
