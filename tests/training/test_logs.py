@@ -186,3 +186,14 @@ def test_the_card_tells_of_the_best_model_where_it_is_loaded(tmp_path):
     assert trainer.state.best_global_step == told(trainer)["steps"] == 1
     assert told(trainer)["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
     assert told(trainer)["trained"] == "all weights"
+
+
+def test_the_card_tells_the_rate_that_was_used(tmp_path):
+    model = pruned()
+    optimizers = (torch.optim.SGD(model.parameters(), lr=0.125), None)
+    trainer = SparseTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=Samples(), optimizers=optimizers)
+    trainer.train()
+    assert told(trainer)["learning_rate"] == 0.125
+    trainer = trainer_of(tmp_path, pruned(), max_steps=2, retraining_schedule="ft", original_steps=10)
+    trainer.train()
+    assert told(trainer)["learning_rate"] is None

@@ -113,6 +113,17 @@ def resumed_from(path):
         assert sparsity(model) == 0
 
 
+def beside_reconstruction(callback, recovery):
+    model = llama()
+    args = arguments(recovery=recovery, sparsity=0.5, calibration_samples=2, max_steps=1, save_strategy="no")
+    trainer = SparseTrainer(model, args, train_dataset=Samples())
+    trainer.add_callback(callback)
+    try:
+        trainer.train()
+    finally:
+        assert sparsity(model) == 0
+
+
 def reconstructed_again():
     options = {"recovery": "reconstruct", "sparsity": 0.5, "calibration_samples": 2, "max_steps": 1}
     data = [{"input_ids": row, "labels": row} for row in TOKENS]
@@ -734,6 +745,21 @@ REFUSALS = [
         lambda: resumed_from("elsewhere/checkpoint-4"),
         ValueError,
         "a complete checkpoint in 'elsewhere/checkpoint-4', and trainer_state.json is missing .* Give the path",
+    ),
+    (
+        lambda: beside_reconstruction(PruningCallback(0.7), "reconstruct"),
+        ValueError,
+        "A PruningCallback acts at the steps of a retraining, and `recovery='reconstruct'` .* Remove the callback",
+    ),
+    (
+        lambda: beside_reconstruction(FreezingCallback(), "reconstruct,retrain"),
+        ValueError,
+        "A FreezingCallback acts .* make another SparseTrainer with `recovery=",
+    ),
+    (
+        lambda: beside_reconstruction(PruningCallback(0.7), "none"),
+        ValueError,
+        "A PruningCallback acts .* `recovery='none'` .* set `sparsity` or `pattern`",
     ),
     (reconstructed_again, ValueError, "stopped in the middle of the reconstruction, .* Make a new SparseTrainer with"),
     (

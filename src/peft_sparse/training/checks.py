@@ -1,7 +1,7 @@
 """What a training needs, checked before the model is pruned or changed in another way."""
 
 from collections.abc import Sized
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -9,6 +9,8 @@ from transformers import Trainer
 
 from ..model.tree import has_adapters
 from .arguments import SparseTrainingArguments
+from .freezing import FreezingCallback
+from .pruning_callback import PruningCallback
 
 
 def check_asked(args: SparseTrainingArguments, model: nn.Module | None, optimizers: tuple[Any, Any]) -> None:
@@ -45,6 +47,26 @@ def check_data(trainer: Trainer) -> None:
             f"Training needs samples, and `train_dataset` {'is None' if data is None else 'is empty'}. Pass samples, "
             'or set `recovery="none"` to prune only.'
         )
+
+
+def check_callbacks(trainer: Trainer, own: PruningCallback | None) -> None:
+    """Check that no callback of the user prunes or freezes what a reconstruction prunes and fits.
+
+    Args:
+        trainer: a trainer that does not only retrain.
+        own: the callback that the trainer has added itself.
+
+    Raises:
+        ValueError: there is such a callback.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, (PruningCallback, FreezingCallback)) and callback is not own:
+            recovery = cast(SparseTrainingArguments, trainer.args).recovery
+            raise ValueError(
+                f"A {type(callback).__name__} acts at the steps of a retraining, and `recovery={recovery!r}` prunes "
+                "and fits the model in its own order. Remove the callback, and set `sparsity` or `pattern`. To "
+                'retrain with it, make another SparseTrainer with `recovery="retrain"`.'
+            )
 
 
 def check_trained(trainer: Trainer) -> None:

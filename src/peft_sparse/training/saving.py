@@ -98,13 +98,23 @@ def what_was_trained(trainer: Any, output: TrainOutput) -> dict[str, Any]:
         "steps": steps,
         # `auto_find_batch_size` may have lowered that of the arguments.
         "batch_size": trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "learning_rate": args.learning_rate,
+        "learning_rate": _rate_of(trainer),
         "distillation": args.distillation,
         # The time of the runs before a resumed one is not known.
         "seconds": None if trainer._initial_global_step else output.metrics.get("train_runtime"),
         "eval_loss": evaluated[-1] if evaluated else None,
         "trained": "adapter" if has_adapters(trainer.model) else "all weights" if everything else "some weights",
     }
+
+
+def _rate_of(trainer: Any) -> float | None:
+    """Return the learning rate from which the schedule starts. None where each step has another."""
+    if trainer.args.retraining_schedule is not None:
+        return None
+    # Not that of the arguments: an optimiser of the user has its own.
+    groups = trainer.optimizer.param_groups
+    rates = [rate for group in groups if (rate := group.get("initial_lr", group.get("lr"))) is not None]
+    return max(map(float, rates), default=None)
 
 
 def _write(plain: nn.Module, state: dict[str, Tensor] | None, output_dir: str) -> None:

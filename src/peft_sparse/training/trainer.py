@@ -45,7 +45,7 @@ from .arguments import SparseTrainingArguments
 from .calibration_samples import first_samples
 from .chain import AfterReconstruction, where_to_resume
 from .checkpoints import checkpoint_to_resume
-from .checks import check_asked, check_data, check_trained, check_unmerged
+from .checks import check_asked, check_callbacks, check_data, check_trained, check_unmerged
 from .distilling import Distilling, find_teacher
 from .endings import as_before, without_noise
 from .freezing import FreezingCallback
@@ -322,6 +322,8 @@ class SparseTrainer(Trainer):
     def _train(
         self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
     ) -> TrainOutput:
+        if self.args.recovery != "retrain":
+            check_callbacks(self, self._pruning)
         if self.args.recovery == "none":
             return self._only_prune()
         if self.args.reconstructs:
