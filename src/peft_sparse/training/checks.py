@@ -1,5 +1,6 @@
 """What a training needs, checked before the model is pruned or changed in another way."""
 
+import itertools
 from collections.abc import Sized
 from typing import Any, cast
 
@@ -70,13 +71,17 @@ def check_callbacks(trainer: Trainer, own: PruningCallback | None) -> None:
 
 
 def check_trained(trainer: Trainer) -> None:
-    """Check that there is a parameter to train. A model of `model_init` is not made yet.
+    """Check that there is a parameter to train, in the model or in an optimiser that the user has given.
+
+    A model of `model_init` is not made yet, and is not checked.
 
     Raises:
         ValueError: all parameters are frozen.
     """
     model: Any = trainer.model
-    if trainer.model_init is None and not any(parameter.requires_grad for parameter in model.parameters()):
+    groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
+    known = itertools.chain(model.parameters(), *(group["params"] for group in groups))
+    if trainer.model_init is None and not any(parameter.requires_grad for parameter in known):
         raise ValueError(
             f"All parameters of this {type(model).__name__} are frozen, so that there is nothing to train. Merging an "
             "adapter leaves the weights frozen. Call `model.requires_grad_(True)` to train all weights, attach an "

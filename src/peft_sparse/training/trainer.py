@@ -80,7 +80,8 @@ class SparseTrainer(Trainer):
     kept or checked, and training logs no sparsity.
 
     At its end, `train` writes `report.json` and `report.html` into `output_dir`, unless
-    `trainer.remove_callback(RunReportCallback)` was called. Prunings are handed on to the loggers of `report_to`.
+    `trainer.remove_callback(RunReportCallback)` was called, or files of the user have these names. Prunings are handed
+    on to the loggers of `report_to`.
 
     If the arguments set `retraining_schedule`, the learning rates are those of the function `retraining_schedule`. The
     original schedule η is the one that `learning_rate`, `lr_scheduler_type` and the warm-up describe, over
@@ -297,9 +298,11 @@ class SparseTrainer(Trainer):
             The number of optimiser steps, the mean training loss and the metrics.
 
         Raises:
-            ValueError: before retraining, the arguments ask for another pruning than when the trainer was made; a
-                trial is given for a reconstruction; the checkpoint belongs to a model with other masks, or
-                does not exist. Pruning and reconstruction also raise the errors of `prune` and `reconstruct`.
+            ValueError: before retraining, the arguments ask for another pruning than when the trainer was made; there
+                is no sample or no parameter to train; `save_on_sigterm` is set in another thread than the main one; a
+                trial or a callback that prunes or freezes is given for a reconstruction, or an earlier call has
+                stopped in its middle; the checkpoint belongs to a model with other masks, to another sparsity, or is
+                not complete. Pruning and reconstruction also raise the errors of `prune` and `reconstruct`.
             RuntimeError: a weight lost a zero, a callback stopped reconstruction before its last region, or
                 `find_learning_rate` found no rate that lowers the loss.
         """
@@ -348,13 +351,13 @@ class SparseTrainer(Trainer):
         check_added_adapters(self.model, self.args.save_strategy != "no")
         check_data(self)
         check_unmerged(self.model)
-        check_trained(self)
-        if self.model_init is None:
-            self._prune_first(self.model)
         trainer: Any = self
         if self._made is not None and trainer.optimizer is self._made:
             # `Trainer` would go on with its momenta.
             trainer.optimizer = None
+        check_trained(self)
+        if self.model_init is None:
+            self._prune_first(self.model)
         makes = trainer.optimizer is None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         try:
             with without_noise(self):
