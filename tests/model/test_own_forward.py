@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from peft import HRAConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers import BitConfig, BitModel
 
-from peft_sparse import prune
-from peft_sparse.model.own_forward import use_of_weight
+from peft_sparse import MaskLoRAConfig, ScaledLoRAConfig, prune
+from peft_sparse.model.own_forward import multiplies_inputs, use_of_weight
 
 from checks import assert_same_weights
+from conftest import tiny
 
 
 class Normed(nn.Linear):
@@ -136,3 +139,27 @@ def test_weights_whose_zeros_would_be_lost_are_refused():
         ValueError, match="changed by the forward of its layer, a WeightStandardizedConv2d, and its zer"
     ):
         prune(BitModel(config), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "known"),
+    [
+        (MaskLoRAConfig, "llama", True),
+        (ScaledLoRAConfig, "llama", True),
+        (MaskLoRAConfig, "gpt2", True),
+        (HRAConfig, "llama", False),
+    ],
+)
+def test_an_adapter_multiplies_the_weight_with_its_inputs_or_with_others(config, family, known):
+    names = {"llama": ["q_proj"], "gpt2": ["c_fc"]}[family]
+    model = get_peft_model(tiny(family), config(r=2, target_modules=names)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter)
+    module = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    layer = module.get_base_layer()
+    stored, before = layer.weight, layer.weight.clone()
+    assert multiplies_inputs(module, layer) == known
+    assert layer.weight is stored
+    assert torch.equal(stored, before)

@@ -81,20 +81,19 @@ def multiplies_inputs(module: nn.Module, layer: nn.Module) -> bool:
     """Return whether `module`, an adapter that does not call its base `layer`, multiplies the weight with its inputs.
 
     Column j of the weight must have no effect if input j is zero. Found out for linear layers whose weight is in
-    memory; of others it is taken for granted.
+    memory as a plain tensor; of others it is taken for granted.
     """
     stored = layer._parameters.get("weight")
-    if stored is None or stored.is_meta or isinstance(layer, nn.Conv2d):
+    if stored is None or stored.is_meta or stored.dim() != 2 or type(stored) is not nn.Parameter:
         return True
-    weight = stored.T if not isinstance(layer, nn.Linear) else stored
+    transposed = not isinstance(layer, nn.Linear)
+    other = stored.detach().clone()
+    matrix = other.T if transposed else other
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        inputs = torch.randn(1, weight.shape[1]).to(weight)
-        columns = (torch.rand(weight.shape[1]) < 0.5).to(weight.device)
-        inputs[:, columns] = 0
-        other = stored.detach().clone()
-        own = other if isinstance(layer, nn.Linear) else other.T
-        own[:, columns] += torch.randn(own.shape).to(own)[:, columns]
+        columns = (torch.rand(matrix.shape[1]) < 0.5).to(matrix.device)
+        inputs = torch.randn(1, matrix.shape[1]).to(matrix).masked_fill(columns, 0)
+        matrix += torch.randn(matrix.shape).to(matrix).masked_fill(~columns, 0)
     try:
         before = module(inputs)
         layer._parameters["weight"] = nn.Parameter(other, requires_grad=stored.requires_grad)
