@@ -8,13 +8,18 @@ from typing import Any
 from torch import nn
 
 
+def is_repacked_when_run(layer: object) -> bool:
+    """Return whether bitsandbytes repacks the weight of `layer` on this CPU, or has done it."""
+    return bool(getattr(layer, "support_avx512bf16_for_cpu", False))
+
+
 def undo_cpu_packing(layer: nn.Module) -> None:
     """Bring a bitsandbytes 4-bit layer into the layout that can be dequantised, and keep it there. In place.
 
     On CPUs with AVX512-BF16 such a layer repacks its weight when it first runs without gradients. Dequantising the
     repacked weight gives wrong numbers. The function leaves every other layer as it is.
     """
-    if not getattr(layer, "support_avx512bf16_for_cpu", False):
+    if not is_repacked_when_run(layer):
         return
     packed: Any = layer
     packed.support_avx512bf16_for_cpu = False

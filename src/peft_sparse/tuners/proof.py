@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..model.blocks import base_layer, base_model
-from ..model.cpu_packing import undo_cpu_packing
+from ..model.cpu_packing import is_repacked_when_run, undo_cpu_packing
 from ..model.environment import remembered
 from ..model.experts import fused_experts
 from ..model.masks import (
@@ -256,7 +256,7 @@ def check_other_weights(model: nn.Module, config: SparseLoraConfig) -> None:
     if config.on_mask_mismatch == "ignore" or not config.other_sparsities:
         return
     modules = dict(model.named_modules())
-    found = {name: _weight_called(model, modules, name) for name in config.other_sparsities}
+    found = {name: _weight_beside(model, modules, name) for name in config.other_sparsities}
     here = {name: sparsity_of(weight) for name, weight in found.items() if weight is not None}
     denser = [name for name, share in here.items() if share < config.other_sparsities[name] - STRAY_ZEROS]
     if denser:
@@ -279,7 +279,7 @@ def other_sparsities(model: nn.Module, adapter_name: str) -> dict[str, float]:
     names = [name for name in layers if not isinstance(modules.get(name), AuxiliaryTrainingWrapper)]
     found = {}
     for name in [*names, *(fused_experts(base) if names else ())]:
-        weight = None if name in adapted else _weight_called(base, modules, name)
+        weight = None if name in adapted else _weight_beside(base, modules, name)
         if weight is not None and (share := sparsity_of(weight)) > STRAY_ZEROS:
             found[name] = round(share, 4)
     return found
@@ -317,6 +317,14 @@ def _tell_lost(counts: dict[str, int]) -> None:
             len(lost),
             next(iter(lost)),
         )
+
+
+def _weight_beside(model: nn.Module, modules: dict[str, nn.Module], name: str) -> Tensor | None:
+    """Return the same as `_weight_called` for a weight that has no adapter, whose layer stays as it is."""
+    if name in modules and is_repacked_when_run(base_layer(modules[name])):
+        # To read such a weight changes how the layer computes from then on.
+        return None
+    return _weight_called(model, modules, name)
 
 
 def _weight_called(model: nn.Module, modules: dict[str, nn.Module], name: str) -> Tensor | None:
