@@ -25,11 +25,7 @@ def on_device(device: torch.device | str | None) -> Residence:
     """Return a residence that moves a block to `device` and back. With None, the block stays where it is.
 
     Weights that accelerate has offloaded are loaded within it, and what was written into them is kept.
-
-    Raises:
-        ValueError: there is no such device, or it holds no values.
     """
-    check_device(device, is_there=False)
 
     # Not accelerate's `align_module_device`: it moves the parameters of one module, but no children and no buffers.
     @contextlib.contextmanager
@@ -175,7 +171,10 @@ def check_runs(
             run_in_residence(model, batch, residence)
     except Exception as error:
         if "meta" not in str(error):
-            raise not_running(model, batch, f"batch {number} of the calibration data", error) from error
+            refused = not_running(model, batch, f"batch {number} of the calibration data", error)
+            if refused is error:
+                return
+            raise refused from error
         # Weights that are not loaded. Those of a checkpoint are loaded by one who says what to do.
         if has_hooks(model):
             raise ValueError(
@@ -188,9 +187,10 @@ def check_runs(
 def not_running(model: nn.Module, batch: Mapping[str, Any], name: str, error: Exception) -> Exception:
     """Return the error that says that `model` does not run on the batch called `name`.
 
-    What this package refuses is in words already, and comes back as it is.
+    What this package refuses is in words already, and comes back as it is. So do errors of other classes than those of
+    Python, such as that of a full GPU, which say what they are.
     """
-    if _is_own(error):
+    if _is_own(error) or type(error).__module__ != "builtins" or isinstance(error, MemoryError):
         return error
     given = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
     return ValueError(

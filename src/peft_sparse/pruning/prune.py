@@ -18,7 +18,7 @@ from ..calibration.proof import prove
 from ..calibration.residence import Residence, on_device
 from ..calibration.runner import BlockRunner, stack_runners
 from ..model.blocks import Targets, check_packed, prunable_weights
-from ..model.environment import remember
+from ..model.environment import check_device, remember
 from ..model.kinds import count_zeros
 from ..model.processes import agree, stopping_together
 from ..model.settings import ordinary_settings
@@ -140,6 +140,7 @@ def prune(
             on_unreached=on_unreached,
         )
         check_activations(activations)
+        check_device(device, is_there=False)
         check_calibration(task, calibration)
         check_finite(task.weights)
         inputs = None if calibration is None else as_inputs(model, calibration, batch_size)

@@ -11,7 +11,7 @@ from ..calibration.activations import Activations
 from ..calibration.inputs import Calibration, as_inputs, count_sequences
 from ..calibration.residence import on_device
 from ..model.blocks import Targets
-from ..model.environment import remember
+from ..model.environment import check_device, remember
 from ..model.processes import agree, stopping_together
 from ..model.settings import ordinary_settings
 from ..model.weights import check_finite
@@ -141,6 +141,7 @@ def reconstruct(
         RuntimeError: another process failed.
     """
     started = time.perf_counter()
+    check_device(device, is_there=False)
     with stopping_together():
         task = reconstruction_task(
             model,

@@ -20,7 +20,7 @@ from ..calibration.proof import prove
 from ..calibration.residence import on_device
 from ..calibration.runner import BlockRunner, stack_runners
 from ..model.blocks import Targets, base_model, called_layers
-from ..model.environment import peak_memory
+from ..model.environment import check_device, peak_memory
 from ..model.offload import loaded_layer
 from ..model.processes import agree, stopping_together
 from ..model.settings import ordinary_settings
@@ -105,6 +105,7 @@ def residual_lora(
         RuntimeError: another process failed.
     """
     started = time.perf_counter()
+    check_device(device, is_there=False)
     with stopping_together():
         task = residual_task(
             model,

@@ -18,7 +18,7 @@ from ..calibration.proof import prove
 from ..calibration.residence import Residence, on_device
 from ..calibration.statistics import Statistics
 from ..model.blocks import Targets, base_model
-from ..model.environment import peak_memory
+from ..model.environment import check_device, peak_memory
 from ..model.processes import working_together
 from ..model.settings import ordinary_settings
 from ..model.weights import WeightView, check_finite
@@ -190,6 +190,7 @@ def prune_structured(
     compensate = not (of_experts or of_filters) if compensate is None else compensate
     _check_arguments(ratio, metric, structure, attention_ratio, compensate, calibration)
     check_activations(activations)
+    check_device(device, is_there=False)
     targets = target_modules, exclude_modules
     if of_filters:
         images = [] if calibration is None else as_inputs(model, calibration, batch_size)
