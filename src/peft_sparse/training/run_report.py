@@ -138,7 +138,7 @@ def _foreign_files(folder: Path) -> list[str]:
     except (OSError, ValueError):
         found = None
     is_report = isinstance(found, dict) and found.keys() >= {"schema", "stages"}
-    return [] if is_report else [path.name for path in (data, page) if path.exists()]
+    return [] if is_report else [path.name for path in (data, page) if path.is_file()]
 
 
 def changed_arguments(*parts: Any) -> dict[str, Any]:
