@@ -5,11 +5,14 @@ r"""Time and memory of one training step of each tuner, as ratios to PEFT's LoRA
     python benchmarks/tuners.py --layers --ranks 16 --rounds 21 --process-time \
         --output benchmarks/results/tuners-products-cpu.json
     python benchmarks/tuners.py --llama-blocks 4 --tokens 4096 --rounds 21
+    python benchmarks/tuners.py --rounds 9 --process-time --only MaskLoRA "MaskLoRA, kept, 4 micro-steps" ScaledLoRA \
+        --output benchmarks/results/tuners-products-smollm2-cpu.json
 
 The first command measures forward and backward of SmolLM2-135M-Instruct on one sequence. The model is pruned to 50 %
 by magnitude, and every linear layer of its blocks is adapted. The second command measures one linear layer at several
 shapes and ranks. The third does so in the time of the process. The fourth measures blocks of the shapes of Llama 3.1
-8B with random weights, and needs no download. LoRA takes a step right before each step of another tuner. A ratio
+8B with random weights, and needs no download. The fifth is the first in the time of the process, for some of the
+tuners: all of them together need more than 20 GB. LoRA takes a step right before each step of another tuner. A ratio
 compares these two steps, so a machine that becomes slower slows both. The ratio to the large products compares two
 steps of the same round. Memory is what is kept from forward to backward, without the parameters. The rows named "kept"
 keep the effective weights in training, until A and B change.
@@ -46,6 +49,10 @@ SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048)]
 RANKS = [4, 16, 64]
 # Set by `--process-time`.
 PROCESS_TIME = False
+# What the ratios compare with. These are always measured.
+REFERENCES = ("LoRA (PEFT)", "large products alone")
+# Set by `--only`: the tuners beside these. None measures all.
+ONLY: list[str] | None = None
 # Micro-steps between two steps of the optimiser, for the rows with gradient accumulation.
 MICRO_STEPS = 4
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -153,7 +160,8 @@ def bytes_kept(model: nn.Module, step: Callable[[], Tensor]) -> int:
 def measure(base: nn.Module, loss: Callable[[nn.Module], Tensor], rank: int, rounds: int) -> list[dict[str, Any]]:
     """Return one row per tuner: medians over the rounds, ratios to the first tuner's step right before."""
     steps, models, kept = {}, {}, {}
-    for name, (config, context) in tuners(rank).items():
+    chosen = {n: made for n, made in tuners(rank).items() if ONLY is None or n in (*REFERENCES, *ONLY)}
+    for name, (config, context) in chosen.items():
         model = get_peft_model(copy.deepcopy(base), config).train()
         if ", kept" in name:
             keep_effective_weights(model, training_bytes=2**40)
@@ -237,6 +245,7 @@ def main() -> None:
     options.add_argument("--layers", action="store_true", help="single layers instead of the whole model")
     options.add_argument("--llama-blocks", type=int, help="so many random blocks of Llama 3.1 8B instead of SmolLM2")
     options.add_argument("--autocast", action="store_true", help="of a whole model: run the forward pass in bfloat16")
+    options.add_argument("--only", nargs="+", help="tuners to measure beside LoRA and the products. Default: all")
     options.add_argument("--process-time", action="store_true", help="of the CPU, for a machine that others use too")
     options.add_argument("--tokens", type=int, default=512)
     options.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="of the adapters of single layers")
@@ -244,8 +253,8 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--output", type=Path)
     arguments = options.parse_args()
-    global PROCESS_TIME
-    PROCESS_TIME = arguments.process_time
+    global PROCESS_TIME, ONLY
+    PROCESS_TIME, ONLY = arguments.process_time, arguments.only
     torch.manual_seed(0)
     name = "SmolLM2-135M"
     if arguments.layers:
