@@ -8,7 +8,17 @@ import torch
 import transformers
 import yaml
 
-from peft_sparse import ScaledLoRAConfig, compress, load_recipe, perplexity, prune, reconstruct, sparsity
+from peft_sparse import (
+    LeastSquares,
+    ScaledLoRAConfig,
+    Swap,
+    compress,
+    load_recipe,
+    perplexity,
+    prune,
+    reconstruct,
+    sparsity,
+)
 from peft_sparse.recipes import RECIPES, AdapterArguments, recipe
 
 from checks import assert_same_weights, assert_same_zeros, zeros_of
@@ -91,7 +101,8 @@ def test_the_stages_are_those_of_the_functions(tmp_path):
     """The first half of "balanced" is a call of `reconstruct`, and "fast" is a call of `prune`."""
     pruned = lively("llama")
     calibration = [{"input_ids": row[None]} for row in tokens()[:8]]
-    prune(pruned, 0.5, calibration, criterion="wanda", refinement="swap", update=True)
+    swaps, least_squares = Swap(tolerance=2e-3, candidates=4), LeastSquares(tolerance=5e-3)
+    prune(pruned, 0.5, calibration, criterion="wanda", refinement=swaps, update=least_squares)
     fast = lively("llama")
     run(tmp_path, "fast", fast)
     assert_same_weights(fast, pruned)

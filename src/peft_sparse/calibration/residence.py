@@ -184,13 +184,17 @@ def check_runs(
             ) from error
 
 
+# What models raise for a batch that does not fit.
+_UNFIT = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
 def not_running(model: nn.Module, batch: Mapping[str, Any], name: str, error: Exception) -> Exception:
     """Return the error that says that `model` does not run on the batch called `name`.
 
-    What this package refuses is in words already, and comes back as it is. So do errors of other classes than those of
-    Python, such as that of a full GPU, which say what they are.
+    What this package refuses is in words already, and comes back as it is. So do errors of other classes than those in
+    which a batch ends that does not fit, such as that of a full GPU. They say what they are.
     """
-    if _is_own(error) or type(error).__module__ != "builtins" or isinstance(error, MemoryError):
+    if _is_own(error) or type(error) not in _UNFIT:
         return error
     given = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
     return ValueError(
