@@ -28,19 +28,7 @@ def swapped(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
 
 
 class SparseLoraLayer(KeepsWeight):
-    """A base layer with adapters. Each adapter has a name, an A (r, in) and a B (out, r).
-
-    The effective weight is c · W + s · H ⊙ (BA). For MaskLoRA, H is the mask of W. For ScaledLoRA, H is W. c is 1, or
-    1 - s for a ScaledLoRA adapter with `residual=False`. The delta weights of several active adapters are added up.
-
-    Args:
-        base_layer: the layer to adapt, or another tuner's layer around it.
-        adapter_name: name of the first adapter.
-        r: its rank.
-        lora_alpha: its numerator of the scaling s.
-        config: its configuration.
-        quantization: what `peft.utils.get_quantization_kwargs` returns for the model.
-    """
+    """A base layer with adapters, which computes with its effective weight. Its arguments are as in `Adapters`."""
 
     # `peft.helpers.disable_input_dtype_casting` switches it off.
     cast_input_dtype_enabled = True
