@@ -363,7 +363,7 @@ REFUSALS = [
         "Expected the sequences of a batch of `sequences` to be equally long, .* 'input_ids' holds .* one by one",
     ),
     (
-        lambda: wanda(llama(), calibration={"input_ids": TOKENS, "token_mask": TOKENS[:, 1:] > 0}),
+        lambda: wanda(llama(), calibration={"input_ids": TOKENS, "token_mask": torch.ones(4, 7).bool()}),
         ValueError,
         r"`token_mask` of `calibration` as a tensor .* of the shape \(4, 8\) .* got torch.bool of shape \(4, 7\)",
     ),
