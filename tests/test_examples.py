@@ -65,6 +65,7 @@ def test_an_example_is_the_command_of_its_name(examples, monkeypatch, capsys, ex
     assert f"peft-sparse {example} [arguments]" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_image_classification_prints_its_table_and_every_saved_model_keeps_its_zeros(examples, monkeypatch, capsys):
     few = {"max_train_samples": 64, "max_eval_samples": 40, "calibration_samples": 40, "num_train_epochs": 1}
     few |= {"dense_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "report_to": "none"}

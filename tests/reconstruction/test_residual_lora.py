@@ -328,6 +328,7 @@ torch.save(model(torch.arange(20)[None]).logits, "logits.pt")
 """
 
 
+@pytest.mark.slow
 def test_plain_peft_serves_it_in_a_process_that_does_not_know_the_package(tokens, tmp_path):
     model, dense = pruned()
     model.save_pretrained(tmp_path / "base")

@@ -86,6 +86,7 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("scenario", KILLED)
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_and_ends_as_an_uninterrupted_one(killed, scenario):
     family, options, (last, step) = KILLED[scenario]
     whole, model, told = lively(family), lively(family), Told()

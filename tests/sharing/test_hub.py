@@ -168,6 +168,7 @@ def card_of(hub, name):
     return ModelCard(text)
 
 
+@pytest.mark.slow
 def test_what_is_pushed_loads_in_a_fresh_process(hub):
     # The fixture has loaded it.
     assert "model.safetensors" in hub.sent_large

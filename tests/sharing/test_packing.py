@@ -154,6 +154,7 @@ def test_a_large_tensor_is_never_whole_in_memory(tmp_path, monkeypatch):
         assert peak < 8e6, step  # the tensor takes 34e6
 
 
+@pytest.mark.slow
 def test_without_the_import_transformers_refuses_and_names_it(tmp_path):
     _, small = packed(tmp_path)
     code = f"from transformers import AutoModelForCausalLM as Auto; Auto.from_pretrained({str(small)!r})"

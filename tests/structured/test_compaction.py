@@ -124,6 +124,7 @@ def load_elsewhere(folder, names, tokens):
     return torch.load(folder / "results.pt")
 
 
+@pytest.mark.slow
 def test_transformers_alone_loads_what_a_configuration_can_describe(tokens, tmp_path):
     equal, opt, unequal = tiny("llama"), with_biases("opt"), tiny("llama")
     prune_structured(equal, 0.4, structure="ul-um", calibration=tokens)

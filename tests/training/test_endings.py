@@ -205,6 +205,7 @@ def all_die_by_sigterm(folder):
         assert code == expected, (kind, handler, code)
 
 
+@pytest.mark.slow
 def test_sigterm_after_a_failed_training_ends_the_process(tmp_path):
     code = f"{importing(__file__)}\ntests.all_die_by_sigterm({str(tmp_path)!r})"
     command = [sys.executable, "-W", "ignore", "-c", code]

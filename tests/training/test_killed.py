@@ -137,6 +137,7 @@ def in_a_fresh_process(modes, seeds, folder):
     )
 
 
+@pytest.mark.slow
 def test_a_run_ends_anywhere_and_resumes(tmp_path):
     ways = itertools.cycle(WAYS)
     in_a_fresh_process({mode: [next(ways)] for mode in MODES}, range(1), tmp_path)

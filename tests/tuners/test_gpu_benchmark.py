@@ -29,6 +29,7 @@ def run(monkeypatch, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The Hessian of")
+@pytest.mark.slow
 def test_every_task_runs_and_every_check_passes(run):
     result, table = run()
     rows = result["rows"]

@@ -90,6 +90,7 @@ def result(checkout):
     return json.loads((checkout / "method_comparison" / "MetaMathQA" / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_pefts_script_runs_after_our_methods_are_registered(checkout):
     done = started(checkout, "experiments/mask_lora/llama-3.2-3B-rank32/", "-v", "--bucket_name", "b")
     assert done.returncode == 0, done.stderr

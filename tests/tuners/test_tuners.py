@@ -170,6 +170,7 @@ def fresh_process(tmp_path_factory):
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_an_adapter_is_loaded_in_a_fresh_process(fresh_process):
     assert fresh_process["sparsity"] == pytest.approx(0.5)
 
