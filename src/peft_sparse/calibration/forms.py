@@ -31,6 +31,17 @@ def sequences_together(length: int) -> int:
     return max(1, _TOKENS_TOGETHER // max(1, length))
 
 
+def check_counts(**numbers: int) -> None:
+    """Check that arguments, given by their names, are whole numbers of at least 1.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {number!r}.")
+
+
 class Reader:
     """Makes batches of model inputs from the data of one argument.
 

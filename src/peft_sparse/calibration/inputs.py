@@ -15,7 +15,7 @@ from ..model.blocks import base_model
 from ..model.processes import place
 from ..model.weights import to_host
 from .collation import TOKEN_MASKS
-from .forms import Reader
+from .forms import Reader, check_counts
 
 
 # Token ids, model inputs, or an iterable of either: see `as_inputs`.
@@ -58,8 +58,8 @@ def as_inputs(
         ValueError: `calibration` has none of these forms, it is empty, a mask does not fit its tokens, or the model
             has no embedding for a token; `batch_size` is less than 1.
     """
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}.")
+    if batch_size is not None:
+        check_counts(batch_size=batch_size)
     # Each process needs a batch, and how many there will be is known only when all data is read.
     batch_size = 1 if batch_size is None and place()[1] > 1 else batch_size
     batches = Reader(model, batch_size, argument).read(calibration)

@@ -20,7 +20,7 @@ from ..model.sharding import has_shards
 from ..model.tree import base_layer, walk
 from .batch import EnoughSeen
 from .inputs import Calibration, as_inputs, count_sequences, evaluation_mode, in_words
-from .residence import arguments_there, not_running
+from .residence import arguments_there, running
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,8 @@ class _Passes:
                 undo.callback(norm.register_forward_pre_hook(partial(self._count, name)).remove)
             for number, batch in enumerate(self.inputs):
                 self.calls.append(Counter())
-                try:
+                with running(self.model, batch, f"batch {number} of the data"):
                     self._run(batch)
-                except Exception as error:
-                    refused = not_running(self.model, batch, f"batch {number} of the data", error)
-                    if refused is error:
-                        raise
-                    raise refused from error
         own = list(dict.fromkeys(name for calls in self.calls for name in calls))
         order = list(dict.fromkeys(name for names in exchange(own) for name in names))
         missing = [name for name in norms if name not in order]

@@ -132,7 +132,7 @@ class TokenMasks:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Note the masks that the modules around the stack receive within the context."""
+        """Within the context, note the masks with which the modules around the stack are called."""
         path = self.names[0].split(".")[:-1]
         with contextlib.ExitStack() as undo:
             for end in range(len(path) + 1):

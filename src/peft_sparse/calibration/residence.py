@@ -171,10 +171,9 @@ def check_runs(
             run_in_residence(model, batch, residence)
     except Exception as error:
         if "meta" not in str(error):
-            refused = not_running(model, batch, f"batch {number} of the calibration data", error)
-            if refused is error:
-                return
-            raise refused from error
+            if (refusal := _refusal(model, batch, f"batch {number} of the calibration data", error)) is not None:
+                raise refusal from error
+            return
         # Weights that are not loaded. Those of a checkpoint are loaded by one who says what to do.
         if has_hooks(model):
             raise ValueError(
@@ -188,14 +187,29 @@ def check_runs(
 _UNFIT = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-def not_running(model: nn.Module, batch: Mapping[str, Any], name: str, error: Exception) -> Exception:
+@contextlib.contextmanager
+def running(model: nn.Module, batch: Mapping[str, Any], name: str) -> Iterator[None]:
+    """Run `model` within the context on a batch. If it does not fit, the error calls it `name`.
+
+    Raises:
+        ValueError: the model does not run on the batch.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (refusal := _refusal(model, batch, name, error)) is not None:
+            raise refusal from error
+        raise
+
+
+def _refusal(model: nn.Module, batch: Mapping[str, Any], name: str, error: Exception) -> ValueError | None:
     """Return the error that says that `model` does not run on the batch called `name`.
 
-    What this package refuses is in words already, and comes back as it is. So do errors of other classes than those in
-    which a batch ends that does not fit, such as that of a full GPU. They say what they are.
+    None if `error` says what it is: one of this package, or of another class than those in which a batch ends that
+    does not fit, such as that of a full GPU.
     """
     if _is_own(error) or type(error) not in _UNFIT:
-        return error
+        return None
     given = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
     return ValueError(
         f"{type(base_model(model)).__name__} does not run on {name}, with tensors of the shapes {given}. Give what "

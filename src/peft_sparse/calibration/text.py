@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .chat import tokens_of
+from .forms import check_counts
 from .sources import Entry, shuffled, texts_of
 from .windows import Packer, Window, joined
 
@@ -85,7 +86,7 @@ def sample_sequences(
             columns or several; a message has another form, or the template changes its content; `shares` does not fit
             the sources.
     """
-    _check_whole(count=count, length=length)
+    check_counts(count=count, length=length)
     if not isinstance(documents, Mapping):
         if shares is not None:
             raise ValueError(
@@ -97,12 +98,6 @@ def sample_sequences(
     for name, part in _counts(documents, shares, count).items():
         windows += _sample(documents[name], f"documents[{name!r}]", tokenizer, part, length, seed, assistant_only)
     return joined(windows)
-
-
-def _check_whole(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1, got {number!r}.")
 
 
 def _counts(documents: Mapping[str, Any], shares: Mapping[str, float] | None, count: int) -> dict[str, int]:
@@ -194,7 +189,7 @@ def pack_sequences(
         ValueError: `length` is no whole number of at least 1; the joined text has fewer tokens; the data set has no
             column "text".
     """
-    _check_whole(length=length)
+    check_counts(length=length)
     # The text is tokenised in one piece. Document by document, there would be special tokens between them, and tokens
     # that span two documents would be missing.
     tokens = tokenizer(separator.join(texts_of(documents)), verbose=False)["input_ids"]

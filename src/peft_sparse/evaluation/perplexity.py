@@ -19,7 +19,7 @@ from ..calibration.inputs import (
     without_padding,
 )
 from ..calibration.label_positions import label_offset
-from ..calibration.residence import not_running
+from ..calibration.residence import running
 from ..model.blocks import base_model, is_encoder_decoder
 from ..model.offload import execution_device
 
@@ -82,13 +82,8 @@ def mean_loss(model: nn.Module, sequences: Calibration, batch_size: int, argumen
     with evaluation_mode(model):
         offset = _offset(model, inputs)
         for batch in tqdm(inputs, desc="perplexity", unit="batch", leave=False, disable=None):
-            try:
+            with running(model, batch, f"batch {len(losses)} of `{argument}`"):
                 logits, labels = _predictions(model, send_to_device(batch, device), offset)
-            except Exception as error:
-                refused = not_running(model, batch, f"batch {len(losses)} of `{argument}`", error)
-                if refused is error:
-                    raise
-                raise refused from error
             losses.append(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
             counts.append(labels.ne(-100).sum())
     count = int(torch.stack(counts).sum())

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
+from ..calibration.forms import check_counts
 from ..calibration.statistics import Need, rows_taken
 from ..model.blocks import active_experts, find_blocks, hidden_size, prunable_weights
 from ..model.weights import WeightView
@@ -20,9 +21,7 @@ def batch_tokens(sequences: int, length: int, batch_size: int) -> list[int]:
     Raises:
         ValueError: a number is less than 1.
     """
-    for name, number in {"sequences": sequences, "length": length, "batch_size": batch_size}.items():
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1, got {number!r}.")
+    check_counts(sequences=sequences, length=length, batch_size=batch_size)
     return [length * min(batch_size, sequences - first) for first in range(0, sequences, batch_size)]
 
 

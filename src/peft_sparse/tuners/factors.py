@@ -45,7 +45,10 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SparseLoraLaye
 
 
 def trained_whole(config: SparseLoraConfig) -> str | None:
-    """Return a field by which the adapter trains parameters besides A and B. None if there is no such field."""
+    """Return the name of a field that lets the adapter train more than A and B. None if it trains only A and B.
+
+    The adapter then also trains biases, whole modules or embeddings of tokens.
+    """
     if config.bias != "none":
         return "bias"
     return next((field for field in ("modules_to_save", "trainable_token_indices") if getattr(config, field)), None)

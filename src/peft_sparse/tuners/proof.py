@@ -320,7 +320,10 @@ def _tell_lost(counts: dict[str, int]) -> None:
 
 
 def _weight_beside(model: nn.Module, modules: dict[str, nn.Module], name: str) -> Tensor | None:
-    """Return the same as `_weight_called` for a weight that has no adapter, whose layer stays as it is."""
+    """Return the weight of the layer or parameter `name`, which has no adapter, as a matrix.
+
+    The layer does not change. None if the weight is missing, or cannot be read without a change of the layer.
+    """
     if name in modules and is_repacked_when_run(base_layer(modules[name])):
         # To read such a weight changes how the layer computes from then on.
         return None
